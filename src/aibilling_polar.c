@@ -1,0 +1,25 @@
+/*-------------------------------------------------------------------------
+ *
+ * aibilling_polar.c
+ *	  The module: what happens when the library is loaded.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "fmgr.h"
+
+#include "compat.h"
+#include "config.h"
+#include "worker.h"
+
+ABP_MODULE_MAGIC;
+
+PGDLLEXPORT void _PG_init(void);
+
+void
+_PG_init(void)
+{
+	abp_config_init();
+	abp_worker_init();
+}

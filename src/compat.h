@@ -1,0 +1,70 @@
+/*-------------------------------------------------------------------------
+ *
+ * compat.h
+ *	  Differences between PostgreSQL 15 and later major versions.
+ *
+ * The only file that looks at PG_VERSION_NUM.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef ABP_COMPAT_H
+#define ABP_COMPAT_H
+
+#include "postgres.h"
+
+#if PG_VERSION_NUM < 150000
+#error "aibilling_polar needs PostgreSQL 15 or later"
+#endif
+
+#include "common/jsonapi.h"
+#include "mb/pg_wchar.h"
+#include "storage/latch.h"
+#include "utils/wait_event.h"
+
+#if PG_VERSION_NUM >= 160000
+#include "varatt.h"
+#endif
+
+#if PG_VERSION_NUM >= 180000
+#include "storage/waiteventset.h"
+#endif
+
+/* The owner of a WaitEventSet is a resource owner from 17 on. */
+#if PG_VERSION_NUM >= 170000
+#define abp_create_wait_event_set(nevents) \
+	CreateWaitEventSet(CurrentResourceOwner, (nevents))
+#else
+#define abp_create_wait_event_set(nevents) \
+	CreateWaitEventSet(CurrentMemoryContext, (nevents))
+#endif
+
+/* Wait events of extensions have names of their own from 17 on. */
+#if PG_VERSION_NUM >= 170000
+#define abp_wait_event_new(name) WaitEventExtensionNew(name)
+#else
+#define abp_wait_event_new(name) PG_WAIT_EXTENSION
+#endif
+
+/* 17 takes the lexer's storage as its first argument. */
+#if PG_VERSION_NUM >= 170000
+#define abp_make_json_lexer(json, len) \
+	makeJsonLexContextCstringLen(NULL, (json), (len), PG_UTF8, true)
+#else
+#define abp_make_json_lexer(json, len) \
+	makeJsonLexContextCstringLen((json), (len), PG_UTF8, true)
+#endif
+
+/* 19 lets the postmaster end a worker that stands in the way of CREATE/DROP DATABASE. */
+#ifndef BGWORKER_INTERRUPTIBLE
+#define BGWORKER_INTERRUPTIBLE 0
+#endif
+
+/* 18 puts name and version of a module into its magic block. */
+#ifdef PG_MODULE_MAGIC_EXT
+#define ABP_MODULE_MAGIC \
+	PG_MODULE_MAGIC_EXT(.name = "aibilling_polar", .version = ABP_VERSION)
+#else
+#define ABP_MODULE_MAGIC PG_MODULE_MAGIC
+#endif
+
+#endif							/* ABP_COMPAT_H */

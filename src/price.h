@@ -1,0 +1,42 @@
+/*-------------------------------------------------------------------------
+ *
+ * price.h
+ *	  The price table, as cards in force at a time.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef ABP_PRICE_H
+#define ABP_PRICE_H
+
+#include "postgres.h"
+
+#include "cost.h"
+#include "datatype/timestamp.h"
+
+/* What is to be priced. */
+typedef struct PriceRequest
+{
+	TextView	provider;
+	TextView	model;
+	TextView	service_tier;	/* NULL, '', default, auto, on_demand: standard */
+	TimestampTz at;				/* the price in force then applies */
+	const UsageCounts *counts;
+	Numeric		provider_cost;	/* USD as the provider reported it, or NULL */
+} PriceRequest;
+
+typedef struct PricedCost
+{
+	CostStatus	status;
+	bool		known;			/* are the amounts set? */
+	int64		cost_nanos;		/* USD x 10^9, rounded once, half away from 0 */
+	Numeric		cost_cents;		/* exact cents rounded to 12 decimals; NULL if
+								 * !known */
+	char	   *missing;		/* COST_INCOMPLETE: what has no price; COST_UNPRICED:
+								 * which model; else NULL */
+} PricedCost;
+
+extern void abp_price_init(void);
+extern void abp_price_usage(const PriceRequest *request, PricedCost *cost);
+extern const char *abp_cost_status_name(CostStatus status);
+
+#endif							/* ABP_PRICE_H */

@@ -1,0 +1,4 @@
+#include "postgres.h"
+
+void abp_worker_init(void);
+void abp_worker_init(void) {}

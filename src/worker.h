@@ -1,0 +1,15 @@
+/*-------------------------------------------------------------------------
+ *
+ * worker.h
+ *	  The background worker: one for each database named in the settings.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef ABP_WORKER_H
+#define ABP_WORKER_H
+
+#include "postgres.h"
+
+extern void abp_worker_init(void);
+
+#endif							/* ABP_WORKER_H */

@@ -21,6 +21,7 @@ OBJS = \
 	src/server.o \
 	src/shipper.o \
 	src/usage.o \
+	src/wake.o \
 	src/worker.o
 
 # An install script is a name with "--"; every other file in sql/ is a test.

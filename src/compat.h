@@ -63,6 +63,22 @@
 	make_range((type), (lower), (upper), false)
 #endif
 
+/* 16 has one function for all kinds of objects. */
+#if PG_VERSION_NUM >= 160000
+#include "catalog/pg_class.h"
+#include "catalog/pg_proc.h"
+#include "utils/acl.h"
+#define abp_owns_table(relid, roleid) \
+	object_ownercheck(RelationRelationId, (relid), (roleid))
+#define abp_may_execute(funcid, roleid) \
+	(object_aclcheck(ProcedureRelationId, (funcid), (roleid), ACL_EXECUTE) == ACLCHECK_OK)
+#else
+#include "utils/acl.h"
+#define abp_owns_table(relid, roleid) pg_class_ownercheck((relid), (roleid))
+#define abp_may_execute(funcid, roleid) \
+	(pg_proc_aclcheck((funcid), (roleid), ACL_EXECUTE) == ACLCHECK_OK)
+#endif
+
 /* 19 lets the postmaster end a worker that stands in the way of CREATE/DROP DATABASE. */
 #ifndef BGWORKER_INTERRUPTIBLE
 #define BGWORKER_INTERRUPTIBLE 0

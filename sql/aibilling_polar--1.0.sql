@@ -88,6 +88,18 @@ CREATE TABLE aibilling.model_alias (
 
 -- (server: functions go here)
 
+CREATE FUNCTION aibilling.polar_fdw_validator(options text[], catalog oid)
+	RETURNS void
+	AS 'MODULE_PATHNAME', 'aibilling_polar_fdw_validator'
+	LANGUAGE C VOLATILE STRICT PARALLEL RESTRICTED;
+COMMENT ON FUNCTION aibilling.polar_fdw_validator(text[], oid) IS
+'checks the options of servers and user mappings of foreign data wrapper polar';
+
+-- No handler: a server says where events go, there are no foreign tables.
+CREATE FOREIGN DATA WRAPPER polar VALIDATOR aibilling.polar_fdw_validator;
+COMMENT ON FOREIGN DATA WRAPPER polar IS
+'where usage events go and price lists come from (extension aibilling_polar)';
+
 -- (server: end)
 
 -- ---------------------------------------------------------------------------

@@ -27,7 +27,7 @@ GET  /_test/events[?since=N][&limit=N][&compact=1]
 GET  /_test/requests[?since=N]
                 every request to the APIs, without any token: "token" says
                 valid, revoked, unknown or none
-GET  /_test/summary
+GET  /_test/summary     counts, sums of costs; requests by status, "none" if unanswered
 GET  /_test/wait?[events=N][&requests=N][&arrived=N][&hung=N][&duplicates=N]
                 [&status=S&count=N][&version=V][&timeout=SECONDS]
                 blocks until all hold: 200, or 408 at the timeout.  "requests"
@@ -1171,7 +1171,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             record["status"] = status
             record["outcome"] = record["outcome"] or outcome
             self.state.finished += 1
-            self.state.statuses[str(status)] += 1
+            self.state.statuses["none" if status is None
+                                else str(status)] += 1
             self.state.touch()
 
     def serve_api(self, path, query, record):

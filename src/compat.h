@@ -63,6 +63,15 @@
 	make_range((type), (lower), (upper), false)
 #endif
 
+/* A JSON parser's actions may end the parse from 16 on; before, they are void. */
+#if PG_VERSION_NUM >= 160000
+#define ABP_JSON_ACTION JsonParseErrorType
+#define ABP_JSON_GO_ON JSON_SUCCESS
+#else
+#define ABP_JSON_ACTION void
+#define ABP_JSON_GO_ON
+#endif
+
 /* 19 lets the postmaster end a worker that stands in the way of CREATE/DROP DATABASE. */
 #ifndef BGWORKER_INTERRUPTIBLE
 #define BGWORKER_INTERRUPTIBLE 0

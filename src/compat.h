@@ -77,6 +77,7 @@
 #define abp_owns_table(relid, roleid) pg_class_ownercheck((relid), (roleid))
 #define abp_may_execute(funcid, roleid) \
 	(pg_proc_aclcheck((funcid), (roleid), ACL_EXECUTE) == ACLCHECK_OK)
+#endif
 
 /* A JSON parser's actions may end the parse from 16 on; before, they are void. */
 #if PG_VERSION_NUM >= 160000

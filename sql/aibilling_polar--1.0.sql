@@ -72,6 +72,28 @@ CREATE TABLE aibilling.model_alias (
 
 -- (normalize: functions go here)
 
+CREATE FUNCTION aibilling.normalize_usage(
+	format text,
+	raw jsonb,
+	OUT input_tokens bigint,
+	OUT cache_read_tokens bigint,
+	OUT cache_write_tokens bigint,
+	OUT cache_write_1h_tokens bigint,
+	OUT output_tokens bigint,
+	OUT reasoning_tokens bigint,
+	OUT request_count bigint,
+	OUT web_search_count bigint,
+	OUT units jsonb,
+	OUT provider_cost numeric,
+	OUT service_tier text,
+	OUT model text,
+	OUT generation_id text)
+RETURNS record
+AS 'MODULE_PATHNAME', 'abp_sql_normalize_usage'
+LANGUAGE C IMMUTABLE STRICT PARALLEL SAFE;
+COMMENT ON FUNCTION aibilling.normalize_usage(text, jsonb) IS
+'a provider''s usage object, or a whole response, as the columns of a usage table';
+
 -- (normalize: end)
 
 -- ---------------------------------------------------------------------------
@@ -110,6 +132,7 @@ GRANT USAGE ON SCHEMA aibilling TO PUBLIC;
 -- (price: grants)
 
 -- (normalize: grants)
+GRANT EXECUTE ON FUNCTION aibilling.normalize_usage(text, jsonb) TO PUBLIC;
 
 -- (catalogue: grants)
 

@@ -362,6 +362,28 @@ COMMENT ON FUNCTION aibilling.convert_cost(numeric, text, text) IS
 
 -- (normalize: functions go here)
 
+CREATE FUNCTION aibilling.normalize_usage(
+	format text,
+	raw jsonb,
+	OUT input_tokens bigint,
+	OUT cache_read_tokens bigint,
+	OUT cache_write_tokens bigint,
+	OUT cache_write_1h_tokens bigint,
+	OUT output_tokens bigint,
+	OUT reasoning_tokens bigint,
+	OUT request_count bigint,
+	OUT web_search_count bigint,
+	OUT units jsonb,
+	OUT provider_cost numeric,
+	OUT service_tier text,
+	OUT model text,
+	OUT generation_id text)
+RETURNS record
+AS 'MODULE_PATHNAME', 'abp_sql_normalize_usage'
+LANGUAGE C IMMUTABLE STRICT PARALLEL SAFE;
+COMMENT ON FUNCTION aibilling.normalize_usage(text, jsonb) IS
+'a provider''s usage object, or a whole response, as the columns of a usage table';
+
 -- (normalize: end)
 
 -- ---------------------------------------------------------------------------
@@ -607,6 +629,7 @@ GRANT EXECUTE ON FUNCTION
 TO PUBLIC;
 
 -- (normalize: grants)
+GRANT EXECUTE ON FUNCTION aibilling.normalize_usage(text, jsonb) TO PUBLIC;
 
 -- (catalogue: grants)
 

@@ -7,10 +7,12 @@ OBJS = \
 	src/cost.o \
 	src/functions.o \
 	src/http.o \
+	src/idset.o \
 	src/normalize.o \
 	src/outbox.o \
 	src/polar.o \
 	src/price.o \
+	src/row.o \
 	src/server.o \
 	src/shipper.o \
 	src/usage.o \

@@ -54,6 +54,15 @@
 	makeJsonLexContextCstringLen((json), (len), PG_UTF8, true)
 #endif
 
+/* 16 added a soft-error argument. */
+#if PG_VERSION_NUM >= 160000
+#define abp_make_range(type, lower, upper) \
+	make_range((type), (lower), (upper), false, NULL)
+#else
+#define abp_make_range(type, lower, upper) \
+	make_range((type), (lower), (upper), false)
+#endif
+
 /* 19 lets the postmaster end a worker that stands in the way of CREATE/DROP DATABASE. */
 #ifndef BGWORKER_INTERRUPTIBLE
 #define BGWORKER_INTERRUPTIBLE 0

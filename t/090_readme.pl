@@ -4,18 +4,14 @@ use strict;
 use warnings;
 
 use FindBin;
-use HTTP::Tiny;
-use IPC::Run;
-use JSON::PP;
+use lib $FindBin::Bin;
+use PolarServer;
 use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 use Test::More;
 
-# The stand-in for Polar: it ends when its input is closed.
-my $polar = IPC::Run::start([ 'python3', "$FindBin::Bin/polar_server.py" ],
-	'<pipe', \*POLAR_IN, '>pipe', \*POLAR_OUT);
-chomp(my $port = <POLAR_OUT>);
-like($port, qr/^\d+$/, 'the stand-in listens');
+my $polar = PolarServer->new;
+my $url = $polar->url;
 
 my $node = PostgreSQL::Test::Cluster->new('readme');
 $node->init;
@@ -26,7 +22,7 @@ CONF
 $node->start;
 
 my $token_file = $node->basedir . '/polar.token';
-append_to_file($token_file, "polar_oat_test\n");
+append_to_file($token_file, $polar->token . "\n");
 chmod(0600, $token_file) or die "could not chmod $token_file: $!";
 
 my @blocks = slurp_file("$FindBin::Bin/../README.md") =~ /^```sql\n(.*?)^```$/msg;
@@ -36,7 +32,7 @@ cmp_ok(scalar(@blocks), '>', 10, 'README.md has SQL examples');
 my $adapted = 0;
 for my $block (@blocks)
 {
-	$adapted += $block =~ s{environment 'sandbox'}{url 'http://127.0.0.1:$port', requests_per_minute '0'};
+	$adapted += $block =~ s{environment 'sandbox'}{url '$url', requests_per_minute '0'};
 	$adapted += $block =~ s{'/etc/postgresql/polar\.token'}{'$token_file'};
 }
 is($adapted, 2, 'destination and token file are replaced');
@@ -56,15 +52,12 @@ for my $block (@blocks)
 $node->safe_psql('postgres', 'CALL aibilling.sync()');
 my $rows = $node->safe_psql('postgres', 'SELECT count(*) FROM usage');
 is($node->safe_psql('postgres', 'SELECT count(*) FROM aibilling.outbox'), '0', 'nothing is left');
-my $summary =
-  decode_json(HTTP::Tiny->new(proxy => undef, http_proxy => undef)
-	->get("http://127.0.0.1:$port/_test/wait?events=$rows&timeout=60")->{content});
+my $summary = $polar->wait(events => $rows);
 is($summary->{stored}, $rows, 'every row arrived');
 is($node->safe_psql('postgres', "SELECT sum(cost_cents) = $summary->{cost_amount} FROM usage"),
 	't', 'and so did its cost');
 
 $node->stop;
-close(POLAR_IN);
-$polar->finish;
+$polar->stop;
 
 done_testing();

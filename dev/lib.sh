@@ -105,8 +105,10 @@ install_packages() {
 	command -v apt-get >/dev/null || die "missing, by the names of Debian's packages: ${missing[*]}"
 	refresh_packages
 	say "== installing ${missing[*]}"
+	mkdir -p "$cache"
 	as_admin env DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends \
-		-o Dpkg::Use-Pty=0 install "${missing[@]}" >/dev/null
+		-o Dpkg::Use-Pty=0 install "${missing[@]}" >"$cache/install.log" 2>&1 ||
+		{ tail -n 30 "$cache/install.log" >&2; die "could not install the packages"; }
 	is_complete "$pg_config" || die "$pg_config is not a server with headers (PostgreSQL $major)"
 }
 

@@ -16,6 +16,7 @@ OBJS = \
 	src/server.o \
 	src/shipper.o \
 	src/usage.o \
+	src/wake.o \
 	src/worker.o
 
 EXTENSION = aibilling_polar

@@ -1,3 +1,962 @@
+/*-------------------------------------------------------------------------
+ *
+ * cost.c
+ *	  Counts times prices: the exact cost of one AI call.
+ *
+ * A price is numeric(18,9) USD per million tokens, so as an integer times
+ * 10^-9 it is a whole number of 10^-15 USD per token.  Products and sums of
+ * such integers are exact in 128 bits; abp_cost_fast() computes most rows
+ * that way.  What does not fit, and every row with units, goes through
+ * numeric, in abp_cost_buckets().  Neither divides: a division by a power of
+ * ten only moves the scale.  The one rounding, half away from zero, is in
+ * abp_cost_nanos() and abp_cost_cents().
+ *
+ *-------------------------------------------------------------------------
+ */
 #include "postgres.h"
 
+#include "lib/stringinfo.h"
+#include "utils/builtins.h"
+
+#include "compat.h"
 #include "cost.h"
+
+#ifndef HAVE_INT128
+#error "aibilling_polar needs a compiler with 128-bit integers"
+#endif
+
+#define TOKENS_PER 1000000
+#define TOKENS_PER_SCALE 6
+#define NANOS_SCALE 9
+#define CENTS_SCALE 2
+#define CENTS_ROUNDED_SCALE 12
+
+static const int64 powers_of_ten[] = {
+	INT64CONST(1),
+	INT64CONST(10),
+	INT64CONST(100),
+	INT64CONST(1000),
+	INT64CONST(10000),
+	INT64CONST(100000),
+	INT64CONST(1000000),
+	INT64CONST(10000000),
+	INT64CONST(100000000),
+	INT64CONST(1000000000),
+	INT64CONST(10000000000),
+	INT64CONST(100000000000),
+	INT64CONST(1000000000000),
+	INT64CONST(10000000000000),
+	INT64CONST(100000000000000),
+	INT64CONST(1000000000000000),
+	INT64CONST(10000000000000000),
+	INT64CONST(100000000000000000),
+	INT64CONST(1000000000000000000)
+};
+
+#define MAX_INT64_POWER 18
+
+/* The columns' names, by UsageCount. */
+static const char *const count_names[NUM_USAGE_COUNTS] = {
+	"input_tokens",
+	"cache_read_tokens",
+	"cache_write_tokens",
+	"cache_write_1h_tokens",
+	"output_tokens",
+	"reasoning_tokens",
+	"request_count",
+	"web_search_count"
+};
+
+/* The names of the disjoint buckets, by PriceKind: the price table's columns. */
+static const char *const bucket_names[NUM_PRICES] = {
+	"input",
+	"cache_read",
+	"cache_write",
+	"cache_write_1h",
+	"output",
+	"reasoning",
+	"request",
+	"web_search"
+};
+
+/* Keys of units that count tokens; every other key is counted each. */
+typedef enum TokenUnit
+{
+	UNIT_INPUT_AUDIO,
+	UNIT_INPUT_IMAGE,
+	UNIT_CACHE_READ_AUDIO,
+	UNIT_OUTPUT_AUDIO,
+	UNIT_OUTPUT_IMAGE,
+	UNIT_OUTPUT_VIDEO,
+	UNIT_CITATION
+} TokenUnit;
+
+#define NUM_TOKEN_UNITS (UNIT_CITATION + 1)
+
+static const char *const token_unit_names[NUM_TOKEN_UNITS] = {
+	"input_audio_tokens",
+	"input_image_tokens",
+	"cache_read_audio_tokens",
+	"output_audio_tokens",
+	"output_image_tokens",
+	"output_video_tokens",
+	"citation_tokens"
+};
+
+typedef struct UnitQuantity
+{
+	TextView	name;
+	int			token_unit;		/* a TokenUnit, or -1 */
+	Numeric		quantity;
+} UnitQuantity;
+
+/* The units of a row, read out of their jsonb. */
+typedef struct UnitQuantities
+{
+	int			nunits;
+	UnitQuantity *units;
+	Numeric		tokens[NUM_TOKEN_UNITS];	/* NULL: not given */
+} UnitQuantities;
+
+/* --- numeric, in readable form -------------------------------------------- */
+
+static Numeric
+numeric_plus(Numeric a, Numeric b)
+{
+	return DatumGetNumeric(DirectFunctionCall2(numeric_add,
+											   NumericGetDatum(a),
+											   NumericGetDatum(b)));
+}
+
+static Numeric
+numeric_minus(Numeric a, Numeric b)
+{
+	return DatumGetNumeric(DirectFunctionCall2(numeric_sub,
+											   NumericGetDatum(a),
+											   NumericGetDatum(b)));
+}
+
+static Numeric
+numeric_times(Numeric a, Numeric b)
+{
+	return DatumGetNumeric(DirectFunctionCall2(numeric_mul,
+											   NumericGetDatum(a),
+											   NumericGetDatum(b)));
+}
+
+static int
+numeric_compare(Numeric a, Numeric b)
+{
+	return DatumGetInt32(DirectFunctionCall2(numeric_cmp,
+											 NumericGetDatum(a),
+											 NumericGetDatum(b)));
+}
+
+static int
+numeric_signum(Numeric a)
+{
+	return numeric_compare(a, int64_to_numeric(0));
+}
+
+static char *
+numeric_text(Numeric a)
+{
+	return DatumGetCString(DirectFunctionCall1(numeric_out, NumericGetDatum(a)));
+}
+
+/* Without the trailing zeros of its display scale. */
+static Numeric
+numeric_trimmed(Numeric a)
+{
+	return DatumGetNumeric(DirectFunctionCall1(numeric_trim_scale,
+											   NumericGetDatum(a)));
+}
+
+/* Rounded half away from zero. */
+static Numeric
+numeric_rounded(Numeric a, int scale)
+{
+	return DatumGetNumeric(DirectFunctionCall2(numeric_round,
+											   NumericGetDatum(a),
+											   Int32GetDatum(scale)));
+}
+
+/* --- decimals ------------------------------------------------------------- */
+
+/* The same value with the fewest digits. */
+static Decimal
+decimal_reduced(Decimal value)
+{
+	if (value.digits == 0)
+		value.scale = 0;
+
+	if (value.digits > PG_INT64_MAX || value.digits < PG_INT64_MIN)
+	{
+		while (value.scale > 0 && value.digits % 10 == 0)
+		{
+			value.digits /= 10;
+			value.scale--;
+		}
+	}
+	else
+	{
+		int64		digits = (int64) value.digits;
+
+		while (value.scale > 0 && digits % 10 == 0)
+		{
+			digits /= 10;
+			value.scale--;
+		}
+		value.digits = digits;
+	}
+
+	return value;
+}
+
+/*
+ * The product of two decimals, in its fewest digits.  The caller sees to it
+ * that the digits' product fits 128 bits.
+ */
+Decimal
+abp_decimal_multiply(Decimal a, Decimal b)
+{
+	Decimal		product;
+
+	product.digits = a.digits * b.digits;
+	product.scale = a.scale + b.scale;
+	return decimal_reduced(product);
+}
+
+/* A decimal as numeric, without trailing zeros; palloc'd. */
+Numeric
+abp_decimal_to_numeric(Decimal value)
+{
+	/* Sign, 39 digits or zeros in front of them, the point. */
+	char		buf[128];
+	char	   *p = buf + sizeof(buf);
+	uint128		rest;
+	int			ndigits = 0;
+
+	value = decimal_reduced(value);
+	if (value.digits <= PG_INT64_MAX && value.digits >= PG_INT64_MIN)
+		return int64_div_fast_to_numeric((int64) value.digits, value.scale);
+
+	Assert(value.scale < 64);
+	rest = value.digits < 0 ? -(uint128) value.digits : (uint128) value.digits;
+	*--p = '\0';
+	while (rest > 0 || ndigits <= value.scale)
+	{
+		*--p = '0' + (int) (rest % 10);
+		rest /= 10;
+		if (++ndigits == value.scale)
+			*--p = '.';
+	}
+	if (value.digits < 0)
+		*--p = '-';
+
+	return DatumGetNumeric(DirectFunctionCall3(numeric_in,
+											   CStringGetDatum(p),
+											   ObjectIdGetDatum(InvalidOid),
+											   Int32GetDatum(-1)));
+}
+
+/*
+ * digits / 10^power, rounded half away from zero.  digits >= 0, power < 38.
+ */
+static int128
+divide_rounded(int128 digits, int power)
+{
+	int128		divisor;
+	int128		quotient;
+	int128		remainder;
+
+	if (power <= 0)
+		return digits;
+
+	if (power <= MAX_INT64_POWER)
+	{
+		int64		small_divisor = powers_of_ten[power];
+
+		/* Nearly every row: a division that the machine has. */
+		if (digits <= PG_INT64_MAX)
+		{
+			int64		small_quotient = (int64) digits / small_divisor;
+			int64		small_remainder = (int64) digits % small_divisor;
+
+			return small_quotient +
+				(small_remainder >= small_divisor - small_remainder);
+		}
+		divisor = small_divisor;
+	}
+	else
+		divisor = (int128) powers_of_ten[MAX_INT64_POWER] *
+			powers_of_ten[Min(power - MAX_INT64_POWER, MAX_INT64_POWER)];
+
+	if (power > 2 * MAX_INT64_POWER)
+		divisor *= powers_of_ten[power - 2 * MAX_INT64_POWER];
+
+	quotient = digits / divisor;
+	remainder = digits % divisor;
+	return quotient + (remainder >= divisor - remainder);
+}
+
+/* --- counts --------------------------------------------------------------- */
+
+/* A count as it is billed: NULL is 0, but a row is one request. */
+static inline int64
+count_value(const UsageCounts *counts, UsageCount count)
+{
+	if (counts->given[count])
+		return counts->value[count];
+	return count == COUNT_REQUEST ? 1 : 0;
+}
+
+/*
+ * Read units, a jsonb object of non-negative numbers; null is a quantity that
+ * is not given.  Anything else is an error.  Names point into the jsonb.
+ */
+static void
+read_units(const UsageCounts *counts, UnitQuantities *result)
+{
+	JsonbIterator *it;
+	JsonbIteratorToken token;
+	JsonbValue	v;
+
+	memset(result, 0, sizeof(*result));
+	if (counts->units == NULL)
+		return;
+
+	if (!JB_ROOT_IS_OBJECT(counts->units))
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("units must be a JSON object"),
+				 errhint("Write quantities by name, as in {\"image\": 2}.")));
+
+	result->units = palloc(sizeof(UnitQuantity) *
+						   Max(JB_ROOT_COUNT(counts->units), 1));
+
+	it = JsonbIteratorInit(&counts->units->root);
+	while ((token = JsonbIteratorNext(&it, &v, true)) != WJB_DONE)
+	{
+		UnitQuantity *unit;
+
+		if (token != WJB_KEY)
+			continue;
+
+		unit = &result->units[result->nunits];
+		unit->name.data = v.val.string.val;
+		unit->name.len = v.val.string.len;
+
+		(void) JsonbIteratorNext(&it, &v, true);
+		if (v.type == jbvNull)
+			continue;
+		if (v.type != jbvNumeric)
+			ereport(ERROR,
+					(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+					 errmsg("unit \"%.*s\" must be a number",
+							unit->name.len, unit->name.data)));
+		unit->quantity = v.val.numeric;
+		if (numeric_signum(unit->quantity) < 0)
+			ereport(ERROR,
+					(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+					 errmsg("unit \"%.*s\" must not be negative, but is %s",
+							unit->name.len, unit->name.data,
+							numeric_text(unit->quantity))));
+
+		unit->token_unit = -1;
+		for (int i = 0; i < NUM_TOKEN_UNITS; i++)
+		{
+			if (strlen(token_unit_names[i]) == unit->name.len &&
+				memcmp(token_unit_names[i], unit->name.data, unit->name.len) == 0)
+			{
+				unit->token_unit = i;
+				result->tokens[i] = unit->quantity;
+			}
+		}
+		result->nunits++;
+	}
+}
+
+/*
+ * Raise the error for subsets that exceed their total.  The detail lists the
+ * subsets that are there, columns first.
+ */
+static void
+subset_error(const UsageCounts *counts, const UnitQuantities *units,
+			 UsageCount total, UsageCount first, UsageCount last,
+			 TokenUnit first_unit, TokenUnit last_unit)
+{
+	StringInfoData subsets;
+
+	initStringInfo(&subsets);
+	for (int i = first; i <= last; i++)
+	{
+		if (count_value(counts, i) > 0)
+			appendStringInfo(&subsets, "%s%s = " INT64_FORMAT,
+							 subsets.len > 0 ? ", " : "",
+							 count_names[i], count_value(counts, i));
+	}
+	for (int i = first_unit; i <= last_unit; i++)
+	{
+		if (units->tokens[i] != NULL)
+			appendStringInfo(&subsets, "%s%s = %s",
+							 subsets.len > 0 ? ", " : "",
+							 token_unit_names[i],
+							 numeric_text(units->tokens[i]));
+	}
+
+	ereport(ERROR,
+			(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+			 errmsg("%s must include its parts, but is " INT64_FORMAT " with %s",
+					count_names[total], count_value(counts, total),
+					subsets.data),
+			 total == COUNT_INPUT ?
+			 errhint("input_tokens counts all prompt tokens, cached ones included.") :
+			 errhint("output_tokens counts all completion tokens, reasoning included.")));
+}
+
+/* Raise an error if one unit exceeds the count or unit that it is part of. */
+static void
+check_unit_part(const UnitQuantities *units, TokenUnit part,
+				const char *whole_name, Numeric whole)
+{
+	if (units->tokens[part] == NULL ||
+		numeric_compare(units->tokens[part], whole) <= 0)
+		return;
+
+	ereport(ERROR,
+			(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+			 errmsg("%s must include %s, but is %s with %s",
+					whole_name, token_unit_names[part],
+					numeric_text(whole), numeric_text(units->tokens[part]))));
+}
+
+/*
+ * The tokens of one direction that no subset claims: total - subsets.  What
+ * is both cached and audio is in two subsets and counted once.
+ */
+static Numeric
+remaining_tokens(const UsageCounts *counts, const UnitQuantities *units,
+				 UsageCount total, UsageCount first, UsageCount last,
+				 TokenUnit first_unit, TokenUnit last_unit)
+{
+	Numeric		rest = int64_to_numeric(count_value(counts, total));
+
+	for (int i = first; i <= last; i++)
+		rest = numeric_minus(rest, int64_to_numeric(count_value(counts, i)));
+	for (int i = first_unit; i <= last_unit; i++)
+	{
+		if (units->tokens[i] != NULL)
+			rest = numeric_minus(rest, units->tokens[i]);
+	}
+	if (total == COUNT_INPUT && units->tokens[UNIT_CACHE_READ_AUDIO] != NULL)
+		rest = numeric_plus(rest, units->tokens[UNIT_CACHE_READ_AUDIO]);
+
+	return rest;
+}
+
+#define REMAINING_INPUT \
+	COUNT_INPUT, COUNT_CACHE_READ, COUNT_CACHE_WRITE_1H, \
+	UNIT_INPUT_AUDIO, UNIT_INPUT_IMAGE
+#define REMAINING_OUTPUT \
+	COUNT_OUTPUT, COUNT_REASONING, COUNT_REASONING, \
+	UNIT_OUTPUT_AUDIO, UNIT_OUTPUT_VIDEO
+
+/*
+ * Raise an error if a count is negative or a subset exceeds its total, naming
+ * columns and numbers.  Allocates only if there are units.
+ */
+void
+abp_cost_check(const UsageCounts *counts)
+{
+	UnitQuantities units;
+	Numeric		zero;
+
+	for (int i = 0; i < NUM_USAGE_COUNTS; i++)
+	{
+		if (count_value(counts, i) < 0)
+			ereport(ERROR,
+					(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+					 errmsg("%s must not be negative, but is " INT64_FORMAT,
+							count_names[i], count_value(counts, i))));
+	}
+
+	read_units(counts, &units);
+
+	if ((int128) count_value(counts, COUNT_CACHE_READ) +
+		count_value(counts, COUNT_CACHE_WRITE) +
+		count_value(counts, COUNT_CACHE_WRITE_1H) >
+		count_value(counts, COUNT_INPUT))
+		subset_error(counts, &units, REMAINING_INPUT);
+	if (count_value(counts, COUNT_REASONING) > count_value(counts, COUNT_OUTPUT))
+		subset_error(counts, &units, REMAINING_OUTPUT);
+
+	if (units.nunits == 0)
+		return;
+
+	zero = int64_to_numeric(0);
+	check_unit_part(&units, UNIT_CACHE_READ_AUDIO,
+					count_names[COUNT_CACHE_READ],
+					int64_to_numeric(count_value(counts, COUNT_CACHE_READ)));
+	check_unit_part(&units, UNIT_CACHE_READ_AUDIO,
+					token_unit_names[UNIT_INPUT_AUDIO],
+					units.tokens[UNIT_INPUT_AUDIO] ?
+					units.tokens[UNIT_INPUT_AUDIO] : zero);
+	if (numeric_signum(remaining_tokens(counts, &units, REMAINING_INPUT)) < 0)
+		subset_error(counts, &units, REMAINING_INPUT);
+	if (numeric_signum(remaining_tokens(counts, &units, REMAINING_OUTPUT)) < 0)
+		subset_error(counts, &units, REMAINING_OUTPUT);
+}
+
+/*
+ * Is there anything to price: a count that is not NULL, or a unit?
+ */
+bool
+abp_cost_counted(const UsageCounts *counts)
+{
+	for (int i = 0; i < NUM_USAGE_COUNTS; i++)
+	{
+		if (counts->given[i])
+			return true;
+	}
+
+	if (counts->units != NULL)
+	{
+		UnitQuantities units;
+
+		read_units(counts, &units);
+		return units.nunits > 0;
+	}
+	return false;
+}
+
+/* --- counts times prices -------------------------------------------------- */
+
+/*
+ * Cost of checked counts in 128-bit integers, without allocating.  tier is
+ * the factor of a service tier without a card of its own, or NULL.  *free
+ * tells whether prices were used and all of them are 0.
+ *
+ * Returns false if the row needs abp_cost_exact(): it has units, a price is
+ * missing, or the numbers are too large.
+ */
+bool
+abp_cost_fast(const UsageCounts *counts, const Rate *rate,
+			  const Decimal *tier, ExactCost *cost, bool *free)
+{
+	int64		quantity[NUM_PRICES];
+	int128		tokens = 0;
+	int128		each = 0;
+	int128		sum;
+	int			scale = PRICE_SCALE + TOKENS_PER_SCALE;
+	bool		used = false;
+	bool		charged = false;
+
+	if (counts->units != NULL)
+		return false;
+
+	quantity[PRICE_CACHE_READ] = count_value(counts, COUNT_CACHE_READ);
+	quantity[PRICE_CACHE_WRITE] = count_value(counts, COUNT_CACHE_WRITE);
+	quantity[PRICE_CACHE_WRITE_1H] = count_value(counts, COUNT_CACHE_WRITE_1H);
+	quantity[PRICE_INPUT] = count_value(counts, COUNT_INPUT) -
+		quantity[PRICE_CACHE_READ] - quantity[PRICE_CACHE_WRITE] -
+		quantity[PRICE_CACHE_WRITE_1H];
+	quantity[PRICE_REASONING] = count_value(counts, COUNT_REASONING);
+	quantity[PRICE_OUTPUT] = count_value(counts, COUNT_OUTPUT) -
+		quantity[PRICE_REASONING];
+	quantity[PRICE_REQUEST] = count_value(counts, COUNT_REQUEST);
+	quantity[PRICE_WEB_SEARCH] = count_value(counts, COUNT_WEB_SEARCH);
+
+	/*
+	 * A price is below 10^18.  Quantities of one direction add up to less
+	 * than 2^63, so the two directions' sum stays below 2^124.
+	 */
+	for (int i = 0; i < NUM_PRICES; i++)
+	{
+		int128		product;
+
+		if (quantity[i] == 0)
+			continue;
+		if (!rate->known[i])
+		{
+			if (i == PRICE_REQUEST)
+				continue;
+			return false;
+		}
+		product = (int128) quantity[i] * rate->price[i];
+		if (i < NUM_TOKEN_PRICES)
+			tokens += product;
+		else
+			each += product;
+		used = true;
+		charged |= rate->price[i] > 0;
+	}
+
+	/*
+	 * Two factors below 2^63 make a product below 2^126: testing the factors
+	 * is all the overflow check there need be.
+	 */
+	sum = tokens;
+	if (tier != NULL)
+	{
+		if (tokens > PG_INT64_MAX || tier->digits > PG_INT64_MAX)
+			return false;
+		sum *= tier->digits;
+		scale += tier->scale;
+	}
+	if (each > 0)
+	{
+		/* tier->scale is at most PRICE_SCALE, so this power is at most 15 */
+		if (each > PG_INT64_MAX)
+			return false;
+		sum += each * powers_of_ten[scale - PRICE_SCALE];
+	}
+	if (rate->factor.digits != 1 || rate->factor.scale != 0)
+	{
+		if (sum > PG_INT64_MAX || rate->factor.digits > PG_INT64_MAX)
+			return false;
+		sum *= rate->factor.digits;
+		scale += rate->factor.scale;
+	}
+
+	cost->usd.digits = sum;
+	cost->usd.scale = scale;
+	cost->usd_numeric = NULL;
+	*free = used && !charged;
+	return true;
+}
+
+static const UnitPrice *
+find_unit_price(const Rate *rate, TextView name)
+{
+	for (int i = 0; i < rate->nunits; i++)
+	{
+		const UnitPrice *unit = &rate->units[i];
+
+		if (unit->name.len == name.len &&
+			memcmp(unit->name.data, name.data, name.len) == 0)
+			return unit;
+	}
+	return NULL;
+}
+
+/* Fill in a bucket's amount from its quantity and price. */
+static void
+price_bucket(CostBucket *bucket, bool tokens, const Rate *rate,
+			 const Decimal *tier)
+{
+	const Decimal per_token = {1, TOKENS_PER_SCALE};
+	Numeric		factor = abp_decimal_to_numeric(rate->factor);
+
+	if (tokens && tier != NULL)
+		factor = numeric_trimmed(numeric_times(factor,
+											   abp_decimal_to_numeric(*tier)));
+
+	bucket->per = tokens ? TOKENS_PER : 1;
+	bucket->factor = factor;
+	bucket->amount = NULL;
+	bucket->note = NULL;
+
+	if (bucket->price != NULL)
+	{
+		Numeric		amount = numeric_times(bucket->quantity, bucket->price);
+
+		/* A product by 10^-6 is exact where a quotient by 10^6 might not be. */
+		if (tokens)
+			amount = numeric_times(amount, abp_decimal_to_numeric(per_token));
+		bucket->amount = numeric_trimmed(numeric_times(amount, factor));
+	}
+}
+
+/*
+ * The disjoint buckets of checked counts that are not empty, each with its
+ * quantity, price, factor and exact amount in USD.  At least one bucket is
+ * returned.  rate may be NULL: nothing has a price then.  Allocates in the
+ * current memory context.
+ */
+CostBucket *
+abp_cost_buckets(const UsageCounts *counts, const Rate *rate,
+				 const Decimal *tier, int *nbuckets)
+{
+	static const Rate no_rate = {.factor = {1, 0}};
+	UnitQuantities units;
+	Numeric		quantity[NUM_PRICES];
+	CostBucket *buckets;
+	int			n = 0;
+
+	if (rate == NULL)
+		rate = &no_rate;
+
+	read_units(counts, &units);
+	buckets = palloc(sizeof(CostBucket) * (NUM_PRICES + units.nunits));
+
+	quantity[PRICE_INPUT] = remaining_tokens(counts, &units, REMAINING_INPUT);
+	quantity[PRICE_CACHE_READ] =
+		int64_to_numeric(count_value(counts, COUNT_CACHE_READ));
+	if (units.tokens[UNIT_CACHE_READ_AUDIO] != NULL)
+		quantity[PRICE_CACHE_READ] =
+			numeric_minus(quantity[PRICE_CACHE_READ],
+						  units.tokens[UNIT_CACHE_READ_AUDIO]);
+	quantity[PRICE_CACHE_WRITE] =
+		int64_to_numeric(count_value(counts, COUNT_CACHE_WRITE));
+	quantity[PRICE_CACHE_WRITE_1H] =
+		int64_to_numeric(count_value(counts, COUNT_CACHE_WRITE_1H));
+	quantity[PRICE_OUTPUT] = remaining_tokens(counts, &units, REMAINING_OUTPUT);
+	quantity[PRICE_REASONING] =
+		int64_to_numeric(count_value(counts, COUNT_REASONING));
+	quantity[PRICE_REQUEST] =
+		int64_to_numeric(count_value(counts, COUNT_REQUEST));
+	quantity[PRICE_WEB_SEARCH] =
+		int64_to_numeric(count_value(counts, COUNT_WEB_SEARCH));
+
+	for (int i = 0; i < NUM_PRICES; i++)
+	{
+		CostBucket *bucket = &buckets[n];
+
+		if (numeric_signum(quantity[i]) == 0)
+			continue;
+		if (i == PRICE_REQUEST && !rate->known[i])
+			continue;
+
+		bucket->name.data = bucket_names[i];
+		bucket->name.len = strlen(bucket_names[i]);
+		bucket->quantity = quantity[i];
+		bucket->price = NULL;
+		if (rate->known[i])
+		{
+			Decimal		price = {rate->price[i], PRICE_SCALE};
+
+			bucket->price = abp_decimal_to_numeric(price);
+		}
+		price_bucket(bucket, i < NUM_TOKEN_PRICES, rate, tier);
+		n++;
+	}
+
+	for (int i = 0; i < units.nunits; i++)
+	{
+		const UnitQuantity *unit = &units.units[i];
+		const UnitPrice *unit_price = find_unit_price(rate, unit->name);
+		CostBucket *bucket = &buckets[n];
+
+		bucket->name = unit->name;
+		bucket->quantity = unit->quantity;
+		/* The cached part of audio is a bucket of its own. */
+		if (unit->token_unit == UNIT_INPUT_AUDIO &&
+			units.tokens[UNIT_CACHE_READ_AUDIO] != NULL)
+			bucket->quantity = numeric_minus(bucket->quantity,
+											 units.tokens[UNIT_CACHE_READ_AUDIO]);
+		if (numeric_signum(bucket->quantity) == 0)
+			continue;
+		bucket->price = unit_price ? unit_price->price : NULL;
+		price_bucket(bucket, unit->token_unit >= 0, rate, tier);
+		n++;
+	}
+
+	/* An explanation adds up to the cost, so there must be something to add. */
+	if (n == 0)
+	{
+		CostBucket *bucket = &buckets[n++];
+
+		bucket->name.data = bucket_names[PRICE_REQUEST];
+		bucket->name.len = strlen(bucket_names[PRICE_REQUEST]);
+		bucket->quantity = quantity[PRICE_REQUEST];
+		bucket->price = NULL;
+		price_bucket(bucket, false, rate, tier);
+		bucket->amount = int64_to_numeric(0);
+		bucket->note = "no fee per request";
+	}
+
+	*nbuckets = n;
+	return buckets;
+}
+
+/*
+ * Cost of checked counts in numeric.  Returns false if a price is missing;
+ * then *missing names the buckets without one.  Allocates in the current
+ * memory context, intermediate results too.
+ */
+bool
+abp_cost_exact(const UsageCounts *counts, const Rate *rate,
+			   const Decimal *tier, ExactCost *cost, bool *free,
+			   char **missing)
+{
+	int			nbuckets;
+	CostBucket *buckets = abp_cost_buckets(counts, rate, tier, &nbuckets);
+	Numeric		usd = int64_to_numeric(0);
+	StringInfoData names;
+	bool		used = false;
+	bool		charged = false;
+
+	initStringInfo(&names);
+	for (int i = 0; i < nbuckets; i++)
+	{
+		const CostBucket *bucket = &buckets[i];
+
+		if (bucket->amount == NULL)
+		{
+			if (names.len > 0)
+				appendStringInfoString(&names, ", ");
+			appendBinaryStringInfo(&names, bucket->name.data, bucket->name.len);
+			continue;
+		}
+		usd = numeric_plus(usd, bucket->amount);
+		if (bucket->price != NULL)
+		{
+			used = true;
+			charged |= numeric_signum(bucket->price) > 0;
+		}
+	}
+
+	if (names.len > 0)
+	{
+		*missing = names.data;
+		return false;
+	}
+
+	cost->usd_numeric = numeric_trimmed(usd);
+	*free = used && !charged;
+	return true;
+}
+
+/*
+ * The cost that the provider reported, in USD; it may be negative.  NaN and
+ * infinity are errors.
+ */
+void
+abp_cost_reported(Numeric provider_cost, ExactCost *cost)
+{
+	if (numeric_is_nan(provider_cost) || numeric_is_inf(provider_cost))
+		ereport(ERROR,
+				(errcode(ERRCODE_NUMERIC_VALUE_OUT_OF_RANGE),
+				 errmsg("provider_cost must be a finite number, but is %s",
+						numeric_text(provider_cost))));
+
+	cost->usd_numeric = provider_cost;
+}
+
+/* --- the one rounding ----------------------------------------------------- */
+
+/*
+ * USD x 10^9, rounded once, half away from zero.  An error if it does not fit
+ * bigint.
+ */
+int64
+abp_cost_nanos(const ExactCost *cost)
+{
+	if (cost->usd_numeric == NULL)
+	{
+		int128		nanos = divide_rounded(cost->usd.digits,
+										   cost->usd.scale - NANOS_SCALE);
+
+		if (nanos <= PG_INT64_MAX)
+			return (int64) nanos;
+	}
+	else
+	{
+		Numeric		nanos;
+
+		nanos = numeric_times(cost->usd_numeric,
+							  int64_to_numeric(powers_of_ten[NANOS_SCALE]));
+		nanos = numeric_rounded(nanos, 0);
+		if (numeric_compare(nanos, int64_to_numeric(PG_INT64_MAX)) <= 0 &&
+			numeric_compare(nanos, int64_to_numeric(PG_INT64_MIN)) >= 0)
+			return DatumGetInt64(DirectFunctionCall1(numeric_int8,
+													 NumericGetDatum(nanos)));
+	}
+
+	ereport(ERROR,
+			(errcode(ERRCODE_NUMERIC_VALUE_OUT_OF_RANGE),
+			 errmsg("cost_nanos out of range for type bigint"),
+			 errdetail("The cost is %s USD.", numeric_text(abp_cost_usd(cost)))));
+	return 0;					/* keep compiler quiet */
+}
+
+/* The exact cost in USD, without trailing zeros; palloc'd. */
+Numeric
+abp_cost_usd(const ExactCost *cost)
+{
+	return cost->usd_numeric != NULL ?
+		numeric_trimmed(cost->usd_numeric) : abp_decimal_to_numeric(cost->usd);
+}
+
+/*
+ * The exact cost in cents, rounded once to 12 decimals, half away from zero,
+ * without trailing zeros; palloc'd.
+ */
+Numeric
+abp_cost_cents(const ExactCost *cost)
+{
+	if (cost->usd_numeric == NULL)
+	{
+		Decimal		cents = {cost->usd.digits, cost->usd.scale - CENTS_SCALE};
+
+		cents.digits = divide_rounded(cents.digits,
+									  cents.scale - CENTS_ROUNDED_SCALE);
+		cents.scale = Min(cents.scale, CENTS_ROUNDED_SCALE);
+		return abp_decimal_to_numeric(cents);
+	}
+	return numeric_trimmed(numeric_rounded(abp_cost_cents_exact(cost),
+										   CENTS_ROUNDED_SCALE));
+}
+
+/* The exact cost in cents, not rounded, without trailing zeros; palloc'd. */
+Numeric
+abp_cost_cents_exact(const ExactCost *cost)
+{
+	return numeric_trimmed(numeric_times(abp_cost_usd(cost),
+										 int64_to_numeric(powers_of_ten[CENTS_SCALE])));
+}
+
+/* How many of a unit's decimals make one USD: 10^result, or an error. */
+static int
+unit_scale(TextView unit)
+{
+	static const struct
+	{
+		const char *name;
+		int			scale;
+	}			scales[] = {
+		{"base", 0},
+		{"cents", CENTS_SCALE},
+		{"micros", 6},
+		{"nanos", NANOS_SCALE}
+	};
+
+	for (int i = 0; i < lengthof(scales); i++)
+	{
+		if (strlen(scales[i].name) == unit.len &&
+			memcmp(scales[i].name, unit.data, unit.len) == 0)
+			return scales[i].scale;
+	}
+
+	ereport(ERROR,
+			(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+			 errmsg("unknown unit of cost \"%.*s\"", unit.len, unit.data),
+			 errhint("Units are base, cents, micros and nanos.")));
+	return 0;					/* keep compiler quiet */
+}
+
+/*
+ * An amount of money from one unit to another, exact: never rounded, however
+ * many decimals that takes.  NaN and infinity are errors.
+ */
+Numeric
+abp_cost_convert(Numeric amount, TextView from, TextView to)
+{
+	int			shift = unit_scale(to) - unit_scale(from);
+	Decimal		factor = {1, 0};
+
+	if (numeric_is_nan(amount) || numeric_is_inf(amount))
+		ereport(ERROR,
+				(errcode(ERRCODE_NUMERIC_VALUE_OUT_OF_RANGE),
+				 errmsg("amount must be a finite number, but is %s",
+						numeric_text(amount))));
+
+	if (shift >= 0)
+		factor.digits = powers_of_ten[shift];
+	else
+		factor.scale = -shift;
+
+	return numeric_trimmed(numeric_times(amount,
+										 abp_decimal_to_numeric(factor)));
+}

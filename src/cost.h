@@ -57,4 +57,92 @@ typedef enum CostStatus
 	COST_INCOMPLETE
 } CostStatus;
 
+/*
+ * The prices that have a column of their own.  Those up to PRICE_REASONING
+ * are quoted per million tokens, the others each.
+ */
+typedef enum PriceKind
+{
+	PRICE_INPUT,
+	PRICE_CACHE_READ,
+	PRICE_CACHE_WRITE,
+	PRICE_CACHE_WRITE_1H,
+	PRICE_OUTPUT,
+	PRICE_REASONING,
+	PRICE_REQUEST,
+	PRICE_WEB_SEARCH
+} PriceKind;
+
+#define NUM_TOKEN_PRICES (PRICE_REASONING + 1)
+#define NUM_PRICES (PRICE_WEB_SEARCH + 1)
+
+/* Decimals of a price: numeric(18,9) times 10^9 is an int64. */
+#define PRICE_SCALE 9
+
+/* An exact decimal: digits / 10^scale. */
+typedef struct Decimal
+{
+	int128		digits;
+	int			scale;
+} Decimal;
+
+/* The price of a key of units: per million if it counts tokens, else each. */
+typedef struct UnitPrice
+{
+	TextView	name;
+	Numeric		price;			/* USD */
+} UnitPrice;
+
+/*
+ * All prices that apply to one request, fallbacks already followed.  The
+ * factor is (1 - discount) x multiplier.
+ */
+typedef struct Rate
+{
+	int64		context_above;	/* of the context tier in force */
+	int64		price[NUM_PRICES];	/* USD x 10^9 */
+	bool		known[NUM_PRICES];	/* false: no price, which is not 0 */
+	Decimal		factor;
+	int			nunits;
+	UnitPrice  *units;
+} Rate;
+
+/* An exact amount in USD: usd_numeric if that is set, else usd. */
+typedef struct ExactCost
+{
+	Decimal		usd;
+	Numeric		usd_numeric;
+} ExactCost;
+
+/* One line of an explanation: quantity x price / per x factor = amount. */
+typedef struct CostBucket
+{
+	TextView	name;
+	Numeric		quantity;
+	Numeric		price;			/* USD per "per"; NULL: there is none */
+	int64		per;			/* 1000000 for tokens, else 1 */
+	Numeric		factor;
+	Numeric		amount;			/* exact USD; NULL if there is no price */
+	const char *note;			/* or NULL */
+} CostBucket;
+
+extern void abp_cost_check(const UsageCounts *counts);
+extern bool abp_cost_counted(const UsageCounts *counts);
+extern bool abp_cost_fast(const UsageCounts *counts, const Rate *rate,
+						  const Decimal *tier, ExactCost *cost, bool *free);
+extern bool abp_cost_exact(const UsageCounts *counts, const Rate *rate,
+						   const Decimal *tier, ExactCost *cost, bool *free,
+						   char **missing);
+extern CostBucket *abp_cost_buckets(const UsageCounts *counts,
+									const Rate *rate, const Decimal *tier,
+									int *nbuckets);
+extern void abp_cost_reported(Numeric provider_cost, ExactCost *cost);
+extern Decimal abp_decimal_multiply(Decimal a, Decimal b);
+extern Numeric abp_decimal_to_numeric(Decimal value);
+extern int64 abp_cost_nanos(const ExactCost *cost);
+extern Numeric abp_cost_usd(const ExactCost *cost);
+extern Numeric abp_cost_cents(const ExactCost *cost);
+extern Numeric abp_cost_cents_exact(const ExactCost *cost);
+extern Numeric abp_cost_convert(Numeric amount, TextView from, TextView to);
+
 #endif							/* ABP_COST_H */

@@ -7,9 +7,404 @@
  */
 #include "postgres.h"
 
+#include "access/htup_details.h"
+#include "catalog/pg_type.h"
+#include "commands/trigger.h"
+#include "executor/spi.h"
 #include "fmgr.h"
+#include "funcapi.h"
+#include "miscadmin.h"
+#include "utils/builtins.h"
+#include "utils/date.h"
+#include "utils/inval.h"
+#include "utils/lsyscache.h"
+#include "utils/rel.h"
+#include "utils/timestamp.h"
+
+#include "compat.h"
+#include "polar.h"
+#include "price.h"
 
 /* --- cost ---------------------------------------------------------------- */
+
+PG_FUNCTION_INFO_V1(abp_sql_price_changed);
+PG_FUNCTION_INFO_V1(abp_sql_cost_nanos);
+PG_FUNCTION_INFO_V1(abp_sql_cost_cents);
+PG_FUNCTION_INFO_V1(abp_sql_polar_cost);
+PG_FUNCTION_INFO_V1(abp_sql_cost);
+PG_FUNCTION_INFO_V1(abp_sql_explain_cost);
+PG_FUNCTION_INFO_V1(abp_sql_explain_usage_cost);
+PG_FUNCTION_INFO_V1(abp_sql_convert_cost);
+
+/* Arguments of the cost family, in order. */
+enum
+{
+	COST_ARG_PROVIDER,
+	COST_ARG_MODEL,
+	COST_ARG_INPUT,
+	COST_ARG_OUTPUT,
+	COST_ARG_CACHE_READ,
+	COST_ARG_CACHE_WRITE,
+	COST_ARG_CACHE_WRITE_1H,
+	COST_ARG_REASONING,
+	COST_ARG_REQUEST,
+	COST_ARG_WEB_SEARCH,
+	COST_ARG_UNITS,
+	COST_ARG_SERVICE_TIER,
+	COST_ARG_AT
+};
+
+/* Columns that aibilling.explain_cost returns. */
+#define EXPLAIN_COLUMNS 15
+
+static TextView
+text_argument(FunctionCallInfo fcinfo, int n)
+{
+	TextView	view = {NULL, 0};
+
+	if (!PG_ARGISNULL(n))
+	{
+		text	   *value = PG_GETARG_TEXT_PP(n);
+
+		view.data = VARDATA_ANY(value);
+		view.len = VARSIZE_ANY_EXHDR(value);
+	}
+	return view;
+}
+
+/*
+ * The request that the arguments of a function of the cost family describe.
+ * It points into *counts and the arguments.
+ */
+static void
+get_cost_arguments(FunctionCallInfo fcinfo, PriceRequest *request,
+				   UsageCounts *counts)
+{
+	static const uint8 count_args[NUM_USAGE_COUNTS] = {
+		[COUNT_INPUT] = COST_ARG_INPUT,
+		[COUNT_CACHE_READ] = COST_ARG_CACHE_READ,
+		[COUNT_CACHE_WRITE] = COST_ARG_CACHE_WRITE,
+		[COUNT_CACHE_WRITE_1H] = COST_ARG_CACHE_WRITE_1H,
+		[COUNT_OUTPUT] = COST_ARG_OUTPUT,
+		[COUNT_REASONING] = COST_ARG_REASONING,
+		[COUNT_REQUEST] = COST_ARG_REQUEST,
+		[COUNT_WEB_SEARCH] = COST_ARG_WEB_SEARCH
+	};
+
+	for (int i = 0; i < NUM_USAGE_COUNTS; i++)
+	{
+		int			n = count_args[i];
+
+		counts->given[i] = !PG_ARGISNULL(n);
+		counts->value[i] = counts->given[i] ? PG_GETARG_INT64(n) : 0;
+	}
+	counts->units = PG_ARGISNULL(COST_ARG_UNITS) ? NULL :
+		PG_GETARG_JSONB_P(COST_ARG_UNITS);
+
+	request->provider = text_argument(fcinfo, COST_ARG_PROVIDER);
+	request->model = text_argument(fcinfo, COST_ARG_MODEL);
+	request->service_tier = text_argument(fcinfo, COST_ARG_SERVICE_TIER);
+	request->at = PG_ARGISNULL(COST_ARG_AT) ?
+		GetCurrentTransactionStartTimestamp() :
+		PG_GETARG_TIMESTAMPTZ(COST_ARG_AT);
+	request->counts = counts;
+	request->provider_cost = NULL;
+}
+
+/* Price the arguments.  Returns false if the cost is not known. */
+static bool
+price_arguments(FunctionCallInfo fcinfo, ExactCost *cost, CostStatus *status)
+{
+	PriceRequest request;
+	UsageCounts counts;
+
+	get_cost_arguments(fcinfo, &request, &counts);
+	*status = abp_price_cost(&request, cost, NULL);
+	return *status != COST_UNPRICED && *status != COST_INCOMPLETE;
+}
+
+/*
+ * Trigger of the tables that prices are read from: whoever has cached them
+ * reads them again, we ourselves from the next command on.
+ */
+Datum
+abp_sql_price_changed(PG_FUNCTION_ARGS)
+{
+	TriggerData *trigdata = (TriggerData *) fcinfo->context;
+
+	if (!CALLED_AS_TRIGGER(fcinfo))
+		ereport(ERROR,
+				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
+				 errmsg("function \"%s\" must be called as a trigger",
+						"aibilling.price_changed")));
+
+	CacheInvalidateRelcache(trigdata->tg_relation);
+	return PointerGetDatum(NULL);
+}
+
+Datum
+abp_sql_cost_nanos(PG_FUNCTION_ARGS)
+{
+	ExactCost	cost;
+	CostStatus	status;
+
+	if (!price_arguments(fcinfo, &cost, &status))
+		PG_RETURN_NULL();
+	PG_RETURN_INT64(abp_cost_nanos(&cost));
+}
+
+Datum
+abp_sql_cost_cents(PG_FUNCTION_ARGS)
+{
+	ExactCost	cost;
+	CostStatus	status;
+
+	if (!price_arguments(fcinfo, &cost, &status))
+		PG_RETURN_NULL();
+	PG_RETURN_NUMERIC(abp_cost_cents(&cost));
+}
+
+/*
+ * The amount is made from the exact cost where it has more than 15
+ * significant digits, so that it is rounded only once.  Below 1000 cents, 12
+ * decimals cannot make that many.
+ */
+Datum
+abp_sql_polar_cost(PG_FUNCTION_ARGS)
+{
+	ExactCost	cost;
+	CostStatus	status;
+	Numeric		cents;
+	Datum		thousand = NumericGetDatum(int64_to_numeric(1000));
+	char	   *json;
+
+	if (!price_arguments(fcinfo, &cost, &status))
+		PG_RETURN_NULL();
+
+	cents = abp_cost_cents(&cost);
+	if (DatumGetBool(DirectFunctionCall2(numeric_ge, NumericGetDatum(cents),
+										 thousand)))
+		cents = abp_cost_cents_exact(&cost);
+
+	json = psprintf("{\"amount\": \"%s\", \"currency\": \"usd\"}",
+					abp_polar_amount(cents));
+	PG_RETURN_DATUM(DirectFunctionCall1(jsonb_in, CStringGetDatum(json)));
+}
+
+Datum
+abp_sql_cost(PG_FUNCTION_ARGS)
+{
+	TupleDesc	tupdesc = fcinfo->flinfo->fn_extra;
+	ExactCost	cost;
+	CostStatus	status;
+	Datum		values[4];
+	bool		nulls[4] = {true, true, true, false};
+
+	if (tupdesc == NULL)
+	{
+		MemoryContext oldcontext = MemoryContextSwitchTo(fcinfo->flinfo->fn_mcxt);
+
+		if (get_call_result_type(fcinfo, NULL, &tupdesc) != TYPEFUNC_COMPOSITE)
+			elog(ERROR, "return type must be a row type");
+		tupdesc = BlessTupleDesc(tupdesc);
+		fcinfo->flinfo->fn_extra = tupdesc;
+		MemoryContextSwitchTo(oldcontext);
+	}
+
+	if (price_arguments(fcinfo, &cost, &status))
+	{
+		values[0] = NumericGetDatum(abp_cost_usd(&cost));
+		values[1] = Int64GetDatum(abp_cost_nanos(&cost));
+		values[2] = NumericGetDatum(abp_cost_cents(&cost));
+		nulls[0] = nulls[1] = nulls[2] = false;
+	}
+	values[3] = CStringGetTextDatum(abp_cost_status_name(status));
+
+	PG_RETURN_DATUM(HeapTupleGetDatum(heap_form_tuple(tupdesc, values, nulls)));
+}
+
+static Datum
+text_view_value(TextView view, bool *isnull)
+{
+	*isnull = view.data == NULL;
+	return *isnull ? (Datum) 0 :
+		PointerGetDatum(cstring_to_text_with_len(view.data, view.len));
+}
+
+static Datum
+numeric_value(Numeric value, bool *isnull)
+{
+	*isnull = value == NULL;
+	return *isnull ? (Datum) 0 : NumericGetDatum(value);
+}
+
+/* Put the explanation of a request into a function's result set. */
+static void
+put_explanation(ReturnSetInfo *rsinfo, const PriceRequest *request)
+{
+	PriceExplanation explanation;
+
+	abp_price_explain(request, &explanation);
+	for (int i = 0; i < explanation.nbuckets; i++)
+	{
+		const CostBucket *bucket = &explanation.buckets[i];
+		const char *note = bucket->note;
+		Datum		values[EXPLAIN_COLUMNS] = {0};
+		bool		nulls[EXPLAIN_COLUMNS];
+		bool		has_card = explanation.provider.data != NULL;
+
+		CHECK_FOR_INTERRUPTS();
+
+		memset(nulls, true, sizeof(nulls));
+		values[0] = text_view_value(bucket->name, &nulls[0]);
+		values[1] = numeric_value(bucket->quantity, &nulls[1]);
+		values[2] = numeric_value(bucket->price, &nulls[2]);
+		values[3] = Int64GetDatum(bucket->per);
+		nulls[3] = false;
+		values[4] = numeric_value(bucket->factor, &nulls[4]);
+		values[5] = numeric_value(bucket->amount, &nulls[5]);
+		if (has_card)
+		{
+			values[6] = text_view_value(explanation.provider, &nulls[6]);
+			values[7] = text_view_value(explanation.model, &nulls[7]);
+			values[8] = text_view_value(explanation.service_tier, &nulls[8]);
+			values[9] = Int64GetDatum(explanation.context_above);
+			nulls[9] = false;
+			values[10] = text_view_value(explanation.source, &nulls[10]);
+			values[11] = TimestampTzGetDatum(explanation.valid_from);
+			nulls[11] = false;
+			nulls[12] = nulls[13] = !explanation.has_window;
+			if (explanation.has_window)
+			{
+				values[12] = TimeADTGetDatum(explanation.daily_from);
+				values[13] = TimeADTGetDatum(explanation.daily_to);
+			}
+		}
+		if (note == NULL && bucket->amount == NULL)
+			note = has_card && bucket->price == NULL ? "no price" :
+				explanation.missing;
+		if (note != NULL)
+		{
+			values[14] = CStringGetTextDatum(note);
+			nulls[14] = false;
+		}
+		tuplestore_putvalues(rsinfo->setResult, rsinfo->setDesc, values, nulls);
+	}
+}
+
+Datum
+abp_sql_explain_cost(PG_FUNCTION_ARGS)
+{
+	PriceRequest request;
+	UsageCounts counts;
+
+	InitMaterializedSRF(fcinfo, 0);
+	get_cost_arguments(fcinfo, &request, &counts);
+	put_explanation((ReturnSetInfo *) fcinfo->resultinfo, &request);
+	return (Datum) 0;
+}
+
+/*
+ * Explain the cost of a stored row, read with the caller's rights.  The casts
+ * make sure of the types behind the Datums, whatever table was named.
+ */
+Datum
+abp_sql_explain_usage_cost(PG_FUNCTION_ARGS)
+{
+	Oid			relid = PG_GETARG_OID(0);
+	Datum		id = PG_GETARG_DATUM(1);
+	Oid			id_type = INT8OID;
+	char	   *name = get_rel_name(relid);
+	char	   *qualified_name;
+
+	InitMaterializedSRF(fcinfo, 0);
+
+	if (name == NULL)
+		ereport(ERROR,
+				(errcode(ERRCODE_UNDEFINED_TABLE),
+				 errmsg("relation with OID %u does not exist", relid)));
+	qualified_name =
+		quote_qualified_identifier(get_namespace_name(get_rel_namespace(relid)),
+								   name);
+
+	if (SPI_connect() != SPI_OK_CONNECT)
+		elog(ERROR, "SPI_connect failed");
+	if (SPI_execute_with_args(psprintf("SELECT provider::pg_catalog.text,"
+									   " model::pg_catalog.text,"
+									   " service_tier::pg_catalog.text,"
+									   " occurred_at::pg_catalog.timestamptz,"
+									   " units::pg_catalog.jsonb,"
+									   " provider_cost::pg_catalog.numeric,"
+									   " input_tokens::pg_catalog.int8,"
+									   " cache_read_tokens::pg_catalog.int8,"
+									   " cache_write_tokens::pg_catalog.int8,"
+									   " cache_write_1h_tokens::pg_catalog.int8,"
+									   " output_tokens::pg_catalog.int8,"
+									   " reasoning_tokens::pg_catalog.int8,"
+									   " request_count::pg_catalog.int8,"
+									   " web_search_count::pg_catalog.int8"
+									   " FROM %s"
+									   " WHERE id OPERATOR(pg_catalog.=) $1",
+									   qualified_name),
+							  1, &id_type, &id, NULL, true, 0) != SPI_OK_SELECT)
+		elog(ERROR, "SPI_execute_with_args failed");
+	if (SPI_processed == 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_NO_DATA_FOUND),
+				 errmsg("there is no row with id " INT64_FORMAT " in \"%s\"",
+						DatumGetInt64(id), name)));
+
+	for (uint64 row = 0; row < SPI_processed; row++)
+	{
+		TupleDesc	tupdesc = SPI_tuptable->tupdesc;
+		HeapTuple	tuple = SPI_tuptable->vals[row];
+		PriceRequest request = {0};
+		UsageCounts counts = {0};
+		TextView   *texts[3] = {
+			&request.provider, &request.model, &request.service_tier
+		};
+		Datum		datum;
+		bool		isnull;
+
+		for (int i = 0; i < 3; i++)
+		{
+			datum = SPI_getbinval(tuple, tupdesc, 1 + i, &isnull);
+			if (!isnull)
+			{
+				text	   *value = DatumGetTextPP(datum);
+
+				texts[i]->data = VARDATA_ANY(value);
+				texts[i]->len = VARSIZE_ANY_EXHDR(value);
+			}
+		}
+		datum = SPI_getbinval(tuple, tupdesc, 4, &isnull);
+		request.at = isnull ? GetCurrentTransactionStartTimestamp() :
+			DatumGetTimestampTz(datum);
+		datum = SPI_getbinval(tuple, tupdesc, 5, &isnull);
+		counts.units = isnull ? NULL : DatumGetJsonbP(datum);
+		datum = SPI_getbinval(tuple, tupdesc, 6, &isnull);
+		request.provider_cost = isnull ? NULL : DatumGetNumeric(datum);
+		for (int i = 0; i < NUM_USAGE_COUNTS; i++)
+		{
+			datum = SPI_getbinval(tuple, tupdesc, 7 + i, &isnull);
+			counts.given[i] = !isnull;
+			counts.value[i] = isnull ? 0 : DatumGetInt64(datum);
+		}
+		request.counts = &counts;
+		put_explanation((ReturnSetInfo *) fcinfo->resultinfo, &request);
+	}
+	SPI_finish();
+
+	return (Datum) 0;
+}
+
+Datum
+abp_sql_convert_cost(PG_FUNCTION_ARGS)
+{
+	PG_RETURN_NUMERIC(abp_cost_convert(PG_GETARG_NUMERIC(0),
+									   text_argument(fcinfo, 1),
+									   text_argument(fcinfo, 2)));
+}
 
 
 /* --- usage objects ------------------------------------------------------- */

@@ -1,3 +1,1369 @@
+/*-------------------------------------------------------------------------
+ *
+ * price.c
+ *	  The price table, as cards in force at a time.
+ *
+ * Each backend keeps what it has read in a hash table keyed by the bytes of
+ * (provider, model): the model that these name, with all of its cards, the
+ * fallbacks between their rows already followed.  Pricing a row is one probe,
+ * or none if the last row named the same model.
+ *
+ * Every table read here has triggers that send a relcache invalidation when
+ * it changes.  Those messages are transactional: others get them at commit,
+ * we get ours at the end of the command and again if it is rolled back.  The
+ * callback only sets a flag, as an invalidation can arrive while we read; the
+ * next lookup empties the cache.
+ *
+ *-------------------------------------------------------------------------
+ */
 #include "postgres.h"
 
+#include "access/parallel.h"
+#include "access/xact.h"
+#include "catalog/namespace.h"
+#include "catalog/pg_class.h"
+#include "catalog/pg_type.h"
+#include "common/hashfn.h"
+#include "executor/spi.h"
+#include "mb/pg_wchar.h"
+#include "miscadmin.h"
+#include "utils/builtins.h"
+#include "utils/inval.h"
+#include "utils/lsyscache.h"
+#include "utils/memutils.h"
+#include "utils/snapmgr.h"
+#include "utils/syscache.h"
+#include "utils/timestamp.h"
+
+#include "compat.h"
 #include "price.h"
+
+/* The prices of one daily window of a card, or of the whole day. */
+typedef struct PriceWindow
+{
+	bool		all_day;
+	TimeADT		from;			/* inclusive, UTC */
+	TimeADT		to;				/* exclusive; before from: past midnight */
+	int			nrates;
+	Rate	   *rates;			/* by context_above, ascending; first is 0 */
+} PriceWindow;
+
+/* All rows of one (provider, model, service_tier, source, valid_from). */
+typedef struct PriceCard
+{
+	TextView	source;
+	TimestampTz valid_from;
+	int			nwindows;
+	PriceWindow *windows;		/* shortest first, the whole day last */
+} PriceCard;
+
+typedef struct PriceTier
+{
+	TextView	name;
+	int			ncards;
+	PriceCard  *cards;			/* by source, best first; then newest first */
+} PriceTier;
+
+/* A service tier's share of the standard price. */
+typedef struct TierRule
+{
+	TextView	name;
+	bool		has_multiplier;
+	Decimal		multiplier;
+} TierRule;
+
+typedef struct PriceModel
+{
+	MemoryContext context;		/* holds all of this */
+	TextView	provider;		/* as the cards spell them */
+	TextView	model;
+	int			ntiers;
+	PriceTier  *tiers;
+	int			nrules;
+	TierRule   *rules;			/* the first of a name holds */
+} PriceModel;
+
+/* The bytes that name a model in a usage row. */
+typedef struct ModelKey
+{
+	TextView	provider;
+	TextView	model;
+} ModelKey;
+
+typedef struct ModelEntry
+{
+	ModelKey	key;			/* in the model's context */
+	uint32		hash;
+	PriceModel *model;
+	char		status;			/* for simplehash */
+} ModelEntry;
+
+static inline bool
+text_view_equal(TextView a, TextView b)
+{
+	return a.len == b.len && memcmp(a.data, b.data, a.len) == 0;
+}
+
+static inline bool
+model_key_equal(ModelKey a, ModelKey b)
+{
+	return text_view_equal(a.model, b.model) &&
+		text_view_equal(a.provider, b.provider);
+}
+
+static inline uint32
+model_key_hash(ModelKey key)
+{
+	return hash_combine(hash_bytes((const unsigned char *) key.provider.data,
+								   key.provider.len),
+						hash_bytes((const unsigned char *) key.model.data,
+								   key.model.len));
+}
+
+#define SH_PREFIX modelhash
+#define SH_ELEMENT_TYPE ModelEntry
+#define SH_KEY_TYPE ModelKey
+#define SH_KEY key
+#define SH_HASH_KEY(tb, key) model_key_hash(key)
+#define SH_EQUAL(tb, a, b) model_key_equal(a, b)
+#define SH_STORE_HASH
+#define SH_GET_HASH(tb, a) (a)->hash
+#define SH_SCOPE static inline
+#define SH_DECLARE
+#define SH_DEFINE
+#include "lib/simplehash.h"
+
+/* Names come from applications: do not let wrong ones fill the memory. */
+#define MAX_CACHED_MODELS 10000
+
+/* The tables whose change empties the cache. */
+static const char *const price_tables[] = {
+	"price",
+	"price_source",
+	"service_tier_rule",
+	"model_alias"
+};
+
+static MemoryContext cache_context = NULL;
+static modelhash_hash *models = NULL;
+static ModelKey last_key;		/* the last hit, if last_model is set */
+static PriceModel *last_model = NULL;
+
+static bool cache_stale = true;
+static bool cache_until_xact_end = false;
+static int	loads_running = 0;
+static Oid	price_table_oids[lengthof(price_tables)];
+
+/* Intermediate results of numeric arithmetic; reset after each row. */
+static MemoryContext work_context = NULL;
+
+static SPIPlanPtr price_plan = NULL;
+static SPIPlanPtr alias_plan = NULL;
+static SPIPlanPtr rule_plan = NULL;
+
+#define PRICE_QUERY \
+	"SELECT p.service_tier, p.source, p.valid_from, p.daily_from, p.daily_to," \
+	" p.context_above, p.units," \
+	" pg_catalog.int8(p.discount OPERATOR(pg_catalog.*) 1000000000)," \
+	" pg_catalog.int8(p.multiplier OPERATOR(pg_catalog.*) 1000000000)," \
+	" pg_catalog.int8(p.input OPERATOR(pg_catalog.*) 1000000000)," \
+	" pg_catalog.int8(p.cache_read OPERATOR(pg_catalog.*) 1000000000)," \
+	" pg_catalog.int8(p.cache_write OPERATOR(pg_catalog.*) 1000000000)," \
+	" pg_catalog.int8(p.cache_write_1h OPERATOR(pg_catalog.*) 1000000000)," \
+	" pg_catalog.int8(p.output OPERATOR(pg_catalog.*) 1000000000)," \
+	" pg_catalog.int8(p.reasoning OPERATOR(pg_catalog.*) 1000000000)," \
+	" pg_catalog.int8(p.request OPERATOR(pg_catalog.*) 1000000000)," \
+	" pg_catalog.int8(p.web_search OPERATOR(pg_catalog.*) 1000000000)" \
+	" FROM aibilling.price p LEFT JOIN aibilling.price_source s" \
+	" ON s.source OPERATOR(pg_catalog.=) p.source" \
+	" WHERE p.provider OPERATOR(pg_catalog.=) $1" \
+	" AND p.model OPERATOR(pg_catalog.=) $2" \
+	" ORDER BY p.service_tier, p.source OPERATOR(pg_catalog.=) 'user' DESC," \
+	" s.priority NULLS LAST, p.source, p.valid_from DESC," \
+	" p.daily_from NULLS LAST, p.daily_to, p.context_above"
+
+/* Columns of PRICE_QUERY, from 1. */
+enum
+{
+	COLUMN_SERVICE_TIER = 1,
+	COLUMN_SOURCE,
+	COLUMN_VALID_FROM,
+	COLUMN_DAILY_FROM,
+	COLUMN_DAILY_TO,
+	COLUMN_CONTEXT_ABOVE,
+	COLUMN_UNITS,
+	COLUMN_DISCOUNT,
+	COLUMN_MULTIPLIER,
+	COLUMN_PRICES				/* NUM_PRICES of them, by PriceKind */
+};
+
+/*
+ * Aliases that may match, best first within a step: exact ones by provider
+ * and source, globs by priority first.  (Which globs match, and their literal
+ * length, is for C to say.)
+ */
+#define ALIAS_QUERY \
+	"SELECT a.kind OPERATOR(pg_catalog.=) 'glob', a.pattern, a.to_provider," \
+	" a.to_model, a.priority" \
+	" FROM aibilling.model_alias a LEFT JOIN aibilling.price_source s" \
+	" ON s.source OPERATOR(pg_catalog.=) a.source" \
+	" WHERE (a.provider OPERATOR(pg_catalog.=) $1" \
+	" OR a.provider OPERATOR(pg_catalog.=) '*')" \
+	" AND (a.kind OPERATOR(pg_catalog.=) 'glob'" \
+	" OR a.pattern OPERATOR(pg_catalog.=) $2" \
+	" OR a.pattern OPERATOR(pg_catalog.=) $3)" \
+	" ORDER BY a.priority DESC, a.provider OPERATOR(pg_catalog.=) '*'," \
+	" a.source OPERATOR(pg_catalog.=) 'user' DESC, s.priority NULLS LAST," \
+	" a.source, a.pattern"
+
+#define RULE_QUERY \
+	"SELECT r.service_tier, pg_catalog.int8(r.multiplier" \
+	" OPERATOR(pg_catalog.*) 1000000000)" \
+	" FROM aibilling.service_tier_rule r" \
+	" WHERE r.provider OPERATOR(pg_catalog.=) $1" \
+	" OR r.provider OPERATOR(pg_catalog.=) $2" \
+	" OR r.provider OPERATOR(pg_catalog.=) '*'" \
+	" ORDER BY r.provider OPERATOR(pg_catalog.=) $1 DESC," \
+	" r.provider OPERATOR(pg_catalog.=) '*', r.shipped"
+
+/* --- when the cache ends -------------------------------------------------- */
+
+static void
+price_relcache_callback(Datum arg, Oid relid)
+{
+	for (int i = 0; i < lengthof(price_table_oids); i++)
+	{
+		if (relid == InvalidOid || price_table_oids[i] == InvalidOid ||
+			price_table_oids[i] == relid)
+			cache_stale = true;
+	}
+}
+
+static void
+price_xact_callback(XactEvent event, void *arg)
+{
+	switch (event)
+	{
+		case XACT_EVENT_COMMIT:
+		case XACT_EVENT_PARALLEL_COMMIT:
+		case XACT_EVENT_ABORT:
+		case XACT_EVENT_PARALLEL_ABORT:
+		case XACT_EVENT_PREPARE:
+			if (cache_until_xact_end)
+				cache_stale = true;
+			cache_until_xact_end = false;
+			loads_running = 0;
+			break;
+		default:
+			break;
+	}
+}
+
+/*
+ * Get ready to price: once per backend, any time before the first call of
+ * another function here (which else do it themselves).
+ */
+void
+abp_price_init(void)
+{
+	static bool done = false;
+
+	if (done)
+		return;
+
+	cache_context = AllocSetContextCreate(TopMemoryContext,
+										  "aibilling_polar prices",
+										  ALLOCSET_DEFAULT_SIZES);
+	work_context = AllocSetContextCreate(TopMemoryContext,
+										 "aibilling_polar price arithmetic",
+										 ALLOCSET_SMALL_SIZES);
+	CacheRegisterRelcacheCallback(price_relcache_callback, (Datum) 0);
+	RegisterXactCallback(price_xact_callback, NULL);
+	done = true;
+}
+
+/*
+ * Empty the cache.  The tables' OIDs are looked up anew, as the extension may
+ * have been dropped and created again; dropping it invalidated the old ones.
+ */
+static void
+reset_cache(void)
+{
+	Oid			schema;
+
+	last_model = NULL;
+	MemoryContextReset(cache_context);
+	models = modelhash_create(cache_context, 64, NULL);
+
+	/* Every message counts while we do not know whom to listen to. */
+	for (int i = 0; i < lengthof(price_tables); i++)
+		price_table_oids[i] = InvalidOid;
+	cache_stale = false;
+
+	schema = get_namespace_oid("aibilling", true);
+	if (!OidIsValid(schema))
+		return;
+	for (int i = lengthof(price_tables) - 1; i >= 0; i--)
+		price_table_oids[i] = get_relname_relid(price_tables[i], schema);
+}
+
+/* --- reading the tables --------------------------------------------------- */
+
+static TextView
+copy_text_view(MemoryContext context, TextView text)
+{
+	TextView	copy;
+	char	   *data = MemoryContextAlloc(context, text.len + 1);
+
+	memcpy(data, text.data, text.len);
+	data[text.len] = '\0';
+	copy.data = data;
+	copy.len = text.len;
+	return copy;
+}
+
+static TextView
+datum_text_view(Datum datum)
+{
+	TextView	view;
+	text	   *value = DatumGetTextPP(datum);
+
+	view.data = VARDATA_ANY(value);
+	view.len = VARSIZE_ANY_EXHDR(value);
+	return view;
+}
+
+static Datum
+text_view_datum(TextView view)
+{
+	return PointerGetDatum(cstring_to_text_with_len(view.data, view.len));
+}
+
+static void
+run_plan(SPIPlanPtr *plan, const char *query, int nargs, TextView *args,
+		 Snapshot snapshot)
+{
+	Oid			types[3] = {TEXTOID, TEXTOID, TEXTOID};
+	Datum		values[3];
+	int			result;
+
+	Assert(nargs <= lengthof(types));
+	if (*plan == NULL)
+	{
+		SPIPlanPtr	prepared = SPI_prepare(query, nargs, types);
+
+		if (prepared == NULL)
+			elog(ERROR, "SPI_prepare failed: %s", SPI_result_code_string(SPI_result));
+		SPI_keepplan(prepared);
+		*plan = prepared;
+	}
+
+	for (int i = 0; i < nargs; i++)
+		values[i] = text_view_datum(args[i]);
+
+	result = SPI_execute_snapshot(*plan, values, NULL, snapshot,
+								  InvalidSnapshot, true, false, 0);
+	if (result != SPI_OK_SELECT)
+		elog(ERROR, "SPI_execute_snapshot failed: %s",
+			 SPI_result_code_string(result));
+}
+
+/* The column of the current SPI result, or 0 and *isnull. */
+static Datum
+result_value(uint64 row, int column, bool *isnull)
+{
+	return SPI_getbinval(SPI_tuptable->vals[row], SPI_tuptable->tupdesc,
+						 column, isnull);
+}
+
+/* Like result_value, of a text column that is not null. */
+static TextView
+result_text(uint64 row, int column)
+{
+	bool		isnull;
+	Datum		datum = result_value(row, column, &isnull);
+
+	if (isnull)
+		elog(ERROR, "unexpected null in column %d of a price query", column);
+	return datum_text_view(datum);
+}
+
+/*
+ * Take over prices that the row knows and the rate does not yet, called in
+ * the order of fallback.  Units fall back one by one.
+ */
+static void
+merge_row(MemoryContext context, Rate *rate, uint64 row,
+		  bool *has_discount, int64 *discount,
+		  bool *has_multiplier, int64 *multiplier)
+{
+	Datum		datum;
+	bool		isnull;
+
+	for (int i = 0; i < NUM_PRICES; i++)
+	{
+		if (rate->known[i])
+			continue;
+		datum = result_value(row, COLUMN_PRICES + i, &isnull);
+		if (!isnull)
+		{
+			rate->known[i] = true;
+			rate->price[i] = DatumGetInt64(datum);
+		}
+	}
+
+	datum = result_value(row, COLUMN_DISCOUNT, &isnull);
+	if (!isnull && !*has_discount)
+	{
+		*has_discount = true;
+		*discount = DatumGetInt64(datum);
+	}
+	datum = result_value(row, COLUMN_MULTIPLIER, &isnull);
+	if (!isnull && !*has_multiplier)
+	{
+		*has_multiplier = true;
+		*multiplier = DatumGetInt64(datum);
+	}
+
+	datum = result_value(row, COLUMN_UNITS, &isnull);
+	if (!isnull)
+	{
+		Jsonb	   *units = DatumGetJsonbP(datum);
+		JsonbIterator *it = JsonbIteratorInit(&units->root);
+		JsonbIteratorToken token;
+		JsonbValue	v;
+		int			inherited = rate->nunits;
+		int			room = rate->nunits + JB_ROOT_COUNT(units);
+
+		if (room == 0)
+			return;
+		if (rate->units == NULL)
+			rate->units = MemoryContextAlloc(context, room * sizeof(UnitPrice));
+		else
+			rate->units = repalloc(rate->units, room * sizeof(UnitPrice));
+
+		while ((token = JsonbIteratorNext(&it, &v, true)) != WJB_DONE)
+		{
+			TextView	name;
+			bool		known = false;
+
+			if (token != WJB_KEY)
+				continue;
+			name.data = v.val.string.val;
+			name.len = v.val.string.len;
+			(void) JsonbIteratorNext(&it, &v, true);
+
+			for (int i = 0; i < inherited && !known; i++)
+				known = text_view_equal(rate->units[i].name, name);
+			/* The table's constraint refuses what is not a number. */
+			if (!known && v.type == jbvNumeric)
+			{
+				UnitPrice  *unit = &rate->units[rate->nunits++];
+				Size		size = VARSIZE_ANY(v.val.numeric);
+
+				unit->name = copy_text_view(context, name);
+				unit->price = MemoryContextAlloc(context, size);
+				memcpy(unit->price, v.val.numeric, size);
+			}
+		}
+	}
+}
+
+static int64
+row_context_above(uint64 row)
+{
+	bool		isnull;
+
+	return DatumGetInt64(result_value(row, COLUMN_CONTEXT_ABOVE, &isnull));
+}
+
+/*
+ * Of rows first..last-1 of the SPI result, which differ in context_above and
+ * ascend, merge the one in force above "threshold", then the base row.
+ */
+static void
+merge_rows(MemoryContext context, Rate *rate, uint64 first, uint64 last,
+		   int64 threshold, bool *has_discount, int64 *discount,
+		   bool *has_multiplier, int64 *multiplier)
+{
+	uint64		row = last;
+
+	while (row > first && row_context_above(row - 1) > threshold)
+		row--;
+	if (row == first)
+		return;
+
+	merge_row(context, rate, row - 1, has_discount, discount,
+			  has_multiplier, multiplier);
+	if (row - 1 > first && row_context_above(first) == 0)
+		merge_row(context, rate, first, has_discount, discount,
+				  has_multiplier, multiplier);
+}
+
+/*
+ * Build a window's rates from its rows first..last-1 and from the rows
+ * day_first..day_last-1 of the whole day (none if it is the whole day).
+ */
+static void
+build_rates(MemoryContext context, PriceWindow *window,
+			uint64 first, uint64 last, uint64 day_first, uint64 day_last)
+{
+	int64	   *thresholds;
+	int			n = 0;
+
+	thresholds = palloc(sizeof(int64) *
+						(1 + (last - first) + (day_last - day_first)));
+	thresholds[n++] = 0;
+
+	/* Merge two ascending lists without duplicates. */
+	for (uint64 a = first, b = day_first; a < last || b < day_last;)
+	{
+		int64		next;
+
+		if (b == day_last ||
+			(a < last && row_context_above(a) <= row_context_above(b)))
+			next = row_context_above(a++);
+		else
+			next = row_context_above(b++);
+		if (next > thresholds[n - 1])
+			thresholds[n++] = next;
+	}
+
+	window->nrates = n;
+	window->rates = MemoryContextAllocZero(context, sizeof(Rate) * n);
+	for (int i = 0; i < n; i++)
+	{
+		Rate	   *rate = &window->rates[i];
+		bool		has_discount = false;
+		bool		has_multiplier = false;
+		int64		discount = 0;
+		int64		multiplier = INT64CONST(1000000000);
+		Decimal		rest;
+		Decimal		times;
+
+		rate->context_above = thresholds[i];
+		merge_rows(context, rate, first, last, thresholds[i],
+				   &has_discount, &discount, &has_multiplier, &multiplier);
+		merge_rows(context, rate, day_first, day_last, thresholds[i],
+				   &has_discount, &discount, &has_multiplier, &multiplier);
+
+		if (!rate->known[PRICE_REASONING] && rate->known[PRICE_OUTPUT])
+		{
+			rate->known[PRICE_REASONING] = true;
+			rate->price[PRICE_REASONING] = rate->price[PRICE_OUTPUT];
+		}
+
+		rest.digits = INT64CONST(1000000000) - discount;
+		rest.scale = PRICE_SCALE;
+		times.digits = multiplier;
+		times.scale = PRICE_SCALE;
+		rate->factor = abp_decimal_multiply(rest, times);
+	}
+	pfree(thresholds);
+}
+
+/* How long a window lasts; the whole day is longest. */
+static int64
+window_length(const PriceWindow *window)
+{
+	if (window->all_day)
+		return PG_INT64_MAX;
+	return window->to > window->from ? window->to - window->from :
+		window->to - window->from + USECS_PER_DAY;
+}
+
+static int
+compare_windows(const void *a, const void *b)
+{
+	const PriceWindow *left = a;
+	const PriceWindow *right = b;
+	int64		left_length = window_length(left);
+	int64		right_length = window_length(right);
+
+	if (left_length != right_length)
+		return left_length < right_length ? -1 : 1;
+	if (left->from != right->from)
+		return left->from < right->from ? -1 : 1;
+	return 0;
+}
+
+static bool
+same_window(uint64 a, uint64 b)
+{
+	bool		a_null;
+	bool		b_null;
+	TimeADT		a_from = DatumGetTimeADT(result_value(a, COLUMN_DAILY_FROM, &a_null));
+	TimeADT		b_from = DatumGetTimeADT(result_value(b, COLUMN_DAILY_FROM, &b_null));
+	bool		isnull;
+
+	if (a_null || b_null)
+		return a_null && b_null;
+	return a_from == b_from &&
+		DatumGetTimeADT(result_value(a, COLUMN_DAILY_TO, &isnull)) ==
+		DatumGetTimeADT(result_value(b, COLUMN_DAILY_TO, &isnull));
+}
+
+/* Build a card of rows first..last-1 of the SPI result. */
+static void
+build_card(MemoryContext context, PriceCard *card, uint64 first, uint64 last)
+{
+	uint64		day_first = last;
+	bool		isnull;
+
+	card->source = copy_text_view(context, result_text(first, COLUMN_SOURCE));
+	card->valid_from =
+		DatumGetTimestampTz(result_value(first, COLUMN_VALID_FROM, &isnull));
+	card->nwindows = 0;
+	card->windows = MemoryContextAllocZero(context,
+										   sizeof(PriceWindow) * (last - first));
+
+	/* The query sorts rows of the whole day behind the others. */
+	for (uint64 row = first; row < last; row++)
+	{
+		(void) result_value(row, COLUMN_DAILY_FROM, &isnull);
+		if (isnull)
+		{
+			day_first = row;
+			break;
+		}
+	}
+
+	for (uint64 row = first; row < last;)
+	{
+		PriceWindow *window = &card->windows[card->nwindows++];
+		uint64		end = row + 1;
+
+		while (end < last && same_window(row, end))
+			end++;
+
+		window->all_day = row == day_first;
+		if (window->all_day)
+			build_rates(context, window, row, end, last, last);
+		else
+		{
+			window->from =
+				DatumGetTimeADT(result_value(row, COLUMN_DAILY_FROM, &isnull));
+			window->to =
+				DatumGetTimeADT(result_value(row, COLUMN_DAILY_TO, &isnull));
+			build_rates(context, window, row, end, day_first, last);
+		}
+		row = end;
+	}
+
+	qsort(card->windows, card->nwindows, sizeof(PriceWindow), compare_windows);
+}
+
+/*
+ * Read all cards of (provider, model) into the model.  Returns false if there
+ * are none.
+ */
+static bool
+load_cards(PriceModel *model, ModelKey key, Snapshot snapshot)
+{
+	TextView	args[2] = {key.provider, key.model};
+	uint64		nrows;
+	PriceTier  *tier = NULL;
+	PriceCard  *card = NULL;
+	bool		isnull;
+
+	run_plan(&price_plan, PRICE_QUERY, 2, args, snapshot);
+	nrows = SPI_processed;
+	if (nrows == 0)
+		return false;
+
+	model->provider = copy_text_view(model->context, key.provider);
+	model->model = copy_text_view(model->context, key.model);
+	model->tiers = MemoryContextAllocZero(model->context,
+										  sizeof(PriceTier) * nrows);
+
+	for (uint64 row = 0; row < nrows;)
+	{
+		TextView	name = result_text(row, COLUMN_SERVICE_TIER);
+		TextView	source = result_text(row, COLUMN_SOURCE);
+		TimestampTz valid_from =
+			DatumGetTimestampTz(result_value(row, COLUMN_VALID_FROM, &isnull));
+		uint64		end = row + 1;
+
+		CHECK_FOR_INTERRUPTS();
+
+		while (end < nrows &&
+			   text_view_equal(result_text(end, COLUMN_SERVICE_TIER), name) &&
+			   text_view_equal(result_text(end, COLUMN_SOURCE), source) &&
+			   DatumGetTimestampTz(result_value(end, COLUMN_VALID_FROM,
+												&isnull)) == valid_from)
+			end++;
+
+		if (tier == NULL || !text_view_equal(tier->name, name))
+		{
+			tier = &model->tiers[model->ntiers++];
+			tier->name = copy_text_view(model->context, name);
+			tier->cards = MemoryContextAllocZero(model->context,
+												 sizeof(PriceCard) * (nrows - row));
+		}
+		card = &tier->cards[tier->ncards++];
+		build_card(model->context, card, row, end);
+		row = end;
+	}
+
+	SPI_freetuptable(SPI_tuptable);
+	return true;
+}
+
+/* Read what tiers without cards cost: the request's provider goes first. */
+static void
+load_rules(PriceModel *model, TextView provider, Snapshot snapshot)
+{
+	TextView	args[2] = {provider, model->provider};
+
+	run_plan(&rule_plan, RULE_QUERY, 2, args, snapshot);
+	model->rules = MemoryContextAllocZero(model->context,
+										  sizeof(TierRule) * (SPI_processed + 1));
+	for (uint64 row = 0; row < SPI_processed; row++)
+	{
+		TierRule   *rule = &model->rules[model->nrules++];
+		const Decimal one = {1, 0};
+		bool		isnull;
+
+		rule->name = copy_text_view(model->context, result_text(row, 1));
+		rule->multiplier.digits = DatumGetInt64(result_value(row, 2, &isnull));
+		rule->multiplier.scale = PRICE_SCALE;
+		rule->multiplier = abp_decimal_multiply(rule->multiplier, one);
+		rule->has_multiplier = !isnull;
+	}
+	SPI_freetuptable(SPI_tuptable);
+}
+
+/*
+ * Does a glob match the whole text?  "*" stands for any characters, "?" for
+ * one; everything else for itself.
+ */
+static bool
+glob_matches(TextView glob, TextView text)
+{
+	int			g = 0;
+	int			t = 0;
+	int			star = -1;		/* behind the last "*" ... */
+	int			star_t = 0;		/* ... and what it has not yet taken */
+
+	while (t < text.len)
+	{
+		if (g < glob.len && glob.data[g] == '*')
+		{
+			star = ++g;
+			star_t = t;
+		}
+		else if (g < glob.len && glob.data[g] == '?')
+		{
+			g++;
+			t += pg_mblen(text.data + t);
+		}
+		else if (g < glob.len && glob.data[g] == text.data[t])
+		{
+			g++;
+			t++;
+		}
+		else if (star >= 0)
+		{
+			g = star;
+			star_t += pg_mblen(text.data + star_t);
+			t = star_t;
+		}
+		else
+			return false;
+	}
+	while (g < glob.len && glob.data[g] == '*')
+		g++;
+	return g == glob.len;
+}
+
+static int
+glob_literal_length(TextView glob)
+{
+	int			length = 0;
+
+	for (int i = 0; i < glob.len; i++)
+		length += glob.data[i] != '*' && glob.data[i] != '?';
+	return length;
+}
+
+/* A spelling that an alias leads to. */
+typedef struct AliasTarget
+{
+	bool		glob;
+	TextView	pattern;
+	ModelKey	target;
+	int32		priority;
+	int			literal_length;
+	int			position;		/* in the query's order */
+} AliasTarget;
+
+static int
+compare_globs(const void *a, const void *b)
+{
+	const AliasTarget *left = a;
+	const AliasTarget *right = b;
+
+	if (left->priority != right->priority)
+		return left->priority > right->priority ? -1 : 1;
+	if (left->literal_length != right->literal_length)
+		return left->literal_length > right->literal_length ? -1 : 1;
+	return left->position - right->position;
+}
+
+/*
+ * Find the cards that (provider, model) names, in this order: as spelt; by an
+ * exact alias; without a leading "provider/", again as spelt and by an exact
+ * alias; by a glob, the higher priority first, then the longer literal part.
+ * An alias that leads to no card does not count.  Nothing else is stripped:
+ * regions and dates are part of a model's price.
+ */
+static void
+load_model(PriceModel *model, ModelKey key, Snapshot snapshot)
+{
+	ModelKey	stripped = key;
+	TextView	args[3];
+	AliasTarget *aliases;
+	AliasTarget *globs;
+	int			naliases;
+	int			nglobs = 0;
+
+	if (load_cards(model, key, snapshot))
+		return;
+
+	if (key.provider.len > 0 &&
+		key.model.len > key.provider.len &&
+		memcmp(key.model.data, key.provider.data, key.provider.len) == 0 &&
+		key.model.data[key.provider.len] == '/')
+	{
+		stripped.model.data += key.provider.len + 1;
+		stripped.model.len -= key.provider.len + 1;
+	}
+
+	args[0] = key.provider;
+	args[1] = key.model;
+	args[2] = stripped.model;
+	run_plan(&alias_plan, ALIAS_QUERY, 3, args, snapshot);
+
+	naliases = SPI_processed;
+	aliases = palloc(sizeof(AliasTarget) * (naliases + 1));
+	globs = palloc(sizeof(AliasTarget) * (naliases + 1));
+	for (int i = 0; i < naliases; i++)
+	{
+		AliasTarget *alias = &aliases[i];
+		bool		isnull;
+
+		/* The SPI result lives as long as we do: no need to copy. */
+		alias->glob = DatumGetBool(result_value(i, 1, &isnull));
+		alias->pattern = result_text(i, 2);
+		alias->target.provider = result_text(i, 3);
+		alias->target.model = result_text(i, 4);
+		alias->priority = DatumGetInt32(result_value(i, 5, &isnull));
+		alias->literal_length = glob_literal_length(alias->pattern);
+		alias->position = i;
+
+		if (alias->glob &&
+			(glob_matches(alias->pattern, key.model) ||
+			 glob_matches(alias->pattern, stripped.model)))
+			globs[nglobs++] = *alias;
+	}
+
+	for (int i = 0; i < naliases; i++)
+	{
+		if (!aliases[i].glob && text_view_equal(aliases[i].pattern, key.model) &&
+			load_cards(model, aliases[i].target, snapshot))
+			return;
+	}
+
+	if (stripped.model.len != key.model.len)
+	{
+		if (load_cards(model, stripped, snapshot))
+			return;
+		for (int i = 0; i < naliases; i++)
+		{
+			if (!aliases[i].glob &&
+				text_view_equal(aliases[i].pattern, stripped.model) &&
+				load_cards(model, aliases[i].target, snapshot))
+				return;
+		}
+	}
+
+	qsort(globs, nglobs, sizeof(AliasTarget), compare_globs);
+	for (int i = 0; i < nglobs; i++)
+	{
+		if (load_cards(model, globs[i].target, snapshot))
+			return;
+	}
+}
+
+/*
+ * The snapshot to read prices with.  A cache outlives the statement, so it
+ * must not be filled from a snapshot that is older than the invalidations
+ * already heard.  Where the transaction's own snapshot must hold, it does,
+ * and the cache ends with the transaction.
+ */
+static Snapshot
+price_snapshot(void)
+{
+	if (!IsolationUsesXactSnapshot() && !IsInParallelMode())
+		return GetLatestSnapshot();
+
+	cache_until_xact_end = true;
+	return ActiveSnapshotSet() ? GetActiveSnapshot() : GetTransactionSnapshot();
+}
+
+/*
+ * Read a model from the tables into a context of its own below the current
+ * one.  Reading is the extension's business: it runs with the rights of the
+ * price table's owner, so that an INSERT into a usage table works even where
+ * prices are confidential.
+ */
+static PriceModel *
+read_model(ModelKey key)
+{
+	PriceModel *model;
+	MemoryContext context;
+	HeapTuple	tuple;
+	Oid			save_userid;
+	int			save_sec_context;
+	Snapshot	snapshot;
+
+	context = AllocSetContextCreate(CurrentMemoryContext,
+									"aibilling_polar model",
+									ALLOCSET_SMALL_SIZES);
+	model = MemoryContextAllocZero(context, sizeof(PriceModel));
+	model->context = context;
+
+	tuple = SearchSysCache1(RELOID, ObjectIdGetDatum(price_table_oids[0]));
+	if (!HeapTupleIsValid(tuple))
+		ereport(ERROR,
+				(errcode(ERRCODE_UNDEFINED_TABLE),
+				 errmsg("table \"aibilling.price\" does not exist"),
+				 errhint("Run CREATE EXTENSION aibilling_polar.")));
+	GetUserIdAndSecContext(&save_userid, &save_sec_context);
+	SetUserIdAndSecContext(((Form_pg_class) GETSTRUCT(tuple))->relowner,
+						   save_sec_context | SECURITY_LOCAL_USERID_CHANGE |
+						   SECURITY_NOFORCE_RLS);
+	ReleaseSysCache(tuple);
+
+	if (SPI_connect() != SPI_OK_CONNECT)
+		elog(ERROR, "SPI_connect failed");
+	snapshot = RegisterSnapshot(price_snapshot());
+	load_model(model, key, snapshot);
+	if (model->ntiers > 0)
+		load_rules(model, key.provider, snapshot);
+	UnregisterSnapshot(snapshot);
+	SPI_finish();
+
+	SetUserIdAndSecContext(save_userid, save_sec_context);
+	return model;
+}
+
+/*
+ * The model that (provider, model) names, with its cards: never NULL, but
+ * without tiers if there are none.  It stays valid until the next call.
+ */
+static PriceModel *
+find_model(ModelKey key)
+{
+	ModelEntry *entry;
+	PriceModel *model;
+	bool		found;
+
+	/* While we read, the tables may call for prices: keep what is in use. */
+	if (unlikely(cache_stale) && loads_running == 0)
+		reset_cache();
+
+	if (last_model != NULL && model_key_equal(last_key, key))
+		return last_model;
+
+	entry = modelhash_lookup(models, key);
+	if (entry == NULL)
+	{
+		if (models->members >= MAX_CACHED_MODELS && loads_running == 0)
+			reset_cache();
+
+		loads_running++;
+		PG_TRY();
+		{
+			model = read_model(key);
+		}
+		PG_FINALLY();
+		{
+			loads_running--;
+		}
+		PG_END_TRY();
+
+		key.provider = copy_text_view(model->context, key.provider);
+		key.model = copy_text_view(model->context, key.model);
+		MemoryContextSetParent(model->context, cache_context);
+		entry = modelhash_insert(models, key, &found);
+		entry->model = model;
+	}
+
+	last_key = entry->key;
+	last_model = entry->model;
+	return last_model;
+}
+
+/* --- the card in force ---------------------------------------------------- */
+
+/* A service tier as the price table spells it. */
+static TextView
+canonical_tier(TextView tier)
+{
+	static const char *const standard_names[] = {
+		"", "default", "auto", "on_demand", "standard"
+	};
+	const TextView standard = {"standard", 8};
+
+	if (tier.data == NULL)
+		return standard;
+	for (int i = 0; i < lengthof(standard_names); i++)
+	{
+		if (strlen(standard_names[i]) == tier.len &&
+			memcmp(standard_names[i], tier.data, tier.len) == 0)
+			return standard;
+	}
+	return tier;
+}
+
+static bool
+window_contains(const PriceWindow *window, TimestampTz at)
+{
+	TimeADT		time;
+
+	if (window->all_day)
+		return true;
+	if (TIMESTAMP_NOT_FINITE(at))
+		return false;
+
+	/* Timestamps count from a midnight in UTC, either way. */
+	time = at % USECS_PER_DAY;
+	if (time < 0)
+		time += USECS_PER_DAY;
+
+	if (window->from < window->to)
+		return time >= window->from && time < window->to;
+	return time >= window->from || time < window->to;
+}
+
+/* What is in force for a request; rate is NULL if nothing is. */
+typedef struct RateInForce
+{
+	const PriceModel *model;
+	const PriceTier *tier;
+	const PriceCard *card;
+	const PriceWindow *window;
+	const Rate *rate;
+	const Decimal *tier_factor; /* NULL: the tier has a card of its own */
+} RateInForce;
+
+/* Find a tier's rate in force.  Returns false if it has none. */
+static bool
+find_rate(const PriceModel *model, TextView tier_name, TimestampTz at,
+		  int64 input_tokens, RateInForce *result)
+{
+	const PriceTier *tier = NULL;
+	const PriceCard *newest = NULL;
+
+	for (int i = 0; i < model->ntiers && tier == NULL; i++)
+	{
+		if (text_view_equal(model->tiers[i].name, tier_name))
+			tier = &model->tiers[i];
+	}
+	if (tier == NULL)
+		return false;
+
+	for (int i = 0; i < tier->ncards; i++)
+	{
+		const PriceCard *card = &tier->cards[i];
+
+		if (card->valid_from > at)
+			continue;
+
+		/*
+		 * A source's newest card replaces its older ones as a whole.  If it
+		 * has no row for this hour, the next source has its say.
+		 */
+		if (newest != NULL && text_view_equal(newest->source, card->source))
+			continue;
+		newest = card;
+
+		for (int j = 0; j < card->nwindows; j++)
+		{
+			const PriceWindow *window = &card->windows[j];
+			int			k = window->nrates - 1;
+
+			if (!window_contains(window, at))
+				continue;
+			while (k > 0 && window->rates[k].context_above >= input_tokens)
+				k--;
+
+			result->tier = tier;
+			result->card = card;
+			result->window = window;
+			result->rate = &window->rates[k];
+			return true;
+		}
+	}
+	return false;
+}
+
+/*
+ * Find what is in force for a request.  Returns NULL, or what is missing in
+ * words that go behind "no price for ".
+ */
+static const char *
+rate_in_force(const PriceRequest *request, RateInForce *result)
+{
+	static const TextView empty = {"", 0};
+	static const TextView standard = {"standard", 8};
+	const UsageCounts *counts = request->counts;
+	ModelKey	key;
+	TextView	tier = canonical_tier(request->service_tier);
+	int64		input_tokens = counts->given[COUNT_INPUT] ?
+		counts->value[COUNT_INPUT] : 0;
+
+	key.provider = request->provider.data ? request->provider : empty;
+	key.model = request->model.data ? request->model : empty;
+
+	memset(result, 0, sizeof(*result));
+	result->model = find_model(key);
+	if (result->model->ntiers == 0)
+		return "this model";
+
+	if (find_rate(result->model, tier, request->at, input_tokens, result))
+		return NULL;
+	if (text_view_equal(tier, standard))
+		return "this time";
+
+	for (int i = 0; i < result->model->nrules; i++)
+	{
+		const TierRule *rule = &result->model->rules[i];
+
+		if (!text_view_equal(rule->name, tier))
+			continue;
+		if (!rule->has_multiplier)
+			break;
+		if (!find_rate(result->model, standard, request->at, input_tokens,
+					   result))
+			return "this time";
+		result->tier_factor = &rule->multiplier;
+		return NULL;
+	}
+	return "this service tier, nor a rule";
+}
+
+static char *
+unpriced_reason(const PriceRequest *request, const char *what)
+{
+	TextView	tier = canonical_tier(request->service_tier);
+
+	return psprintf("no price for %s (provider \"%.*s\", model \"%.*s\", service tier \"%.*s\")",
+					what,
+					request->provider.len,
+					request->provider.data ? request->provider.data : "",
+					request->model.len,
+					request->model.data ? request->model.data : "",
+					tier.len, tier.data);
+}
+
+/* --- entry points --------------------------------------------------------- */
+
+/* The status as cost_status says it. */
+const char *
+abp_cost_status_name(CostStatus status)
+{
+	switch (status)
+	{
+		case COST_PRICED:
+			return "priced";
+		case COST_FREE:
+			return "free";
+		case COST_REPORTED:
+			return "reported";
+		case COST_UNPRICED:
+			return "unpriced";
+		case COST_INCOMPLETE:
+			return "incomplete";
+	}
+	elog(ERROR, "unrecognized cost status: %d", (int) status);
+}
+
+/*
+ * Price a request.  *cost is set if the status is priced, free or reported;
+ * otherwise, if missing is not NULL, *missing says why not.  Both are
+ * palloc'd in the current memory context where they need memory, and nothing
+ * else is.  Raises an error for counts that contradict each other and for a
+ * provider_cost that is not finite.
+ */
+CostStatus
+abp_price_cost(const PriceRequest *request, ExactCost *cost, char **missing)
+{
+	MemoryContext caller_context = CurrentMemoryContext;
+	RateInForce in_force;
+	const char *what;
+	char	   *dimensions = NULL;
+	bool		free = false;
+	bool		known = true;
+	bool		needs_memory = request->counts->units != NULL ||
+		request->provider_cost != NULL;
+
+	abp_price_init();
+
+	if (needs_memory)
+	{
+		/* An error may have left something behind. */
+		MemoryContextReset(work_context);
+		MemoryContextSwitchTo(work_context);
+	}
+	abp_cost_check(request->counts);
+	if (request->provider_cost != NULL)
+	{
+		abp_cost_reported(request->provider_cost, cost);
+		MemoryContextSwitchTo(caller_context);
+		return COST_REPORTED;
+	}
+	if (!abp_cost_counted(request->counts))
+	{
+		MemoryContextSwitchTo(caller_context);
+		if (missing != NULL)
+			*missing = pstrdup("no count, unit or provider_cost is given");
+		return COST_INCOMPLETE;
+	}
+	MemoryContextSwitchTo(caller_context);
+
+	what = rate_in_force(request, &in_force);
+	if (what != NULL)
+	{
+		if (missing != NULL)
+			*missing = unpriced_reason(request, what);
+		return COST_UNPRICED;
+	}
+
+	if (!abp_cost_fast(request->counts, in_force.rate, in_force.tier_factor,
+					   cost, &free))
+	{
+		MemoryContextReset(work_context);
+		MemoryContextSwitchTo(work_context);
+		known = abp_cost_exact(request->counts, in_force.rate,
+							   in_force.tier_factor, cost, &free, &dimensions);
+		MemoryContextSwitchTo(caller_context);
+		if (known)
+		{
+			Numeric		usd = palloc(VARSIZE(cost->usd_numeric));
+
+			memcpy(usd, cost->usd_numeric, VARSIZE(cost->usd_numeric));
+			cost->usd_numeric = usd;
+		}
+		else if (missing != NULL)
+			*missing = psprintf("no price for %s", dimensions);
+	}
+
+	if (!known)
+		return COST_INCOMPLETE;
+	return free ? COST_FREE : COST_PRICED;
+}
+
+/*
+ * Price a usage row: the three cost columns.  As abp_price_cost(); an amount
+ * beyond cost_nanos is an error, too.  cost_cents and missing are palloc'd in
+ * the current memory context.
+ */
+void
+abp_price_usage(const PriceRequest *request, PricedCost *cost)
+{
+	MemoryContext caller_context = CurrentMemoryContext;
+	ExactCost	exact;
+
+	cost->missing = NULL;
+	cost->cost_nanos = 0;
+	cost->cost_cents = NULL;
+	cost->status = abp_price_cost(request, &exact, &cost->missing);
+	cost->known = cost->status != COST_UNPRICED &&
+		cost->status != COST_INCOMPLETE;
+	if (!cost->known)
+		return;
+
+	if (exact.usd_numeric == NULL)
+	{
+		cost->cost_nanos = abp_cost_nanos(&exact);
+		cost->cost_cents = abp_cost_cents(&exact);
+	}
+	else
+	{
+		Numeric		cents;
+		Numeric		usd = exact.usd_numeric;
+
+		MemoryContextReset(work_context);
+		MemoryContextSwitchTo(work_context);
+		cost->cost_nanos = abp_cost_nanos(&exact);
+		cents = abp_cost_cents(&exact);
+		MemoryContextSwitchTo(caller_context);
+		cost->cost_cents = palloc(VARSIZE(cents));
+		memcpy(cost->cost_cents, cents, VARSIZE(cents));
+		if (usd != request->provider_cost)
+			pfree(usd);
+	}
+}
+
+/*
+ * Price a request and say how.  The buckets' amounts add up to the exact
+ * cost; a bucket without a price has none.  Texts point into the cache, so
+ * use them before pricing anything else; the rest is palloc'd in the current
+ * memory context.
+ */
+void
+abp_price_explain(const PriceRequest *request, PriceExplanation *explanation)
+{
+	RateInForce in_force;
+	const char *what;
+	ExactCost	cost;
+
+	memset(explanation, 0, sizeof(*explanation));
+	explanation->status = abp_price_cost(request, &cost, &explanation->missing);
+
+	if (explanation->status == COST_REPORTED)
+	{
+		CostBucket *bucket = palloc0(sizeof(CostBucket));
+
+		bucket->name.data = "provider_cost";
+		bucket->name.len = strlen(bucket->name.data);
+		bucket->quantity = int64_to_numeric(1);
+		bucket->price = abp_cost_usd(&cost);
+		bucket->per = 1;
+		bucket->factor = int64_to_numeric(1);
+		bucket->amount = bucket->price;
+		bucket->note = "as the provider reported it";
+		explanation->buckets = bucket;
+		explanation->nbuckets = 1;
+		return;
+	}
+
+	what = rate_in_force(request, &in_force);
+	explanation->buckets = abp_cost_buckets(request->counts, in_force.rate,
+											in_force.tier_factor,
+											&explanation->nbuckets);
+
+	/* Nothing counted adds up to an unknown cost, not to none. */
+	if (!abp_cost_counted(request->counts) || what != NULL)
+	{
+		for (int i = 0; i < explanation->nbuckets; i++)
+		{
+			explanation->buckets[i].amount = NULL;
+			explanation->buckets[i].note = NULL;
+		}
+	}
+	if (what != NULL)
+		return;
+
+	explanation->provider = in_force.model->provider;
+	explanation->model = in_force.model->model;
+	explanation->service_tier = in_force.tier->name;
+	explanation->source = in_force.card->source;
+	explanation->valid_from = in_force.card->valid_from;
+	explanation->has_window = !in_force.window->all_day;
+	explanation->daily_from = in_force.window->from;
+	explanation->daily_to = in_force.window->to;
+	explanation->context_above = in_force.rate->context_above;
+}

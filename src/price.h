@@ -12,6 +12,7 @@
 
 #include "cost.h"
 #include "datatype/timestamp.h"
+#include "utils/date.h"
 
 /* What is to be priced. */
 typedef struct PriceRequest
@@ -35,8 +36,30 @@ typedef struct PricedCost
 								 * which model; else NULL */
 } PricedCost;
 
+/* Why a request costs what it costs; see abp_price_explain(). */
+typedef struct PriceExplanation
+{
+	CostStatus	status;
+	char	   *missing;		/* as in PricedCost */
+	TextView	provider;		/* of the card; .data == NULL: no card */
+	TextView	model;
+	TextView	service_tier;
+	TextView	source;
+	TimestampTz valid_from;
+	bool		has_window;
+	TimeADT		daily_from;		/* UTC */
+	TimeADT		daily_to;
+	int64		context_above;
+	int			nbuckets;
+	CostBucket *buckets;
+} PriceExplanation;
+
 extern void abp_price_init(void);
 extern void abp_price_usage(const PriceRequest *request, PricedCost *cost);
+extern CostStatus abp_price_cost(const PriceRequest *request, ExactCost *cost,
+								 char **missing);
+extern void abp_price_explain(const PriceRequest *request,
+							  PriceExplanation *explanation);
 extern const char *abp_cost_status_name(CostStatus status);
 
 #endif							/* ABP_PRICE_H */

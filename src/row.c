@@ -10,6 +10,7 @@
 #include "access/htup_details.h"
 #include "catalog/pg_type.h"
 #include "utils/builtins.h"
+#include "utils/memutils.h"
 #include "utils/rel.h"
 #include "utils/timestamp.h"
 
@@ -52,6 +53,22 @@ const UsageColumnInfo abp_usage_columns[NUM_USAGE_COLUMNS] = {
 	{"cost_cents", NUMERICOID, true},
 	{"cost_status", TEXTOID, true}
 };
+
+/* The jsonb value {}: what tags are when a table allows NULL there. */
+static Jsonb *
+empty_object(void)
+{
+	static Jsonb *object = NULL;
+
+	if (object == NULL)
+	{
+		MemoryContext old = MemoryContextSwitchTo(TopMemoryContext);
+
+		object = DatumGetJsonbP(DirectFunctionCall1(jsonb_in, CStringGetDatum("{}")));
+		MemoryContextSwitchTo(old);
+	}
+	return object;
+}
 
 static TextView
 view_text(const Datum *values, const bool *nulls, UsageColumn column)
@@ -107,7 +124,7 @@ abp_usage_row_read(const Datum *values, const bool *nulls, UsageRow *row)
 	row->usage_format = view_text(values, nulls, COL_USAGE_FORMAT);
 	row->provider_cost = nulls[COL_PROVIDER_COST] ? NULL :
 		DatumGetNumeric(values[COL_PROVIDER_COST]);
-	row->tags = nulls[COL_TAGS] ? NULL : DatumGetJsonbP(values[COL_TAGS]);
+	row->tags = nulls[COL_TAGS] ? empty_object() : DatumGetJsonbP(values[COL_TAGS]);
 	row->has_cost_nanos = !nulls[COL_COST_NANOS];
 	row->cost_nanos = row->has_cost_nanos ? DatumGetInt64(values[COL_COST_NANOS]) : 0;
 	row->cost_cents = nulls[COL_COST_CENTS] ? NULL :

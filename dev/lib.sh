@@ -169,8 +169,8 @@ build_extension() {
 	done
 	if ! make -C "$build" PG_CONFIG="$pfx_bin/pg_config" with_llvm=no -j "$(nproc)" all >"$log" 2>&1 ||
 		! make -C "$build" PG_CONFIG="$pfx_bin/pg_config" with_llvm=no install >>"$log" 2>&1; then
-		cat "$log" >&2
-		die "the build failed"
+		grep -A 5 -E '(error|warning):|undefined reference' "$log" >&2 || tail -n 20 "$log" >&2
+		die "the build failed: see .cache/pg$major/build.log"
 	fi
 	grep -E 'warning:' "$log" >&2 || true
 }

@@ -26,7 +26,8 @@ PGFILEDESC = "aibilling_polar - price AI usage and deliver it to Polar"
 
 # In this order; lint tells when a file of sql/ or specs/ is not named here.
 REGRESS = \
-	install
+	install \
+	server
 REGRESS_OPTS = --temp-instance=tmp_check --temp-config=regress.conf \
 	--load-extension=$(EXTENSION) --encoding=UTF8 --no-locale
 

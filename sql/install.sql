@@ -26,7 +26,7 @@ WHERE a.grantee = 0 AND a.privilege_type = 'EXECUTE'
 	AND p.proname NOT IN ('cost', 'cost_nanos', 'cost_cents', 'polar_cost', 'explain_cost', 'convert_cost',
 		'normalize_usage',
 		'create_usage_table', 'attach', 'detach', 'usage_status', 'preview', 'sync', 'pause', 'resume',
-		'retry', 'reprice')
+		'retry', 'reprice', 'arm', 'may_see', 'status_rows')
 ORDER BY 1;
 
 -- Tables and views that anyone may write, or may read without being meant to.

@@ -9,6 +9,7 @@ OBJS = \
 	src/http.o \
 	src/idset.o \
 	src/normalize.o \
+	src/operate.o \
 	src/outbox.o \
 	src/polar.o \
 	src/price.o \

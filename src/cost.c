@@ -462,6 +462,14 @@ remaining_tokens(const UsageCounts *counts, const UnitQuantities *units,
 	COUNT_OUTPUT, COUNT_REASONING, COUNT_REASONING, \
 	UNIT_OUTPUT_AUDIO, UNIT_OUTPUT_VIDEO
 
+static inline int128
+cached_tokens(const UsageCounts *counts)
+{
+	return (int128) count_value(counts, COUNT_CACHE_READ) +
+		count_value(counts, COUNT_CACHE_WRITE) +
+		count_value(counts, COUNT_CACHE_WRITE_1H);
+}
+
 /*
  * Raise an error if a count is negative or a subset exceeds its total, naming
  * columns and numbers.  Allocates only if there are units.
@@ -471,6 +479,15 @@ abp_cost_check(const UsageCounts *counts)
 {
 	UnitQuantities units;
 	Numeric		zero;
+	int64		signs = 0;
+
+	for (int i = 0; i < NUM_USAGE_COUNTS; i++)
+		signs |= count_value(counts, i);
+
+	if (signs >= 0 && counts->units == NULL &&
+		cached_tokens(counts) <= count_value(counts, COUNT_INPUT) &&
+		count_value(counts, COUNT_REASONING) <= count_value(counts, COUNT_OUTPUT))
+		return;
 
 	for (int i = 0; i < NUM_USAGE_COUNTS; i++)
 	{
@@ -483,10 +500,7 @@ abp_cost_check(const UsageCounts *counts)
 
 	read_units(counts, &units);
 
-	if ((int128) count_value(counts, COUNT_CACHE_READ) +
-		count_value(counts, COUNT_CACHE_WRITE) +
-		count_value(counts, COUNT_CACHE_WRITE_1H) >
-		count_value(counts, COUNT_INPUT))
+	if (cached_tokens(counts) > count_value(counts, COUNT_INPUT))
 		subset_error(counts, &units, REMAINING_INPUT);
 	if (count_value(counts, COUNT_REASONING) > count_value(counts, COUNT_OUTPUT))
 		subset_error(counts, &units, REMAINING_OUTPUT);

@@ -1007,22 +1007,22 @@ find_model(ModelKey key)
 
 /* --- the card in force ---------------------------------------------------- */
 
+static const TextView standard_tier = {"standard", 8};
+
 /* A service tier as the price table spells it. */
 static TextView
 canonical_tier(TextView tier)
 {
-	static const char *const standard_names[] = {
-		"", "default", "auto", "on_demand", "standard"
+	static const TextView other_names[] = {
+		{"", 0}, {"default", 7}, {"auto", 4}, {"on_demand", 9}
 	};
-	const TextView standard = {"standard", 8};
 
-	if (tier.data == NULL)
-		return standard;
-	for (int i = 0; i < lengthof(standard_names); i++)
+	if (tier.data == NULL || text_view_equal(tier, standard_tier))
+		return standard_tier;
+	for (int i = 0; i < lengthof(other_names); i++)
 	{
-		if (strlen(standard_names[i]) == tier.len &&
-			memcmp(standard_names[i], tier.data, tier.len) == 0)
-			return standard;
+		if (text_view_equal(other_names[i], tier))
+			return standard_tier;
 	}
 	return tier;
 }
@@ -1117,7 +1117,6 @@ static const char *
 rate_in_force(const PriceRequest *request, RateInForce *result)
 {
 	static const TextView empty = {"", 0};
-	static const TextView standard = {"standard", 8};
 	const UsageCounts *counts = request->counts;
 	ModelKey	key;
 	TextView	tier = canonical_tier(request->service_tier);
@@ -1134,7 +1133,7 @@ rate_in_force(const PriceRequest *request, RateInForce *result)
 
 	if (find_rate(result->model, tier, request->at, input_tokens, result))
 		return NULL;
-	if (text_view_equal(tier, standard))
+	if (text_view_equal(tier, standard_tier))
 		return "this time";
 
 	for (int i = 0; i < result->model->nrules; i++)
@@ -1145,7 +1144,7 @@ rate_in_force(const PriceRequest *request, RateInForce *result)
 			continue;
 		if (!rule->has_multiplier)
 			break;
-		if (!find_rate(result->model, standard, request->at, input_tokens,
+		if (!find_rate(result->model, standard_tier, request->at, input_tokens,
 					   result))
 			return "this time";
 		result->tier_factor = &rule->multiplier;

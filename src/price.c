@@ -1318,6 +1318,7 @@ abp_price_explain(const PriceRequest *request, PriceExplanation *explanation)
 	RateInForce in_force;
 	const char *what;
 	ExactCost	cost;
+	bool		unknown;
 
 	memset(explanation, 0, sizeof(*explanation));
 	explanation->status = abp_price_cost(request, &cost, &explanation->missing);
@@ -1345,13 +1346,18 @@ abp_price_explain(const PriceRequest *request, PriceExplanation *explanation)
 											&explanation->nbuckets);
 
 	/* Nothing counted adds up to an unknown cost, not to none. */
-	if (!abp_cost_counted(request->counts) || what != NULL)
+	unknown = what != NULL || !abp_cost_counted(request->counts);
+	for (int i = 0; i < explanation->nbuckets; i++)
 	{
-		for (int i = 0; i < explanation->nbuckets; i++)
+		CostBucket *bucket = &explanation->buckets[i];
+
+		if (unknown)
 		{
-			explanation->buckets[i].amount = NULL;
-			explanation->buckets[i].note = NULL;
+			bucket->amount = NULL;
+			bucket->note = explanation->missing;
 		}
+		else if (bucket->amount == NULL)
+			bucket->note = "no price";
 	}
 	if (what != NULL)
 		return;

@@ -965,9 +965,20 @@ read_model(ModelKey key)
 static PriceModel *
 find_model(ModelKey key)
 {
+	static TimestampTz last_statement = 0;
 	ModelEntry *entry;
 	PriceModel *model;
 	bool		found;
+
+	/*
+	 * A statement may see prices as old as its start.  Without this it might
+	 * see older ones, as a statement that locks nothing new hears of nothing.
+	 */
+	if (last_statement != GetCurrentStatementStartTimestamp())
+	{
+		last_statement = GetCurrentStatementStartTimestamp();
+		AcceptInvalidationMessages();
+	}
 
 	/* While we read, the tables may call for prices: keep what is in use. */
 	if (unlikely(cache_stale) && loads_running == 0)

@@ -12,13 +12,16 @@ OBJS = \
 	src/cost.o \
 	src/functions.o \
 	src/http.o \
+	src/idset.o \
 	src/normalize.o \
 	src/outbox.o \
 	src/polar.o \
 	src/price.o \
+	src/row.o \
 	src/server.o \
 	src/shipper.o \
 	src/usage.o \
+	src/wake.o \
 	src/worker.o
 
 # An install script is a name with "--"; every other file in sql/ is a test.

@@ -54,6 +54,40 @@
 	makeJsonLexContextCstringLen((json), (len), PG_UTF8, true)
 #endif
 
+/* 16 added a soft-error argument. */
+#if PG_VERSION_NUM >= 160000
+#define abp_make_range(type, lower, upper) \
+	make_range((type), (lower), (upper), false, NULL)
+#else
+#define abp_make_range(type, lower, upper) \
+	make_range((type), (lower), (upper), false)
+#endif
+
+/* 16 has one function for all kinds of objects. */
+#if PG_VERSION_NUM >= 160000
+#include "catalog/pg_class.h"
+#include "catalog/pg_proc.h"
+#include "utils/acl.h"
+#define abp_owns_table(relid, roleid) \
+	object_ownercheck(RelationRelationId, (relid), (roleid))
+#define abp_may_execute(funcid, roleid) \
+	(object_aclcheck(ProcedureRelationId, (funcid), (roleid), ACL_EXECUTE) == ACLCHECK_OK)
+#else
+#include "utils/acl.h"
+#define abp_owns_table(relid, roleid) pg_class_ownercheck((relid), (roleid))
+#define abp_may_execute(funcid, roleid) \
+	(pg_proc_aclcheck((funcid), (roleid), ACL_EXECUTE) == ACLCHECK_OK)
+#endif
+
+/* A JSON parser's actions may end the parse from 16 on; before, they are void. */
+#if PG_VERSION_NUM >= 160000
+#define ABP_JSON_ACTION JsonParseErrorType
+#define ABP_JSON_GO_ON JSON_SUCCESS
+#else
+#define ABP_JSON_ACTION void
+#define ABP_JSON_GO_ON
+#endif
+
 /* 19 lets the postmaster end a worker that stands in the way of CREATE/DROP DATABASE. */
 #ifndef BGWORKER_INTERRUPTIBLE
 #define BGWORKER_INTERRUPTIBLE 0

@@ -1,1 +1,1482 @@
+/*-------------------------------------------------------------------------
+ *
+ * outbox.c
+ *	  The outbox, the ledger and the usage rows: all their SQL.
+ *
+ * The outbox holds entries of ids in one state.  No entry crosses a multiple
+ * of OUTBOX_BLOCK, so that the entry of a given id is found by looking at the
+ * entries that begin in the id's block, through the table's only index.
+ * Entries are inserted and taken through the table's access method, without
+ * SQL: both happen for every batch, the first inside users' transactions.
+ *
+ *-------------------------------------------------------------------------
+ */
 #include "postgres.h"
+
+#include "access/genam.h"
+#include "access/heapam.h"
+#include "access/table.h"
+#include "access/tableam.h"
+#include "access/xact.h"
+#include "access/xlog.h"
+#include "catalog/indexing.h"
+#include "catalog/namespace.h"
+#include "catalog/pg_type.h"
+#include "commands/extension.h"
+#include "executor/spi.h"
+#include "executor/tuptable.h"
+#include "miscadmin.h"
+#include "utils/array.h"
+#include "utils/builtins.h"
+#include "utils/fmgroids.h"
+#include "utils/guc.h"
+#include "utils/jsonb.h"
+#include "utils/lsyscache.h"
+#include "utils/memutils.h"
+#include "utils/multirangetypes.h"
+#include "utils/rel.h"
+#include "utils/snapmgr.h"
+#include "utils/timestamp.h"
+
+#include "compat.h"
+#include "outbox.h"
+
+/* The most ids an entry can hold; see the head of this file. */
+#define OUTBOX_BLOCK 1024
+
+/* How many entries are written to the table at a time. */
+#define PUT_CHUNK 64
+
+/* The longest reason kept with an entry or a delivery, in bytes. */
+#define MAX_ERROR_LEN 1000
+
+/* columns of aibilling.outbox_entry */
+#define Anum_entry_usage_table 1
+#define Anum_entry_state 2
+#define Anum_entry_attempts 3
+#define Anum_entry_not_before 4
+#define Anum_entry_first 5
+#define Anum_entry_last 6
+#define Anum_entry_ids 7
+#define Anum_entry_error 8
+#define Natts_entry 8
+
+/* A statement that is prepared once a session. */
+typedef struct Statement
+{
+	const char *sql;
+	int			nargs;
+	Oid			argtypes[10];
+	SPIPlanPtr	plan;
+} Statement;
+
+/* The plans that read one usage table, kept for the session. */
+typedef struct ReadPlans
+{
+	Oid			relid;
+	char	   *name;			/* the plans' text names the table so */
+	SPIPlanPtr	by_range[2];	/* without and with the whole row */
+	SPIPlanPtr	by_array[2];
+} ReadPlans;
+
+static List *read_plans = NIL;	/* of ReadPlans, in TopMemoryContext */
+
+/*
+ * Is the extension there, and all of it?  Not while it is being created.
+ */
+bool
+abp_extension_installed(void)
+{
+	return OidIsValid(get_extension_oid("aibilling_polar", true)) &&
+		OidIsValid(abp_extension_relation("database_identity"));
+}
+
+/*
+ * The OID of a relation of the extension, InvalidOid if there is none.
+ */
+Oid
+abp_extension_relation(const char *name)
+{
+	Oid			namespace = get_namespace_oid("aibilling", true);
+
+	return OidIsValid(namespace) ? get_relname_relid(name, namespace) : InvalidOid;
+}
+
+static Oid
+entry_relid(void)
+{
+	Oid			relid = abp_extension_relation("outbox_entry");
+
+	if (!OidIsValid(relid))
+		ereport(ERROR,
+				(errcode(ERRCODE_UNDEFINED_TABLE),
+				 errmsg("table \"aibilling.outbox_entry\" does not exist"),
+				 errhint("Create the extension aibilling_polar in this database, or drop the triggers of this table.")));
+	return relid;
+}
+
+/* --- rights --------------------------------------------------------------- */
+
+/* A setting until abp_restore_user. */
+static void
+set_locally(const char *name, const char *value)
+{
+	(void) set_config_option(name, value, PGC_USERSET, PGC_S_SESSION,
+							 GUC_ACTION_SAVE, true, 0, false);
+}
+
+/*
+ * Run what follows with another role's rights, and with none of its powers
+ * to change the session: no code of one role runs with the rights of another.
+ */
+void
+abp_become(Oid userid, SavedUser *saved)
+{
+	GetUserIdAndSecContext(&saved->userid, &saved->sec_context);
+	SetUserIdAndSecContext(userid, saved->sec_context | SECURITY_LOCAL_USERID_CHANGE |
+						   SECURITY_RESTRICTED_OPERATION);
+	saved->guc_level = NewGUCNestLevel();
+	set_locally("search_path", "pg_catalog, pg_temp");
+}
+
+/*
+ * Run what follows with the rights of the extension's owner.  For statements
+ * of this file only, which call nothing of a user's.
+ */
+void
+abp_become_extension_owner(SavedUser *saved)
+{
+	Relation	rel = table_open(entry_relid(), AccessShareLock);
+	Oid			owner = rel->rd_rel->relowner;
+
+	table_close(rel, AccessShareLock);
+	abp_become(owner, saved);
+}
+
+/*
+ * Take back abp_become.  An error does the same: (sub)transaction abort
+ * restores user and settings.
+ */
+void
+abp_restore_user(const SavedUser *saved)
+{
+	AtEOXact_GUC(false, saved->guc_level);
+	SetUserIdAndSecContext(saved->userid, saved->sec_context);
+}
+
+/* --- running statements --------------------------------------------------- */
+
+static uint64
+run(Statement *statement, Datum *values, const char *nulls)
+{
+	int			result;
+
+	if (statement->plan == NULL)
+	{
+		SPIPlanPtr	plan = SPI_prepare(statement->sql, statement->nargs,
+									   statement->argtypes);
+
+		if (plan == NULL)
+			elog(ERROR, "unexpected failure to prepare: %s",
+				 SPI_result_code_string(SPI_result));
+		SPI_keepplan(plan);
+		statement->plan = plan;
+	}
+
+	result = SPI_execute_plan(statement->plan, values, nulls, false, 0);
+	if (result < 0)
+		elog(ERROR, "unexpected failure to execute: %s", SPI_result_code_string(result));
+	return SPI_processed;
+}
+
+static Datum
+result_datum(uint64 row, int column, bool *isnull)
+{
+	return SPI_getbinval(SPI_tuptable->vals[row], SPI_tuptable->tupdesc, column, isnull);
+}
+
+/* A text column of the last result, copied to "context"; NULL stays NULL. */
+static char *
+result_string(uint64 row, int column, MemoryContext context)
+{
+	char	   *value = SPI_getvalue(SPI_tuptable->vals[row], SPI_tuptable->tupdesc, column);
+
+	return value == NULL ? NULL : MemoryContextStrdup(context, value);
+}
+
+static int64
+result_int64(uint64 row, int column, int64 if_null)
+{
+	bool		isnull;
+	Datum		value = result_datum(row, column, &isnull);
+
+	return isnull ? if_null : DatumGetInt64(value);
+}
+
+static Oid
+result_oid(uint64 row, int column)
+{
+	bool		isnull;
+	Datum		value = result_datum(row, column, &isnull);
+
+	return isnull ? InvalidOid : DatumGetObjectId(value);
+}
+
+static IdSet
+result_idset(uint64 row, int column, MemoryContext context)
+{
+	IdSet		ids = {0};
+	bool		isnull;
+	Datum		value = result_datum(row, column, &isnull);
+
+	if (!isnull)
+	{
+		MemoryContext old = MemoryContextSwitchTo(context);
+
+		ids = abp_idset_from_multirange(value);
+		MemoryContextSwitchTo(old);
+	}
+	return ids;
+}
+
+static text *
+error_text(const char *error)
+{
+	int			len = strlen(error);
+
+	return cstring_to_text_with_len(error, len <= MAX_ERROR_LEN ? len :
+									pg_mbcliplen(error, len, MAX_ERROR_LEN));
+}
+
+/* --- the outbox ----------------------------------------------------------- */
+
+/* Where entries are collected before they are written. */
+typedef struct EntryWriter
+{
+	Relation	rel;
+	CatalogIndexState indexes;
+	TupleTableSlot *slots[PUT_CHUNK];
+	int			nslots;			/* filled */
+	int			nmade;			/* ever made */
+} EntryWriter;
+
+static void
+flush_entries(EntryWriter *writer)
+{
+	if (writer->nslots > 0)
+		CatalogTuplesMultiInsertWithInfo(writer->rel, writer->slots,
+										 writer->nslots, writer->indexes);
+	for (int i = 0; i < writer->nslots; i++)
+		ExecClearTuple(writer->slots[i]);
+	writer->nslots = 0;
+}
+
+static void
+write_entry(EntryWriter *writer, const OutboxEntry *entry, IdSet *ids)
+{
+	Datum		values[Natts_entry];
+	bool		nulls[Natts_entry] = {false};
+	TupleTableSlot *slot;
+
+	if (writer->nslots == writer->nmade)
+		writer->slots[writer->nmade++] =
+			MakeSingleTupleTableSlot(RelationGetDescr(writer->rel), &TTSOpsHeapTuple);
+	slot = writer->slots[writer->nslots++];
+
+	values[Anum_entry_usage_table - 1] = ObjectIdGetDatum(entry->usage_table);
+	values[Anum_entry_state - 1] = CharGetDatum(entry->state);
+	values[Anum_entry_attempts - 1] = Int32GetDatum(entry->attempts);
+	values[Anum_entry_not_before - 1] =
+		TimestampTzGetDatum(entry->state == OUTBOX_WAITING ? entry->not_before : DT_NOBEGIN);
+	values[Anum_entry_first - 1] = Int64GetDatum(ids->ranges[0].first);
+	values[Anum_entry_last - 1] = Int64GetDatum(ids->ranges[ids->nranges - 1].last);
+	if (ids->nranges > 1)
+		values[Anum_entry_ids - 1] = abp_idset_to_multirange(ids);
+	else
+		nulls[Anum_entry_ids - 1] = true;
+	if (entry->error != NULL)
+		values[Anum_entry_error - 1] = PointerGetDatum(error_text(entry->error));
+	else
+		nulls[Anum_entry_error - 1] = true;
+
+	ExecStoreHeapTuple(heap_form_tuple(RelationGetDescr(writer->rel), values, nulls),
+					   slot, true);
+	if (writer->nslots == PUT_CHUNK)
+		flush_entries(writer);
+}
+
+/*
+ * Put ids into the outbox, in the current (sub)transaction.
+ *
+ * Needs no privileges: what reaches this function has been decided by a
+ * trigger of an attached table, or by the shipper.
+ */
+void
+abp_outbox_put(OutboxEntry *entries, int nentries)
+{
+	EntryWriter writer = {0};
+	MemoryContext context;
+	MemoryContext old;
+
+	if (nentries == 0)
+		return;
+
+	context = AllocSetContextCreate(CurrentMemoryContext, "aibilling outbox entries",
+									ALLOCSET_DEFAULT_SIZES);
+	old = MemoryContextSwitchTo(context);
+	PushActiveSnapshot(GetTransactionSnapshot());
+	writer.rel = table_open(entry_relid(), RowExclusiveLock);
+	writer.indexes = CatalogOpenIndexes(writer.rel);
+
+	for (int i = 0; i < nentries; i++)
+	{
+		IdSet	   *ids = &entries[i].ids;
+		IdSet		block = {0};
+		int64		block_of = 0;
+
+		abp_idset_sort(ids);
+		for (int r = 0; r < ids->nranges; r++)
+		{
+			int64		first = ids->ranges[r].first;
+			int64		last = ids->ranges[r].last;
+
+			for (;;)
+			{
+				int64		this_block = first & ~((int64) OUTBOX_BLOCK - 1);
+				int64		end = Min(last, this_block + (OUTBOX_BLOCK - 1));
+
+				CHECK_FOR_INTERRUPTS();
+
+				if (block.nranges > 0 && this_block != block_of)
+				{
+					write_entry(&writer, &entries[i], &block);
+					block.nranges = 0;
+				}
+				block_of = this_block;
+				abp_idset_add(&block, first, end, context);
+				if (end == last)
+					break;
+				first = end + 1;
+			}
+		}
+		if (block.nranges > 0)
+			write_entry(&writer, &entries[i], &block);
+	}
+	flush_entries(&writer);
+
+	CatalogCloseIndexes(writer.indexes);
+	for (int i = 0; i < writer.nmade; i++)
+		ExecDropSingleTupleTableSlot(writer.slots[i]);
+	table_close(writer.rel, RowExclusiveLock);
+	PopActiveSnapshot();
+	MemoryContextSwitchTo(old);
+	MemoryContextDelete(context);
+}
+
+/* The ids of an entry's tuple, in the current memory context. */
+static IdSet
+entry_ids(HeapTuple tuple, TupleDesc desc)
+{
+	IdSet		ids = {0};
+	bool		isnull;
+	Datum		value = heap_getattr(tuple, Anum_entry_ids, desc, &isnull);
+
+	if (!isnull)
+		return abp_idset_from_multirange(value);
+
+	abp_idset_add(&ids,
+				  DatumGetInt64(heap_getattr(tuple, Anum_entry_first, desc, &isnull)),
+				  DatumGetInt64(heap_getattr(tuple, Anum_entry_last, desc, &isnull)),
+				  CurrentMemoryContext);
+	return ids;
+}
+
+/* An ordered scan over the entries of one table and state. */
+typedef struct EntryScan
+{
+	Relation	rel;
+	Relation	index;
+	SysScanDesc scan;
+} EntryScan;
+
+static void
+begin_entry_scan(EntryScan *scan, Oid usage_table, char state, int64 from_id,
+				 TimestampTz until, LOCKMODE lockmode)
+{
+	ScanKeyData keys[4];
+	int			nkeys = 3;
+
+	ScanKeyInit(&keys[0], Anum_entry_usage_table, BTEqualStrategyNumber,
+				F_OIDEQ, ObjectIdGetDatum(usage_table));
+	ScanKeyInit(&keys[1], Anum_entry_state, BTEqualStrategyNumber,
+				F_CHAREQ, CharGetDatum(state));
+	if (state == OUTBOX_WAITING)
+		ScanKeyInit(&keys[2], Anum_entry_not_before, BTLessEqualStrategyNumber,
+					F_TIMESTAMPTZ_LE, TimestampTzGetDatum(until));
+	else
+	{
+		ScanKeyInit(&keys[2], Anum_entry_not_before, BTEqualStrategyNumber,
+					F_TIMESTAMPTZ_EQ, TimestampTzGetDatum(DT_NOBEGIN));
+		ScanKeyInit(&keys[3], Anum_entry_first, BTGreaterEqualStrategyNumber,
+					F_INT8GE, Int64GetDatum(from_id));
+		nkeys = 4;
+	}
+
+	scan->rel = table_open(entry_relid(), lockmode);
+	scan->index = index_open(abp_extension_relation("outbox_entry_key"), lockmode);
+	scan->scan = systable_beginscan_ordered(scan->rel, scan->index,
+											GetActiveSnapshot(), nkeys, keys);
+}
+
+static void
+end_entry_scan(EntryScan *scan)
+{
+	systable_endscan_ordered(scan->scan);
+	index_close(scan->index, NoLock);
+	table_close(scan->rel, NoLock);
+}
+
+/*
+ * Take up to max_ids ids out of the outbox: their entries are deleted in the
+ * current transaction.  Entries that another transaction has locked (an
+ * UPDATE of a pending row) are passed over, never waited for.
+ *
+ * OUTBOX_WAITING: entries whose not_before is at most "until".  Other states:
+ * from *cursor on, which is moved behind what was taken, and to PG_INT64_MAX
+ * at the end of the entries.
+ *
+ * Returns the ids, in the current memory context, and in *attempts the most
+ * attempts of any of their entries.
+ */
+IdSet
+abp_outbox_take(Oid usage_table, char state, TimestampTz until,
+				int64 *cursor, int64 max_ids, int *attempts)
+{
+	IdSet		taken = {0};
+	int64		ntaken = 0;
+	EntryScan	scan;
+	HeapTuple	tuple;
+	OutboxEntry rest = {.usage_table = usage_table,.state = state};
+	bool		at_end = false;
+
+	*attempts = 0;
+	PushActiveSnapshot(GetLatestSnapshot());
+	begin_entry_scan(&scan, usage_table, state, *cursor, until, RowExclusiveLock);
+
+	while (ntaken < max_ids)
+	{
+		TupleDesc	desc = RelationGetDescr(scan.rel);
+		TM_FailureData failure;
+		IdSet		ids;
+		bool		isnull;
+		int			entry_attempts;
+
+		CHECK_FOR_INTERRUPTS();
+
+		tuple = systable_getnext_ordered(scan.scan, ForwardScanDirection);
+		if (tuple == NULL)
+		{
+			at_end = true;
+			break;
+		}
+		*cursor = DatumGetInt64(heap_getattr(tuple, Anum_entry_first, desc, &isnull));
+
+		if (table_tuple_delete(scan.rel, &tuple->t_self, GetCurrentCommandId(true),
+							   GetActiveSnapshot(), InvalidSnapshot, false,
+							   &failure, false) != TM_Ok)
+			continue;
+
+		ids = entry_ids(tuple, desc);
+		entry_attempts = DatumGetInt32(heap_getattr(tuple, Anum_entry_attempts, desc, &isnull));
+		*attempts = Max(*attempts, entry_attempts);
+		if (ntaken + abp_idset_count(&ids) > max_ids)
+		{
+			Datum		error = heap_getattr(tuple, Anum_entry_error, desc, &isnull);
+
+			rest.error = isnull ? NULL : TextDatumGetCString(error);
+			rest.attempts = entry_attempts;
+			rest.not_before = DatumGetTimestampTz(heap_getattr(tuple, Anum_entry_not_before, desc, &isnull));
+			rest.ids = abp_idset_split(&ids, max_ids - ntaken);
+			*cursor = rest.ids.ranges[0].first;
+		}
+		ntaken += abp_idset_count(&ids);
+		for (int i = 0; i < ids.nranges; i++)
+			abp_idset_add(&taken, ids.ranges[i].first, ids.ranges[i].last,
+						  CurrentMemoryContext);
+	}
+
+	end_entry_scan(&scan);
+	PopActiveSnapshot();
+	if (at_end)
+		*cursor = PG_INT64_MAX;
+	if (rest.ids.nranges > 0)
+		abp_outbox_put(&rest, 1);
+	CommandCounterIncrement();
+	abp_idset_sort(&taken);
+	return taken;
+}
+
+/*
+ * Where does a row stand?  ROW_IN_OUTBOX: also its state in the outbox; its
+ * entry is locked against the shipper until the end of the transaction, and
+ * with for_change against others who find it.
+ */
+RowPlace
+abp_outbox_find(Oid usage_table, int64 id, bool for_change, char *state)
+{
+	static Statement place = {
+		"SELECT EXISTS (SELECT FROM aibilling.outbox_entry e"
+		" WHERE e.usage_table = $1 AND e.state = ANY ('{p,w,u,r}'::pg_catalog.\"char\"[])"
+		" AND e.first BETWEEN $3 AND $2 AND e.last >= $2"
+		" AND (e.ids IS NULL OR e.ids @> $2)),"
+		" (SELECT d.state = 'sending' FROM aibilling.delivery d"
+		" WHERE d.usage_ids @> $2 AND d.usage_table = $1"
+		" AND d.state IN ('sending', 'delivered') ORDER BY d.id DESC LIMIT 1)",
+		3, {REGCLASSOID, INT8OID, INT8OID}
+	};
+	static Statement lock[2] = {
+		{
+			"SELECT e.state FROM aibilling.outbox_entry e"
+			" WHERE e.usage_table = $1 AND e.state = ANY ('{p,w,u,r}'::pg_catalog.\"char\"[])"
+			" AND e.first BETWEEN $3 AND $2 AND e.last >= $2"
+			" AND (e.ids IS NULL OR e.ids @> $2) FOR KEY SHARE",
+			3, {REGCLASSOID, INT8OID, INT8OID}
+		},
+		{
+			"SELECT e.state FROM aibilling.outbox_entry e"
+			" WHERE e.usage_table = $1 AND e.state = ANY ('{p,w,u,r}'::pg_catalog.\"char\"[])"
+			" AND e.first BETWEEN $3 AND $2 AND e.last >= $2"
+			" AND (e.ids IS NULL OR e.ids @> $2) FOR UPDATE",
+			3, {REGCLASSOID, INT8OID, INT8OID}
+		}
+	};
+	Datum		values[3] = {
+		ObjectIdGetDatum(usage_table), Int64GetDatum(id),
+		Int64GetDatum(id & ~((int64) OUTBOX_BLOCK - 1))
+	};
+	RowPlace	where = ROW_NOT_SENT;
+	SavedUser	saved;
+
+	abp_become_extension_owner(&saved);
+	SPI_connect();
+
+	/*
+	 * The shipper may move the row between the look and the lock: then look
+	 * again.  Each turn sees a later state of the tables.
+	 */
+	for (;;)
+	{
+		bool		isnull;
+		bool		in_outbox;
+		bool		sending;
+
+		CHECK_FOR_INTERRUPTS();
+
+		run(&place, values, NULL);
+		in_outbox = DatumGetBool(result_datum(0, 1, &isnull));
+		sending = DatumGetBool(result_datum(0, 2, &isnull));
+		if (!in_outbox)
+		{
+			where = isnull ? ROW_NOT_SENT : sending ? ROW_SENDING : ROW_DELIVERED;
+			break;
+		}
+		if (run(&lock[for_change ? 1 : 0], values, NULL) > 0)
+		{
+			where = ROW_IN_OUTBOX;
+			*state = DatumGetChar(result_datum(0, 1, &isnull));
+			break;
+		}
+	}
+
+	SPI_finish();
+	abp_restore_user(&saved);
+	return where;
+}
+
+/*
+ * Take one id out of the outbox.  The caller holds its entry
+ * (abp_outbox_find with for_change).
+ */
+void
+abp_outbox_remove(Oid usage_table, int64 id)
+{
+	static Statement removal = {
+		"DELETE FROM aibilling.outbox_entry e"
+		" WHERE e.usage_table = $1 AND e.state = ANY ('{p,w,u,r}'::pg_catalog.\"char\"[])"
+		" AND e.first BETWEEN $3 AND $2 AND e.last >= $2"
+		" AND (e.ids IS NULL OR e.ids @> $2)"
+		" RETURNING e.state, e.attempts, e.not_before, coalesce(e.ids,"
+		" pg_catalog.int8multirange(pg_catalog.int8range(e.first, e.last, '[]'))), e.error",
+		3, {REGCLASSOID, INT8OID, INT8OID}
+	};
+	Datum		values[3] = {
+		ObjectIdGetDatum(usage_table), Int64GetDatum(id),
+		Int64GetDatum(id & ~((int64) OUTBOX_BLOCK - 1))
+	};
+	IdSet		only = {0};
+	OutboxEntry *rest;
+	uint64		nrest;
+	SavedUser	saved;
+	MemoryContext caller = CurrentMemoryContext;
+
+	abp_idset_add(&only, id, id, caller);
+	abp_become_extension_owner(&saved);
+	SPI_connect();
+	nrest = run(&removal, values, NULL);
+	rest = MemoryContextAllocZero(caller, sizeof(OutboxEntry) * Max(1, nrest));
+	for (uint64 i = 0; i < nrest; i++)
+	{
+		bool		isnull;
+		IdSet		ids = result_idset(i, 4, caller);
+		MemoryContext old = MemoryContextSwitchTo(caller);
+
+		rest[i].usage_table = usage_table;
+		rest[i].state = DatumGetChar(result_datum(i, 1, &isnull));
+		rest[i].attempts = DatumGetInt32(result_datum(i, 2, &isnull));
+		rest[i].not_before = DatumGetTimestampTz(result_datum(i, 3, &isnull));
+		rest[i].ids = abp_idset_subtract(&ids, &only);
+		rest[i].error = result_string(i, 5, caller);
+		MemoryContextSwitchTo(old);
+	}
+	SPI_finish();
+	abp_restore_user(&saved);
+
+	abp_outbox_put(rest, nrest);
+	CommandCounterIncrement();
+}
+
+/*
+ * Count a table's ids in one state.  Exact up to exact_limit ids; beyond, the
+ * rest is estimated from how densely the counted ids lie.  *first_id is the
+ * lowest id, untouched if there is none.
+ */
+int64
+abp_outbox_count(Oid usage_table, char state, int64 exact_limit,
+				 bool *estimated, int64 *first_id)
+{
+	EntryScan	scan;
+	HeapTuple	tuple;
+	int64		count = 0;
+	int64		lowest = 0;
+	int64		reached = 0;
+
+	*estimated = false;
+	PushActiveSnapshot(GetLatestSnapshot());
+	begin_entry_scan(&scan, usage_table, state, PG_INT64_MIN, DT_NOEND, AccessShareLock);
+	while ((tuple = systable_getnext_ordered(scan.scan, ForwardScanDirection)) != NULL)
+	{
+		TupleDesc	desc = RelationGetDescr(scan.rel);
+		bool		isnull;
+		Datum		ids = heap_getattr(tuple, Anum_entry_ids, desc, &isnull);
+		int64		first;
+
+		CHECK_FOR_INTERRUPTS();
+
+		if (!isnull)
+		{
+			IdSet		set = abp_idset_from_multirange(ids);
+
+			count += abp_idset_count(&set);
+			pfree(set.ranges);
+		}
+		first = DatumGetInt64(heap_getattr(tuple, Anum_entry_first, desc, &isnull));
+		reached = DatumGetInt64(heap_getattr(tuple, Anum_entry_last, desc, &isnull));
+		if (heap_attisnull(tuple, Anum_entry_ids, desc))
+			count += reached - first + 1;
+		if (lowest == 0)
+		{
+			lowest = first;
+			*first_id = first;
+		}
+		if (count >= exact_limit)
+		{
+			/* Anything behind?  Then its end tells how much, about. */
+			end_entry_scan(&scan);
+			begin_entry_scan(&scan, usage_table, state, PG_INT64_MIN, DT_NOEND,
+							 AccessShareLock);
+			tuple = systable_getnext_ordered(scan.scan, BackwardScanDirection);
+			if (tuple != NULL)
+			{
+				int64		end = DatumGetInt64(heap_getattr(tuple, Anum_entry_last,
+															 RelationGetDescr(scan.rel), &isnull));
+
+				if (end > reached)
+				{
+					*estimated = true;
+					count += (int64) ((end - reached) *
+									  (double) count / (reached - lowest + 1));
+				}
+			}
+			break;
+		}
+	}
+	end_entry_scan(&scan);
+	PopActiveSnapshot();
+	return count;
+}
+
+/*
+ * Drop a table's entries.  Returns how many ids they held.
+ */
+int64
+abp_outbox_discard(Oid usage_table)
+{
+	static Statement discard = {
+		"WITH gone AS (DELETE FROM aibilling.outbox_entry e WHERE e.usage_table = $1"
+		" RETURNING e.first, e.last, e.ids)"
+		" SELECT coalesce(sum(coalesce((SELECT sum(upper(r) - lower(r)) FROM unnest(ids) r),"
+		" last - first + 1)), 0)::pg_catalog.int8 FROM gone",
+		1, {REGCLASSOID}
+	};
+	Datum		values[1] = {ObjectIdGetDatum(usage_table)};
+	int64		count;
+	SavedUser	saved;
+
+	abp_become_extension_owner(&saved);
+	SPI_connect();
+	run(&discard, values, NULL);
+	count = result_int64(0, 1, 0);
+	SPI_finish();
+	abp_restore_user(&saved);
+	return count;
+}
+
+/*
+ * Make a table's rejected ids ready again: all, or those of "only".  Returns
+ * how many.
+ */
+int64
+abp_outbox_retry(Oid usage_table, IdSet *only)
+{
+	OutboxEntry ready = {.usage_table = usage_table,.state = OUTBOX_READY};
+	OutboxEntry kept = {.usage_table = usage_table,.state = OUTBOX_REJECTED};
+	int64		count = 0;
+	EntryScan	scan;
+	HeapTuple	tuple;
+
+	PushActiveSnapshot(GetLatestSnapshot());
+	begin_entry_scan(&scan, usage_table, OUTBOX_REJECTED, PG_INT64_MIN, DT_NOEND,
+					 RowExclusiveLock);
+	while ((tuple = systable_getnext_ordered(scan.scan, ForwardScanDirection)) != NULL)
+	{
+		TupleDesc	desc = RelationGetDescr(scan.rel);
+		TM_FailureData failure;
+		IdSet		ids = entry_ids(tuple, desc);
+		bool		isnull;
+
+		CHECK_FOR_INTERRUPTS();
+
+		kept.ids.nranges = 0;
+		ready.ids = ids;
+		if (only != NULL)
+		{
+			kept.ids = abp_idset_subtract(&ids, only);
+			if (abp_idset_count(&kept.ids) == abp_idset_count(&ids))
+				continue;
+			ready.ids = abp_idset_subtract(&ids, &kept.ids);
+		}
+		if (table_tuple_delete(scan.rel, &tuple->t_self, GetCurrentCommandId(true),
+							   GetActiveSnapshot(), InvalidSnapshot, true,
+							   &failure, false) != TM_Ok)
+			continue;
+		count += abp_idset_count(&ready.ids);
+		abp_outbox_put(&ready, 1);
+		if (kept.ids.nranges > 0)
+		{
+			Datum		error = heap_getattr(tuple, Anum_entry_error, desc, &isnull);
+
+			kept.error = isnull ? NULL : TextDatumGetCString(error);
+			kept.attempts = DatumGetInt32(heap_getattr(tuple, Anum_entry_attempts, desc, &isnull));
+			abp_outbox_put(&kept, 1);
+		}
+	}
+	end_entry_scan(&scan);
+	PopActiveSnapshot();
+	CommandCounterIncrement();
+	return count;
+}
+
+/*
+ * When is the next waiting entry of a table due?  DT_NOEND if none waits.
+ */
+TimestampTz
+abp_outbox_next_due(Oid usage_table)
+{
+	TimestampTz due = DT_NOEND;
+	EntryScan	scan;
+	HeapTuple	tuple;
+
+	PushActiveSnapshot(GetLatestSnapshot());
+	begin_entry_scan(&scan, usage_table, OUTBOX_WAITING, 0, DT_NOEND, AccessShareLock);
+	tuple = systable_getnext_ordered(scan.scan, ForwardScanDirection);
+	if (tuple != NULL)
+	{
+		bool		isnull;
+
+		due = DatumGetTimestampTz(heap_getattr(tuple, Anum_entry_not_before,
+											   RelationGetDescr(scan.rel), &isnull));
+	}
+	end_entry_scan(&scan);
+	PopActiveSnapshot();
+	return due;
+}
+
+/*
+ * The next unpriced entry of a table from *cursor on, which is moved behind
+ * it; NULL at the end.  In the current memory context.
+ */
+OutboxEntry *
+abp_outbox_next_unpriced(Oid usage_table, int64 *cursor)
+{
+	OutboxEntry *entry = NULL;
+	EntryScan	scan;
+	HeapTuple	tuple;
+
+	PushActiveSnapshot(GetLatestSnapshot());
+	begin_entry_scan(&scan, usage_table, OUTBOX_UNPRICED, *cursor, DT_NOEND, AccessShareLock);
+	tuple = systable_getnext_ordered(scan.scan, ForwardScanDirection);
+	if (tuple != NULL)
+	{
+		bool		isnull;
+		Datum		error = heap_getattr(tuple, Anum_entry_error,
+										 RelationGetDescr(scan.rel), &isnull);
+
+		entry = palloc0(sizeof(OutboxEntry));
+		entry->usage_table = usage_table;
+		entry->state = OUTBOX_UNPRICED;
+		entry->error = isnull ? NULL : TextDatumGetCString(error);
+		entry->ids = entry_ids(tuple, RelationGetDescr(scan.rel));
+		*cursor = entry->ids.ranges[0].first + 1;
+	}
+	end_entry_scan(&scan);
+	PopActiveSnapshot();
+	return entry;
+}
+
+/* --- the ledger ----------------------------------------------------------- */
+
+/*
+ * Enter a delivery in the ledger, as sending its first request.  Sets its id.
+ */
+void
+abp_ledger_begin(Delivery *delivery)
+{
+	static Statement begin = {
+		"INSERT INTO aibilling.delivery (server, usage_table, usage_ids, events, bytes,"
+		" state, attempts, vanished, started_at)"
+		" VALUES ($1, $2, $3, $4, $5, 'sending', 1, $6, pg_catalog.clock_timestamp())"
+		" RETURNING id",
+		6, {NAMEOID, REGCLASSOID, INT8MULTIRANGEOID, INT4OID, INT8OID, INT8OID}
+	};
+	Datum		values[6] = {
+		DirectFunctionCall1(namein, CStringGetDatum(delivery->server)),
+		ObjectIdGetDatum(delivery->usage_table),
+		abp_idset_to_multirange(&delivery->ids),
+		Int32GetDatum(delivery->nevents),
+		Int64GetDatum(delivery->body.len),
+		Int64GetDatum(delivery->vanished)
+	};
+	SavedUser	saved;
+
+	abp_become_extension_owner(&saved);
+	SPI_connect();
+	run(&begin, values, NULL);
+	delivery->id = result_int64(0, 1, 0);
+	delivery->attempts = 1;
+	SPI_finish();
+	abp_restore_user(&saved);
+}
+
+/*
+ * Enter another request for a delivery, perhaps with fewer ids than before.
+ */
+void
+abp_ledger_resend(Delivery *delivery)
+{
+	static Statement resend = {
+		"UPDATE aibilling.delivery SET usage_ids = $2, events = $3, bytes = $4,"
+		" vanished = $5, outcome_unknown = $6, attempts = attempts + 1, not_before = NULL"
+		" WHERE id = $1 RETURNING attempts::pg_catalog.int8",
+		6, {INT8OID, INT8MULTIRANGEOID, INT4OID, INT8OID, INT8OID, BOOLOID}
+	};
+	Datum		values[6] = {
+		Int64GetDatum(delivery->id),
+		abp_idset_to_multirange(&delivery->ids),
+		Int32GetDatum(delivery->nevents),
+		Int64GetDatum(delivery->body.len),
+		Int64GetDatum(delivery->vanished),
+		BoolGetDatum(delivery->outcome_unknown)
+	};
+	SavedUser	saved;
+
+	abp_become_extension_owner(&saved);
+	SPI_connect();
+	if (run(&resend, values, NULL) == 1)
+		delivery->attempts = result_int64(0, 1, 1);
+	SPI_finish();
+	abp_restore_user(&saved);
+}
+
+/*
+ * Note why a delivery is still unsettled, and when it is tried again.
+ */
+void
+abp_ledger_note(Delivery *delivery, const char *error, TimestampTz not_before)
+{
+	static Statement note = {
+		"UPDATE aibilling.delivery SET error = $2, not_before = $3, outcome_unknown = $4,"
+		" http_status = pg_catalog.nullif($5, 0)"
+		" WHERE id = $1",
+		5, {INT8OID, TEXTOID, TIMESTAMPTZOID, BOOLOID, INT4OID}
+	};
+	Datum		values[5] = {
+		Int64GetDatum(delivery->id),
+		PointerGetDatum(error_text(error)),
+		TimestampTzGetDatum(not_before),
+		BoolGetDatum(delivery->outcome_unknown),
+		Int32GetDatum(delivery->http_status)
+	};
+	SavedUser	saved;
+
+	abp_become_extension_owner(&saved);
+	SPI_connect();
+	run(&note, values, NULL);
+	SPI_finish();
+	abp_restore_user(&saved);
+}
+
+/*
+ * Settle a delivery: "delivered", "rejected" or "failed".
+ */
+void
+abp_ledger_finish(Delivery *delivery, const char *state, const char *error)
+{
+	static Statement finish = {
+		"UPDATE aibilling.delivery SET state = $2, http_status = pg_catalog.nullif($3, 0),"
+		" inserted = $4, duplicates = $5, unexpected_duplicates = $6, vanished = $7,"
+		" error = $8, not_before = NULL, finished_at = pg_catalog.clock_timestamp()"
+		" WHERE id = $1",
+		8, {INT8OID, TEXTOID, INT4OID, INT8OID, INT8OID, INT8OID, INT8OID, TEXTOID}
+	};
+	Datum		values[8] = {
+		Int64GetDatum(delivery->id),
+		CStringGetTextDatum(state),
+		Int32GetDatum(delivery->http_status),
+		Int64GetDatum(delivery->inserted),
+		Int64GetDatum(delivery->duplicates),
+		Int64GetDatum(delivery->unexpected_duplicates),
+		Int64GetDatum(delivery->vanished)
+	};
+	char		nulls[9] = "        ";
+	SavedUser	saved;
+
+	if (strcmp(state, "delivered") != 0)
+		nulls[3] = nulls[4] = 'n';
+	if (error == NULL)
+		nulls[7] = 'n';
+	else
+		values[7] = PointerGetDatum(error_text(error));
+
+	abp_become_extension_owner(&saved);
+	SPI_connect();
+	run(&finish, values, nulls);
+	SPI_finish();
+	abp_restore_user(&saved);
+}
+
+/*
+ * The deliveries whose fate an earlier shipper left open, as a list of
+ * Delivery in the current memory context.
+ */
+List *
+abp_ledger_unsettled(void)
+{
+	static Statement unsettled = {
+		"SELECT d.id, d.server, d.usage_table, d.usage_ids, d.attempts, d.vanished"
+		" FROM aibilling.delivery d WHERE d.state = 'sending' ORDER BY d.id",
+		0, {0}
+	};
+	MemoryContext caller = CurrentMemoryContext;
+	List	   *deliveries = NIL;
+	uint64		n;
+	SavedUser	saved;
+
+	abp_become_extension_owner(&saved);
+	SPI_connect();
+	n = run(&unsettled, NULL, NULL);
+	for (uint64 i = 0; i < n; i++)
+	{
+		Delivery   *delivery = MemoryContextAllocZero(caller, sizeof(Delivery));
+		MemoryContext spi = MemoryContextSwitchTo(caller);
+		bool		isnull;
+
+		delivery->id = result_int64(i, 1, 0);
+		delivery->server = result_string(i, 2, caller);
+		delivery->usage_table = result_oid(i, 3);
+		delivery->ids = result_idset(i, 4, caller);
+		delivery->attempts = DatumGetInt32(result_datum(i, 5, &isnull));
+		delivery->vanished = result_int64(i, 6, 0);
+		delivery->outcome_unknown = true;
+		deliveries = lappend(deliveries, delivery);
+		MemoryContextSwitchTo(spi);
+	}
+	SPI_finish();
+	abp_restore_user(&saved);
+	return deliveries;
+}
+
+/*
+ * How many requests went to a server in the last minute, counting up to
+ * "limit": what is left of its quota after a restart.
+ */
+int
+abp_ledger_recent_requests(const char *server, int limit)
+{
+	static Statement recent = {
+		"SELECT coalesce(sum(r.attempts), 0)::pg_catalog.int8 FROM"
+		" (SELECT d.attempts, d.started_at FROM aibilling.delivery d"
+		"  WHERE d.server = $1 ORDER BY d.id DESC LIMIT $2) r"
+		" WHERE r.started_at > pg_catalog.clock_timestamp() - interval '1 minute'",
+		2, {NAMEOID, INT4OID}
+	};
+	Datum		values[2] = {
+		DirectFunctionCall1(namein, CStringGetDatum(server)), Int32GetDatum(limit)
+	};
+	int			count;
+	SavedUser	saved;
+
+	abp_become_extension_owner(&saved);
+	SPI_connect();
+	run(&recent, values, NULL);
+	count = Min(result_int64(0, 1, 0), limit);
+	SPI_finish();
+	abp_restore_user(&saved);
+	return count;
+}
+
+/* --- usage tables and servers --------------------------------------------- */
+
+/*
+ * All attached tables, as a list of UsageTable in the current memory context.
+ */
+List *
+abp_usage_tables(void)
+{
+	static Statement tables = {
+		"SELECT t.usage::pg_catalog.oid, c.relowner,"
+		" pg_catalog.quote_ident(n.nspname) || '.' || pg_catalog.quote_ident(c.relname),"
+		" t.server, s.oid, st.paused, st.reason, st.failures::pg_catalog.int8,"
+		" st.not_before, t.blocked_at, t.blocked_reason"
+		" FROM aibilling.usage_table t"
+		" LEFT JOIN pg_catalog.pg_class c ON c.oid = t.usage::pg_catalog.oid"
+		" LEFT JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace"
+		" LEFT JOIN pg_catalog.pg_foreign_server s ON s.srvname = t.server"
+		" LEFT JOIN aibilling.server_state st ON st.server = t.server"
+		" ORDER BY t.usage::pg_catalog.oid",
+		0, {0}
+	};
+	MemoryContext caller = CurrentMemoryContext;
+	List	   *list = NIL;
+	uint64		n;
+	SavedUser	saved;
+
+	abp_become_extension_owner(&saved);
+	SPI_connect();
+	n = run(&tables, NULL, NULL);
+	for (uint64 i = 0; i < n; i++)
+	{
+		UsageTable *table = MemoryContextAllocZero(caller, sizeof(UsageTable));
+		char	   *paused = result_string(i, 6, caller);
+		MemoryContext spi;
+
+		table->relid = result_oid(i, 1);
+		table->owner = result_oid(i, 2);
+		table->name = result_string(i, 3, caller);
+		table->server = result_string(i, 4, caller);
+		table->serverid = result_oid(i, 5);
+		table->paused_by_operator = paused != NULL && strcmp(paused, "operator") == 0;
+		table->paused_by_answer = paused != NULL && strcmp(paused, "answer") == 0;
+		table->pause_reason = result_string(i, 7, caller);
+		table->failures = result_int64(i, 8, 0);
+		table->not_before = result_int64(i, 9, DT_NOBEGIN);
+		table->blocked_at = result_int64(i, 10, 0);
+		table->blocked_reason = result_string(i, 11, caller);
+
+		spi = MemoryContextSwitchTo(caller);
+		list = lappend(list, table);
+		MemoryContextSwitchTo(spi);
+	}
+	SPI_finish();
+	abp_restore_user(&saved);
+	return list;
+}
+
+/*
+ * Is a table attached?  Then *serverid is its server, InvalidOid if that is
+ * gone.
+ */
+bool
+abp_usage_table_attached(Oid relid, Oid *serverid)
+{
+	static Statement server = {
+		"SELECT s.oid FROM aibilling.usage_table t"
+		" LEFT JOIN pg_catalog.pg_foreign_server s ON s.srvname = t.server"
+		" WHERE t.usage = $1",
+		1, {REGCLASSOID}
+	};
+	Datum		values[1] = {ObjectIdGetDatum(relid)};
+	bool		attached;
+	SavedUser	saved;
+
+	abp_become_extension_owner(&saved);
+	SPI_connect();
+	attached = run(&server, values, NULL) > 0;
+	if (attached)
+		*serverid = result_oid(0, 1);
+	SPI_finish();
+	abp_restore_user(&saved);
+	return attached;
+}
+
+/*
+ * Note why a table's rows cannot be read; NULL takes the note back.
+ */
+void
+abp_usage_table_block(Oid relid, const char *reason)
+{
+	static Statement block = {
+		"UPDATE aibilling.usage_table SET blocked_reason = $2,"
+		" blocked_at = CASE WHEN $2 IS NOT NULL THEN pg_catalog.clock_timestamp() END"
+		" WHERE usage = $1 AND (blocked_reason IS NOT NULL OR $2 IS NOT NULL)",
+		2, {REGCLASSOID, TEXTOID}
+	};
+	Datum		values[2] = {ObjectIdGetDatum(relid)};
+	char		nulls[3] = "  ";
+	SavedUser	saved;
+
+	if (reason == NULL)
+		nulls[1] = 'n';
+	else
+		values[1] = PointerGetDatum(error_text(reason));
+
+	abp_become_extension_owner(&saved);
+	SPI_connect();
+	run(&block, values, nulls);
+	SPI_finish();
+	abp_restore_user(&saved);
+}
+
+/*
+ * Keep a server's state: paused (NULL, "operator", "answer"), why, how many
+ * failures in a row, and when to try again (DT_NOBEGIN: at once).
+ */
+void
+abp_server_state_save(const char *server, const char *paused, const char *reason,
+					  int failures, TimestampTz not_before)
+{
+	static Statement save = {
+		"INSERT INTO aibilling.server_state AS st"
+		" (server, paused, reason, failures, not_before, changed_at)"
+		" VALUES ($1, $2, $3, $4, $5, pg_catalog.clock_timestamp())"
+		" ON CONFLICT (server) DO UPDATE SET paused = excluded.paused,"
+		" reason = excluded.reason, failures = excluded.failures,"
+		" not_before = excluded.not_before, changed_at = excluded.changed_at",
+		5, {NAMEOID, TEXTOID, TEXTOID, INT4OID, TIMESTAMPTZOID}
+	};
+	Datum		values[5] = {
+		DirectFunctionCall1(namein, CStringGetDatum(server)),
+		paused == NULL ? (Datum) 0 : CStringGetTextDatum(paused),
+		reason == NULL ? (Datum) 0 : PointerGetDatum(error_text(reason)),
+		Int32GetDatum(failures),
+		TimestampTzGetDatum(not_before)
+	};
+	char		nulls[6] = "     ";
+	SavedUser	saved;
+
+	if (paused == NULL)
+		nulls[1] = 'n';
+	if (reason == NULL)
+		nulls[2] = 'n';
+	if (TIMESTAMP_NOT_FINITE(not_before))
+		nulls[4] = 'n';
+
+	abp_become_extension_owner(&saved);
+	SPI_connect();
+	run(&save, values, nulls);
+	SPI_finish();
+	abp_restore_user(&saved);
+}
+
+/*
+ * Is this the database that was armed, rather than a copy of it?  A copy has
+ * another system identifier or another OID.
+ */
+bool
+abp_database_is_armed(void)
+{
+	static Statement armed = {
+		"SELECT NOT EXISTS (SELECT FROM aibilling.database_identity) OR EXISTS"
+		" (SELECT FROM aibilling.database_identity i"
+		" WHERE i.system_identifier = $1 AND i.database = $2)",
+		2, {INT8OID, OIDOID}
+	};
+	Datum		values[2] = {
+		Int64GetDatum((int64) GetSystemIdentifier()), ObjectIdGetDatum(MyDatabaseId)
+	};
+	bool		isnull;
+	bool		result;
+	SavedUser	saved;
+
+	abp_become_extension_owner(&saved);
+	SPI_connect();
+	run(&armed, values, NULL);
+	result = DatumGetBool(result_datum(0, 1, &isnull));
+	SPI_finish();
+	abp_restore_user(&saved);
+	return result;
+}
+
+/*
+ * Write this database's identity: it may send from now on.  only_first: not
+ * if an identity stands there, be it another's.
+ */
+void
+abp_database_arm(bool only_first)
+{
+	static Statement forget = {
+		"DELETE FROM aibilling.database_identity", 0, {0}
+	};
+	static Statement arm = {
+		"INSERT INTO aibilling.database_identity (system_identifier, database)"
+		" SELECT $1, $2 WHERE NOT EXISTS (SELECT FROM aibilling.database_identity)",
+		2, {INT8OID, OIDOID}
+	};
+	Datum		values[2] = {
+		Int64GetDatum((int64) GetSystemIdentifier()), ObjectIdGetDatum(MyDatabaseId)
+	};
+	SavedUser	saved;
+
+	abp_become_extension_owner(&saved);
+	SPI_connect();
+	if (!only_first)
+		run(&forget, NULL, NULL);
+	run(&arm, values, NULL);
+	SPI_finish();
+	abp_restore_user(&saved);
+}
+
+/* --- usage rows ----------------------------------------------------------- */
+
+static ReadPlans *
+plans_of(const UsageTable *table)
+{
+	ReadPlans  *plans = NULL;
+	ListCell   *lc;
+
+	foreach(lc, read_plans)
+	{
+		ReadPlans  *candidate = lfirst(lc);
+
+		if (candidate->relid == table->relid)
+			plans = candidate;
+	}
+
+	if (plans == NULL)
+	{
+		MemoryContext old = MemoryContextSwitchTo(TopMemoryContext);
+
+		plans = palloc0(sizeof(ReadPlans));
+		plans->relid = table->relid;
+		read_plans = lappend(read_plans, plans);
+		MemoryContextSwitchTo(old);
+	}
+
+	if (plans->name == NULL || strcmp(plans->name, table->name) != 0)
+	{
+		SPIPlanPtr *stale[4] = {&plans->by_range[0], &plans->by_range[1],
+		&plans->by_array[0], &plans->by_array[1]};
+
+		for (int i = 0; i < lengthof(stale); i++)
+		{
+			if (*stale[i] != NULL)
+				SPI_freeplan(*stale[i]);
+			*stale[i] = NULL;
+		}
+		if (plans->name != NULL)
+			pfree(plans->name);
+		plans->name = MemoryContextStrdup(TopMemoryContext, table->name);
+	}
+	return plans;
+}
+
+static SPIPlanPtr
+prepare_read(const UsageTable *table, bool whole, bool by_range)
+{
+	StringInfoData sql;
+	Oid			argtypes[2] = {by_range ? INT8OID : INT8ARRAYOID, INT8OID};
+	SPIPlanPtr	plan;
+
+	initStringInfo(&sql);
+	appendStringInfoString(&sql, "SELECT ");
+	for (int i = 0; i < NUM_USAGE_COLUMNS; i++)
+		appendStringInfo(&sql, "%su.%s", i > 0 ? ", " : "", abp_usage_columns[i].name);
+	if (whole)
+		appendStringInfoString(&sql, ", pg_catalog.to_jsonb(u)");
+	appendStringInfo(&sql, " FROM %s u WHERE u.id ", table->name);
+	appendStringInfoString(&sql, by_range ?
+						   "OPERATOR(pg_catalog.>=) $1 AND u.id OPERATOR(pg_catalog.<=) $2" :
+						   "OPERATOR(pg_catalog.=) ANY ($1)");
+
+	plan = SPI_prepare_cursor(sql.data, by_range ? 2 : 1, argtypes,
+							  CURSOR_OPT_GENERIC_PLAN);
+	if (plan == NULL)
+		elog(ERROR, "unexpected failure to prepare: %s", SPI_result_code_string(SPI_result));
+	SPI_keepplan(plan);
+	pfree(sql.data);
+	return plan;
+}
+
+/*
+ * Settings under which a usage table is read and written: no policy hides
+ * rows (it raises an error instead), and no plan walks through the table.
+ */
+static void
+settings_for_usage(void)
+{
+	set_locally("row_security", "off");
+	set_locally("enable_seqscan", "off");
+	set_locally("enable_bitmapscan", "off");
+}
+
+static Datum
+ids_as_array(IdSet *ids)
+{
+	int64		count = abp_idset_count(ids);
+	Datum	   *elements = palloc(sizeof(Datum) * Max(1, count));
+	int64		n = 0;
+
+	for (int i = 0; i < ids->nranges; i++)
+	{
+		for (int64 id = ids->ranges[i].first;; id++)
+		{
+			elements[n++] = Int64GetDatum(id);
+			if (id == ids->ranges[i].last)
+				break;
+		}
+	}
+	return PointerGetDatum(construct_array(elements, n, INT8OID, sizeof(int64),
+										   FLOAT8PASSBYVAL, TYPALIGN_DOUBLE));
+}
+
+/*
+ * Read usage rows, as the table's owner, and hand each to the callback; with
+ * "whole", also as jsonb.  The rows live until the callback returns.  Ids
+ * without a row are passed over.  Returns the number of rows.
+ *
+ * Raises what reading raises: a policy, a column that changed its type.
+ */
+uint64
+abp_usage_read(const UsageTable *table, IdSet *ids, bool whole,
+			   UsageRowCallback callback, void *arg)
+{
+	bool		by_range;
+	ReadPlans  *plans;
+	SPIPlanPtr *plan;
+	Datum		args[2];
+	uint64		nrows;
+	SavedUser	saved;
+	MemoryContext context;
+	MemoryContext old;
+
+	abp_idset_sort(ids);
+	if (ids->nranges == 0)
+		return 0;
+	by_range = ids->nranges == 1;
+
+	abp_become(table->owner, &saved);
+	settings_for_usage();
+	SPI_connect();
+
+	plans = plans_of(table);
+	plan = by_range ? &plans->by_range[whole] : &plans->by_array[whole];
+	if (*plan == NULL)
+		*plan = prepare_read(table, whole, by_range);
+	if (by_range)
+	{
+		args[0] = Int64GetDatum(ids->ranges[0].first);
+		args[1] = Int64GetDatum(ids->ranges[0].last);
+	}
+	else
+		args[0] = ids_as_array(ids);
+
+	if (SPI_execute_plan(*plan, args, NULL, false, 0) != SPI_OK_SELECT)
+		elog(ERROR, "unexpected result of reading usage rows");
+	nrows = SPI_processed;
+
+	for (int i = 0; i < NUM_USAGE_COLUMNS; i++)
+	{
+		if (SPI_gettypeid(SPI_tuptable->tupdesc, i + 1) != abp_usage_columns[i].type)
+			ereport(ERROR,
+					(errcode(ERRCODE_DATATYPE_MISMATCH),
+					 errmsg("column \"%s\" of usage table %s is not of type %s",
+							abp_usage_columns[i].name, table->name,
+							format_type_be(abp_usage_columns[i].type)),
+					 errhint("Give the column its type back.")));
+	}
+
+	/* One context for what a row needs, emptied after each. */
+	context = AllocSetContextCreate(CurrentMemoryContext, "aibilling usage row",
+									ALLOCSET_DEFAULT_SIZES);
+	old = MemoryContextSwitchTo(context);
+	for (uint64 i = 0; i < nrows; i++)
+	{
+		Datum		values[NUM_USAGE_COLUMNS + 1];
+		bool		nulls[NUM_USAGE_COLUMNS + 1];
+		UsageRow	row;
+
+		CHECK_FOR_INTERRUPTS();
+
+		heap_deform_tuple(SPI_tuptable->vals[i], SPI_tuptable->tupdesc, values, nulls);
+		abp_usage_row_read(values, nulls, &row);
+		callback(&row, whole ? DatumGetJsonbP(values[NUM_USAGE_COLUMNS]) : NULL, arg);
+		MemoryContextReset(context);
+	}
+	MemoryContextSwitchTo(old);
+
+	SPI_finish();
+	abp_restore_user(&saved);
+	return nrows;
+}
+
+/*
+ * Price rows anew: an UPDATE that the table's own trigger turns into new
+ * costs (usage.c).  Returns the ids of the rows that there are.
+ */
+IdSet
+abp_usage_reprice(const UsageTable *table, IdSet *ids)
+{
+	MemoryContext caller = CurrentMemoryContext;
+	IdSet		updated = {0};
+	Oid			argtypes[1] = {INT8ARRAYOID};
+	Datum		args[1];
+	SavedUser	saved;
+
+	abp_become(table->owner, &saved);
+	settings_for_usage();
+	SPI_connect();
+	args[0] = ids_as_array(ids);
+	if (SPI_execute_with_args(psprintf("UPDATE %s u SET cost_status = u.cost_status"
+									   " WHERE u.id OPERATOR(pg_catalog.=) ANY ($1) RETURNING u.id",
+									   table->name),
+							  1, argtypes, args, NULL, false, 0) != SPI_OK_UPDATE_RETURNING)
+		elog(ERROR, "unexpected result of pricing usage rows");
+	for (uint64 i = 0; i < SPI_processed; i++)
+	{
+		int64		id = result_int64(i, 1, 0);
+
+		abp_idset_add(&updated, id, id, caller);
+	}
+	SPI_finish();
+	abp_restore_user(&saved);
+	return updated;
+}

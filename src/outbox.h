@@ -10,37 +10,128 @@
 
 #include "postgres.h"
 
-#include "datatype/timestamp.h"
-#include "utils/uuid.h"
+#include "lib/stringinfo.h"
+#include "nodes/pg_list.h"
 
-#include "cost.h"
+#include "idset.h"
+#include "row.h"
 
-/* A usage row in C.  Strings point into the tuple that it was read from. */
-typedef struct UsageRow
+/* States of an outbox entry, as stored. */
+#define OUTBOX_READY 'p'		/* to be sent */
+#define OUTBOX_WAITING 'w'		/* to be sent, but not before not_before */
+#define OUTBOX_UNPRICED 'u'		/* waits for a price */
+#define OUTBOX_REJECTED 'r'		/* waits for an UPDATE or retry() */
+
+/* Ids of one usage table in one state.  All but "ids" may be shared. */
+typedef struct OutboxEntry
+{
+	Oid			usage_table;
+	char		state;
+	int			attempts;
+	TimestampTz not_before;		/* OUTBOX_WAITING only, else DT_NOBEGIN */
+	IdSet		ids;
+	const char *error;			/* why it waits, or NULL */
+} OutboxEntry;
+
+/* Where a row stands. */
+typedef enum RowPlace
+{
+	ROW_NOT_SENT,				/* neither in the outbox nor in the ledger */
+	ROW_IN_OUTBOX,
+	ROW_SENDING,
+	ROW_DELIVERED
+} RowPlace;
+
+/* An attached usage table and its server, as the shipper sees them. */
+typedef struct UsageTable
+{
+	Oid			relid;
+	Oid			owner;			/* InvalidOid: the table is gone */
+	char	   *name;			/* schema-qualified and quoted */
+	char	   *server;
+	Oid			serverid;		/* InvalidOid: no such server */
+	bool		paused_by_operator;
+	bool		paused_by_answer;
+	char	   *pause_reason;
+	int			failures;
+	TimestampTz not_before;		/* DT_NOBEGIN: none */
+	TimestampTz blocked_at;		/* 0: not blocked */
+	char	   *blocked_reason;
+} UsageTable;
+
+/* A row of the ledger: one batch of events. */
+typedef struct Delivery
 {
 	int64		id;
-	TextView	external_id;
-	TimestampTz occurred_at;
-	TextView	event_name;
-	TextView	provider;
-	TextView	sub_provider;
-	TextView	model;
-	TextView	service_tier;
-	TextView	generation_id;
-	const pg_uuid_t *customer_id;	/* NULL if not set */
-	TextView	external_customer_id;
-	const pg_uuid_t *member_id; /* NULL if not set */
-	TextView	external_member_id;
-	TextView	parent_id;
-	UsageCounts counts;
-	Jsonb	   *raw_usage;		/* NULL if not set */
-	TextView	usage_format;
-	Numeric		provider_cost;	/* NULL if not set */
-	Jsonb	   *tags;			/* never NULL */
-	bool		has_cost_nanos;
-	int64		cost_nanos;
-	Numeric		cost_cents;		/* NULL if not known */
-	TextView	cost_status;
-} UsageRow;
+	Oid			usage_table;
+	char	   *server;
+	IdSet		ids;
+	int			attempts;		/* requests begun, this one included */
+	int			prior_attempts; /* of its ids, in earlier deliveries */
+	bool		outcome_unknown;	/* may an earlier attempt have been stored? */
+	int64		vanished;
+	int			nevents;
+	int64	   *event_ids;		/* the row of each event */
+	StringInfoData body;
+	int64		inserted;
+	int64		duplicates;
+	int64		unexpected_duplicates;
+	int			http_status;
+} Delivery;
+
+typedef void (*UsageRowCallback) (const UsageRow *row, Jsonb *whole, void *arg);
+
+/* the outbox */
+extern bool abp_extension_installed(void);
+extern Oid	abp_extension_relation(const char *name);
+extern void abp_outbox_put(OutboxEntry *entries, int nentries);
+extern IdSet abp_outbox_take(Oid usage_table, char state, TimestampTz until,
+							 int64 *cursor, int64 max_ids, int *attempts);
+extern RowPlace abp_outbox_find(Oid usage_table, int64 id, bool for_change,
+								char *state);
+extern void abp_outbox_remove(Oid usage_table, int64 id);
+extern int64 abp_outbox_count(Oid usage_table, char state, int64 exact_limit,
+							  bool *estimated, int64 *first_id);
+extern int64 abp_outbox_discard(Oid usage_table);
+extern int64 abp_outbox_retry(Oid usage_table, IdSet *only);
+extern TimestampTz abp_outbox_next_due(Oid usage_table);
+extern OutboxEntry *abp_outbox_next_unpriced(Oid usage_table, int64 *cursor);
+
+/* the ledger */
+extern void abp_ledger_begin(Delivery *delivery);
+extern void abp_ledger_resend(Delivery *delivery);
+extern void abp_ledger_note(Delivery *delivery, const char *error,
+							TimestampTz not_before);
+extern void abp_ledger_finish(Delivery *delivery, const char *state,
+							  const char *error);
+extern List *abp_ledger_unsettled(void);
+extern int	abp_ledger_recent_requests(const char *server, int limit);
+
+/* usage tables and servers */
+extern List *abp_usage_tables(void);
+extern bool abp_usage_table_attached(Oid relid, Oid *serverid);
+extern void abp_usage_table_block(Oid relid, const char *reason);
+extern void abp_server_state_save(const char *server, const char *paused,
+								  const char *reason, int failures,
+								  TimestampTz not_before);
+extern bool abp_database_is_armed(void);
+extern void abp_database_arm(bool only_first);
+
+/* usage rows */
+extern uint64 abp_usage_read(const UsageTable *table, IdSet *ids, bool whole,
+							 UsageRowCallback callback, void *arg);
+extern IdSet abp_usage_reprice(const UsageTable *table, IdSet *ids);
+
+/* rights */
+typedef struct SavedUser
+{
+	Oid			userid;
+	int			sec_context;
+	int			guc_level;
+} SavedUser;
+
+extern void abp_become(Oid userid, SavedUser *saved);
+extern void abp_become_extension_owner(SavedUser *saved);
+extern void abp_restore_user(const SavedUser *saved);
 
 #endif							/* ABP_OUTBOX_H */

@@ -27,7 +27,8 @@ typedef struct ServerOptions
 	Oid			owner;
 	const char *name;
 	ServerKind	kind;
-	const char *url;			/* base without trailing slash, never NULL */
+	const char *url;			/* never NULL; kind 'polar': base without
+								 * trailing slash; kind 'prices': as given */
 	EventFormat format;
 	const char *event_name_function;	/* schema-qualified, NULL if not set */
 	const char *metadata_function;	/* ditto */

@@ -1,0 +1,41 @@
+/*-------------------------------------------------------------------------
+ *
+ * idset.h
+ *	  Sets of row ids, kept as ranges; int8multirange in SQL.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef ABP_IDSET_H
+#define ABP_IDSET_H
+
+#include "postgres.h"
+
+typedef struct IdRange
+{
+	int64		first;
+	int64		last;			/* inclusive */
+} IdRange;
+
+/*
+ * Ids are appended in any order; what reads a set sorts and merges it first.
+ * All zero is the empty set.
+ */
+typedef struct IdSet
+{
+	IdRange    *ranges;
+	int			nranges;
+	int			capacity;
+	bool		unsorted;		/* ranges may be out of order or overlap */
+} IdSet;
+
+extern void abp_idset_add(IdSet *set, int64 first, int64 last,
+						  MemoryContext context);
+extern void abp_idset_sort(IdSet *set);
+extern bool abp_idset_contains(IdSet *set, int64 id);
+extern int64 abp_idset_count(IdSet *set);
+extern IdSet abp_idset_subtract(IdSet *set, IdSet *other);
+extern IdSet abp_idset_split(IdSet *set, int64 count);
+extern Datum abp_idset_to_multirange(IdSet *set);
+extern IdSet abp_idset_from_multirange(Datum multirange);
+
+#endif							/* ABP_IDSET_H */

@@ -1,0 +1,92 @@
+/*-------------------------------------------------------------------------
+ *
+ * row.h
+ *	  The columns of a usage table, and a row of it in C.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef ABP_ROW_H
+#define ABP_ROW_H
+
+#include "postgres.h"
+
+#include "access/attnum.h"
+#include "datatype/timestamp.h"
+#include "utils/relcache.h"
+#include "utils/uuid.h"
+
+#include "cost.h"
+
+typedef enum UsageColumn
+{
+	COL_ID,
+	COL_EXTERNAL_ID,
+	COL_OCCURRED_AT,
+	COL_EVENT_NAME,
+	COL_PROVIDER,
+	COL_SUB_PROVIDER,
+	COL_MODEL,
+	COL_SERVICE_TIER,
+	COL_GENERATION_ID,
+	COL_CUSTOMER_ID,
+	COL_EXTERNAL_CUSTOMER_ID,
+	COL_MEMBER_ID,
+	COL_EXTERNAL_MEMBER_ID,
+	COL_PARENT_ID,
+	COL_FIRST_COUNT,			/* the counts stand in the order of UsageCount */
+	COL_LAST_COUNT = COL_FIRST_COUNT + NUM_USAGE_COUNTS - 1,
+	COL_UNITS,
+	COL_RAW_USAGE,
+	COL_USAGE_FORMAT,
+	COL_PROVIDER_COST,
+	COL_TAGS,
+	COL_COST_NANOS,
+	COL_COST_CENTS,
+	COL_COST_STATUS
+} UsageColumn;
+
+#define NUM_USAGE_COLUMNS (COL_COST_STATUS + 1)
+
+typedef struct UsageColumnInfo
+{
+	const char *name;
+	Oid			type;
+	bool		billed;			/* part of what is priced or sent */
+} UsageColumnInfo;
+
+extern const UsageColumnInfo abp_usage_columns[NUM_USAGE_COLUMNS];
+
+/* A usage row in C.  Strings point into the tuple that it was read from. */
+typedef struct UsageRow
+{
+	int64		id;
+	TextView	external_id;
+	TimestampTz occurred_at;
+	TextView	event_name;
+	TextView	provider;
+	TextView	sub_provider;
+	TextView	model;
+	TextView	service_tier;
+	TextView	generation_id;
+	const pg_uuid_t *customer_id;	/* NULL if not set */
+	TextView	external_customer_id;
+	const pg_uuid_t *member_id; /* NULL if not set */
+	TextView	external_member_id;
+	TextView	parent_id;
+	UsageCounts counts;
+	Jsonb	   *raw_usage;		/* NULL if not set */
+	TextView	usage_format;
+	Numeric		provider_cost;	/* NULL if not set */
+	Jsonb	   *tags;			/* never NULL */
+	bool		has_cost_nanos;
+	int64		cost_nanos;
+	Numeric		cost_cents;		/* NULL if not known */
+	TextView	cost_status;
+} UsageRow;
+
+extern void abp_usage_row_read(const Datum *values, const bool *nulls,
+							   UsageRow *row);
+extern bool abp_usage_columns_find(Relation rel, AttrNumber *attnums,
+								   char **problem);
+
+#endif							/* ABP_ROW_H */

@@ -1,0 +1,31 @@
+/*-------------------------------------------------------------------------
+ *
+ * usage.h
+ *	  The triggers of usage tables.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef ABP_USAGE_H
+#define ABP_USAGE_H
+
+#include "postgres.h"
+
+#include "idset.h"
+#include "outbox.h"
+#include "polar.h"
+#include "server.h"
+
+/* What the outbox makes of a row. */
+typedef struct RowState
+{
+	char		state;			/* OUTBOX_... */
+	TimestampTz not_before;		/* OUTBOX_WAITING */
+	char	   *error;			/* OUTBOX_UNPRICED, OUTBOX_REJECTED */
+} RowState;
+
+extern void abp_usage_judge(const UsageRow *row, const ServerOptions *server,
+							RowState *verdict);
+extern IdSet abp_usage_price_again(const UsageTable *table, IdSet *ids);
+extern void abp_usage_forget_relations(void);
+
+#endif							/* ABP_USAGE_H */

@@ -1,0 +1,194 @@
+/*-------------------------------------------------------------------------
+ *
+ * wake.c
+ *	  Which worker serves which database, and how a commit wakes it.
+ *
+ * Shared memory holds a slot for each worker.  A wake-up is only a hint: what
+ * there is to do stands in tables, and an idle worker polls them.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/xact.h"
+#include "miscadmin.h"
+#include "storage/ipc.h"
+#include "storage/lwlock.h"
+#include "storage/proc.h"
+#include "storage/shmem.h"
+
+#include "compat.h"
+#include "wake.h"
+
+typedef struct WorkerSlot
+{
+	Oid			database;		/* InvalidOid: free */
+	int			pid;
+	Latch	   *latch;			/* in the worker's PGPROC */
+} WorkerSlot;
+
+typedef struct WakeState
+{
+	LWLock	   *lock;
+	int			nslots;
+	WorkerSlot	slots[FLEXIBLE_ARRAY_MEMBER];
+} WakeState;
+
+#define WAKE_TRANCHE "aibilling_polar"
+
+static int	wanted_slots = 0;
+static WakeState *state = NULL;
+static WorkerSlot *my_slot = NULL;
+static bool wake_pending = false;
+static shmem_request_hook_type next_shmem_request_hook = NULL;
+static shmem_startup_hook_type next_shmem_startup_hook = NULL;
+
+static Size
+state_size(void)
+{
+	return offsetof(WakeState, slots) + sizeof(WorkerSlot) * wanted_slots;
+}
+
+static void
+request_shmem(void)
+{
+	if (next_shmem_request_hook)
+		next_shmem_request_hook();
+
+	RequestAddinShmemSpace(state_size());
+	RequestNamedLWLockTranche(WAKE_TRANCHE, 1);
+}
+
+static void
+startup_shmem(void)
+{
+	bool		found;
+
+	if (next_shmem_startup_hook)
+		next_shmem_startup_hook();
+
+	LWLockAcquire(AddinShmemInitLock, LW_EXCLUSIVE);
+	state = ShmemInitStruct(WAKE_TRANCHE, state_size(), &found);
+	if (!found)
+	{
+		memset(state, 0, state_size());
+		state->lock = &GetNamedLWLockTranche(WAKE_TRANCHE)->lock;
+		state->nslots = wanted_slots;
+	}
+	LWLockRelease(AddinShmemInitLock);
+}
+
+/*
+ * Ask for shared memory for this many workers.  Called while the library is
+ * preloaded; without it every other function here does nothing.
+ */
+void
+abp_wake_init(int nworkers)
+{
+	wanted_slots = nworkers;
+	next_shmem_request_hook = shmem_request_hook;
+	shmem_request_hook = request_shmem;
+	next_shmem_startup_hook = shmem_startup_hook;
+	shmem_startup_hook = startup_shmem;
+}
+
+static void
+forget_worker(int code, Datum arg)
+{
+	LWLockAcquire(state->lock, LW_EXCLUSIVE);
+	memset(my_slot, 0, sizeof(WorkerSlot));
+	LWLockRelease(state->lock);
+}
+
+/*
+ * Make this process the worker of its database, until it exits.
+ */
+void
+abp_wake_register(void)
+{
+	LWLockAcquire(state->lock, LW_EXCLUSIVE);
+	for (int i = 0; i < state->nslots && my_slot == NULL; i++)
+	{
+		if (state->slots[i].database == InvalidOid)
+			my_slot = &state->slots[i];
+	}
+	if (my_slot != NULL)
+		*my_slot = (WorkerSlot)
+	{
+		MyDatabaseId, MyProcPid, MyLatch
+	};
+	LWLockRelease(state->lock);
+
+	if (my_slot != NULL)
+		before_shmem_exit(forget_worker, 0);
+}
+
+static int
+signal_worker(bool wake)
+{
+	int			pid = 0;
+
+	if (state == NULL)
+		return 0;
+
+	LWLockAcquire(state->lock, LW_SHARED);
+	for (int i = 0; i < state->nslots && pid == 0; i++)
+	{
+		if (state->slots[i].database == MyDatabaseId)
+		{
+			pid = state->slots[i].pid;
+			if (wake)
+				SetLatch(state->slots[i].latch);
+		}
+	}
+	LWLockRelease(state->lock);
+	return pid;
+}
+
+static void
+wake_callback(XactEvent event, void *arg)
+{
+	if (!wake_pending)
+		return;
+
+	if (event == XACT_EVENT_COMMIT)
+		signal_worker(true);
+	if (event == XACT_EVENT_COMMIT || event == XACT_EVENT_ABORT ||
+		event == XACT_EVENT_PREPARE)
+		wake_pending = false;
+}
+
+/*
+ * Wake the worker of this database when, and if, the current transaction
+ * commits.  A prepared transaction's rows are found by the worker's poll.
+ */
+void
+abp_wake_at_commit(void)
+{
+	static bool registered = false;
+
+	if (!registered)
+	{
+		RegisterXactCallback(wake_callback, NULL);
+		registered = true;
+	}
+	wake_pending = true;
+}
+
+/*
+ * Wake the worker of this database now.
+ */
+void
+abp_wake_worker(void)
+{
+	signal_worker(true);
+}
+
+/*
+ * The process id of this database's worker, 0 if none runs.
+ */
+int
+abp_worker_pid(void)
+{
+	return signal_worker(false);
+}

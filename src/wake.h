@@ -1,0 +1,19 @@
+/*-------------------------------------------------------------------------
+ *
+ * wake.h
+ *	  Which worker serves which database, and how a commit wakes it.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef ABP_WAKE_H
+#define ABP_WAKE_H
+
+#include "postgres.h"
+
+extern void abp_wake_init(int nworkers);
+extern void abp_wake_register(void);
+extern void abp_wake_at_commit(void);
+extern void abp_wake_worker(void);
+extern int	abp_worker_pid(void);
+
+#endif							/* ABP_WAKE_H */

@@ -69,7 +69,7 @@ typedef struct TierRule
 {
 	TextView	name;
 	bool		has_multiplier;
-	Decimal		multiplier;
+	ExactDecimal multiplier;
 } TierRule;
 
 typedef struct PriceModel
@@ -319,6 +319,7 @@ copy_text_view(MemoryContext context, TextView text)
 	data[text.len] = '\0';
 	copy.data = data;
 	copy.len = text.len;
+
 	return copy;
 }
 
@@ -538,8 +539,8 @@ build_rates(MemoryContext context, PriceWindow *window,
 		bool		has_multiplier = false;
 		int64		discount = 0;
 		int64		multiplier = INT64CONST(1000000000);
-		Decimal		rest;
-		Decimal		times;
+		ExactDecimal rest;
+		ExactDecimal times;
 
 		rate->context_above = thresholds[i];
 		merge_rows(context, rate, first, last, thresholds[i],
@@ -681,7 +682,7 @@ load_cards(PriceModel *model, ModelKey key, Snapshot snapshot)
 		TextView	name = result_text(row, COLUMN_SERVICE_TIER);
 		TextView	source = result_text(row, COLUMN_SOURCE);
 		TimestampTz valid_from =
-			DatumGetTimestampTz(result_value(row, COLUMN_VALID_FROM, &isnull));
+		DatumGetTimestampTz(result_value(row, COLUMN_VALID_FROM, &isnull));
 		uint64		end = row + 1;
 
 		CHECK_FOR_INTERRUPTS();
@@ -721,7 +722,7 @@ load_rules(PriceModel *model, TextView provider, Snapshot snapshot)
 	for (uint64 row = 0; row < SPI_processed; row++)
 	{
 		TierRule   *rule = &model->rules[model->nrules++];
-		const Decimal one = {1, 0};
+		const ExactDecimal one = {1, 0};
 		bool		isnull;
 
 		rule->name = copy_text_view(model->context, result_text(row, 1));
@@ -1066,7 +1067,8 @@ typedef struct RateInForce
 	const PriceCard *card;
 	const PriceWindow *window;
 	const Rate *rate;
-	const Decimal *tier_factor; /* NULL: the tier has a card of its own */
+	const ExactDecimal *tier_factor;	/* NULL: the tier has a card of its
+										 * own */
 } RateInForce;
 
 /* Find a tier's rate in force.  Returns false if it has none. */
@@ -1132,7 +1134,7 @@ rate_in_force(const PriceRequest *request, RateInForce *result)
 	ModelKey	key;
 	TextView	tier = canonical_tier(request->service_tier);
 	int64		input_tokens = counts->given[COUNT_INPUT] ?
-		counts->value[COUNT_INPUT] : 0;
+	counts->value[COUNT_INPUT] : 0;
 
 	key.provider = request->provider.data ? request->provider : empty;
 	key.model = request->model.data ? request->model : empty;
@@ -1217,7 +1219,7 @@ abp_price_cost(const PriceRequest *request, ExactCost *cost, char **missing)
 	bool		free = false;
 	bool		known = true;
 	bool		needs_memory = request->counts->units != NULL ||
-		request->provider_cost != NULL;
+	request->provider_cost != NULL;
 
 	abp_price_init();
 

@@ -1,10 +1,5 @@
 # aibilling_polar: price AI usage exactly and deliver it to Polar
 
-EXTENSION = aibilling_polar
-# The control file is the one place that states the version.
-EXTVERSION := $(shell sed -n "s/^default_version = '\(.*\)'/\1/p" $(EXTENSION).control)
-PGFILEDESC = "aibilling_polar - price AI usage and deliver it to Polar"
-
 MODULE_big = aibilling_polar
 OBJS = \
 	src/aibilling_polar.o \
@@ -24,13 +19,58 @@ OBJS = \
 	src/wake.o \
 	src/worker.o
 
+EXTENSION = aibilling_polar
 # An install script is a name with "--"; every other file in sql/ is a test.
 DATA = $(wildcard sql/$(EXTENSION)--*.sql) $(wildcard data/$(EXTENSION)-*.json)
+PGFILEDESC = "aibilling_polar - price AI usage and deliver it to Polar"
+
+# In this order; lint tells when a file of sql/ or specs/ is not named here.
+REGRESS = \
+	install \
+	server
+REGRESS_OPTS = --temp-instance=tmp_check --temp-config=regress.conf \
+	--load-extension=$(EXTENSION) --encoding=UTF8 --no-locale
+
+ISOLATION =
+ISOLATION_OPTS = --temp-instance=tmp_check_iso --temp-config=regress.conf \
+	--load-extension=$(EXTENSION) --encoding=UTF8 --no-locale
+
+TAP_TESTS = 1
+
+# The control file is the one place that states the version.
+EXTVERSION := $(shell sed -n "s/^default_version = '\(.*\)'/\1/p" $(EXTENSION).control)
 
 PG_CPPFLAGS = -DABP_VERSION='"$(EXTVERSION)"' $(shell pkg-config --cflags libcurl)
 PG_CFLAGS = -Wall -Wextra -Wno-unused-parameter -Wno-sign-compare -Wno-missing-field-initializers
 SHLIB_LINK = $(shell pkg-config --libs libcurl)
 
+EXTRA_CLEAN = tmp_check tmp_check_iso output_iso $(EXTENSION)-*.tar.gz
+
 PG_CONFIG ?= pg_config
 PGXS := $(shell $(PG_CONFIG) --pgxs)
 include $(PGXS)
+
+# PGXS tracks no headers.
+$(OBJS): $(wildcard src/*.h) Makefile $(EXTENSION).control
+
+.PHONY: lint indent check-indent bench dist
+
+lint:
+	@dev/lint
+
+indent:
+	@PG_CONFIG=$(PG_CONFIG) dev/indent
+
+check-indent:
+	@PG_CONFIG=$(PG_CONFIG) dev/indent --check
+
+bench:
+	@PG_CONFIG=$(PG_CONFIG) bench/run
+
+dist:
+	git archive --format=tar.gz --prefix=$(EXTENSION)-$(EXTVERSION)/ \
+		-o $(EXTENSION)-$(EXTVERSION).tar.gz HEAD
+
+# For dev/test: the words of a variable.
+print-%:
+	@echo $($*)

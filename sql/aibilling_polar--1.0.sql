@@ -362,13 +362,960 @@ COMMENT ON FUNCTION aibilling.convert_cost(numeric, text, text) IS
 
 -- (normalize: functions go here)
 
+CREATE FUNCTION aibilling.normalize_usage(
+	format text,
+	raw jsonb,
+	OUT input_tokens bigint,
+	OUT cache_read_tokens bigint,
+	OUT cache_write_tokens bigint,
+	OUT cache_write_1h_tokens bigint,
+	OUT output_tokens bigint,
+	OUT reasoning_tokens bigint,
+	OUT request_count bigint,
+	OUT web_search_count bigint,
+	OUT units jsonb,
+	OUT provider_cost numeric,
+	OUT service_tier text,
+	OUT model text,
+	OUT generation_id text)
+RETURNS record
+AS 'MODULE_PATHNAME', 'abp_sql_normalize_usage'
+LANGUAGE C IMMUTABLE STRICT PARALLEL SAFE;
+COMMENT ON FUNCTION aibilling.normalize_usage(text, jsonb) IS
+'a provider''s usage object, or a whole response, as the columns of a usage table';
+
 -- (normalize: end)
 
 -- ---------------------------------------------------------------------------
 -- Price catalogues
 -- ---------------------------------------------------------------------------
 
--- (catalogue: tables and functions go here)
+-- (catalogue: tables and functions)
+
+CREATE TYPE aibilling.catalogue_price AS (
+	provider text,
+	model text,
+	service_tier text,
+	context_above bigint,
+	valid_from timestamptz,
+	daily_from time,
+	daily_to time,
+	price_column text,
+	price numeric,
+	problem text
+);
+COMMENT ON TYPE aibilling.catalogue_price IS
+'one price of a catalogue, in the units of aibilling.price; price_column is a column of that table or units.KEY; valid_from NULL means that the catalogue gives no date; price NULL means that it cannot be used, for the reason in problem; problem beside a price is a remark';
+
+CREATE TYPE aibilling.price_change AS (
+	action text,
+	provider text,
+	model text,
+	service_tier text,
+	context_above bigint,
+	valid_from timestamptz,
+	daily_from time,
+	daily_to time,
+	price_column text,
+	old_price numeric,
+	new_price numeric,
+	reason text
+);
+COMMENT ON TYPE aibilling.price_change IS
+'what import_prices does with one price: added, changed, removed (the new card has no such price any more), quarantined (reason says why the whole card was held back) or skipped (reason says why the price cannot be used)';
+
+CREATE TYPE aibilling.price_card AS (
+	provider text,
+	model text,
+	service_tier text,
+	given_from timestamptz,
+	stored_from timestamptz,
+	valid_from timestamptz,
+	reason text
+);
+COMMENT ON TYPE aibilling.price_card IS
+'a card of a catalogue that differs from what is stored: the catalogue''s own date (NULL: none), the stored card it is compared with (NULL: none), the date it is stored under, and why it is quarantined (NULL: it is not)';
+
+CREATE TABLE aibilling.price_quarantine (
+	provider text COLLATE "C" NOT NULL,
+	model text COLLATE "C" NOT NULL,
+	service_tier text COLLATE "C" NOT NULL,
+	context_above bigint NOT NULL,
+	valid_from timestamptz NOT NULL,
+	source text COLLATE "C" NOT NULL,
+	daily_from time,
+	daily_to time,
+	input numeric,
+	output numeric,
+	cache_read numeric,
+	cache_write numeric,
+	cache_write_1h numeric,
+	reasoning numeric,
+	request numeric,
+	web_search numeric,
+	units jsonb,
+	discount numeric,
+	multiplier numeric,
+	reason text NOT NULL,
+	quarantined_at timestamptz NOT NULL DEFAULT now(),
+	CONSTRAINT price_quarantine_key UNIQUE NULLS NOT DISTINCT
+		(provider, model, service_tier, context_above, valid_from, source, daily_from, daily_to)
+);
+COMMENT ON TABLE aibilling.price_quarantine IS
+'cards that import_prices found suspicious and did not apply; release_price applies one, DELETE forgets it';
+SELECT pg_extension_config_dump('aibilling.price_quarantine', '');
+COMMENT ON COLUMN aibilling.price_quarantine.reason IS 'which of the checks the card failed, with the figures';
+
+-- jsonb keeps a number as the decimal text it was, so nothing here ever passes
+-- through a float.
+CREATE FUNCTION aibilling.catalogue_number(value jsonb) RETURNS numeric
+LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
+RETURN CASE jsonb_typeof(value)
+	WHEN 'number' THEN (value #>> '{}')::numeric
+	WHEN 'string' THEN CASE
+		WHEN (value #>> '{}') ~ '^-?[0-9]{1,30}(\.[0-9]{1,60})?([eE][-+]?[0-9]{1,2})?$'
+			THEN (value #>> '{}')::numeric
+		END
+	END;
+COMMENT ON FUNCTION aibilling.catalogue_number(jsonb) IS
+'a JSON number, or a decimal number in a JSON string, exactly; NULL for anything else';
+
+-- A catalogue written by a program that computes in doubles has noise from the
+-- 16th significant digit on; no price needs 12.
+CREATE FUNCTION aibilling.clean_price(price numeric) RETURNS numeric
+LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
+RETURN CASE
+	WHEN min_scale(price) <= 9 THEN trim_scale(price)
+	ELSE trim_scale(round(price, 11 - floor(log(abs(price)))::integer))
+	END;
+COMMENT ON FUNCTION aibilling.clean_price(numeric) IS
+'a price without float noise: unchanged up to 9 decimals, else rounded to 12 significant digits';
+
+CREATE FUNCTION aibilling.stored_prices(source text) RETURNS SETOF aibilling.catalogue_price
+LANGUAGE sql STABLE STRICT PARALLEL SAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+	SELECT p.provider, p.model, p.service_tier, p.context_above, p.valid_from,
+		p.daily_from, p.daily_to, c.price_column, trim_scale(c.price), NULL
+	FROM aibilling.price p
+	CROSS JOIN LATERAL (
+		VALUES ('input', p.input), ('output', p.output), ('cache_read', p.cache_read),
+			('cache_write', p.cache_write), ('cache_write_1h', p.cache_write_1h),
+			('reasoning', p.reasoning), ('request', p.request), ('web_search', p.web_search),
+			('discount', p.discount), ('multiplier', p.multiplier)
+		UNION ALL
+		SELECT 'units.' || u.key, aibilling.catalogue_number(u.value)
+		FROM jsonb_each(p.units) u
+	) AS c (price_column, price)
+	WHERE p.source = stored_prices.source AND c.price IS NOT NULL
+$$;
+COMMENT ON FUNCTION aibilling.stored_prices(text) IS
+'the prices stored for a source, one a row';
+
+CREATE FUNCTION aibilling.read_litellm(catalogue jsonb) RETURNS SETOF aibilling.catalogue_price
+LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+	WITH entry AS (
+		-- The key of a model is its name with the provider or without:
+		-- litellm_provider says which provider it is.
+		SELECT e.key AS name, e.value AS spec,
+			CASE
+				WHEN e.value ->> 'litellm_provider' LIKE 'vertex\_ai-%' THEN 'vertex_ai'
+				WHEN e.value ->> 'litellm_provider' = 'bedrock_converse' THEN 'bedrock'
+				ELSE e.value ->> 'litellm_provider'
+			END AS provider
+		FROM jsonb_each(catalogue) e
+		WHERE e.key <> 'sample_spec'
+			AND jsonb_typeof(e.value) = 'object'
+			AND jsonb_typeof(e.value -> 'litellm_provider') = 'string'
+	), model AS (
+		SELECT DISTINCT ON (provider, model) *
+		FROM (
+			SELECT *, CASE WHEN starts_with(name, provider || '/')
+				THEN substr(name, length(provider) + 2) ELSE name END AS model
+			FROM entry
+		) AS e
+		ORDER BY provider, model, length(name)
+	), item AS (
+		SELECT m.provider, m.model, m.spec, k.key, k.value, 0::bigint AS range_from
+		FROM model m CROSS JOIN LATERAL jsonb_each(m.spec) k
+		WHERE k.key <> 'tiered_pricing'
+		UNION ALL
+		SELECT m.provider, m.model, m.spec, k.key, k.value,
+			trunc(aibilling.catalogue_number(r.value -> 'range' -> 0))::bigint
+		FROM model m
+		CROSS JOIN LATERAL jsonb_array_elements(
+			CASE jsonb_typeof(m.spec -> 'tiered_pricing') WHEN 'array' THEN m.spec -> 'tiered_pricing' END) r
+		CROSS JOIN LATERAL jsonb_each(CASE jsonb_typeof(r.value) WHEN 'object' THEN r.value END) k
+		WHERE k.key NOT IN ('range', 'max_results_range')
+	), parsed AS (
+		-- above_1hr is how long a cache entry lives, not a length of the context
+		SELECT i.*, part[1] || coalesce(part[2], '') AS base,
+			coalesce(part[3]::bigint * 1000 - (i.provider = 'xai')::integer, i.range_from) AS context_above,
+			CASE part[4] WHEN 'batches' THEN 'batch' ELSE coalesce(part[4], 'standard') END AS service_tier,
+			CASE jsonb_typeof(i.value)
+				WHEN 'object' THEN coalesce(
+					aibilling.catalogue_number(i.value -> 'search_context_size_medium'),
+					aibilling.catalogue_number(i.value -> 'search_context_size_high'),
+					aibilling.catalogue_number(i.value -> 'search_context_size_low'))
+				ELSE aibilling.catalogue_number(i.value)
+			END AS number
+		FROM item i
+		CROSS JOIN LATERAL regexp_match(i.key,
+			'^(.*?)(_above_1hr)?(?:_above_([0-9]{1,9})k_tokens)?(?:_(batches|flex|priority))?$') AS part
+		WHERE i.key ~ '(cost|price|pricing|multiplier|provider_specific_entry)'
+			AND i.key !~ '_dbu_'
+			AND jsonb_typeof(i.value) <> 'null'
+	), mapped AS (
+		SELECT p.*, d.per,
+			CASE d.price_column
+				WHEN 'units.second' THEN CASE
+					WHEN p.spec ->> 'mode' LIKE 'audio\_%' THEN 'units.audio_second'
+					WHEN p.spec ->> 'mode' LIKE 'video\_%' THEN 'units.video_second'
+					ELSE 'units.second' END
+				ELSE d.price_column
+			END AS price_column,
+			d.preference,
+			CASE
+				WHEN d.price_column IS NULL THEN 'not a price that aibilling.price can hold'
+				WHEN p.range_from IS NULL THEN 'range without a start'
+				WHEN p.number IS NULL THEN 'not a number'
+				WHEN p.base = 'output_cost_per_image' AND p.spec ? 'output_cost_per_image_token'
+					OR p.base = 'input_cost_per_image' AND p.spec ? 'input_cost_per_image_token'
+					THEN 'the image is charged by its tokens'
+				WHEN d.price_column = 'units.image' AND p.number > 0 AND p.number < 0.0001
+					THEN 'too low for an image, as if it were for a token: ' || p.number
+			END AS problem
+		FROM parsed p
+		LEFT JOIN (VALUES
+			('input_cost_per_token', 'input', 1000000, 1),
+			('output_cost_per_token', 'output', 1000000, 1),
+			('output_cost_per_reasoning_token', 'reasoning', 1000000, 1),
+			('cache_read_input_token_cost', 'cache_read', 1000000, 1),
+			('input_cost_per_token_cache_hit', 'cache_read', 1000000, 2),
+			('cache_creation_input_token_cost', 'cache_write', 1000000, 1),
+			('cache_creation_input_token_cost_above_1hr', 'cache_write_1h', 1000000, 1),
+			('input_cost_per_request', 'request', 1, 1),
+			('search_context_cost_per_query', 'web_search', 1, 1),
+			('input_cost_per_audio_token', 'units.input_audio_tokens', 1000000, 1),
+			('output_cost_per_audio_token', 'units.output_audio_tokens', 1000000, 1),
+			('cache_read_input_audio_token_cost', 'units.cache_read_audio_tokens', 1000000, 1),
+			('input_cost_per_image_token', 'units.input_image_tokens', 1000000, 1),
+			('output_cost_per_image_token', 'units.output_image_tokens', 1000000, 1),
+			('output_cost_per_video_token', 'units.output_video_tokens', 1000000, 1),
+			('citation_cost_per_token', 'units.citation_tokens', 1000000, 1),
+			-- Where both sides carry the price of one thing, it is charged once.
+			('output_cost_per_image', 'units.image', 1, 1),
+			('input_cost_per_image', 'units.image', 1, 2),
+			('input_cost_per_second', 'units.second', 1, 1),
+			('output_cost_per_second', 'units.second', 1, 2),
+			('input_cost_per_audio_per_second', 'units.audio_second', 1, 3),
+			('output_cost_per_video_per_second', 'units.video_second', 1, 3),
+			('input_cost_per_video_per_second', 'units.video_second', 1, 4),
+			('input_cost_per_character', 'units.character', 1, 1),
+			('output_cost_per_character', 'units.character', 1, 2),
+			('output_cost_per_pixel', 'units.pixel', 1, 1),
+			('input_cost_per_pixel', 'units.pixel', 1, 2),
+			('input_cost_per_query', 'units.query', 1, 1),
+			('ocr_cost_per_page', 'units.page', 1, 1),
+			('code_interpreter_cost_per_session', 'units.session', 1, 1)
+		) AS d (base, price_column, per, preference) USING (base)
+	)
+	SELECT provider, model, service_tier, context_above, NULL::timestamptz, NULL::time, NULL::time,
+		price_column, number * per, NULL
+	FROM (
+		SELECT DISTINCT ON (provider, model, service_tier, context_above, price_column) *
+		FROM mapped
+		WHERE problem IS NULL
+		ORDER BY provider, model, service_tier, context_above, price_column, number = 0, preference
+	) AS m
+	UNION ALL
+	SELECT provider, model, service_tier, context_above, NULL, NULL, NULL, key, NULL, problem
+	FROM mapped
+	WHERE problem IS NOT NULL
+$$;
+COMMENT ON FUNCTION aibilling.read_litellm(jsonb) IS
+'the prices in LiteLLM''s model_prices_and_context_window.json (USD per unit, batches, flex, priority, context tiers)';
+
+CREATE FUNCTION aibilling.read_models_dev(catalogue jsonb) RETURNS SETOF aibilling.catalogue_price
+LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+	WITH model AS (
+		SELECT p.key AS provider, m.key AS model, m.value AS spec
+		FROM jsonb_each(catalogue) p
+		CROSS JOIN LATERAL jsonb_each(
+			CASE jsonb_typeof(p.value -> 'models') WHEN 'object' THEN p.value -> 'models' END) m
+		WHERE jsonb_typeof(m.value) = 'object'
+	), cost AS (
+		SELECT provider, model, 'standard' AS service_tier, 0::bigint AS context_above, spec -> 'cost' AS cost
+		FROM model
+		UNION ALL
+		-- context_over_200k is filled from any tier above 200k: tiers is the truth
+		SELECT m.provider, m.model, 'standard',
+			trunc(aibilling.catalogue_number(t.value -> 'tier' -> 'size'))::bigint, t.value
+		FROM model m
+		CROSS JOIN LATERAL jsonb_array_elements(
+			CASE jsonb_typeof(m.spec #> '{cost,tiers}') WHEN 'array' THEN m.spec #> '{cost,tiers}' END) t
+		UNION ALL
+		SELECT m.provider, m.model,
+			coalesce(e.value #>> '{provider,body,service_tier}', e.key), 0, e.value -> 'cost'
+		FROM model m
+		CROSS JOIN LATERAL jsonb_each(
+			CASE jsonb_typeof(m.spec #> '{experimental,modes}') WHEN 'object' THEN m.spec #> '{experimental,modes}' END) e
+		WHERE coalesce(e.value #>> '{provider,body,service_tier}', e.key)
+			NOT IN ('', 'standard', 'default', 'auto', 'on_demand')
+	)
+	SELECT c.provider, c.model, c.service_tier, c.context_above, NULL::timestamptz, NULL::time, NULL::time,
+		coalesce(d.price_column, k.key),
+		CASE WHEN d.price_column IS NOT NULL AND c.context_above IS NOT NULL
+			THEN aibilling.catalogue_number(k.value) END,
+		CASE
+			WHEN d.price_column IS NULL THEN 'not a price that aibilling.price can hold'
+			WHEN c.context_above IS NULL THEN 'tier without a size'
+			WHEN aibilling.catalogue_number(k.value) IS NULL THEN 'not a number'
+		END
+	FROM cost c
+	CROSS JOIN LATERAL jsonb_each(CASE jsonb_typeof(c.cost) WHEN 'object' THEN c.cost END) k
+	LEFT JOIN (VALUES
+		('input', 'input'), ('output', 'output'), ('cache_read', 'cache_read'),
+		('cache_write', 'cache_write'), ('reasoning', 'reasoning'),
+		('input_audio', 'units.input_audio_tokens'), ('output_audio', 'units.output_audio_tokens')
+	) AS d (key, price_column) USING (key)
+	WHERE k.key NOT IN ('tier', 'tiers', 'context_over_200k')
+$$;
+COMMENT ON FUNCTION aibilling.read_models_dev(jsonb) IS
+'the prices in the api.json of models.dev (USD per million tokens, context tiers, modes as service tiers)';
+
+CREATE FUNCTION aibilling.read_genai_prices(catalogue jsonb) RETURNS SETOF aibilling.catalogue_price
+LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+	WITH entry AS (
+		SELECT p.value ->> 'id' AS provider, m.value ->> 'id' AS model, e.ordinality AS n,
+			e.value -> 'constraint' AS condition,
+			CASE WHEN jsonb_typeof(m.value -> 'prices') = 'array' THEN e.value -> 'prices' ELSE e.value END AS prices
+		FROM jsonb_array_elements(catalogue) p
+		CROSS JOIN LATERAL jsonb_array_elements(
+			CASE jsonb_typeof(p.value -> 'models') WHEN 'array' THEN p.value -> 'models' END) m
+		CROSS JOIN LATERAL jsonb_array_elements(
+			CASE jsonb_typeof(m.value -> 'prices') WHEN 'array' THEN m.value -> 'prices'
+			ELSE jsonb_build_array(m.value -> 'prices') END) WITH ORDINALITY e
+	), dated AS (
+		-- Of the entries in force the last one wins.  A daily window belongs to
+		-- the dated entry it follows: it was announced with it.
+		SELECT e.*, max((e.condition ->> 'start_date')::date)
+				FILTER (WHERE e.condition ->> 'start_date' ~ '^\d{4}-\d{2}-\d{2}$')
+				OVER (PARTITION BY provider, model ORDER BY n) AS start_date
+		FROM entry e
+	), windowed AS (
+		SELECT d.*,
+			CASE WHEN d.condition ->> 'start_time' ~ '^\d\d:\d\d(:\d\d)?(Z|\+00:00)$'
+				THEN rtrim(split_part(d.condition ->> 'start_time', '+', 1), 'Z')::time END AS daily_from,
+			CASE WHEN d.condition ->> 'end_time' ~ '^\d\d:\d\d(:\d\d)?(Z|\+00:00)$'
+				THEN rtrim(split_part(d.condition ->> 'end_time', '+', 1), 'Z')::time END AS daily_to,
+			coalesce(jsonb_typeof(d.condition), 'null') <> 'null'
+				AND coalesce(d.condition ->> 'start_date', '') !~ '^\d{4}-\d{2}-\d{2}$' AS needs_window
+		FROM dated d
+	), item AS (
+		SELECT w.*, k.key, k.value, d.price_column, d.per
+		FROM windowed w
+		CROSS JOIN LATERAL jsonb_each(CASE jsonb_typeof(w.prices) WHEN 'object' THEN w.prices END) k
+		LEFT JOIN (VALUES
+			('input_mtok', 'input', 1), ('output_mtok', 'output', 1),
+			('cache_read_mtok', 'cache_read', 1),
+			('cache_write_mtok', 'cache_write', 1), ('cache_write_5m_mtok', 'cache_write', 1),
+			('cache_write_1h_mtok', 'cache_write_1h', 1),
+			('output_reasoning_mtok', 'reasoning', 1),
+			('requests_kcount', 'request', 1000), ('web_searches_kcount', 'web_search', 1000),
+			('input_audio_mtok', 'units.input_audio_tokens', 1),
+			('output_audio_mtok', 'units.output_audio_tokens', 1),
+			('cache_audio_read_mtok', 'units.cache_read_audio_tokens', 1),
+			('input_image_mtok', 'units.input_image_tokens', 1),
+			('output_image_mtok', 'units.output_image_tokens', 1),
+			('output_video_mtok', 'units.output_video_tokens', 1),
+			('output_citation_mtok', 'units.citation_tokens', 1),
+			('audio_hours', 'units.audio_second', 3600), ('input_audio_hours', 'units.audio_second', 3600),
+			('output_audio_hours', 'units.audio_second', 3600),
+			('input_document_kpages', 'units.page', 1000),
+			('input_mchars', 'units.character', 1000000),
+			('input_gpixels', 'units.pixel', 1000000000),
+			('rerank_searches_kcount', 'units.query', 1000)
+		) AS d (key, price_column, per) USING (key)
+	), tier AS (
+		SELECT i.provider, i.model, i.n, i.key,
+			trunc(aibilling.catalogue_number(t.value -> 'start'))::bigint AS start,
+			aibilling.catalogue_number(t.value -> 'price') AS number
+		FROM item i
+		CROSS JOIN LATERAL jsonb_array_elements(
+			CASE jsonb_typeof(i.value -> 'tiers') WHEN 'array' THEN i.value -> 'tiers' END) t
+	), step AS (
+		SELECT i.*, 0::bigint AS context_above,
+			aibilling.catalogue_number(CASE jsonb_typeof(i.value) WHEN 'object' THEN i.value -> 'base' ELSE i.value END) AS number
+		FROM item i
+		UNION ALL
+		-- Each price has steps of its own.  A row for one step also carries what
+		-- earlier steps have changed, as a NULL there means the base price.
+		SELECT i.*, a.start, t.number
+		FROM item i
+		CROSS JOIN LATERAL (
+			SELECT DISTINCT start FROM tier
+			WHERE (tier.provider, tier.model, tier.n) = (i.provider, i.model, i.n)
+		) AS a
+		CROSS JOIN LATERAL (
+			SELECT number FROM tier
+			WHERE (tier.provider, tier.model, tier.n, tier.key) = (i.provider, i.model, i.n, i.key)
+				AND (tier.start <= a.start OR a.start IS NULL)
+			ORDER BY start DESC
+			LIMIT 1
+		) AS t
+		WHERE jsonb_typeof(i.value -> 'tiers') = 'array'
+	)
+	SELECT provider, model, 'standard', context_above, start_date::timestamp AT TIME ZONE 'UTC',
+		daily_from, daily_to, coalesce(price_column, key),
+		CASE WHEN problem IS NULL THEN number / per END, problem
+	FROM step
+	CROSS JOIN LATERAL (SELECT CASE
+		WHEN price_column IS NULL THEN 'not a price that aibilling.price can hold'
+		WHEN needs_window AND daily_from <> daily_to IS NOT TRUE THEN 'unknown constraint ' || condition::text
+		WHEN context_above IS NULL THEN 'tier without a start'
+		WHEN number IS NULL THEN 'not a number'
+		END AS problem) AS p
+$$;
+COMMENT ON FUNCTION aibilling.read_genai_prices(jsonb) IS
+'the prices in the data.json of pydantic''s genai-prices (USD per million tokens, thousand requests, hour; dates, daily windows, context tiers)';
+
+-- OpenRouter and Narev name the prices of a model alike, in USD per unit.
+CREATE FUNCTION aibilling.read_router_prices(pricing jsonb, zero_is_unset boolean)
+RETURNS TABLE (price_column text, price numeric, problem text)
+LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+	SELECT CASE
+			-- A price by the image has the same key as one by its tokens, but is a
+			-- hundred and more times as high.
+			WHEN k.key IN ('image', 'image_output') AND v.number >= 0.0001 THEN 'units.image'
+			ELSE coalesce(d.price_column, k.key)
+		END,
+		CASE WHEN v.number >= 0 THEN v.number * CASE
+			WHEN k.key IN ('image', 'image_output') AND v.number >= 0.0001 THEN 1
+			ELSE d.per END END,
+		CASE
+			WHEN d.price_column IS NULL THEN 'not a price that aibilling.price can hold'
+			WHEN v.number IS NULL THEN 'not a number'
+			WHEN v.number = -1 THEN 'the catalogue says that the price varies'
+			WHEN v.number < 0 THEN 'negative'
+		END
+	FROM jsonb_each(pricing) k
+	CROSS JOIN LATERAL aibilling.catalogue_number(k.value) AS v (number)
+	LEFT JOIN (VALUES
+		('prompt', 'input', 1000000), ('completion', 'output', 1000000),
+		('internal_reasoning', 'reasoning', 1000000),
+		('input_cache_read', 'cache_read', 1000000), ('input_cache_write', 'cache_write', 1000000),
+		('input_cache_write_1h', 'cache_write_1h', 1000000),
+		('audio', 'units.input_audio_tokens', 1000000), ('audio_output', 'units.output_audio_tokens', 1000000),
+		('input_audio_cache', 'units.cache_read_audio_tokens', 1000000),
+		('image', 'units.input_image_tokens', 1000000), ('image_output', 'units.output_image_tokens', 1000000),
+		('web_search', 'web_search', 1), ('request', 'request', 1), ('discount', 'discount', 1)
+	) AS d (key, price_column, per) USING (key)
+	WHERE k.key NOT IN ('overrides', 'min_prompt_tokens')
+		AND jsonb_typeof(k.value) <> 'null'
+		AND NOT (v.number = 0 AND k.key = 'discount')
+		AND NOT (v.number = 0 AND zero_is_unset AND k.key NOT IN ('prompt', 'completion'))
+$$;
+COMMENT ON FUNCTION aibilling.read_router_prices(jsonb, boolean) IS
+'the prices in one pricing object of OpenRouter or Narev; zero_is_unset: 0 means that the price is not known, except of prompt and completion';
+
+CREATE FUNCTION aibilling.read_openrouter(catalogue jsonb) RETURNS SETOF aibilling.catalogue_price
+LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+	WITH pricing AS (
+		SELECT m.value ->> 'id' AS model, 0::bigint AS context_above, m.value -> 'pricing' AS pricing
+		FROM jsonb_array_elements(catalogue -> 'data') m
+		UNION ALL
+		-- a step applies from min_prompt_tokens on, ours above context_above
+		SELECT m.value ->> 'id', trunc(aibilling.catalogue_number(o.value -> 'min_prompt_tokens'))::bigint - 1, o.value
+		FROM jsonb_array_elements(catalogue -> 'data') m
+		CROSS JOIN LATERAL jsonb_array_elements(
+			CASE jsonb_typeof(m.value #> '{pricing,overrides}') WHEN 'array' THEN m.value #> '{pricing,overrides}' END) o
+	)
+	SELECT 'openrouter', p.model, 'standard', nullif(p.context_above, -1), NULL::timestamptz, NULL::time, NULL::time,
+		r.price_column,
+		CASE WHEN p.context_above >= 0 THEN r.price END,
+		CASE WHEN p.context_above >= 0 THEN r.problem ELSE 'override without min_prompt_tokens' END
+	FROM (SELECT model, pricing, coalesce(context_above, -1) AS context_above FROM pricing) AS p
+	CROSS JOIN LATERAL aibilling.read_router_prices(
+		CASE jsonb_typeof(p.pricing) WHEN 'object' THEN p.pricing END, false) r
+$$;
+COMMENT ON FUNCTION aibilling.read_openrouter(jsonb) IS
+'the prices in the answer of OpenRouter''s /api/v1/models; the provider is openrouter, since a router''s price is not the provider''s';
+
+CREATE FUNCTION aibilling.read_narev(catalogue jsonb) RETURNS SETOF aibilling.catalogue_price
+LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+	SELECT m.value ->> 'provider_id', m.value ->> 'model_id', 'standard', 0::bigint,
+		NULL::timestamptz, NULL::time, NULL::time, r.price_column, r.price, r.problem
+	FROM jsonb_array_elements(catalogue -> 'data') m
+	CROSS JOIN LATERAL aibilling.read_router_prices(
+		CASE jsonb_typeof(m.value -> 'pricing') WHEN 'object' THEN m.value -> 'pricing' END, true) r
+$$;
+COMMENT ON FUNCTION aibilling.read_narev(jsonb) IS
+'the prices in the answer of Narev''s /v1/prices; 0 in an optional field means that it is not set';
+
+CREATE FUNCTION aibilling.clean_prices(prices aibilling.catalogue_price[]) RETURNS SETOF aibilling.catalogue_price
+LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+	WITH cleaned AS (
+		-- units are jsonb and hold any number of decimals, the columns 9
+		SELECT p.*, c.clean, CASE WHEN p.price_column LIKE 'units.%' THEN c.clean ELSE round(c.clean, 9) END AS stored
+		FROM unnest(prices) AS p
+		CROSS JOIN LATERAL aibilling.clean_price(p.price) AS c (clean)
+	), priced AS MATERIALIZED (
+		SELECT DISTINCT ON (provider, model, service_tier, context_above, valid_from, daily_from, daily_to, price_column) *
+		FROM cleaned
+		WHERE price IS NOT NULL AND provider <> '' AND model <> ''
+			AND abs(stored - clean) <= abs(clean) / 1000000
+		ORDER BY provider, model, service_tier, context_above, valid_from, daily_from, daily_to, price_column
+	)
+	SELECT provider, model, service_tier, context_above, valid_from, daily_from, daily_to, price_column,
+		trim_scale(stored),
+		CASE WHEN abs(stored - price) > abs(price) / 1000000000 THEN 'rounded from ' || trim_scale(price) END
+	FROM priced
+	UNION ALL
+	SELECT provider, model, service_tier, context_above, valid_from, daily_from, daily_to, price_column,
+		NULL, coalesce(problem, CASE
+			WHEN provider <> '' AND model <> '' THEN 'needs more than 9 decimals: ' || trim_scale(price)
+			ELSE 'model without a name' END)
+	FROM cleaned
+	WHERE price IS NULL OR coalesce(provider, '') = '' OR coalesce(model, '') = ''
+		OR abs(stored - clean) > abs(clean) / 1000000
+	UNION ALL
+	-- A service tier changes what tokens cost.  What is charged by the piece
+	-- costs the same in each, unless the catalogue says otherwise.
+	SELECT t.provider, t.model, t.service_tier, 0, t.valid_from, NULL, NULL, s.price_column, trim_scale(s.stored), NULL
+	FROM (SELECT DISTINCT provider, model, service_tier, valid_from FROM priced WHERE service_tier <> 'standard') AS t
+	JOIN priced s ON (s.provider, s.model, s.service_tier, s.context_above) = (t.provider, t.model, 'standard', 0)
+		AND s.valid_from IS NOT DISTINCT FROM t.valid_from
+		AND s.daily_from IS NULL
+		AND (s.price_column IN ('request', 'web_search', 'discount')
+			OR s.price_column LIKE 'units.%' AND s.price_column NOT LIKE '%\_tokens')
+	WHERE NOT EXISTS (
+		SELECT FROM priced p
+		WHERE (p.provider, p.model, p.service_tier, p.context_above, p.price_column)
+				= (t.provider, t.model, t.service_tier, 0, s.price_column)
+			AND p.valid_from IS NOT DISTINCT FROM t.valid_from
+	)
+$$;
+COMMENT ON FUNCTION aibilling.clean_prices(aibilling.catalogue_price[]) IS
+'the prices of a catalogue without float noise and doubles, as far as aibilling.price can hold them';
+
+-- The cards among prices that differ from what is stored for the source, with
+-- the date each is to be stored under and what is suspicious about it.
+--
+-- A card with a date of its own replaces the card stored under that date.  A
+-- card without one is compared with the card in force: where it differs it is
+-- a new card from now on, so that old usage keeps its price, unless the
+-- catalogue itself dates what came after it: then it corrects history.
+CREATE FUNCTION aibilling.changed_cards(prices aibilling.catalogue_price[], source text)
+RETURNS SETOF aibilling.price_card
+LANGUAGE sql STABLE STRICT PARALLEL SAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+	WITH given AS MATERIALIZED (
+		SELECT p.*, concat_ws('|', p.context_above, p.daily_from, p.daily_to, p.price_column) AS slot
+		FROM unnest(prices) AS p
+		WHERE p.price IS NOT NULL
+	), stored AS MATERIALIZED (
+		SELECT p.*, concat_ws('|', p.context_above, p.daily_from, p.daily_to, p.price_column) AS slot
+		FROM aibilling.stored_prices(source) AS p
+	), stored_card AS MATERIALIZED (
+		SELECT provider, model, service_tier, valid_from, jsonb_object_agg(slot, price) AS content
+		FROM stored
+		GROUP BY provider, model, service_tier, valid_from
+	), given_card AS (
+		SELECT provider, model, service_tier, valid_from,
+			min(valid_from) OVER (PARTITION BY provider, model, service_tier) AS first_date,
+			jsonb_object_agg(slot, price) AS content
+		FROM given
+		GROUP BY provider, model, service_tier, valid_from
+	), compared AS (
+		SELECT DISTINCT ON (g.provider, g.model, g.service_tier, g.valid_from)
+			g.*, s.valid_from AS stored_from, s.content AS stored_content
+		FROM given_card g
+		LEFT JOIN stored_card s ON (s.provider, s.model, s.service_tier) = (g.provider, g.model, g.service_tier)
+			AND CASE
+				WHEN g.valid_from IS NOT NULL THEN s.valid_from <= g.valid_from
+				ELSE s.valid_from <= now() AND (g.first_date IS NULL OR s.valid_from < g.first_date)
+			END
+		ORDER BY g.provider, g.model, g.service_tier, g.valid_from, s.valid_from DESC NULLS LAST
+	), differing AS MATERIALIZED (
+		SELECT c.provider, c.model, c.service_tier, c.valid_from AS given_from, c.stored_from,
+			CASE
+				WHEN c.valid_from IS NOT NULL THEN c.valid_from
+				WHEN c.stored_from IS NULL THEN '-infinity'
+				WHEN c.first_date <= now() THEN c.stored_from
+				ELSE now()
+			END AS valid_from
+		FROM compared c
+		WHERE c.stored_content IS DISTINCT FROM c.content
+			OR c.valid_from IS NOT NULL AND c.stored_from <> c.valid_from
+	), row_price AS (
+		SELECT d.provider, d.model, d.service_tier, d.given_from, g.context_above, g.daily_from, g.daily_to,
+			max(g.price) FILTER (WHERE g.price_column = 'input') AS input,
+			max(g.price) FILTER (WHERE g.price_column = 'output') AS output,
+			max(g.price) FILTER (WHERE g.price_column = 'cache_read') AS cache_read,
+			max(g.price) FILTER (WHERE g.price_column = 'cache_write_1h') AS cache_write_1h
+		FROM differing d
+		JOIN given g ON (g.provider, g.model, g.service_tier) = (d.provider, d.model, d.service_tier)
+			AND g.valid_from IS NOT DISTINCT FROM d.given_from
+		GROUP BY 1, 2, 3, 4, 5, 6, 7
+	), standard AS (
+		SELECT provider, model, valid_from, context_above, daily_from, daily_to, price_column, price
+		FROM given
+		WHERE service_tier = 'standard' AND price_column IN ('input', 'output')
+	), finding AS (
+		SELECT r.provider, r.model, r.service_tier, r.given_from, f.finding
+		FROM row_price r
+		CROSS JOIN LATERAL (VALUES
+			(CASE WHEN r.cache_read > r.input
+				THEN format('cache_read %s above input %s', r.cache_read, r.input) END),
+			(CASE WHEN r.cache_write_1h NOT BETWEEN 1.5 * r.input AND 2.5 * r.input
+				THEN format('cache_write_1h %s not 1.5 to 2.5 times input %s', r.cache_write_1h, r.input) END)
+		) AS f (finding)
+		UNION ALL
+		SELECT g.provider, g.model, g.service_tier, g.valid_from, f.finding
+		FROM given g
+		LEFT JOIN standard s ON (s.provider, s.model, s.context_above, s.price_column)
+				= (g.provider, g.model, g.context_above, g.price_column)
+			AND g.service_tier <> 'standard'
+			AND s.valid_from IS NOT DISTINCT FROM g.valid_from
+			AND s.daily_from IS NOT DISTINCT FROM g.daily_from
+		CROSS JOIN LATERAL (VALUES
+			(CASE WHEN g.price < 0 THEN format('%s %s is negative', g.price_column, g.price) END),
+			(CASE WHEN g.price > 1000 AND g.price_column IN ('input', 'output')
+				THEN format('%s %s above 1000', g.price_column, g.price) END),
+			(CASE WHEN g.price > 1000000 THEN format('%s %s above 1000000', g.price_column, g.price) END),
+			(CASE WHEN g.price_column = 'discount' AND g.price > 1
+				THEN format('discount %s above 1', g.price) END),
+			(CASE WHEN g.service_tier = 'priority' AND g.price > 5 * s.price
+				THEN format('%s %s above 5 times standard %s', g.price_column, g.price, s.price) END),
+			(CASE WHEN g.service_tier IN ('batch', 'flex') AND g.price > s.price
+				THEN format('%s %s above standard %s', g.price_column, g.price, s.price) END)
+		) AS f (finding)
+		UNION ALL
+		SELECT d.provider, d.model, d.service_tier, d.given_from,
+			format('%s from %s to %s, more than 3 times', g.price_column, s.price, g.price)
+		FROM differing d
+		JOIN given g ON (g.provider, g.model, g.service_tier) = (d.provider, d.model, d.service_tier)
+			AND g.valid_from IS NOT DISTINCT FROM d.given_from
+		JOIN stored s ON (s.provider, s.model, s.service_tier, s.valid_from, s.slot)
+			= (d.provider, d.model, d.service_tier, d.stored_from, g.slot)
+		WHERE g.price > 3 * s.price OR 3 * g.price < s.price
+	)
+	SELECT d.provider, d.model, d.service_tier, d.given_from, d.stored_from, d.valid_from,
+		string_agg(DISTINCT f.finding, '; ')
+	FROM differing d
+	LEFT JOIN finding f ON (f.provider, f.model, f.service_tier) = (d.provider, d.model, d.service_tier)
+		AND f.given_from IS NOT DISTINCT FROM d.given_from
+	GROUP BY 1, 2, 3, 4, 5, 6
+$$;
+COMMENT ON FUNCTION aibilling.changed_cards(aibilling.catalogue_price[], text) IS
+'which cards among the prices differ from those stored for the source, the date each is to be stored under, and why it is suspicious';
+
+CREATE FUNCTION aibilling.price_rows(prices aibilling.catalogue_price[], cards aibilling.price_card[])
+RETURNS TABLE (provider text, model text, service_tier text, context_above bigint, valid_from timestamptz,
+	daily_from time, daily_to time, input numeric, output numeric, cache_read numeric, cache_write numeric,
+	cache_write_1h numeric, reasoning numeric, request numeric, web_search numeric, units jsonb, discount numeric,
+	multiplier numeric, reason text)
+LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+	SELECT c.provider, c.model, c.service_tier, p.context_above, c.valid_from, p.daily_from, p.daily_to,
+		max(p.price) FILTER (WHERE p.price_column = 'input'),
+		max(p.price) FILTER (WHERE p.price_column = 'output'),
+		max(p.price) FILTER (WHERE p.price_column = 'cache_read'),
+		max(p.price) FILTER (WHERE p.price_column = 'cache_write'),
+		max(p.price) FILTER (WHERE p.price_column = 'cache_write_1h'),
+		max(p.price) FILTER (WHERE p.price_column = 'reasoning'),
+		max(p.price) FILTER (WHERE p.price_column = 'request'),
+		max(p.price) FILTER (WHERE p.price_column = 'web_search'),
+		jsonb_object_agg(substr(p.price_column, 7), p.price) FILTER (WHERE p.price_column LIKE 'units.%'),
+		max(p.price) FILTER (WHERE p.price_column = 'discount'),
+		max(p.price) FILTER (WHERE p.price_column = 'multiplier'),
+		c.reason
+	FROM unnest(cards) AS c
+	JOIN unnest(prices) AS p ON (p.provider, p.model, p.service_tier) = (c.provider, c.model, c.service_tier)
+		AND p.valid_from IS NOT DISTINCT FROM c.given_from
+	WHERE p.price IS NOT NULL
+	GROUP BY c.provider, c.model, c.service_tier, p.context_above, c.valid_from, p.daily_from, p.daily_to, c.reason
+$$;
+COMMENT ON FUNCTION aibilling.price_rows(aibilling.catalogue_price[], aibilling.price_card[]) IS
+'the prices of the cards as rows of aibilling.price';
+
+-- The rows are added at the first import and not by this script, since
+-- pg_dump dumps the table as a whole.
+CREATE FUNCTION aibilling.register_price_source(source text) RETURNS void
+LANGUAGE plpgsql VOLATILE STRICT PARALLEL UNSAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+	IF EXISTS (SELECT FROM aibilling.price_source s WHERE s.source = register_price_source.source) THEN
+		RETURN;
+	END IF;
+	-- What somebody imported is newer than what came with the software.
+	INSERT INTO aibilling.price_source (source, priority, note)
+		SELECT * FROM (VALUES
+			('genai-prices', 50, 'import_prices: genai-prices of Pydantic'),
+			('narev', 60, 'import_prices: Narev'),
+			('litellm', 70, 'import_prices: LiteLLM'),
+			('models.dev', 80, 'import_prices: models.dev'),
+			('openrouter', 90, 'import_prices: OpenRouter, for provider openrouter'),
+			('bundled', 200, 'load_bundled_prices: what came with aibilling_polar')
+		) AS v (source, priority, note)
+		WHERE v.source = register_price_source.source
+	ON CONFLICT DO NOTHING;
+END
+$$;
+COMMENT ON FUNCTION aibilling.register_price_source(text) IS
+'gives a source that imports know its row in aibilling.price_source, unless it has one';
+
+CREATE FUNCTION aibilling.import_prices(catalogue jsonb, format text, dry_run boolean DEFAULT true)
+RETURNS SETOF aibilling.price_change
+LANGUAGE plpgsql VOLATILE STRICT PARALLEL UNSAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+#variable_conflict use_column
+DECLARE
+	prices aibilling.catalogue_price[];
+	cards aibilling.price_card[];
+	shape text := CASE WHEN format = 'genai-prices' THEN 'array' ELSE 'object' END;
+BEGIN
+	IF format NOT IN ('litellm', 'models.dev', 'genai-prices', 'openrouter', 'narev') THEN
+		RAISE EXCEPTION 'price catalogue format "%" is unknown', format
+			USING ERRCODE = 'invalid_parameter_value',
+				HINT = 'Known formats are litellm, models.dev, genai-prices, openrouter and narev.';
+	END IF;
+	IF jsonb_typeof(catalogue) <> shape
+		OR format IN ('openrouter', 'narev') AND jsonb_typeof(catalogue -> 'data') IS DISTINCT FROM 'array' THEN
+		RAISE EXCEPTION 'catalogue is not in the format %', format
+			USING ERRCODE = 'invalid_parameter_value',
+				DETAIL = CASE WHEN format IN ('openrouter', 'narev')
+					THEN 'A JSON object with an array "data" was expected.'
+					ELSE format('A JSON %s was expected.', shape) END;
+	END IF;
+
+	IF NOT dry_run THEN
+		-- Two imports at a time would each add a card from now on.
+		LOCK TABLE aibilling.price IN SHARE ROW EXCLUSIVE MODE;
+		PERFORM aibilling.register_price_source(format);
+	END IF;
+
+	prices := CASE format
+		WHEN 'litellm' THEN ARRAY(SELECT p FROM aibilling.read_litellm(catalogue) p)
+		WHEN 'models.dev' THEN ARRAY(SELECT p FROM aibilling.read_models_dev(catalogue) p)
+		WHEN 'genai-prices' THEN ARRAY(SELECT p FROM aibilling.read_genai_prices(catalogue) p)
+		WHEN 'openrouter' THEN ARRAY(SELECT p FROM aibilling.read_openrouter(catalogue) p)
+		ELSE ARRAY(SELECT p FROM aibilling.read_narev(catalogue) p)
+	END;
+	prices := ARRAY(SELECT p FROM aibilling.clean_prices(prices) p);
+	cards := ARRAY(SELECT c FROM aibilling.changed_cards(prices, format) c);
+
+	-- before anything is written: this compares with what is stored now
+	RETURN QUERY
+		WITH side AS (
+			SELECT c.*, g.context_above, g.daily_from, g.daily_to, g.price_column, false AS old, g.price, g.problem
+			FROM unnest(cards) AS c
+			JOIN unnest(prices) AS g ON (g.provider, g.model, g.service_tier) = (c.provider, c.model, c.service_tier)
+				AND g.valid_from IS NOT DISTINCT FROM c.given_from
+			WHERE g.price IS NOT NULL
+			UNION ALL
+			SELECT c.*, s.context_above, s.daily_from, s.daily_to, s.price_column, true, s.price, NULL
+			FROM unnest(cards) AS c
+			JOIN aibilling.stored_prices(format) AS s
+				ON (s.provider, s.model, s.service_tier) = (c.provider, c.model, c.service_tier)
+				AND s.valid_from = c.stored_from
+		), change AS (
+			SELECT provider, model, service_tier, context_above, valid_from, daily_from, daily_to, price_column,
+				max(price) FILTER (WHERE old) AS old_price, max(price) FILTER (WHERE NOT old) AS new_price,
+				reason, max(problem) AS remark
+			FROM side
+			GROUP BY provider, model, service_tier, context_above, valid_from, daily_from, daily_to, price_column, reason
+		)
+		SELECT CASE
+				WHEN reason IS NOT NULL THEN 'quarantined'
+				WHEN old_price IS NULL THEN 'added'
+				WHEN new_price IS NULL THEN 'removed'
+				ELSE 'changed'
+			END AS action,
+			provider, model, service_tier, context_above, valid_from, daily_from, daily_to, price_column,
+			old_price, new_price, nullif(concat_ws('; ', reason, remark), '')
+		FROM change
+		WHERE old_price IS DISTINCT FROM new_price
+		UNION ALL
+		SELECT 'skipped', provider, model, service_tier, context_above, valid_from, daily_from, daily_to, price_column,
+			NULL, NULL, problem
+		FROM unnest(prices) AS p
+		WHERE price IS NULL
+		ORDER BY 2, 3, 4, 6, 5, 7, 9, 1;
+
+	IF dry_run THEN
+		RETURN;
+	END IF;
+
+	DELETE FROM aibilling.price p
+	USING unnest(cards) AS c
+	WHERE p.source = format AND c.reason IS NULL
+		AND (p.provider, p.model, p.service_tier, p.valid_from) = (c.provider, c.model, c.service_tier, c.valid_from);
+	INSERT INTO aibilling.price (provider, model, service_tier, context_above, valid_from, source, daily_from, daily_to,
+			input, output, cache_read, cache_write, cache_write_1h, reasoning, request, web_search, units, discount, multiplier)
+		SELECT provider, model, service_tier, context_above, valid_from, format, daily_from, daily_to,
+			input, output, cache_read, cache_write, cache_write_1h, reasoning, request, web_search, units, discount, multiplier
+		FROM aibilling.price_rows(prices, cards)
+		WHERE reason IS NULL;
+
+	-- A card that is fine now, or suspicious in another way, was judged anew.
+	DELETE FROM aibilling.price_quarantine q
+	USING unnest(prices) AS g
+	WHERE q.source = format AND (q.provider, q.model, q.service_tier) = (g.provider, g.model, g.service_tier);
+	INSERT INTO aibilling.price_quarantine (provider, model, service_tier, context_above, valid_from, source, daily_from, daily_to,
+			input, output, cache_read, cache_write, cache_write_1h, reasoning, request, web_search, units, discount, multiplier, reason)
+		SELECT provider, model, service_tier, context_above, valid_from, format, daily_from, daily_to,
+			input, output, cache_read, cache_write, cache_write_1h, reasoning, request, web_search, units, discount, multiplier, reason
+		FROM aibilling.price_rows(prices, cards)
+		WHERE reason IS NOT NULL;
+END
+$$;
+COMMENT ON FUNCTION aibilling.import_prices(jsonb, text, boolean) IS
+'imports a price catalogue (format litellm, models.dev, genai-prices, openrouter or narev) into aibilling.price under the format''s name as source; returns one row a price that is added, changed, removed, quarantined or skipped; with dry_run nothing is written';
+
+CREATE FUNCTION aibilling.release_price(source text, provider text, model text, service_tier text DEFAULT 'standard')
+RETURNS bigint
+LANGUAGE plpgsql VOLATILE STRICT PARALLEL UNSAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+	released bigint;
+BEGIN
+	DELETE FROM aibilling.price p
+	USING aibilling.price_quarantine q
+	WHERE (q.source, q.provider, q.model, q.service_tier)
+			= (release_price.source, release_price.provider, release_price.model, release_price.service_tier)
+		AND (p.source, p.provider, p.model, p.service_tier, p.valid_from)
+			= (q.source, q.provider, q.model, q.service_tier, q.valid_from);
+	WITH moved AS (
+		DELETE FROM aibilling.price_quarantine q
+		WHERE (q.source, q.provider, q.model, q.service_tier)
+			= (release_price.source, release_price.provider, release_price.model, release_price.service_tier)
+		RETURNING q.*
+	)
+	INSERT INTO aibilling.price (provider, model, service_tier, context_above, valid_from, source, daily_from, daily_to,
+			input, output, cache_read, cache_write, cache_write_1h, reasoning, request, web_search, units, discount, multiplier, note)
+		SELECT m.provider, m.model, m.service_tier, m.context_above, m.valid_from, m.source, m.daily_from, m.daily_to,
+			m.input, m.output, m.cache_read, m.cache_write, m.cache_write_1h, m.reasoning, m.request, m.web_search,
+			m.units, m.discount, m.multiplier, 'released from quarantine: ' || m.reason
+		FROM moved m;
+	GET DIAGNOSTICS released = ROW_COUNT;
+	IF released = 0 THEN
+		RAISE EXCEPTION 'no quarantined price of source "%" for provider "%", model "%", service tier "%"',
+				source, provider, model, service_tier
+			USING ERRCODE = 'no_data_found',
+				HINT = 'Table aibilling.price_quarantine lists the cards that can be released.';
+	END IF;
+	RETURN released;
+END
+$$;
+COMMENT ON FUNCTION aibilling.release_price(text, text, text, text) IS
+'applies a model''s quarantined cards as they are; returns the number of rows moved to aibilling.price';
+
+-- ---------------------------------------------------------------------------
+-- The bundled catalogue
+-- ---------------------------------------------------------------------------
+
+CREATE FUNCTION aibilling.bundled_prices() RETURNS jsonb
+LANGUAGE c STABLE STRICT PARALLEL SAFE
+AS 'MODULE_PATHNAME', 'abp_sql_bundled_prices';
+COMMENT ON FUNCTION aibilling.bundled_prices() IS
+'the price catalogue installed with aibilling_polar, as it is (doc/catalogues.md describes it)';
+
+CREATE FUNCTION aibilling.load_bundled_prices(
+	OUT package text, OUT package_version text, OUT generated date,
+	OUT models bigint, OUT prices bigint, OUT aliases bigint)
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+#variable_conflict use_column
+DECLARE
+	bundle jsonb := aibilling.bundled_prices();
+BEGIN
+	package := bundle ->> 'package';
+	package_version := bundle ->> 'package_version';
+	generated := bundle ->> 'generated';
+	models := jsonb_array_length(bundle -> 'models');
+
+	LOCK TABLE aibilling.price IN SHARE ROW EXCLUSIVE MODE;
+	PERFORM aibilling.register_price_source('bundled');
+	DELETE FROM aibilling.price WHERE source = 'bundled';
+	DELETE FROM aibilling.model_alias WHERE source = 'bundled';
+
+	INSERT INTO aibilling.price (provider, model, service_tier, context_above, valid_from, source, daily_from, daily_to,
+			input, output, cache_read, cache_write, cache_write_1h, reasoning, request, web_search, units)
+		SELECT m.provider, m.model, 'standard', coalesce(c.context_above, 0), coalesce(c.valid_from, '-infinity'), 'bundled',
+			c.daily_from, c.daily_to, c.input, c.output, c.cache_read, c.cache_write, c.cache_write_1h, c.reasoning,
+			c.request, c.web_search,
+			(SELECT jsonb_object_agg(u.key, aibilling.catalogue_number(u.value)) FROM jsonb_each(c.units) u)
+		FROM jsonb_to_recordset(bundle -> 'models') AS m (provider text, model text, cards jsonb)
+		CROSS JOIN LATERAL jsonb_to_recordset(m.cards) AS c (context_above bigint, valid_from timestamptz,
+			daily_from time, daily_to time, input numeric, output numeric, cache_read numeric, cache_write numeric,
+			cache_write_1h numeric, reasoning numeric, request numeric, web_search numeric, units jsonb);
+	GET DIAGNOSTICS prices = ROW_COUNT;
+
+	-- A provider's names are its models' ids, their exact aliases and globs.
+	-- Some providers sell what is another's and price it alike (fallbacks), and
+	-- a provider has other spellings: both get the names of the provider meant.
+	-- All of it ranks below the priority 0 of a user's alias.
+	WITH model AS MATERIALIZED (
+		SELECT m.*
+		FROM jsonb_to_recordset(bundle -> 'models') AS m (provider text, model text, exact jsonb, glob jsonb)
+	), own AS (
+		SELECT provider, 'exact' AS kind, model AS pattern, provider AS to_provider, model AS to_model, -1 AS priority
+		FROM model
+		UNION ALL
+		SELECT m.provider, 'exact', e.value, m.provider, m.model, -1
+		FROM model m CROSS JOIN LATERAL jsonb_array_elements_text(m.exact) e
+		UNION ALL
+		SELECT m.provider, 'glob', e.value, m.provider, m.model, -1
+		FROM model m CROSS JOIN LATERAL jsonb_array_elements_text(m.glob) e
+	), sold AS (
+		SELECT * FROM own
+		UNION ALL
+		SELECT f.key, o.kind, o.pattern, o.to_provider, o.to_model, o.priority - 1
+		FROM jsonb_each(bundle -> 'fallbacks') f
+		CROSS JOIN LATERAL jsonb_array_elements_text(f.value) t
+		JOIN own o ON o.provider = t.value
+	), spelled AS (
+		SELECT * FROM sold
+		UNION ALL
+		SELECT s.key, o.kind, o.pattern, o.to_provider, o.to_model, o.priority
+		FROM jsonb_each_text(bundle -> 'spellings') s
+		JOIN sold o ON o.provider = s.value
+	), name AS (
+		SELECT DISTINCT ON (provider, kind, pattern) *
+		FROM spelled
+		ORDER BY provider, kind, pattern, priority DESC, to_provider, to_model
+	)
+	INSERT INTO aibilling.model_alias (provider, kind, pattern, to_provider, to_model, priority, source)
+		SELECT provider, kind, pattern, to_provider, to_model, priority, 'bundled'
+		FROM name
+		WHERE NOT (kind = 'exact' AND provider = to_provider AND pattern = to_model);
+	GET DIAGNOSTICS aliases = ROW_COUNT;
+END
+$$;
+COMMENT ON FUNCTION aibilling.load_bundled_prices() IS
+'loads the price catalogue installed with aibilling_polar, in the place of what an earlier call loaded; touches only rows of source bundled; needs INSERT and DELETE on aibilling.price and aibilling.model_alias';
 
 -- (catalogue: end)
 
@@ -607,8 +1554,30 @@ GRANT EXECUTE ON FUNCTION
 TO PUBLIC;
 
 -- (normalize: grants)
+GRANT EXECUTE ON FUNCTION aibilling.normalize_usage(text, jsonb) TO PUBLIC;
 
 -- (catalogue: grants)
+GRANT SELECT ON aibilling.price_quarantine TO PUBLIC;
+-- With the rights of whoever calls: writing needs them on the tables.
+GRANT EXECUTE ON FUNCTION
+	aibilling.catalogue_number(jsonb),
+	aibilling.clean_price(numeric),
+	aibilling.stored_prices(text),
+	aibilling.read_litellm(jsonb),
+	aibilling.read_models_dev(jsonb),
+	aibilling.read_genai_prices(jsonb),
+	aibilling.read_router_prices(jsonb, boolean),
+	aibilling.read_openrouter(jsonb),
+	aibilling.read_narev(jsonb),
+	aibilling.clean_prices(aibilling.catalogue_price[]),
+	aibilling.changed_cards(aibilling.catalogue_price[], text),
+	aibilling.price_rows(aibilling.catalogue_price[], aibilling.price_card[]),
+	aibilling.import_prices(jsonb, text, boolean),
+	aibilling.register_price_source(text),
+	aibilling.release_price(text, text, text, text),
+	aibilling.bundled_prices(),
+	aibilling.load_bundled_prices()
+	TO PUBLIC;
 
 -- (server: grants)
 

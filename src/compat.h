@@ -63,6 +63,13 @@
 	make_range((type), (lower), (upper), false)
 #endif
 
+/* 16 added a soft-error argument here too. */
+#if PG_VERSION_NUM >= 160000
+#define ABP_NO_SOFT_ERROR , NULL
+#else
+#define ABP_NO_SOFT_ERROR
+#endif
+
 /* 16 has one function for all kinds of objects. */
 #if PG_VERSION_NUM >= 160000
 #include "catalog/pg_class.h"

@@ -7,21 +7,27 @@
  */
 #include "postgres.h"
 
+#include <sys/stat.h>
 #include "access/htup_details.h"
 #include "catalog/pg_type.h"
 #include "commands/trigger.h"
 #include "executor/spi.h"
 #include "fmgr.h"
 #include "funcapi.h"
+#include "lib/stringinfo.h"
+#include "mb/pg_wchar.h"
 #include "miscadmin.h"
+#include "storage/fd.h"
 #include "utils/builtins.h"
 #include "utils/date.h"
 #include "utils/inval.h"
+#include "utils/jsonb.h"
 #include "utils/lsyscache.h"
 #include "utils/rel.h"
 #include "utils/timestamp.h"
 
 #include "compat.h"
+#include "normalize.h"
 #include "polar.h"
 #include "price.h"
 
@@ -404,9 +410,120 @@ abp_sql_convert_cost(PG_FUNCTION_ARGS)
 
 /* --- usage objects ------------------------------------------------------- */
 
+PG_FUNCTION_INFO_V1(abp_sql_normalize_usage);
+
+/*
+ * aibilling.normalize_usage(format text, raw jsonb)
+ */
+Datum
+abp_sql_normalize_usage(PG_FUNCTION_ARGS)
+{
+	text	   *name = PG_GETARG_TEXT_PP(0);
+	Jsonb	   *raw = PG_GETARG_JSONB_P(1);
+	TextView	format = {VARDATA_ANY(name), VARSIZE_ANY_EXHDR(name)};
+	NormalizedUsage usage;
+	StringInfoData reason;
+	TupleDesc	tupdesc;
+	Datum		values[NUM_USAGE_COUNTS + 5];
+	bool		nulls[NUM_USAGE_COUNTS + 5] = {0};
+	int			n;
+
+	if (get_call_result_type(fcinfo, NULL, &tupdesc) != TYPEFUNC_COMPOSITE)
+		elog(ERROR, "return type must be a row type");
+
+	if (!abp_usage_format_known(format))
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("unknown usage format \"%.*s\"", format.len, format.data),
+				 errhint("%s", abp_usage_format_hint(format))));
+
+	initStringInfo(&reason);
+	if (!abp_normalize_usage(format, raw, &usage, &reason))
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg_internal("%s", reason.data)));
+
+	/* The counts' order is that of the columns. */
+	for (n = 0; n < NUM_USAGE_COUNTS; n++)
+	{
+		values[n] = Int64GetDatum(usage.counts.value[n]);
+		nulls[n] = !usage.counts.given[n];
+	}
+	values[n] = PointerGetDatum(usage.counts.units);
+	nulls[n++] = usage.counts.units == NULL;
+	values[n] = PointerGetDatum(usage.provider_cost);
+	nulls[n++] = usage.provider_cost == NULL;
+	nulls[n] = usage.service_tier == NULL;
+	values[n++] = usage.service_tier ? CStringGetTextDatum(usage.service_tier) : (Datum) 0;
+	nulls[n] = usage.model == NULL;
+	values[n++] = usage.model ? CStringGetTextDatum(usage.model) : (Datum) 0;
+	nulls[n] = usage.generation_id == NULL;
+	values[n++] = usage.generation_id ? CStringGetTextDatum(usage.generation_id) : (Datum) 0;
+
+	PG_RETURN_DATUM(HeapTupleGetDatum(heap_form_tuple(tupdesc, values, nulls)));
+}
+
 
 /* --- catalogues ---------------------------------------------------------- */
 
+/* The bundle has a quarter of a megabyte; more than this is another file. */
+#define MAX_BUNDLE_BYTES	(16 * 1024 * 1024)
+
+PG_FUNCTION_INFO_V1(abp_sql_bundled_prices);
+
+/*
+ * bundled_prices() returns jsonb: the price catalogue that was installed with
+ * the extension, beside its control file.  It is in UTF-8.
+ */
+Datum
+abp_sql_bundled_prices(PG_FUNCTION_ARGS)
+{
+	char		share_path[MAXPGPATH];
+	char		path[MAXPGPATH];
+	FILE	   *file;
+	struct stat st;
+	char	   *text;
+	Datum		catalogue;
+
+	get_share_path(my_exec_path, share_path);
+	snprintf(path, MAXPGPATH, "%s/extension/aibilling_polar-prices.json",
+			 share_path);
+
+	file = AllocateFile(path, PG_BINARY_R);
+	if (file == NULL)
+		ereport(ERROR,
+				(errcode_for_file_access(),
+				 errmsg("could not open file \"%s\": %m", path),
+				 errhint("Install aibilling_polar again, with all of its files, or use import_prices().")));
+	if (fstat(fileno(file), &st) != 0)
+		ereport(ERROR,
+				(errcode_for_file_access(),
+				 errmsg("could not stat file \"%s\": %m", path)));
+	if (st.st_size > MAX_BUNDLE_BYTES)
+		ereport(ERROR,
+				(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
+				 errmsg("file \"%s\" is too large for a price catalogue", path),
+				 errdetail("The file has %lld bytes, at most %d are read.",
+						   (long long) st.st_size, MAX_BUNDLE_BYTES)));
+
+	text = palloc(st.st_size + 1);
+	if (fread(text, 1, st.st_size, file) != st.st_size)
+	{
+		if (ferror(file))
+			ereport(ERROR,
+					(errcode_for_file_access(),
+					 errmsg("could not read file \"%s\": %m", path)));
+		ereport(ERROR,
+				(errcode(ERRCODE_DATA_CORRUPTED),
+				 errmsg("file \"%s\" has become shorter while being read", path)));
+	}
+	text[st.st_size] = '\0';
+	FreeFile(file);
+
+	catalogue = DirectFunctionCall1(jsonb_in,
+									CStringGetDatum(pg_any_to_server(text, st.st_size, PG_UTF8)));
+	PG_RETURN_DATUM(catalogue);
+}
 
 /* --- foreign servers ----------------------------------------------------- */
 

@@ -24,6 +24,7 @@ typedef struct NormalizedUsage
 } NormalizedUsage;
 
 extern bool abp_usage_format_known(TextView format);
+extern char *abp_usage_format_hint(TextView format);
 extern bool abp_normalize_usage(TextView format, Jsonb *raw,
 								NormalizedUsage *usage, StringInfo reason);
 

@@ -44,6 +44,9 @@
 /* The most ids an entry can hold; see the head of this file. */
 #define OUTBOX_BLOCK 1024
 
+/* How far, in ids, a scan goes back when it continues. */
+#define CURSOR_MARGIN (2 * OUTBOX_BLOCK)
+
 /* How many entries are written to the table at a time. */
 #define PUT_CHUNK 64
 
@@ -442,8 +445,8 @@ end_entry_scan(EntryScan *scan)
  * UPDATE of a pending row) are passed over, never waited for.
  *
  * OUTBOX_WAITING: entries whose not_before is at most "until".  Other states:
- * from *cursor on, which is moved behind what was taken, and to PG_INT64_MAX
- * at the end of the entries.
+ * from *cursor on, which is moved to a little before the last entry seen: rows
+ * of lower ids may commit a little later.
  *
  * Returns the ids, in the current memory context, and in *attempts the most
  * attempts of any of their entries.
@@ -457,7 +460,7 @@ abp_outbox_take(Oid usage_table, char state, TimestampTz until,
 	EntryScan	scan;
 	HeapTuple	tuple;
 	OutboxEntry rest = {.usage_table = usage_table,.state = state};
-	bool		at_end = false;
+	int64		first;
 
 	*attempts = 0;
 	PushActiveSnapshot(GetLatestSnapshot());
@@ -475,11 +478,9 @@ abp_outbox_take(Oid usage_table, char state, TimestampTz until,
 
 		tuple = systable_getnext_ordered(scan.scan, ForwardScanDirection);
 		if (tuple == NULL)
-		{
-			at_end = true;
 			break;
-		}
-		*cursor = DatumGetInt64(heap_getattr(tuple, Anum_entry_first, desc, &isnull));
+		first = DatumGetInt64(heap_getattr(tuple, Anum_entry_first, desc, &isnull));
+		*cursor = first - Min(first - PG_INT64_MIN - 1, CURSOR_MARGIN);
 
 		if (table_tuple_delete(scan.rel, &tuple->t_self, GetCurrentCommandId(true),
 							   GetActiveSnapshot(), InvalidSnapshot, false,
@@ -497,7 +498,6 @@ abp_outbox_take(Oid usage_table, char state, TimestampTz until,
 			rest.attempts = entry_attempts;
 			rest.not_before = DatumGetTimestampTz(heap_getattr(tuple, Anum_entry_not_before, desc, &isnull));
 			rest.ids = abp_idset_split(&ids, max_ids - ntaken);
-			*cursor = rest.ids.ranges[0].first;
 		}
 		ntaken += abp_idset_count(&ids);
 		for (int i = 0; i < ids.nranges; i++)
@@ -507,8 +507,6 @@ abp_outbox_take(Oid usage_table, char state, TimestampTz until,
 
 	end_entry_scan(&scan);
 	PopActiveSnapshot();
-	if (at_end)
-		*cursor = PG_INT64_MAX;
 	if (rest.ids.nranges > 0)
 		abp_outbox_put(&rest, 1);
 	CommandCounterIncrement();
@@ -797,6 +795,40 @@ abp_outbox_retry(Oid usage_table, IdSet *only)
 }
 
 /*
+ * The lowest and the highest id of a table's entries in one state, which is
+ * not OUTBOX_WAITING.  Returns false if there is none.
+ */
+bool
+abp_outbox_bounds(Oid usage_table, char state, int64 *first, int64 *last)
+{
+	EntryScan	scan;
+	HeapTuple	tuple;
+	bool		isnull;
+	bool		found;
+
+	PushActiveSnapshot(GetLatestSnapshot());
+	begin_entry_scan(&scan, usage_table, state, PG_INT64_MIN, DT_NOEND, AccessShareLock);
+	tuple = systable_getnext_ordered(scan.scan, ForwardScanDirection);
+	found = tuple != NULL;
+	if (found)
+	{
+		TupleDesc	desc = RelationGetDescr(scan.rel);
+
+		*first = DatumGetInt64(heap_getattr(tuple, Anum_entry_first, desc, &isnull));
+		end_entry_scan(&scan);
+		begin_entry_scan(&scan, usage_table, state, PG_INT64_MIN, DT_NOEND,
+						 AccessShareLock);
+		tuple = systable_getnext_ordered(scan.scan, BackwardScanDirection);
+		if (tuple != NULL)
+			*last = DatumGetInt64(heap_getattr(tuple, Anum_entry_last,
+											   RelationGetDescr(scan.rel), &isnull));
+	}
+	end_entry_scan(&scan);
+	PopActiveSnapshot();
+	return found;
+}
+
+/*
  * When is the next waiting entry of a table due?  DT_NOEND if none waits.
  */
 TimestampTz
@@ -1026,6 +1058,29 @@ abp_ledger_unsettled(void)
 }
 
 /*
+ * Is a delivery of this table unsettled?  InvalidOid: of any table.
+ */
+bool
+abp_ledger_sending(Oid usage_table)
+{
+	static Statement sending = {
+		"SELECT FROM aibilling.delivery d WHERE d.state = 'sending'"
+		" AND ($1 = 0 OR d.usage_table = $1) LIMIT 1",
+		1, {OIDOID}
+	};
+	Datum		values[1] = {ObjectIdGetDatum(usage_table)};
+	bool		found;
+	SavedUser	saved;
+
+	abp_become_extension_owner(&saved);
+	SPI_connect();
+	found = run(&sending, values, NULL) > 0;
+	SPI_finish();
+	abp_restore_user(&saved);
+	return found;
+}
+
+/*
  * How many requests went to a server in the last minute, counting up to
  * "limit": what is left of its quota after a restart.
  */
@@ -1058,22 +1113,30 @@ abp_ledger_recent_requests(const char *server, int limit)
 
 /*
  * All attached tables, as a list of UsageTable in the current memory context.
+ * *armed: is this the database that was armed, rather than a copy of it?  A
+ * copy has another system identifier or another OID.
  */
 List *
-abp_usage_tables(void)
+abp_usage_tables(bool *armed)
 {
 	static Statement tables = {
 		"SELECT t.usage::pg_catalog.oid, c.relowner,"
 		" pg_catalog.quote_ident(n.nspname) || '.' || pg_catalog.quote_ident(c.relname),"
 		" t.server, s.oid, st.paused, st.reason, st.failures::pg_catalog.int8,"
-		" st.not_before, t.blocked_at, t.blocked_reason"
+		" st.not_before, t.blocked_at, t.blocked_reason,"
+		" NOT EXISTS (SELECT FROM aibilling.database_identity) OR EXISTS"
+		" (SELECT FROM aibilling.database_identity i"
+		" WHERE i.system_identifier = $1 AND i.database = $2)"
 		" FROM aibilling.usage_table t"
 		" LEFT JOIN pg_catalog.pg_class c ON c.oid = t.usage::pg_catalog.oid"
 		" LEFT JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace"
 		" LEFT JOIN pg_catalog.pg_foreign_server s ON s.srvname = t.server"
 		" LEFT JOIN aibilling.server_state st ON st.server = t.server"
 		" ORDER BY t.usage::pg_catalog.oid",
-		0, {0}
+		2, {INT8OID, OIDOID}
+	};
+	Datum		values[2] = {
+		Int64GetDatum((int64) GetSystemIdentifier()), ObjectIdGetDatum(MyDatabaseId)
 	};
 	MemoryContext caller = CurrentMemoryContext;
 	List	   *list = NIL;
@@ -1082,13 +1145,16 @@ abp_usage_tables(void)
 
 	abp_become_extension_owner(&saved);
 	SPI_connect();
-	n = run(&tables, NULL, NULL);
+	n = run(&tables, values, NULL);
+	*armed = true;
 	for (uint64 i = 0; i < n; i++)
 	{
 		UsageTable *table = MemoryContextAllocZero(caller, sizeof(UsageTable));
 		char	   *paused = result_string(i, 6, caller);
 		MemoryContext spi;
+		bool		isnull;
 
+		*armed = DatumGetBool(result_datum(i, 12, &isnull));
 		table->relid = result_oid(i, 1);
 		table->owner = result_oid(i, 2);
 		table->name = result_string(i, 3, caller);
@@ -1168,7 +1234,8 @@ abp_usage_table_block(Oid relid, const char *reason)
 
 /*
  * Keep a server's state: paused (NULL, "operator", "answer"), why, how many
- * failures in a row, and when to try again (DT_NOBEGIN: at once).
+ * failures in a row, and when to try again (DT_NOBEGIN: at once).  An
+ * operator's pause stays until abp_server_resume.
  */
 void
 abp_server_state_save(const char *server, const char *paused, const char *reason,
@@ -1178,8 +1245,10 @@ abp_server_state_save(const char *server, const char *paused, const char *reason
 		"INSERT INTO aibilling.server_state AS st"
 		" (server, paused, reason, failures, not_before, changed_at)"
 		" VALUES ($1, $2, $3, $4, $5, pg_catalog.clock_timestamp())"
-		" ON CONFLICT (server) DO UPDATE SET paused = excluded.paused,"
-		" reason = excluded.reason, failures = excluded.failures,"
+		" ON CONFLICT (server) DO UPDATE SET"
+		" paused = CASE WHEN st.paused = 'operator' THEN st.paused ELSE excluded.paused END,"
+		" reason = CASE WHEN st.paused = 'operator' THEN st.reason ELSE excluded.reason END,"
+		" failures = excluded.failures,"
 		" not_before = excluded.not_before, changed_at = excluded.changed_at",
 		5, {NAMEOID, TEXTOID, TEXTOID, INT4OID, TIMESTAMPTZOID}
 	};
@@ -1208,32 +1277,22 @@ abp_server_state_save(const char *server, const char *paused, const char *reason
 }
 
 /*
- * Is this the database that was armed, rather than a copy of it?  A copy has
- * another system identifier or another OID.
+ * Clear a server's pause and its waits.
  */
-bool
-abp_database_is_armed(void)
+void
+abp_server_resume(const char *server)
 {
-	static Statement armed = {
-		"SELECT NOT EXISTS (SELECT FROM aibilling.database_identity) OR EXISTS"
-		" (SELECT FROM aibilling.database_identity i"
-		" WHERE i.system_identifier = $1 AND i.database = $2)",
-		2, {INT8OID, OIDOID}
+	static Statement resume = {
+		"DELETE FROM aibilling.server_state st WHERE st.server = $1", 1, {NAMEOID}
 	};
-	Datum		values[2] = {
-		Int64GetDatum((int64) GetSystemIdentifier()), ObjectIdGetDatum(MyDatabaseId)
-	};
-	bool		isnull;
-	bool		result;
+	Datum		values[1] = {DirectFunctionCall1(namein, CStringGetDatum(server))};
 	SavedUser	saved;
 
 	abp_become_extension_owner(&saved);
 	SPI_connect();
-	run(&armed, values, NULL);
-	result = DatumGetBool(result_datum(0, 1, &isnull));
+	run(&resume, values, NULL);
 	SPI_finish();
 	abp_restore_user(&saved);
-	return result;
 }
 
 /*

@@ -94,6 +94,8 @@ extern int64 abp_outbox_count(Oid usage_table, char state, int64 exact_limit,
 							  bool *estimated, int64 *first_id);
 extern int64 abp_outbox_discard(Oid usage_table);
 extern int64 abp_outbox_retry(Oid usage_table, IdSet *only);
+extern bool abp_outbox_bounds(Oid usage_table, char state, int64 *first,
+							  int64 *last);
 extern TimestampTz abp_outbox_next_due(Oid usage_table);
 extern OutboxEntry *abp_outbox_next_unpriced(Oid usage_table, int64 *cursor);
 
@@ -105,16 +107,17 @@ extern void abp_ledger_note(Delivery *delivery, const char *error,
 extern void abp_ledger_finish(Delivery *delivery, const char *state,
 							  const char *error);
 extern List *abp_ledger_unsettled(void);
+extern bool abp_ledger_sending(Oid usage_table);
 extern int	abp_ledger_recent_requests(const char *server, int limit);
 
 /* usage tables and servers */
-extern List *abp_usage_tables(void);
+extern List *abp_usage_tables(bool *armed);
 extern bool abp_usage_table_attached(Oid relid, Oid *serverid);
 extern void abp_usage_table_block(Oid relid, const char *reason);
 extern void abp_server_state_save(const char *server, const char *paused,
 								  const char *reason, int failures,
 								  TimestampTz not_before);
-extern bool abp_database_is_armed(void);
+extern void abp_server_resume(const char *server);
 extern void abp_database_arm(bool only_first);
 
 /* usage rows */

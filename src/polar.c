@@ -605,13 +605,13 @@ append_compact_json(StringInfo out, JsonbContainer *container)
  * A decimal number as digits: 0.d1d2d3... times ten to the power of point.
  * No leading or trailing zeros; zero has no digits.
  */
-typedef struct Decimal
+typedef struct DecimalText
 {
 	bool		negative;
 	char	   *digits;			/* '0' to '9', not zero-terminated */
 	int			ndigits;
 	int			point;
-} Decimal;
+} DecimalText;
 
 /*
  * Read a decimal number with an optional sign, fraction and exponent; blanks
@@ -619,7 +619,7 @@ typedef struct Decimal
  * palloc'd.
  */
 static bool
-read_decimal(const char *text, int len, Decimal *decimal)
+read_decimal(const char *text, int len, DecimalText *decimal)
 {
 	const char *p = text;
 	const char *end = text + len;
@@ -690,7 +690,7 @@ read_decimal(const char *text, int len, Decimal *decimal)
  * decimals, whichever is coarser: one rounding, of the exact value.
  */
 static void
-round_decimal(Decimal *decimal)
+round_decimal(DecimalText *decimal)
 {
 	int			keep = Min(MAX_AMOUNT_DIGITS, decimal->point + MAX_AMOUNT_DECIMALS);
 	bool		up;
@@ -725,7 +725,7 @@ round_decimal(Decimal *decimal)
 
 /* A decimal as plain text: no exponent, no superfluous zero.  palloc'd. */
 static char *
-decimal_text(const Decimal *decimal)
+decimal_text(const DecimalText *decimal)
 {
 	StringInfoData text;
 
@@ -756,7 +756,7 @@ abp_polar_amount(Numeric cost_cents)
 {
 	char	   *text = numeric_normalize(cost_cents);
 	int			len = strlen(text);
-	Decimal		decimal;
+	DecimalText		decimal;
 
 	/* "0." and 12 decimals: nothing shorter can be too precise */
 	if (len <= MAX_AMOUNT_DECIMALS + 2)
@@ -1141,7 +1141,7 @@ put_row_metadata(EventWriter *w, const UsageRow *row, const EventFormat *format,
 static bool
 put_own_amount(EventWriter *w, const JsonbValue *value)
 {
-	Decimal		decimal;
+	DecimalText		decimal;
 	char	   *text;
 	int			len;
 	bool		valid;
@@ -1203,7 +1203,7 @@ put_own_cost(EventWriter *w, JsonbContainer *cost)
 static bool
 put_own_count(EventWriter *w, const char *key, const JsonbValue *value)
 {
-	Decimal		decimal;
+	DecimalText		decimal;
 	char	   *text = NULL;
 	int			len = 0;
 	bool		valid;

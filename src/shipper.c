@@ -1,1 +1,1726 @@
+/*-------------------------------------------------------------------------
+ *
+ * shipper.c
+ *	  Delivery: from the outbox to Polar to the ledger.
+ *
+ * One process of a database ships at a time, the worker or a session in
+ * CALL aibilling.sync().  It goes round in turns.  A turn is a transaction
+ * that settles the requests that have ended and moves the next rows from the
+ * outbox into the ledger, followed by a wait outside any transaction while
+ * requests fly.
+ *
+ * What is in memory here can be lost at any moment: every request stands in
+ * the ledger as "sending" before it is sent, and a later shipper sends it
+ * again under the same external ids.
+ *
+ *-------------------------------------------------------------------------
+ */
 #include "postgres.h"
+
+#include "access/htup_details.h"
+#include "access/xact.h"
+#include "catalog/namespace.h"
+#include "catalog/pg_proc.h"
+#include "catalog/pg_type.h"
+#include "commands/extension.h"
+#include "common/hashfn.h"
+#include "common/pg_prng.h"
+#include "executor/spi.h"
+#include "miscadmin.h"
+#include "parser/parse_func.h"
+#include "pgstat.h"
+#include "storage/lmgr.h"
+#include "storage/lock.h"
+#include "utils/builtins.h"
+#include "utils/inval.h"
+#include "utils/jsonb.h"
+#include "utils/lsyscache.h"
+#include "utils/memutils.h"
+#include "utils/resowner.h"
+#include "utils/snapmgr.h"
+#include "utils/syscache.h"
+#include "utils/timestamp.h"
+#include "utils/regproc.h"
+
+#include "compat.h"
+#include "config.h"
+#include "http.h"
+#include "outbox.h"
+#include "polar.h"
+#include "server.h"
+#include "shipper.h"
+#include "usage.h"
+
+/* Advisory locks of SQL have 1 or 2 here: no session can name ours. */
+#define SHIP_LOCK_FIELD 3
+
+#define BACKOFF_FIRST_MS 1000
+#define BACKOFF_MAX_MS (60 * 1000)
+#define RATE_LIMITED_MS (60 * 1000) /* after a 429 without Retry-After */
+#define PROBE_MS (5 * 60 * 1000)	/* between tries while a server refuses us */
+#define SKEW_MS 5000			/* hold rows whose time Polar calls the future */
+
+/* After so many server errors a batch is halved, and a single row suspected. */
+#define ERRORS_BEFORE_HALVING 3
+#define ERRORS_BEFORE_REJECTING 5
+
+/* Deliveries to a server, those that wait for a retry included, per request in flight. */
+#define MAX_WAITING_SHARE 4
+
+/* The longest wait for an answer without a look at the tables. */
+#define IDLE_WAIT_MS 1000
+
+/* How many unpriced entries are looked at in one turn. */
+#define UNPRICED_PER_TURN 32
+
+/*
+ * The scan over ready entries goes on where it ended.  It starts over to find
+ * rows that committed late, spending at most this share of the time on it.
+ */
+#define RESTART_SHARE 20
+#define RESTART_MS (10 * 1000)	/* at the latest, when there is always more */
+
+/* What is known of a server, for the life of the process. */
+typedef struct Lane
+{
+	char		server[NAMEDATALEN];
+	int			shipments;		/* unsettled, in flight or waiting */
+	int			failures;		/* in a row */
+	TimestampTz not_before;
+	bool		paused_by_answer;
+	uint32		refused_token;	/* hash of the token that was refused, 0: none */
+	TimestampTz last_success;
+	int			batch_size;		/* adapted to slow answers; 0: as configured */
+	int64		tokens;			/* request quota, in thousandths */
+	TimestampTz tokens_at;		/* 0: not read from the ledger yet */
+} Lane;
+
+/* Where the scan over a table's ready entries stands. */
+typedef struct Position
+{
+	Oid			usage_table;
+	int64		cursor;
+	TimestampTz restart_at;
+	int64		unpriced_cursor;
+	bool		look_for_prices;
+} Position;
+
+typedef enum ShipmentStage
+{
+	SHIPMENT_PREPARED,			/* in the ledger, to be sent after commit */
+	SHIPMENT_IN_FLIGHT,
+	SHIPMENT_ANSWERED,			/* to be settled */
+	SHIPMENT_WAITING			/* to be sent again at retry_at */
+} ShipmentStage;
+
+/* A delivery on its way. */
+typedef struct Shipment
+{
+	MemoryContext context;		/* holds the shipment */
+	Delivery	delivery;
+	Lane	   *lane;
+	ShipmentStage stage;
+	HttpRequest *request;
+	TimestampTz retry_at;
+	int			server_errors;	/* in a row */
+	TimestampTz first_error_at;
+} Shipment;
+
+/* While a batch is filled from usage rows. */
+typedef struct Filling
+{
+	Shipment   *shipment;
+	const UsageTable *table;
+	const ServerOptions *server;
+	Oid			event_name_function;
+	Oid			metadata_function;
+	char	   *function_problem;	/* why rows cannot be handed to them */
+	IdSet		seen;
+	IdSet		sent;
+	IdSet		left;			/* did not fit any more */
+	List	   *exceptions;		/* of OutboxEntry */
+	MemoryContext context;
+} Filling;
+
+static MemoryContext ship_context = NULL;	/* lanes, positions, shipments */
+static MemoryContext turn_context = NULL;	/* reset every turn */
+static List *lanes = NIL;
+static List *positions = NIL;
+static List *shipments = NIL;
+static Oid	known_extension = InvalidOid;
+static bool recovered = false;	/* have unsettled deliveries been taken over? */
+static TimestampTz next_due;
+static bool room_left = true;	/* could more requests fly, if there were more? */
+static int64 delivered = 0;
+
+/* set by invalidation callbacks */
+static bool prices_changed = true;
+static bool servers_changed = false;
+static Oid	price_relids[4];
+
+/* --- lock and transactions ------------------------------------------------- */
+
+static LOCKTAG
+ship_lock_tag(void)
+{
+	LOCKTAG		tag;
+
+	SET_LOCKTAG_ADVISORY(tag, MyDatabaseId, 0, 0, SHIP_LOCK_FIELD);
+
+	/*
+	 * Of the ordinary lock method, which gives session locks back when a
+	 * transaction aborts; and pg_advisory_unlock_all() does not reach it.
+	 */
+	tag.locktag_lockmethodid = DEFAULT_LOCKMETHOD;
+	return tag;
+}
+
+/*
+ * Become this database's shipper.  Returns false if another process is.  The
+ * role ends with abp_ship_unlock, with an error, or with the process.
+ */
+bool
+abp_ship_lock(void)
+{
+	LOCKTAG		tag = ship_lock_tag();
+
+	return LockAcquire(&tag, ExclusiveLock, true, true) != LOCKACQUIRE_NOT_AVAIL;
+}
+
+/*
+ * Give the shipper's role up.
+ */
+void
+abp_ship_unlock(void)
+{
+	LOCKTAG		tag = ship_lock_tag();
+
+	LockRelease(&tag, ExclusiveLock, true);
+}
+
+/*
+ * Begin a turn's transaction.
+ */
+void
+abp_ship_begin(const ShipScope *scope)
+{
+	if (!scope->in_procedure)
+	{
+		SetCurrentStatementStartTimestamp();
+		StartTransactionCommand();
+	}
+
+	/* Rows are read as they are after their ids have left the outbox. */
+	XactIsoLevel = XACT_READ_COMMITTED;
+	PushActiveSnapshot(GetTransactionSnapshot());
+}
+
+/*
+ * End it.
+ */
+void
+abp_ship_commit(const ShipScope *scope)
+{
+	PopActiveSnapshot();
+	if (scope->in_procedure)
+		SPI_commit();
+	else
+	{
+		CommitTransactionCommand();
+		pgstat_report_stat(true);
+	}
+}
+
+/* --- state in memory -------------------------------------------------------- */
+
+static void
+on_relcache_change(Datum arg, Oid relid)
+{
+	for (int i = 0; i < lengthof(price_relids); i++)
+	{
+		if (relid == price_relids[i] || relid == InvalidOid)
+			prices_changed = true;
+	}
+}
+
+static void
+on_server_change(Datum arg, int cacheid, uint32 hashvalue)
+{
+	servers_changed = true;
+}
+
+static void
+init_ship(void)
+{
+	if (ship_context != NULL)
+		return;
+
+	ship_context = AllocSetContextCreate(TopMemoryContext, "aibilling shipper",
+										 ALLOCSET_DEFAULT_SIZES);
+	turn_context = AllocSetContextCreate(TopMemoryContext, "aibilling shipper turn",
+										 ALLOCSET_DEFAULT_SIZES);
+	abp_server_init();
+	CacheRegisterRelcacheCallback(on_relcache_change, (Datum) 0);
+	CacheRegisterSyscacheCallback(FOREIGNSERVEROID, on_server_change, (Datum) 0);
+	CacheRegisterSyscacheCallback(USERMAPPINGOID, on_server_change, (Datum) 0);
+}
+
+/*
+ * Forget everything in memory, and every request in flight.  Nothing is lost
+ * by it.  Called when the shipper's role begins and when it ends.
+ */
+void
+abp_ship_reset(void)
+{
+	init_ship();
+	abp_http_cancel_all();
+	MemoryContextReset(ship_context);
+	lanes = NIL;
+	positions = NIL;
+	shipments = NIL;
+	recovered = false;
+	prices_changed = true;
+	delivered = 0;
+}
+
+static Lane *
+lane_of(const char *server)
+{
+	MemoryContext old;
+	ListCell   *lc;
+	Lane	   *lane;
+
+	foreach(lc, lanes)
+	{
+		lane = lfirst(lc);
+		if (strcmp(lane->server, server) == 0)
+			return lane;
+	}
+
+	old = MemoryContextSwitchTo(ship_context);
+	lane = palloc0(sizeof(Lane));
+	strlcpy(lane->server, server, NAMEDATALEN);
+	lane->not_before = DT_NOBEGIN;
+	lanes = lappend(lanes, lane);
+	MemoryContextSwitchTo(old);
+	return lane;
+}
+
+static Position *
+position_of(Oid usage_table)
+{
+	MemoryContext old;
+	ListCell   *lc;
+	Position   *position;
+
+	foreach(lc, positions)
+	{
+		position = lfirst(lc);
+		if (position->usage_table == usage_table)
+			return position;
+	}
+
+	old = MemoryContextSwitchTo(ship_context);
+	position = palloc0(sizeof(Position));
+	position->usage_table = usage_table;
+	position->cursor = PG_INT64_MIN;
+	position->unpriced_cursor = PG_INT64_MIN;
+	position->look_for_prices = true;
+	positions = lappend(positions, position);
+	MemoryContextSwitchTo(old);
+	return position;
+}
+
+static Shipment *
+new_shipment(const char *server)
+{
+	MemoryContext context = AllocSetContextCreate(ship_context, "aibilling shipment",
+												  ALLOCSET_DEFAULT_SIZES);
+	Shipment   *shipment = MemoryContextAllocZero(context, sizeof(Shipment));
+	MemoryContext old = MemoryContextSwitchTo(ship_context);
+
+	shipment->context = context;
+	shipment->lane = lane_of(server);
+	shipment->delivery.server = MemoryContextStrdup(context, server);
+	shipments = lappend(shipments, shipment);
+	shipment->lane->shipments++;
+	MemoryContextSwitchTo(old);
+	return shipment;
+}
+
+static void
+drop_shipment(Shipment *shipment)
+{
+	if (shipment->request != NULL)
+		abp_http_release(shipment->request);
+	shipment->lane->shipments--;
+	shipments = list_delete_ptr(shipments, shipment);
+	MemoryContextDelete(shipment->context);
+}
+
+static void
+due_at(TimestampTz when)
+{
+	next_due = Min(next_due, when);
+}
+
+static TimestampTz
+in_ms(int64 ms)
+{
+	return GetCurrentTimestamp() + ms * INT64CONST(1000);
+}
+
+/* --- a batch: from ids to a request body ------------------------------------ */
+
+/*
+ * Look up a user's function.  Its server's owner must be allowed to run it,
+ * today as when the option was set.  Returns InvalidOid without one; without
+ * a usable one, also says why in *problem.
+ */
+static Oid
+find_function(const char *name, Oid result, const ServerOptions *server, char **problem)
+{
+	Oid			argtypes[1] = {JSONBOID};
+	Oid			funcid;
+
+	if (name == NULL)
+		return InvalidOid;
+
+	funcid = LookupFuncName(stringToQualifiedNameList(name ABP_NO_SOFT_ERROR),
+							1, argtypes, true);
+	if (!OidIsValid(funcid) || get_func_rettype(funcid) != result)
+		*problem = psprintf("function %s(jsonb) returning %s does not exist",
+							name, format_type_be(result));
+	else if (!abp_may_execute(funcid, server->owner))
+		*problem = psprintf("the owner of server \"%s\" may not execute function %s(jsonb)",
+							server->name, name);
+	return funcid;
+}
+
+/*
+ * Call a user's function as its own owner.  Returns false, with the reason,
+ * if it fails; its effects are rolled back then.  The result is copied to
+ * the current memory context; NULL is (Datum) 0.
+ */
+static bool
+call_function(Oid funcid, const char *option, Jsonb *whole, Datum *result,
+			  char **reason)
+{
+	MemoryContext caller = CurrentMemoryContext;
+	ResourceOwner owner = CurrentResourceOwner;
+	volatile bool ok = false;
+
+	BeginInternalSubTransaction(NULL);
+	MemoryContextSwitchTo(caller);
+	PG_TRY();
+	{
+		HeapTuple	proc = SearchSysCache1(PROCOID, ObjectIdGetDatum(funcid));
+		Oid			proowner;
+		FmgrInfo	flinfo;
+		SavedUser	saved;
+
+		LOCAL_FCINFO(fcinfo, 1);
+
+		if (!HeapTupleIsValid(proc))
+			elog(ERROR, "cache lookup failed for function %u", funcid);
+		proowner = ((Form_pg_proc) GETSTRUCT(proc))->proowner;
+		ReleaseSysCache(proc);
+
+		abp_become(proowner, &saved);
+		fmgr_info(funcid, &flinfo);
+		InitFunctionCallInfoData(*fcinfo, &flinfo, 1, InvalidOid, NULL, NULL);
+		fcinfo->args[0].value = JsonbPGetDatum(whole);
+		fcinfo->args[0].isnull = false;
+		*result = FunctionCallInvoke(fcinfo);
+		if (fcinfo->isnull)
+			*result = (Datum) 0;
+		else
+			*result = PointerGetDatum(PG_DETOAST_DATUM_COPY(*result));
+		abp_restore_user(&saved);
+
+		ReleaseCurrentSubTransaction();
+		ok = true;
+	}
+	PG_CATCH();
+	{
+		ErrorData  *error;
+
+		MemoryContextSwitchTo(caller);
+		error = CopyErrorData();
+
+		/* A cancel, or the end of the session, is not the function's fault. */
+		if (error->sqlerrcode == ERRCODE_QUERY_CANCELED ||
+			error->sqlerrcode == ERRCODE_ADMIN_SHUTDOWN)
+			PG_RE_THROW();
+
+		FlushErrorState();
+		RollbackAndReleaseCurrentSubTransaction();
+		*reason = psprintf("%s failed: %s", option, error->message);
+	}
+	PG_END_TRY();
+	MemoryContextSwitchTo(caller);
+	CurrentResourceOwner = owner;
+	return ok;
+}
+
+static void
+set_aside(Filling *filling, int64 id, const RowState *verdict)
+{
+	MemoryContext old = MemoryContextSwitchTo(filling->context);
+	OutboxEntry *entry = palloc0(sizeof(OutboxEntry));
+
+	entry->usage_table = filling->table->relid;
+	entry->state = verdict->state;
+	entry->not_before = verdict->not_before;
+	entry->attempts = filling->shipment->delivery.prior_attempts;
+	entry->error = verdict->error == NULL ? NULL : pstrdup(verdict->error);
+	abp_idset_add(&entry->ids, id, id, filling->context);
+	filling->exceptions = lappend(filling->exceptions, entry);
+	MemoryContextSwitchTo(old);
+}
+
+static void
+reject(Filling *filling, int64 id, char *reason)
+{
+	RowState	verdict = {OUTBOX_REJECTED, DT_NOBEGIN, reason};
+
+	set_aside(filling, id, &verdict);
+}
+
+/* What the user's functions make of a row.  Returns false if one fails. */
+static bool
+call_functions(Filling *filling, Jsonb *whole, EventOverrides *overrides,
+			   char **reason)
+{
+	Datum		result;
+
+	if (OidIsValid(filling->event_name_function))
+	{
+		if (!call_function(filling->event_name_function, "event_name_function",
+						   whole, &result, reason))
+			return false;
+		if (result == (Datum) 0)
+		{
+			*reason = "event_name_function returned null";
+			return false;
+		}
+		overrides->event_name.data = VARDATA_ANY(DatumGetPointer(result));
+		overrides->event_name.len = VARSIZE_ANY_EXHDR(DatumGetPointer(result));
+	}
+	if (OidIsValid(filling->metadata_function))
+	{
+		if (!call_function(filling->metadata_function, "metadata_function",
+						   whole, &result, reason))
+			return false;
+		if (result == (Datum) 0 || !JB_ROOT_IS_OBJECT(DatumGetJsonbP(result)))
+		{
+			*reason = "metadata_function did not return an object";
+			return false;
+		}
+		overrides->metadata = DatumGetJsonbP(result);
+	}
+	return true;
+}
+
+/* Append one row's event to the request, or set the row aside. */
+static void
+add_event(const UsageRow *row, Jsonb *whole, void *arg)
+{
+	Filling    *filling = arg;
+	Delivery   *delivery = &filling->shipment->delivery;
+	StringInfo	body = &delivery->body;
+	int			before = body->len;
+	EventOverrides overrides = {{NULL}};
+	StringInfoData reason;
+	RowState	verdict;
+	char	   *failure = NULL;
+
+	abp_idset_add(&filling->seen, row->id, row->id, filling->context);
+	if (filling->left.nranges > 0)
+	{
+		abp_idset_add(&filling->left, row->id, row->id, filling->context);
+		return;
+	}
+
+	abp_usage_judge(row, filling->server, &verdict);
+	if (verdict.state != OUTBOX_READY)
+	{
+		set_aside(filling, row->id, &verdict);
+		return;
+	}
+	if (filling->function_problem != NULL)
+	{
+		reject(filling, row->id, filling->function_problem);
+		return;
+	}
+	if (whole != NULL && !call_functions(filling, whole, &overrides, &failure))
+	{
+		reject(filling, row->id, failure);
+		return;
+	}
+
+	initStringInfo(&reason);
+	if (delivery->nevents > 0)
+		appendStringInfoChar(body, ',');
+	if (!abp_polar_encode(body, row, &filling->server->format, &overrides, &reason))
+	{
+		body->len = before;
+		reject(filling, row->id, reason.data);
+	}
+	else if (body->len + 2 > filling->server->batch_bytes && delivery->nevents > 0)
+	{
+		body->len = before;
+		abp_idset_add(&filling->left, row->id, row->id, filling->context);
+	}
+	else
+	{
+		delivery->event_ids[delivery->nevents++] = row->id;
+		abp_idset_add(&filling->sent, row->id, row->id, filling->context);
+	}
+}
+
+/*
+ * Build a shipment's request from the rows of these ids.  Rows that cannot be
+ * sent now go back to the outbox with their reason; the delivery's ids are
+ * those that can.
+ */
+static void
+fill_shipment(Shipment *shipment, const UsageTable *table,
+			  const ServerOptions *server, IdSet *ids)
+{
+	Delivery   *delivery = &shipment->delivery;
+	Filling		filling = {
+		.shipment = shipment,
+		.table = table,
+		.server = server,
+		.context = CurrentMemoryContext
+	};
+	OutboxEntry *back;
+	int			nback = 0;
+	ListCell   *lc;
+	IdSet		gone;
+	bool		whole;
+	MemoryContext old;
+
+	filling.event_name_function = find_function(server->event_name_function, TEXTOID,
+												server, &filling.function_problem);
+	filling.metadata_function = find_function(server->metadata_function, JSONBOID,
+											  server, &filling.function_problem);
+	whole = OidIsValid(filling.event_name_function) || OidIsValid(filling.metadata_function);
+
+	old = MemoryContextSwitchTo(shipment->context);
+	if (delivery->body.data == NULL)
+		initStringInfo(&delivery->body);
+	resetStringInfo(&delivery->body);
+	delivery->nevents = 0;
+	if (delivery->event_ids != NULL)
+		pfree(delivery->event_ids);
+	delivery->event_ids = palloc(sizeof(int64) * Max(1, abp_idset_count(ids)));
+	MemoryContextSwitchTo(old);
+
+	appendStringInfoString(&delivery->body, "{\"events\":[");
+	abp_usage_read(table, ids, whole, add_event, &filling);
+	appendStringInfoString(&delivery->body, "]}");
+
+	gone = abp_idset_subtract(ids, &filling.seen);
+	delivery->vanished += abp_idset_count(&gone);
+
+	back = palloc0(sizeof(OutboxEntry) * (list_length(filling.exceptions) + 1));
+	foreach(lc, filling.exceptions)
+		back[nback++] = *(OutboxEntry *) lfirst(lc);
+	if (filling.left.nranges > 0)
+		back[nback++] = (OutboxEntry)
+	{
+		.usage_table = table->relid,
+			.state = OUTBOX_READY,
+			.attempts = delivery->prior_attempts,
+			.ids = filling.left
+	};
+	abp_outbox_put(back, nback);
+
+	delivery->ids = (IdSet)
+	{
+		0
+	};
+	for (int i = 0; i < filling.sent.nranges; i++)
+		abp_idset_add(&delivery->ids, filling.sent.ranges[i].first,
+					  filling.sent.ranges[i].last, shipment->context);
+	abp_idset_sort(&delivery->ids);
+	if (filling.left.nranges > 0)
+		position_of(table->relid)->cursor = PG_INT64_MIN;
+}
+
+/* Rows that are gone are reported once, where they first are missed. */
+static void
+report_vanished(const Delivery *delivery, const UsageTable *table, int64 before)
+{
+	if (delivery->vanished > before)
+		ereport(WARNING,
+				(errcode(ERRCODE_NO_DATA_FOUND),
+				 errmsg(INT64_FORMAT " usage rows of %s were gone before they were sent",
+						delivery->vanished - before, table->name),
+				 errhint("Rows leave the outbox when they are deleted through the attached table, not with a dropped or truncated partition.")));
+}
+
+/* --- what becomes of a request ---------------------------------------------- */
+
+static void
+put_back(Shipment *shipment, IdSet ids, char state, TimestampTz not_before,
+		 const char *error, bool burn_attempt)
+{
+	OutboxEntry entry = {
+		.usage_table = shipment->delivery.usage_table,
+		.state = state,
+		.attempts = shipment->delivery.prior_attempts +
+		(burn_attempt ? shipment->delivery.attempts : 0),
+		.not_before = not_before,
+		.ids = ids,
+		.error = error
+	};
+
+	abp_outbox_put(&entry, 1);
+	if (state == OUTBOX_READY)
+		position_of(entry.usage_table)->cursor = PG_INT64_MIN;
+}
+
+static void
+save_lane(Lane *lane, const char *reason)
+{
+	abp_server_state_save(lane->server, lane->paused_by_answer ? "answer" : NULL,
+						  reason, lane->failures, lane->not_before);
+}
+
+/* Exponential, with jitter of a quarter, capped. */
+static int64
+backoff_ms(int failures)
+{
+	int64		ms = BACKOFF_FIRST_MS;
+
+	for (int i = 1; i < failures && ms < BACKOFF_MAX_MS; i++)
+		ms *= 2;
+	ms = Min(ms, BACKOFF_MAX_MS);
+	return ms - ms / 8 + (int64) (pg_prng_uint64(&pg_global_prng_state) % (ms / 4 + 1));
+}
+
+/* A request has failed for no fault of its rows: leave the server alone for a while. */
+static void
+back_off(Lane *lane, int64 ms, const char *reason)
+{
+	if (lane->failures == 0 && !lane->paused_by_answer)
+		ereport(WARNING,
+				(errcode(ERRCODE_CONNECTION_EXCEPTION),
+				 errmsg("could not deliver usage to server \"%s\": %s", lane->server, reason),
+				 errdetail("Delivery is tried again in %d seconds, and then more and more rarely.",
+						   (int) ((ms + 999) / 1000))));
+	lane->failures++;
+	lane->not_before = in_ms(ms);
+	save_lane(lane, reason);
+}
+
+/* The server will not have us: stop, loudly, until something changes. */
+static void
+pause_lane(Lane *lane, const char *reason)
+{
+	if (!lane->paused_by_answer)
+		ereport(WARNING,
+				(errcode(ERRCODE_CONNECTION_EXCEPTION),
+				 errmsg("delivery to server \"%s\" is paused: %s", lane->server, reason),
+				 errhint("Mend the server's options or its access token; delivery resumes by itself then, or with aibilling.resume().")));
+	lane->paused_by_answer = true;
+	lane->not_before = in_ms(PROBE_MS);
+	save_lane(lane, reason);
+}
+
+static void
+lane_succeeded(Lane *lane)
+{
+	lane->last_success = GetCurrentTimestamp();
+	if (lane->failures == 0 && !lane->paused_by_answer &&
+		TIMESTAMP_NOT_FINITE(lane->not_before))
+		return;
+
+	ereport(LOG,
+			(errmsg("delivery to server \"%s\" works again", lane->server)));
+	lane->failures = 0;
+	lane->paused_by_answer = false;
+	lane->refused_token = 0;
+	lane->not_before = DT_NOBEGIN;
+	save_lane(lane, NULL);
+}
+
+/* Settle a delivery without success: its rows go back to be sent anew. */
+static void
+give_back(Shipment *shipment, const char *error, bool burn_attempt)
+{
+	put_back(shipment, shipment->delivery.ids, OUTBOX_READY, DT_NOBEGIN, error, burn_attempt);
+	abp_ledger_finish(&shipment->delivery, "failed", error);
+	drop_shipment(shipment);
+}
+
+/*
+ * Keep a delivery whose rows may have been stored, or are to be sent again:
+ * at retry_at, not before its server allows it.
+ */
+static void
+keep_for_retry(Shipment *shipment, TimestampTz retry_at, const char *error)
+{
+	shipment->stage = SHIPMENT_WAITING;
+	shipment->retry_at = retry_at;
+	if (shipment->request != NULL)
+		abp_http_release(shipment->request);
+	shipment->request = NULL;
+	abp_ledger_note(&shipment->delivery, error, retry_at);
+}
+
+/* Nothing of this request was stored, or so the answer says. */
+static void
+return_or_keep(Shipment *shipment, const char *error, bool burn_attempt)
+{
+	if (shipment->delivery.outcome_unknown)
+		keep_for_retry(shipment, shipment->lane->not_before, error);
+	else
+		give_back(shipment, error, burn_attempt);
+}
+
+/* Whose fault?  Send each half by itself. */
+static void
+halve(Shipment *shipment, const char *error)
+{
+	Delivery   *delivery = &shipment->delivery;
+	Shipment   *half = new_shipment(delivery->server);
+	MemoryContext old = MemoryContextSwitchTo(half->context);
+
+	half->delivery.usage_table = delivery->usage_table;
+	half->delivery.prior_attempts = delivery->prior_attempts + delivery->attempts;
+	half->delivery.outcome_unknown = delivery->outcome_unknown;
+	half->delivery.ids = abp_idset_split(&delivery->ids, delivery->nevents / 2);
+	half->delivery.nevents = delivery->nevents - delivery->nevents / 2;
+	MemoryContextSwitchTo(old);
+
+	abp_ledger_begin(&half->delivery);
+	keep_for_retry(half, DT_NOBEGIN, error);
+	abp_ledger_note(&half->delivery, error, DT_NOBEGIN);
+
+	delivery->nevents /= 2;
+	shipment->server_errors = 0;
+	keep_for_retry(shipment, DT_NOBEGIN, error);
+}
+
+static void
+reject_shipment(Shipment *shipment, const char *error)
+{
+	put_back(shipment, shipment->delivery.ids, OUTBOX_REJECTED, DT_NOBEGIN, error, true);
+	abp_ledger_finish(&shipment->delivery, "rejected", error);
+	drop_shipment(shipment);
+}
+
+static void
+settle_delivered(Shipment *shipment, const Verdict *verdict, double elapsed_ms,
+				 const ServerOptions *server)
+{
+	Delivery   *delivery = &shipment->delivery;
+	Lane	   *lane = shipment->lane;
+
+	delivery->inserted = verdict->inserted;
+	delivery->duplicates = verdict->duplicates;
+	if (verdict->duplicates > 0 && !delivery->outcome_unknown)
+	{
+		delivery->unexpected_duplicates = verdict->duplicates;
+		ereport(WARNING,
+				(errcode(ERRCODE_DATA_EXCEPTION),
+				 errmsg(INT64_FORMAT " usage rows of delivery " INT64_FORMAT " were not counted: Polar had events with their external_id before",
+						verdict->duplicates, delivery->id),
+				 errhint("Another producer, or a copy of this database, sends the same external ids.")));
+	}
+	abp_ledger_finish(delivery, "delivered", NULL);
+	delivered += delivery->nevents;
+	lane_succeeded(lane);
+
+	/* Slow answers ask for smaller batches. */
+	if (server != NULL)
+	{
+		int			size = lane->batch_size > 0 ? lane->batch_size : server->batch_size;
+
+		if (elapsed_ms > server->timeout_ms / 3)
+			lane->batch_size = Max(1, Min(size, delivery->nevents) / 2);
+		else if (elapsed_ms < server->timeout_ms / 10)
+			lane->batch_size = Min(size * 2, server->batch_size);
+	}
+	drop_shipment(shipment);
+}
+
+/* Polar has named the rows that it refuses; the others are sent again at once. */
+static void
+settle_refused(Shipment *shipment, const Verdict *verdict)
+{
+	Delivery   *delivery = &shipment->delivery;
+	IdSet		refused = {0};
+	IdSet		rest;
+	bool		only_skew = true;
+
+	for (int i = 0; i < verdict->nrefused; i++)
+	{
+		RefusedEvent *event = &verdict->refused[i];
+		int64		id = delivery->event_ids[event->index];
+		IdSet		one = {0};
+
+		abp_idset_add(&one, id, id, CurrentMemoryContext);
+		abp_idset_add(&refused, id, id, CurrentMemoryContext);
+		if (event->clock_skew)
+			put_back(shipment, one, OUTBOX_WAITING,
+					 in_ms(SKEW_MS * Min(12, 1 + delivery->prior_attempts)),
+					 event->reason, true);
+		else
+		{
+			put_back(shipment, one, OUTBOX_REJECTED, DT_NOBEGIN, event->reason, true);
+			only_skew = false;
+		}
+	}
+
+	rest = abp_idset_subtract(&delivery->ids, &refused);
+	if (rest.nranges == 0)
+	{
+		abp_ledger_finish(delivery, only_skew ? "failed" : "rejected", verdict->error);
+		drop_shipment(shipment);
+		return;
+	}
+
+	delivery->ids = (IdSet)
+	{
+		0
+	};
+	for (int i = 0; i < rest.nranges; i++)
+		abp_idset_add(&delivery->ids, rest.ranges[i].first, rest.ranges[i].last,
+					  shipment->context);
+	keep_for_retry(shipment, DT_NOBEGIN, verdict->error);
+}
+
+/*
+ * The server has failed.  If it goes on for one batch while others get
+ * through, a row of the batch is to blame: find it by halving.
+ */
+static void
+settle_server_error(Shipment *shipment, const Verdict *verdict)
+{
+	Delivery   *delivery = &shipment->delivery;
+	Lane	   *lane = shipment->lane;
+	bool		others_pass;
+
+	delivery->outcome_unknown = true;
+	if (shipment->server_errors++ == 0)
+		shipment->first_error_at = GetCurrentTimestamp();
+	others_pass = lane->last_success > shipment->first_error_at;
+
+	if (delivery->nevents > 1 && shipment->server_errors >= ERRORS_BEFORE_HALVING)
+		halve(shipment, verdict->error);
+	else if (delivery->nevents == 1 && others_pass &&
+			 shipment->server_errors >= ERRORS_BEFORE_REJECTING)
+		reject_shipment(shipment, verdict->error);
+	else
+	{
+		int64		ms = verdict->retry_after_ms >= 0 ? verdict->retry_after_ms :
+			backoff_ms(others_pass ? shipment->server_errors : lane->failures + 1);
+
+		if (!others_pass)
+			back_off(lane, ms, verdict->error);
+		keep_for_retry(shipment, in_ms(ms), verdict->error);
+	}
+}
+
+/*
+ * Settle a request that has ended.
+ */
+static void
+settle(Shipment *shipment, const ServerOptions *server)
+{
+	const HttpReply *reply = abp_http_reply(shipment->request);
+	Delivery   *delivery = &shipment->delivery;
+	Lane	   *lane = shipment->lane;
+	Verdict    *verdict;
+
+	delivery->http_status = reply->status;
+	if (reply->outcome == HTTP_NOT_SENT)
+	{
+		char	   *error = pstrdup(reply->error);
+
+		back_off(lane, backoff_ms(lane->failures + 1), error);
+		return_or_keep(shipment, error, true);
+		return;
+	}
+	if (reply->outcome == HTTP_UNKNOWN)
+	{
+		char	   *error = pstrdup(reply->error);
+
+		delivery->outcome_unknown = true;
+		if (server != NULL && reply->elapsed_ms >= server->timeout_ms)
+			lane->batch_size = Max(1, delivery->nevents / 2);
+		back_off(lane, backoff_ms(lane->failures + 1), error);
+		keep_for_retry(shipment, lane->not_before, error);
+		return;
+	}
+
+	verdict = abp_polar_judge(reply->status, reply->body, reply->body_len,
+							  reply->truncated, reply->retry_after,
+							  delivery->nevents, GetCurrentTimestamp());
+	if (verdict->kind != VERDICT_SERVER_ERROR)
+		shipment->server_errors = 0;
+
+	switch (verdict->kind)
+	{
+		case VERDICT_DELIVERED:
+			settle_delivered(shipment, verdict, reply->elapsed_ms, server);
+			break;
+		case VERDICT_ROWS_REFUSED:
+			lane_succeeded(lane);
+			settle_refused(shipment, verdict);
+			break;
+		case VERDICT_BATCH_REFUSED:
+		case VERDICT_TOO_LARGE:
+			lane_succeeded(lane);
+			if (delivery->nevents > 1)
+				halve(shipment, verdict->error);
+			else
+				reject_shipment(shipment, verdict->error);
+			break;
+		case VERDICT_RATE_LIMITED:
+			lane->tokens = 0;
+			back_off(lane, verdict->retry_after_ms >= 0 ? verdict->retry_after_ms :
+					 RATE_LIMITED_MS, verdict->error);
+			return_or_keep(shipment, verdict->error, false);
+			break;
+		case VERDICT_PAUSE:
+			pause_lane(lane, verdict->error);
+			return_or_keep(shipment, verdict->error, false);
+			break;
+		case VERDICT_SERVER_ERROR:
+			settle_server_error(shipment, verdict);
+			break;
+		case VERDICT_UNKNOWN:
+			delivery->outcome_unknown = true;
+			back_off(lane, backoff_ms(lane->failures + 1), verdict->error);
+			keep_for_retry(shipment, lane->not_before, verdict->error);
+			break;
+	}
+}
+
+/* --- what is to be sent ------------------------------------------------------ */
+
+/* May a request be made now, by the limit of requests per minute? */
+static bool
+take_quota(Lane *lane, const ServerOptions *server)
+{
+	int64		full = (int64) server->requests_per_minute * 1000;
+	TimestampTz now = GetCurrentTimestamp();
+
+	if (full == 0)
+		return true;
+	if (lane->tokens_at == 0)
+		lane->tokens = full - INT64CONST(1000) *
+			abp_ledger_recent_requests(lane->server, server->requests_per_minute);
+	else
+		lane->tokens += (now - lane->tokens_at) * server->requests_per_minute / (60 * 1000);
+	lane->tokens = Min(lane->tokens, full);
+	lane->tokens_at = now;
+
+	if (lane->tokens < 1000)
+	{
+		due_at(now + (1000 - lane->tokens) * (60 * 1000) / server->requests_per_minute + 1000);
+		return false;
+	}
+	lane->tokens -= 1000;
+	return true;
+}
+
+static void
+give_quota_back(Lane *lane, const ServerOptions *server)
+{
+	if (server->requests_per_minute > 0)
+		lane->tokens += 1000;
+}
+
+/* How many requests to this server are in flight, or about to be? */
+static int
+lane_flying(const Lane *lane)
+{
+	int			flying = 0;
+	ListCell   *lc;
+
+	foreach(lc, shipments)
+	{
+		Shipment   *shipment = lfirst(lc);
+
+		if (shipment->lane == lane && shipment->stage != SHIPMENT_WAITING)
+			flying++;
+	}
+	return flying;
+}
+
+/*
+ * Is a server to be left alone?  Then the next time to look is noted.
+ */
+static bool
+lane_is_closed(Lane *lane, const UsageTable *table, const ServerOptions *server,
+			   const char *token, const char *token_problem)
+{
+	uint32		hash = token == NULL ? 0 :
+		DatumGetUInt32(hash_any((const unsigned char *) token, strlen(token)));
+
+	if (table->paused_by_operator)
+		return true;
+
+	if (token == NULL)
+	{
+		if (!lane->paused_by_answer || lane->refused_token != 0)
+		{
+			lane->refused_token = 0;
+			pause_lane(lane, token_problem);
+		}
+		due_at(in_ms(PROBE_MS));
+		return true;
+	}
+
+	if (lane->paused_by_answer && (hash != lane->refused_token || servers_changed))
+		lane->not_before = DT_NOBEGIN;	/* what was refused has changed: try */
+	lane->refused_token = hash;
+
+	if (lane->not_before > GetCurrentTimestamp())
+	{
+		due_at(lane->not_before);
+		return true;
+	}
+	return false;
+}
+
+/* One request at a time while it is uncertain that any gets through. */
+static int
+lane_capacity(const Lane *lane, const ServerOptions *server)
+{
+	return lane->failures > 0 || lane->paused_by_answer ? 1 : server->max_in_flight;
+}
+
+/*
+ * Take the next ids to send: those whose time has come first, then ready ones
+ * from where the last scan ended.  Rows may commit later than rows of higher
+ * ids, so that the scan starts over now and then, and whenever it finds
+ * nothing.
+ */
+static IdSet
+take_ids(const UsageTable *table, Position *position, int64 max_ids, int *attempts)
+{
+	TimestampTz start = GetCurrentTimestamp();
+	int64		unused = 0;
+	IdSet		ids;
+
+	ids = abp_outbox_take(table->relid, OUTBOX_WAITING, start, &unused, max_ids, attempts);
+	if (ids.nranges > 0)
+		return ids;
+
+	if (start >= position->restart_at + RESTART_MS * INT64CONST(1000))
+		position->cursor = PG_INT64_MIN;
+	for (;;)
+	{
+		bool		from_start = position->cursor == PG_INT64_MIN;
+
+		ids = abp_outbox_take(table->relid, OUTBOX_READY, start, &position->cursor,
+							  max_ids, attempts);
+		if (from_start)
+		{
+			TimestampTz now = GetCurrentTimestamp();
+
+			position->restart_at = now + (now - start) * RESTART_SHARE;
+		}
+		if (ids.nranges > 0 || from_start)
+			return ids;
+		if (start < position->restart_at)
+		{
+			due_at(position->restart_at);
+			return ids;
+		}
+		position->cursor = PG_INT64_MIN;
+	}
+}
+
+/* Work on one table that fails without harm to others. */
+typedef void (*TableWork) (const UsageTable *table, const ServerOptions *server, void *arg);
+
+/*
+ * Do something with a table's rows.  An error (a policy, a changed column, a
+ * failing trigger) undoes it and blocks the table for a while, not the others.
+ * Returns false then.
+ */
+static bool
+guarded(TableWork work, const UsageTable *table, const ServerOptions *server, void *arg)
+{
+	MemoryContext caller = CurrentMemoryContext;
+	ResourceOwner owner = CurrentResourceOwner;
+	volatile bool ok = false;
+
+	BeginInternalSubTransaction(NULL);
+	MemoryContextSwitchTo(caller);
+	PG_TRY();
+	{
+		work(table, server, arg);
+		ReleaseCurrentSubTransaction();
+		ok = true;
+	}
+	PG_CATCH();
+	{
+		ErrorData  *error;
+
+		MemoryContextSwitchTo(caller);
+		error = CopyErrorData();
+		if (error->sqlerrcode == ERRCODE_QUERY_CANCELED ||
+			error->sqlerrcode == ERRCODE_ADMIN_SHUTDOWN)
+			PG_RE_THROW();
+
+		FlushErrorState();
+		RollbackAndReleaseCurrentSubTransaction();
+		CurrentResourceOwner = owner;
+		position_of(table->relid)->cursor = PG_INT64_MIN;
+		if (table->blocked_at == 0)
+			ereport(WARNING,
+					(errcode(error->sqlerrcode),
+					 errmsg("usage rows of %s cannot be delivered: %s",
+							table->name, error->message),
+					 errhint("Mend the cause; delivery of the table resumes by itself.")));
+		abp_usage_table_block(table->relid, error->message);
+		due_at(in_ms(PROBE_MS));
+	}
+	PG_END_TRY();
+	MemoryContextSwitchTo(caller);
+	CurrentResourceOwner = owner;
+	return ok;
+}
+
+/* Take the next rows of a table and enter them in the ledger. */
+typedef struct NextBatch
+{
+	bool		found;
+	Shipment   *shipment;
+} NextBatch;
+
+static void
+prepare_next(const UsageTable *table, const ServerOptions *server, void *arg)
+{
+	NextBatch  *next = arg;
+	Lane	   *lane = lane_of(table->server);
+	Delivery   *delivery;
+	int			attempts;
+	int			size = lane->batch_size > 0 ? Min(lane->batch_size, server->batch_size) :
+		server->batch_size;
+	IdSet		ids = take_ids(table, position_of(table->relid), size, &attempts);
+
+	if (ids.nranges == 0)
+		return;
+
+	next->found = true;
+	next->shipment = new_shipment(table->server);
+	delivery = &next->shipment->delivery;
+	delivery->usage_table = table->relid;
+	delivery->prior_attempts = attempts;
+	fill_shipment(next->shipment, table, server, &ids);
+	report_vanished(delivery, table, 0);
+	if (delivery->nevents > 0 || delivery->vanished > 0)
+		abp_ledger_begin(delivery);
+	if (delivery->nevents > 0)
+		next->shipment->stage = SHIPMENT_PREPARED;
+	else
+	{
+		if (delivery->vanished > 0)
+			abp_ledger_finish(delivery, "failed", "the rows were gone before they were sent");
+		drop_shipment(next->shipment);
+		next->shipment = NULL;
+	}
+}
+
+/* Build a waiting shipment's request anew and enter another attempt. */
+static void
+prepare_again(const UsageTable *table, const ServerOptions *server, void *arg)
+{
+	Shipment   *shipment = arg;
+	Delivery   *delivery = &shipment->delivery;
+	int64		vanished = delivery->vanished;
+	IdSet		ids = delivery->ids;
+
+	fill_shipment(shipment, table, server, &ids);
+	report_vanished(delivery, table, vanished);
+	if (delivery->nevents > 0)
+	{
+		abp_ledger_resend(delivery);
+		shipment->stage = SHIPMENT_PREPARED;
+	}
+	else
+	{
+		abp_ledger_finish(delivery, "failed", "none of the rows could be sent again");
+		drop_shipment(shipment);
+	}
+}
+
+/* The rows of an unpriced entry that have a price by now. */
+typedef struct PriceLook
+{
+	IdSet		priced;
+	MemoryContext context;
+} PriceLook;
+
+static void
+look_for_price(const UsageRow *row, Jsonb *whole, void *arg)
+{
+	PriceLook  *look = arg;
+
+	if (row->has_cost_nanos || abp_usage_has_price(row))
+		abp_idset_add(&look->priced, row->id, row->id, look->context);
+}
+
+/*
+ * Rows that wait for a price: price and release those that have one by now.
+ */
+static void
+release_unpriced(const UsageTable *table, const ServerOptions *server, void *arg)
+{
+	Position   *position = position_of(table->relid);
+
+	for (int i = 0; i < UNPRICED_PER_TURN; i++)
+	{
+		OutboxEntry *entry = abp_outbox_next_unpriced(table->relid, &position->unpriced_cursor);
+		PriceLook	look = {.context = CurrentMemoryContext};
+		OutboxEntry out[2];
+		int64		cursor;
+		int			attempts;
+		IdSet		taken;
+
+		CHECK_FOR_INTERRUPTS();
+
+		if (entry == NULL)
+		{
+			position->unpriced_cursor = PG_INT64_MIN;
+			position->look_for_prices = false;
+			return;
+		}
+
+		if (server->send_unpriced)
+			look.priced = entry->ids;
+		else
+			abp_usage_read(table, &entry->ids, false, look_for_price, &look);
+		if (look.priced.nranges == 0)
+			continue;
+
+		cursor = entry->ids.ranges[0].first;
+		taken = abp_outbox_take(table->relid, OUTBOX_UNPRICED, DT_NOEND, &cursor,
+								abp_idset_count(&entry->ids), &attempts);
+		if (!server->send_unpriced)
+			abp_usage_price_again(table, &look.priced);
+
+		out[0] = *entry;
+		out[0].ids = abp_idset_subtract(&taken, &look.priced);
+		out[1] = *entry;
+		out[1].ids = abp_idset_subtract(&taken, &out[0].ids);
+		out[1].state = OUTBOX_READY;
+		out[1].error = NULL;
+		abp_outbox_put(out, 2);
+		position->cursor = PG_INT64_MIN;
+	}
+	due_at(DT_NOBEGIN);
+}
+
+/* Take over what an earlier shipper has left unsettled. */
+static void
+recover(List *tables)
+{
+	List	   *unsettled = abp_ledger_unsettled();
+	ListCell   *lc;
+
+	foreach(lc, unsettled)
+	{
+		Delivery   *left = lfirst(lc);
+		Shipment   *shipment = new_shipment(left->server);
+		char	   *server = shipment->delivery.server;
+
+		shipment->delivery = *left;
+		shipment->delivery.server = server;
+		shipment->delivery.ids = (IdSet)
+		{
+			0
+		};
+		for (int i = 0; i < left->ids.nranges; i++)
+			abp_idset_add(&shipment->delivery.ids, left->ids.ranges[i].first,
+						  left->ids.ranges[i].last, shipment->context);
+		shipment->delivery.nevents = abp_idset_count(&left->ids);
+		shipment->stage = SHIPMENT_WAITING;
+		shipment->retry_at = DT_NOBEGIN;
+	}
+
+	foreach(lc, tables)
+	{
+		UsageTable *table = lfirst(lc);
+		Lane	   *lane = lane_of(table->server);
+
+		lane->failures = table->failures;
+		lane->not_before = table->not_before;
+		lane->paused_by_answer = table->paused_by_answer;
+	}
+	recovered = true;
+}
+
+/* resume() has cleared what stands in the tables: clear it here too. */
+static void
+notice_resumed(List *tables)
+{
+	ListCell   *lc;
+
+	foreach(lc, tables)
+	{
+		UsageTable *table = lfirst(lc);
+		Lane	   *lane = lane_of(table->server);
+
+		if (TIMESTAMP_NOT_FINITE(table->not_before) && !TIMESTAMP_NOT_FINITE(lane->not_before))
+		{
+			lane->failures = 0;
+			lane->paused_by_answer = false;
+			lane->not_before = DT_NOBEGIN;
+		}
+	}
+}
+
+static UsageTable *
+find_table(List *tables, Oid relid)
+{
+	ListCell   *lc;
+
+	foreach(lc, tables)
+	{
+		UsageTable *table = lfirst(lc);
+
+		if (table->relid == relid)
+			return table;
+	}
+	return NULL;
+}
+
+/* Options of a table's server; NULL without a server to deliver to. */
+static const ServerOptions *
+options_of(const UsageTable *table)
+{
+	const ServerOptions *server;
+
+	if (!OidIsValid(table->serverid))
+		return NULL;
+	server = abp_server_options(table->serverid);
+	return server->kind == SERVER_POLAR ? server : NULL;
+}
+
+static bool
+in_scope(const ShipScope *scope, const UsageTable *table)
+{
+	return (!OidIsValid(scope->owner) || abp_owns_table(table->relid, scope->owner)) &&
+		(scope->server == NULL || strcmp(scope->server, table->server) == 0);
+}
+
+static void
+settle_answered(List *tables)
+{
+	ListCell   *lc;
+	List	   *all = list_copy(shipments);
+
+	foreach(lc, all)
+	{
+		Shipment   *shipment = lfirst(lc);
+
+		if (shipment->stage == SHIPMENT_ANSWERED)
+		{
+			UsageTable *table = find_table(tables, shipment->delivery.usage_table);
+
+			settle(shipment, table == NULL ? NULL : options_of(table));
+		}
+	}
+}
+
+/* Settle what can never be sent again: its table is gone. */
+static void
+settle_orphans(List *tables)
+{
+	ListCell   *lc;
+	List	   *all = list_copy(shipments);
+
+	foreach(lc, all)
+	{
+		Shipment   *shipment = lfirst(lc);
+		UsageTable *table = find_table(tables, shipment->delivery.usage_table);
+
+		if (shipment->stage != SHIPMENT_WAITING ||
+			(table != NULL && OidIsValid(table->owner)))
+			continue;
+		shipment->delivery.vanished += shipment->delivery.nevents;
+		abp_ledger_finish(&shipment->delivery, "failed",
+						  "the usage table is gone; the last request's outcome is not known");
+		drop_shipment(shipment);
+	}
+}
+
+/* A request to make once the turn has committed. */
+typedef struct Departure
+{
+	Shipment   *shipment;
+	HttpTarget	target;
+	char	   *token;
+} Departure;
+
+/* Prepare what one table has to send.  Appends to *departures. */
+static void
+prepare_table(const UsageTable *table, const ServerOptions *server, List **departures)
+{
+	Lane	   *lane = lane_of(table->server);
+	StringInfoData reason;
+	char	   *token;
+	ListCell   *lc;
+	List	   *all;
+	int			capacity;
+
+	initStringInfo(&reason);
+	token = abp_server_token(server, table->owner, &reason);
+	if (lane_is_closed(lane, table, server, token, reason.data))
+	{
+		abp_forget_token(token);
+		return;
+	}
+
+	capacity = lane_capacity(lane, server);
+	all = list_copy(shipments);
+	foreach(lc, all)
+	{
+		Shipment   *shipment = lfirst(lc);
+
+		if (shipment->lane != lane || shipment->stage != SHIPMENT_WAITING ||
+			shipment->delivery.usage_table != table->relid)
+			continue;
+		if (shipment->retry_at > GetCurrentTimestamp())
+			due_at(shipment->retry_at);
+		else if (lane_flying(lane) < capacity && take_quota(lane, server) &&
+				 !guarded(prepare_again, table, server, shipment))
+			shipment->retry_at = in_ms(PROBE_MS);
+	}
+
+	while (lane_flying(lane) < capacity && lane->shipments < capacity * MAX_WAITING_SHARE)
+	{
+		NextBatch	next = {false, NULL};
+
+		CHECK_FOR_INTERRUPTS();
+
+		if (!take_quota(lane, server))
+			break;
+		if (!guarded(prepare_next, table, server, &next))
+		{
+			if (next.shipment != NULL)
+				drop_shipment(next.shipment);
+			break;
+		}
+		if (next.found && table->blocked_at != 0)
+			abp_usage_table_block(table->relid, NULL);
+		if (next.shipment == NULL)
+			give_quota_back(lane, server);
+		if (!next.found)
+		{
+			room_left = true;
+			break;
+		}
+	}
+
+	foreach(lc, shipments)
+	{
+		Shipment   *shipment = lfirst(lc);
+		Departure  *departure;
+
+		if (shipment->stage != SHIPMENT_PREPARED ||
+			shipment->delivery.usage_table != table->relid)
+			continue;
+		departure = palloc0(sizeof(Departure));
+		departure->shipment = shipment;
+		departure->target.url = psprintf("%s%s", server->url, POLAR_INGEST_PATH);
+		departure->target.ca_file = server->ca_file;
+		departure->target.proxy = server->proxy;
+		departure->target.timeout_ms = server->timeout_ms;
+		departure->token = pstrdup(token);
+		*departures = lappend(*departures, departure);
+	}
+	abp_forget_token(token);
+}
+
+/*
+ * A turn's transaction: settle what has ended, prepare what is next.  Returns
+ * the requests to make, in turn_context.
+ */
+static List *
+work(const ShipScope *scope)
+{
+	List	   *departures = NIL;
+	List	   *tables;
+	bool		armed;
+	ListCell   *lc;
+	Oid			extension = get_extension_oid("aibilling_polar", true);
+
+	if (extension != known_extension)
+	{
+		abp_ship_reset();
+		known_extension = extension;
+	}
+	if (!abp_extension_installed())
+		return NIL;
+
+	price_relids[0] = abp_extension_relation("price");
+	price_relids[1] = abp_extension_relation("model_alias");
+	price_relids[2] = abp_extension_relation("service_tier_rule");
+	price_relids[3] = abp_extension_relation("price_source");
+
+	MemoryContextSwitchTo(turn_context);
+	tables = abp_usage_tables(&armed);
+	if (!recovered)
+		recover(tables);
+	notice_resumed(tables);
+	settle_answered(tables);
+	settle_orphans(tables);
+	if (!armed)
+		return NIL;
+
+	if (prices_changed || servers_changed)
+	{
+		foreach(lc, positions)
+			((Position *) lfirst(lc))->look_for_prices = true;
+		prices_changed = false;
+	}
+
+	foreach(lc, tables)
+	{
+		UsageTable *table = lfirst(lc);
+		const ServerOptions *server;
+		TimestampTz due;
+
+		CHECK_FOR_INTERRUPTS();
+
+		if (!OidIsValid(table->owner) || !in_scope(scope, table))
+			continue;
+		server = options_of(table);
+		if (server == NULL)
+			continue;
+		if (table->blocked_at != 0 && !servers_changed &&
+			table->blocked_at + PROBE_MS * INT64CONST(1000) > GetCurrentTimestamp())
+		{
+			due_at(table->blocked_at + PROBE_MS * INT64CONST(1000));
+			continue;
+		}
+
+		if (position_of(table->relid)->look_for_prices)
+			(void) guarded(release_unpriced, table, server, NULL);
+		prepare_table(table, server, &departures);
+
+		due = abp_outbox_next_due(table->relid);
+		if (due > GetCurrentTimestamp())
+			due_at(due);
+	}
+	servers_changed = false;
+	return departures;
+}
+
+static void
+depart(List *departures)
+{
+	ListCell   *lc;
+
+	foreach(lc, departures)
+	{
+		Departure  *departure = lfirst(lc);
+		Shipment   *shipment = departure->shipment;
+
+		shipment->request = abp_http_post(&departure->target, departure->token,
+										  shipment->delivery.body.data,
+										  shipment->delivery.body.len);
+		shipment->stage = SHIPMENT_IN_FLIGHT;
+		abp_forget_token(departure->token);
+	}
+}
+
+static void
+collect_answers(void)
+{
+	HttpRequest *request;
+
+	while ((request = abp_http_next_finished()) != NULL)
+	{
+		ListCell   *lc;
+
+		foreach(lc, shipments)
+		{
+			Shipment   *shipment = lfirst(lc);
+
+			if (shipment->request == request)
+				shipment->stage = SHIPMENT_ANSWERED;
+		}
+	}
+}
+
+/*
+ * One turn: settle, prepare, commit, send, and wait until an answer comes,
+ * something else wakes us, or it is time for more.
+ *
+ * Returns 0 if there is more to do at once, else the milliseconds until there
+ * may be (-1: nothing is known to become due); requests may be in flight only
+ * when 0 is returned.  The caller holds the shipper's lock and is in no
+ * transaction (in_procedure: in one without a snapshot).
+ */
+long
+abp_ship(const ShipScope *scope)
+{
+	List	   *departures;
+	MemoryContext caller = CurrentMemoryContext;
+
+	init_ship();
+	MemoryContextReset(turn_context);
+	next_due = DT_NOEND;
+
+	room_left = false;
+	collect_answers();
+	abp_ship_begin(scope);
+	departures = work(scope);
+	abp_ship_commit(scope);
+	MemoryContextSwitchTo(turn_context);
+	depart(departures);
+	MemoryContextSwitchTo(caller);
+
+	if (abp_http_in_flight() > 0)
+	{
+		/* A commit's wake-up is news only if another request could fly. */
+		for (;;)
+		{
+			long		timeout = IDLE_WAIT_MS;
+
+			if (next_due != DT_NOEND)
+				timeout = Min(timeout, TimestampDifferenceMilliseconds(GetCurrentTimestamp(),
+																	   next_due));
+			if (abp_http_wait(timeout) || room_left || timeout < IDLE_WAIT_MS)
+				return 0;
+		}
+	}
+
+	if (next_due == DT_NOEND)
+		return -1;
+	return TimestampDifferenceMilliseconds(GetCurrentTimestamp(), next_due);
+}
+
+/*
+ * How many events have been delivered since abp_ship_reset.
+ */
+int64
+abp_ship_delivered(void)
+{
+	return delivered;
+}
+
+/*
+ * Has a server failed so often, or refused us, that waiting for it is idle?
+ */
+bool
+abp_ship_gave_up(const char *server)
+{
+	Lane	   *lane = lane_of(server);
+
+	return lane->paused_by_answer || lane->failures >= ERRORS_BEFORE_REJECTING;
+}

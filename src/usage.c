@@ -82,6 +82,7 @@ typedef struct Collected
 } Collected;
 
 static HTAB *relations = NULL;
+static Oid	attachments_relid = InvalidOid; /* aibilling.usage_table */
 static HTAB *warned_models = NULL;
 
 /* Lives until the end of the transaction; NULL outside one that collects. */
@@ -123,7 +124,7 @@ static void on_subtransaction_end(SubXactEvent event, SubTransactionId mine,
 static void
 forget_relation(Datum arg, Oid relid)
 {
-	if (relid == InvalidOid || relid == abp_extension_relation("usage_table"))
+	if (relid == InvalidOid || relid == attachments_relid)
 		abp_usage_forget_relations();
 	else
 	{
@@ -236,6 +237,8 @@ know_relation(Relation rel)
 				 errdetail("%s.", problem),
 				 errhint("Restore the columns, or take the triggers off with aibilling.detach.")));
 	pfree(problem);
+
+	attachments_relid = abp_extension_relation("usage_table");
 
 	/* Looking the server up may let in news of a change: then look again. */
 	known->valid = true;
@@ -434,6 +437,18 @@ abp_usage_judge(const UsageRow *row, const ServerOptions *server, RowState *verd
 		verdict->state = OUTBOX_WAITING;
 		verdict->not_before = row->occurred_at - row->occurred_at % USECS_PER_SEC + USECS_PER_SEC;
 	}
+}
+
+/*
+ * Does a held row have a price by now?
+ */
+bool
+abp_usage_has_price(const UsageRow *row)
+{
+	PricedCost	cost;
+
+	price_row(row, &cost);
+	return cost.known;
 }
 
 /* --- collecting ids until the transaction commits -------------------------- */

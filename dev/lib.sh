@@ -1,0 +1,227 @@
+# shellcheck shell=bash
+# Shared by the scripts in dev/: what is needed from Debian's packages, a private copy of
+# PostgreSQL with the extension in it, and a place where an unprivileged server can work.
+#
+# Sets: root (the checkout), major, pfx_bin (programs of the private copy), pgxs_test (the
+# server's test tools), work (temporary directory, removed at exit).
+
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cache=$root/.cache
+work=
+
+# Nothing of the caller's environment decides which server or which Polar is talked to.
+for name in $(compgen -e PG || true); do
+	case $name in PG_CONFIG) ;; *) unset "$name" ;; esac
+done
+export LC_ALL=C.UTF-8
+
+say() { printf '%s\n' "$*"; }
+die() { printf '%s\n' "$*" >&2; exit 1; }
+
+# as_admin COMMAND...: with the right to install packages.
+as_admin() {
+	if [ "$(id -u)" -eq 0 ]; then
+		"$@"
+	elif command -v sudo >/dev/null; then
+		sudo "$@"
+	else
+		die "must install packages: run this as root, or install sudo"
+	fi
+}
+
+# as_server COMMAND...: as the user that server processes run under.  PostgreSQL refuses root.
+as_server() {
+	if [ "$(id -u)" -eq 0 ]; then
+		runuser -u postgres -- env HOME="${work:-/tmp}" "$@"
+	else
+		"$@"
+	fi
+}
+
+# A server that one can build for: programs, headers and test tools are all there.
+is_complete() {
+	local dir
+	dir=$("$1" --bindir 2>/dev/null) && [ -x "$dir/postgres" ] && [ -x "$dir/initdb" ] &&
+		[ -f "$("$1" --pgxs)" ] && [ -f "$("$1" --includedir-server)/postgres.h" ]
+}
+
+# Chooses the server: PG_CONFIG if given, else the newest complete one, else the distribution's.
+# Sets pg_config and major; pg_config need not exist yet.
+choose_server() {
+	local candidate
+	pg_config=
+	if [ -n "${PG_CONFIG:-}" ]; then
+		pg_config=$PG_CONFIG
+		if command -v "$pg_config" >/dev/null; then
+			major=$("$pg_config" --version | sed 's/^[^0-9]*\([0-9]*\).*/\1/')
+		elif [[ $pg_config =~ ^/usr/lib/postgresql/([0-9]+)/bin/pg_config$ ]]; then
+			major=${BASH_REMATCH[1]}
+		else
+			die "PG_CONFIG: no such program: $pg_config"
+		fi
+	else
+		while read -r candidate; do
+			if is_complete "$candidate"; then
+				pg_config=$candidate
+			fi
+		done < <(find /usr/lib/postgresql -mindepth 3 -maxdepth 3 -path '*/bin/pg_config' 2>/dev/null | sort -V)
+		if [ -n "$pg_config" ]; then
+			major=$("$pg_config" --version | sed 's/^[^0-9]*\([0-9]*\).*/\1/')
+		else
+			command -v apt-cache >/dev/null ||
+				die "no PostgreSQL with its server headers found, and this is no Debian: set PG_CONFIG"
+			refresh_packages
+			major=$(apt-cache depends postgresql | sed -n 's/^ *Depends: postgresql-\([0-9]*\)$/\1/p' | head -n 1)
+			[ -n "$major" ] || die "the distribution has no package postgresql: set PG_CONFIG"
+			pg_config=/usr/lib/postgresql/$major/bin/pg_config
+		fi
+	fi
+	[ "$major" -ge 15 ] || die "PostgreSQL 15 or later is needed, found $major: set PG_CONFIG"
+}
+
+packages_fresh=
+refresh_packages() {
+	[ -z "$packages_fresh" ] || return 0
+	say "== fetching the list of packages"
+	as_admin apt-get -qq update
+	packages_fresh=1
+}
+
+# Installs what is missing; asks no network when nothing is.
+install_packages() {
+	local missing=()
+
+	command -v make >/dev/null && command -v cc >/dev/null || missing+=(build-essential)
+	command -v pkg-config >/dev/null && pkg-config --exists libcurl || missing+=(pkg-config libcurl4-openssl-dev)
+	command -v python3 >/dev/null || missing+=(python3)
+	command -v openssl >/dev/null || missing+=(openssl)
+	[ -e /etc/ssl/certs/ca-certificates.crt ] || missing+=(ca-certificates)
+	perl -MIPC::Run -MTest::More -e 1 2>/dev/null || missing+=(libipc-run-perl)
+	is_complete "$pg_config" || missing+=("postgresql-$major" "postgresql-server-dev-$major")
+
+	[ "${#missing[@]}" -gt 0 ] || return 0
+	command -v apt-get >/dev/null || die "missing, by the names of Debian's packages: ${missing[*]}"
+	refresh_packages
+	say "== installing ${missing[*]}"
+	mkdir -p "$cache"
+	as_admin env DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends \
+		-o Dpkg::Use-Pty=0 install "${missing[@]}" >"$cache/install.log" 2>&1 ||
+		{ tail -n 30 "$cache/install.log" >&2; die "could not install the packages"; }
+	is_complete "$pg_config" || die "$pg_config is not a server with headers (PostgreSQL $major)"
+}
+
+# The longest directory that holds all of the arguments.
+common_directory() {
+	local prefix=$1 path
+	for path in "$@"; do
+		while [[ $path/ != "$prefix"/* ]]; do
+			prefix=${prefix%/*}
+		done
+	done
+	printf '%s\n' "$prefix"
+}
+
+# A copy of the server below .cache/, into which the extension is installed: a server finds
+# its files relative to its programs, so a copy of the same shape works anywhere, and the
+# system's PostgreSQL is left alone.  Copied anew when the packages change.
+copy_server() {
+	local prefix dirs dir stamp
+
+	mapfile -t dirs < <(for dir in bindir pkglibdir sharedir includedir-server; do
+		realpath "$("$pg_config" --$dir)"
+	done)
+	prefix=$(common_directory "${dirs[@]}")
+	pfx=$cache/pg$major/server
+	pfx_bin=$pfx${dirs[0]#"$prefix"}
+	stamp="$("$pg_config" --version) ${dirs[*]} $(stat -c %Y "${dirs[0]}/postgres")"
+	if [ "$(cat "$cache/pg$major/stamp" 2>/dev/null)" != "$stamp" ]; then
+		say "== copying PostgreSQL $major"
+		rm -rf "$cache/pg$major"
+		mkdir -p "$pfx"
+		for dir in "${dirs[@]}"; do
+			mkdir -p "$pfx${dir#"$prefix"}"
+			cp -aL --no-preserve=ownership "$dir/." "$pfx${dir#"$prefix"}"
+		done
+		# Its own copy of the extension, if the system has one, is not ours.
+		find "$pfx" -name 'aibilling_polar*' -exec rm -rf {} +
+		printf '%s\n' "$stamp" >"$cache/pg$major/stamp"
+	fi
+	pgxs_test=$(dirname "$("$pfx_bin/pg_config" --pgxs)")/../test
+}
+
+# Copies what the Makefile reads to a directory of this major's own and builds there, so that
+# objects of two majors never mix and a build as root leaves no file in the source directories.
+build_extension() {
+	local build=$cache/pg$major/build file log=$cache/pg$major/build.log
+
+	mkdir -p "$build"
+	cd "$root"
+	for file in Makefile aibilling_polar.control src/*.[ch] sql/*--*.sql data/*.json; do
+		if [ -f "$file" ] && ! cmp -s "$file" "$build/$file"; then
+			mkdir -p "$build/$(dirname "$file")"
+			cp "$file" "$build/$file"
+		fi
+	done
+	(cd "$build" && printf '%s\n' src/*.[ch] sql/*.sql data/*.json) | while read -r file; do
+		[ -f "$file" ] || rm -f "$build/$file"
+	done
+	if ! make -C "$build" PG_CONFIG="$pfx_bin/pg_config" with_llvm=no -j "$(nproc)" all >"$log" 2>&1 ||
+		! make -C "$build" PG_CONFIG="$pfx_bin/pg_config" with_llvm=no install >>"$log" 2>&1; then
+		grep -A 5 -E '(error|warning):|undefined reference' "$log" >&2 || tail -n 20 "$log" >&2
+		die "the build failed: see .cache/pg$major/build.log"
+	fi
+	grep -E 'warning:' "$log" >&2 || true
+}
+
+# All of the above.
+setup() {
+	choose_server
+	install_packages
+	copy_server
+	build_extension
+	say "== aibilling_polar is installed in a private copy of PostgreSQL $major"
+}
+
+# Makes $work: a directory that the server's user can enter and write to, wherever the
+# checkout lies, and removes it at exit together with any server that still runs in it.
+make_work_directory() {
+	if [ "$(id -u)" -eq 0 ] && ! id postgres >/dev/null 2>&1; then
+		useradd --system --home-dir /nonexistent --shell /usr/sbin/nologin --user-group postgres
+	fi
+	work=$(mktemp -d /tmp/aibilling.XXXXXX)
+	trap 'remove_work_directory' EXIT
+	trap 'exit 129' HUP
+	trap 'exit 130' INT
+	trap 'exit 143' TERM
+	chmod 755 "$work"
+	if [ "$(id -u)" -eq 0 ]; then
+		chown postgres: "$work"
+	fi
+	# The private copy may lie where the server's user cannot go, such as root's home.
+	if ! (cd / && as_server test -r "$pfx_bin/postgres"); then
+		cp -a "$pfx" "$work/server"
+		pfx_bin=$work/server${pfx_bin#"$pfx"}
+		pgxs_test=$work/server${pgxs_test#"$pfx"}
+	fi
+	cd "$work"
+}
+
+# A helper process that ends when its input is closed: the descriptor and the process.
+helper_input=
+helper_pid=
+remove_work_directory() {
+	local status=$? file
+	trap - EXIT HUP INT TERM
+	find "$work" -name postmaster.pid 2>/dev/null | while read -r file; do
+		as_server "$pfx_bin/pg_ctl" -D "$(dirname "$file")" -m immediate stop >/dev/null 2>&1 || true
+	done
+	if [ -n "$helper_input" ]; then
+		exec {helper_input}>&-
+		wait "$helper_pid" || true
+	fi
+	cd /
+	rm -rf "$work"
+	exit "$status"
+}

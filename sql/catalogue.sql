@@ -1,0 +1,193 @@
+-- Price catalogues: what import_prices makes of each format, what it holds
+-- back, and the bundled catalogue.
+
+\set SHOW_CONTEXT never
+SET timezone = 'America/Los_Angeles';
+
+CREATE VIEW stored AS
+	SELECT provider, model, service_tier AS tier, context_above AS above, valid_from = '-infinity' AS always,
+		daily_from, input, output, cache_read AS read, cache_write AS write, cache_write_1h AS write_1h, reasoning,
+		web_search, units
+	FROM aibilling.price
+	ORDER BY source, provider, model, service_tier, valid_from, daily_from NULLS FIRST, context_above;
+
+-- A price keeps its decimals and loses float noise.
+SELECT aibilling.clean_price(v)
+FROM unnest('{0, 15.000020000000002, 0.0000023, 0.08333333333333334, -1.00000000000000001, 12345678.9000000004}'::numeric[]) v;
+SELECT v, aibilling.catalogue_number(v)
+FROM jsonb_array_elements('[1e-7, "0.00000060000000000000000001", "x", "NaN", "1e5", true, null]') v;
+
+-- LiteLLM -------------------------------------------------------------------
+\set litellm '{"sample_spec": {"input_cost_per_token": 1, "litellm_provider": "one of many"},"acme/chat": {"litellm_provider": "acme", "mode": "chat", "max_tokens": 5,"input_cost_per_token": 1.0000020000000002e-06, "output_cost_per_token": 4e-06,"cache_read_input_token_cost": 1e-07, "cache_creation_input_token_cost": 1.25e-06,"cache_creation_input_token_cost_above_1hr": 2e-06, "input_cost_per_token_above_200k_tokens": 2e-06,"cache_creation_input_token_cost_above_1hr_above_200k_tokens": 4e-06,"input_cost_per_token_batches": 5e-07, "input_cost_per_token_priority": 2e-06,"input_cost_per_token_above_200k_tokens_priority": 4e-06,"search_context_cost_per_query": {"search_context_size_low": 0.02, "search_context_size_medium": 0.03},"input_dbu_cost_per_token": 7, "provider_specific_entry": {"us": 1.1}},"xai/long": {"litellm_provider": "xai", "input_cost_per_token": 2e-06, "input_cost_per_token_above_200k_tokens": 4e-06},"ranged": {"litellm_provider": "dash", "tiered_pricing": [{"range": [0, 32000.0], "input_cost_per_token": 5e-08},{"range": [32000.0, 1e6], "input_cost_per_token": "2.5e-07"}]},"us.gpt": {"litellm_provider": "bedrock_converse", "input_cost_per_token": 0.0, "output_cost_per_token": 0},"ears": {"litellm_provider": "acme", "mode": "audio_transcription", "input_cost_per_second": 0.0001, "output_cost_per_second": 0.0001},"eyes": {"litellm_provider": "acme", "mode": "image_generation", "output_cost_per_image": 0.04, "output_cost_per_image_token": 4e-05, "input_cost_per_pixel": 1.9e-08},"mouth": {"litellm_provider": "acme", "mode": "audio_speech", "input_cost_per_character": 1.5e-05, "output_cost_per_character": 0},"rank": {"litellm_provider": "acme", "input_cost_per_query": 0.002, "input_cost_per_token": "free"}}'
+SELECT action, provider, model, service_tier AS tier, context_above AS above, price_column, new_price, reason
+FROM aibilling.import_prices(:'litellm', 'litellm');
+-- a dry run by default
+SELECT count(*) FROM aibilling.price;
+SELECT action, count(*) FROM aibilling.import_prices(:'litellm', 'litellm', false) GROUP BY action ORDER BY action;
+SELECT * FROM stored;
+-- again: nothing to do
+SELECT action, count(*) FROM aibilling.import_prices(:'litellm', 'litellm', false) GROUP BY action ORDER BY action;
+-- A changed price is a new card from now on; the models left out stay.
+SELECT action, provider, model, valid_from = now() AS from_now, price_column, old_price, new_price
+FROM aibilling.import_prices('{"xai/long": {"litellm_provider": "xai", "input_cost_per_token": 2.5e-06, "output_cost_per_token": 5e-06}}', 'litellm', false);
+SELECT valid_from = '-infinity' AS always, context_above, input, output
+FROM aibilling.price WHERE provider = 'xai' ORDER BY valid_from, context_above;
+SELECT count(DISTINCT model) FROM aibilling.price;
+-- The user's prices are nobody else's business.
+INSERT INTO aibilling.price (provider, model, input) VALUES ('acme', 'chat', 9);
+SELECT count(*) FROM aibilling.import_prices(:'litellm', 'litellm', true) WHERE provider = 'acme' AND action <> 'skipped';
+
+-- What is suspicious waits.
+SELECT action, model, service_tier AS tier, price_column, old_price, new_price, reason
+FROM aibilling.import_prices('{
+	"high":  {"litellm_provider": "bad", "input_cost_per_token": 0.0135, "output_cost_per_token": 0.054},
+	"read":  {"litellm_provider": "bad", "input_cost_per_token": 1e-6, "cache_read_input_token_cost": 2e-6},
+	"hour":  {"litellm_provider": "bad", "input_cost_per_token": 2.5e-7, "cache_creation_input_token_cost_above_1hr": 6e-6},
+	"prio":  {"litellm_provider": "bad", "input_cost_per_token": 5e-8, "input_cost_per_token_priority": 2.5e-6},
+	"batch": {"litellm_provider": "bad", "input_cost_per_token": 1e-6, "input_cost_per_token_batches": 2e-6},
+	"minus": {"litellm_provider": "bad", "input_cost_per_token": -1e-6},
+	"long":  {"litellm_provider": "xai", "input_cost_per_token": 8e-6, "output_cost_per_token": 5e-6}}', 'litellm', false);
+SELECT provider, model, service_tier AS tier, input, output, reason FROM aibilling.price_quarantine ORDER BY 1, 2, 3;
+SELECT model, service_tier FROM aibilling.price WHERE provider = 'bad' ORDER BY 1;
+SELECT max(input) FROM aibilling.price WHERE provider = 'xai';
+SELECT aibilling.release_price('litellm', 'bad', 'hour');
+SELECT input, cache_write_1h, source, note FROM aibilling.price WHERE model = 'hour';
+SELECT aibilling.release_price('litellm', 'bad', 'hour');
+SELECT aibilling.release_price('litellm', 'bad', 'minus');
+-- released once, it is not held back again; corrected, it leaves the quarantine
+SELECT action, model, price_column, new_price
+FROM aibilling.import_prices('{
+	"hour": {"litellm_provider": "bad", "input_cost_per_token": 2.5e-7, "cache_creation_input_token_cost_above_1hr": 6e-6},
+	"high": {"litellm_provider": "bad", "input_cost_per_token": 1.35e-7, "output_cost_per_token": 5.4e-7}}', 'litellm', false);
+SELECT model FROM aibilling.price_quarantine ORDER BY 1;
+TRUNCATE aibilling.price, aibilling.price_quarantine;
+
+-- models.dev ----------------------------------------------------------------
+SELECT action, provider, model, service_tier AS tier, context_above AS above, price_column, new_price, reason
+FROM aibilling.import_prices('{"acme": {"id": "acme", "models": {
+	"long": {"id": "long", "cost": {"input": 2.5, "output": 15, "cache_read": 0.25, "input_audio": 32, "image": 2,
+			"tiers": [{"tier": {"type": "context", "size": 272000}, "input": 5, "output": 22.5}],
+			"context_over_200k": {"input": 5, "output": 22.5}},
+		"experimental": {"modes": {
+			"fast": {"cost": {"input": 5, "output": 30}, "provider": {"body": {"service_tier": "priority"}}},
+			"turbo": {"cost": {"input": 7, "output": 30}, "provider": {"body": {"speed": "turbo"}}}}}},
+	"uncosted": {"id": "uncosted"}}}}', 'models.dev', false);
+SELECT * FROM stored;
+TRUNCATE aibilling.price;
+
+-- genai-prices --------------------------------------------------------------
+\set genai '[{"id": "acme", "models": [{"id": "dated", "prices": [{"prices": {"input_mtok": 2, "output_mtok": 10, "web_searches_kcount": 10}},{"constraint": {"start_date": "2024-09-01"}, "prices": {"input_mtok": 3, "output_mtok": 15}},{"constraint": {"start_time": "00:30:00Z", "end_time": "16:30:00Z"}, "prices": {"input_mtok": 6, "output_mtok": 30}},{"constraint": {"weekday": "monday"}, "prices": {"input_mtok": 1}}]},{"id": "steps", "prices": {"input_mtok": {"base": 1, "tiers": [{"start": 32000, "price": 2}]},"output_mtok": {"base": 4, "tiers": [{"start": 256000, "price": 8}]}, "cache_read_mtok": 0.1}},{"id": "hears", "prices": {"audio_hours": 0.36, "requests_kcount": 5, "storage_searches_kcount": 2.5}}]}]'
+SELECT action, model, context_above AS above, valid_from AT TIME ZONE 'UTC' AS valid_from, daily_from, price_column, new_price, reason
+FROM aibilling.import_prices(:'genai', 'genai-prices', false);
+SELECT * FROM stored;
+-- What is older than a date that has come is history: corrected in its place.
+SELECT action, model, valid_from AT TIME ZONE 'UTC' AS valid_from, price_column, old_price, new_price
+FROM aibilling.import_prices(jsonb_set(:'genai', '{0,models,0,prices,0,prices,input_mtok}', '2.5'), 'genai-prices', false)
+WHERE action <> 'skipped';
+-- A price without dates is new from now on.
+SELECT action, model, valid_from = now() AS from_now, price_column, old_price, new_price
+FROM aibilling.import_prices(jsonb_set(:'genai', '{0,models,2,prices,audio_hours}', '0.72'), 'genai-prices', false)
+WHERE model = 'hears' AND action <> 'skipped';
+TRUNCATE aibilling.price;
+
+-- OpenRouter ----------------------------------------------------------------
+SELECT action, provider, model, context_above AS above, price_column, new_price, reason
+FROM aibilling.import_prices('{"data": [
+	{"id": "acme/m", "pricing": {"prompt": "0.0000006000000000000000001", "completion": "0.00000000000000000001",
+		"input_cache_write": "0.00000008333333333333334", "image": "0.0000003", "image_output": "0.04",
+		"web_search": "0.005", "discount": 0.1, "mystery": "1",
+		"overrides": [{"min_prompt_tokens": 32000, "prompt": "0.000001"}, {"prompt": "7"}]}},
+	{"id": "acme/m:free", "pricing": {"prompt": "0", "completion": "0", "input_cache_read": "0"}},
+	{"id": "acme/auto", "pricing": {"prompt": "-1", "completion": "-1"}}]}', 'openrouter', false);
+SELECT provider, model, context_above, input, output, units, discount FROM aibilling.price ORDER BY 2, 3;
+TRUNCATE aibilling.price;
+
+-- Narev: 0 is a price of prompt and completion, elsewhere it is unset. --------
+SELECT action, provider, model, price_column, new_price, reason
+FROM aibilling.import_prices('{"data": [
+	{"provider_id": "acme", "model_id": "m", "pricing": {"prompt": 5e-06, "completion": 0, "input_cache_read": 0, "request": 0, "discount": 0.25}},
+	{"provider_id": "acme", "model_id": "none", "pricing": null, "message": "pricing not available"}], "meta": {"page": 1}}', 'narev', false);
+SELECT source, priority FROM aibilling.price_source ORDER BY priority;
+TRUNCATE aibilling.price;
+
+-- Mistakes ------------------------------------------------------------------
+SELECT * FROM aibilling.import_prices('{}', 'csv');
+SELECT * FROM aibilling.import_prices('{}', 'genai-prices');
+SELECT * FROM aibilling.import_prices('{"data": 1}', 'openrouter');
+-- Prices are written with the rights of the caller.
+CREATE ROLE regress_reader;
+CREATE ROLE regress_importer;
+GRANT INSERT, UPDATE, DELETE ON aibilling.price, aibilling.price_source, aibilling.price_quarantine, aibilling.model_alias TO regress_importer;
+SET ROLE regress_reader;
+SELECT count(*) FROM aibilling.import_prices(:'litellm', 'litellm');
+SELECT count(*) FROM aibilling.import_prices(:'litellm', 'litellm', false);
+SELECT aibilling.load_bundled_prices();
+SET ROLE regress_importer;
+SELECT count(*) FROM aibilling.import_prices(:'litellm', 'litellm', false);
+RESET ROLE;
+TRUNCATE aibilling.price;
+
+-- The bundled catalogue -----------------------------------------------------
+INSERT INTO aibilling.price (provider, model, input) VALUES ('openai', 'gpt-5', 7);
+INSERT INTO aibilling.model_alias (provider, pattern, to_provider, to_model) VALUES ('acme', 'five', 'openai', 'gpt-5');
+SET ROLE regress_importer;
+SELECT package, models >= 1400 AS enough, prices >= models AS priced, aliases > 0 AS aliased FROM aibilling.load_bundled_prices();
+CREATE TEMP TABLE before AS
+	SELECT to_jsonb(p) AS entry FROM aibilling.price p UNION ALL SELECT to_jsonb(a) FROM aibilling.model_alias a;
+SELECT models >= 1400 AS enough FROM aibilling.load_bundled_prices();
+RESET ROLE;
+-- the same again, and the user's are still there
+SELECT count(*) AS differing FROM (
+	(SELECT to_jsonb(p) AS entry FROM aibilling.price p UNION ALL SELECT to_jsonb(a) FROM aibilling.model_alias a)
+	EXCEPT ALL SELECT entry FROM before) AS d;
+SELECT (SELECT count(*) FROM before) - (SELECT count(*) FROM aibilling.price) - (SELECT count(*) FROM aibilling.model_alias) AS missing;
+SELECT count(*) FROM aibilling.price WHERE source = 'user';
+SELECT count(*) FROM aibilling.model_alias WHERE source = 'user';
+-- dates and steps
+SELECT valid_from AT TIME ZONE 'UTC' AS valid_from, context_above, input, output, cache_read FROM aibilling.price
+WHERE (provider, model, source) = ('openai', 'o3', 'bundled') ORDER BY valid_from, context_above;
+-- Every alias leads to a card, and none hides a card of its own name.
+SELECT a.provider, a.pattern FROM aibilling.model_alias a
+WHERE NOT EXISTS (SELECT FROM aibilling.price p WHERE (p.provider, p.model) = (a.to_provider, a.to_model));
+SELECT a.provider, a.pattern FROM aibilling.model_alias a
+JOIN aibilling.price p ON (p.provider, p.model) = (a.provider, a.pattern)
+WHERE a.kind = 'exact' AND (a.to_provider, a.to_model) <> (p.provider, p.model);
+-- A glob that a longer one does not overrule never takes a name of another model.
+WITH name AS (
+	SELECT provider, model AS name, provider AS to_provider, model AS to_model FROM aibilling.price WHERE source = 'bundled'
+	UNION
+	SELECT provider, pattern, to_provider, to_model FROM aibilling.model_alias WHERE kind = 'exact' AND source = 'bundled'
+), glob AS (
+	SELECT *, length(translate(pattern, '*?', '')) AS literal,
+		'^' || replace(replace(regexp_replace(pattern, '([^\w*?])', '\\\1', 'g'), '*', '.*'), '?', '.') || '$' AS regexp
+	FROM aibilling.model_alias
+	WHERE kind = 'glob' AND source = 'bundled' AND provider = to_provider
+), hit AS (
+	SELECT DISTINCT ON (n.provider, n.name) n.*, g.pattern, g.to_model AS glob_model
+	FROM name n JOIN glob g ON g.provider = n.provider AND n.name ~ g.regexp
+	WHERE n.provider = n.to_provider
+	ORDER BY n.provider, n.name, g.literal DESC
+)
+SELECT provider, name, to_model, pattern, glob_model FROM hit WHERE glob_model <> to_model;
+-- Spellings that applications use.
+SELECT n.provider, n.model, coalesce(p.model, a.to_provider || ' ' || a.to_model) AS card
+FROM (VALUES ('openai', 'gpt-5'), ('openai', 'gpt-5-2025-08-07'), ('openai.chat', 'gpt-5'), ('anthropic', 'claude-sonnet-4-5'),
+	('google', 'gemini-2.5-flash'), ('google-vertex', 'gemini-2.5-flash'), ('groq', 'llama-3.1-8b-instant'),
+	('deepseek', 'deepseek-chat'), ('xai', 'grok-4.5'), ('mistral', 'mistral-small-latest'), ('openrouter', 'openai/gpt-5'),
+	('bedrock', 'global.anthropic.claude-sonnet-4-5-20250929-v1:0'), ('azure', 'gpt-5'), ('minimax', 'minimax-m2')) AS n (provider, model)
+LEFT JOIN (SELECT DISTINCT provider, model FROM aibilling.price WHERE source = 'bundled') AS p USING (provider, model)
+LEFT JOIN aibilling.model_alias a ON a.kind = 'exact' AND (a.provider, a.pattern) = (n.provider, n.model)
+ORDER BY n.provider COLLATE "C", n.model COLLATE "C";
+-- The pricing engine finds them, and no further model that only begins alike.
+SELECT n.provider, n.model, aibilling.cost_nanos(n.provider, n.model, 100) > 0 AS priced
+FROM (VALUES ('openai', 'gpt-5'), ('openai', 'openai/gpt-5'), ('openai', 'gpt-5-2025-08-07'), ('anthropic', 'claude-haiku-4-5-20251001'),
+	('anthropic', 'claude-haiku-4-5-mini'), ('google', 'gemini-2.5-flash'), ('xai', 'grok-4.5'), ('xai', 'grok-4.5-20260708'),
+	('groq', 'llama-3.1-8b-instant'), ('deepseek', 'deepseek-chat'), ('mistral', 'mistral-small-latest'),
+	('openrouter', 'openai/gpt-5'), ('bedrock', 'eu.anthropic.claude-sonnet-4-5-20250929-v1:0'), ('azure', 'gpt-5')) AS n (provider, model);
+
+DROP VIEW stored;
+DELETE FROM aibilling.price;
+DELETE FROM aibilling.price_source;
+DELETE FROM aibilling.model_alias;
+DROP OWNED BY regress_importer, regress_reader;
+DROP ROLE regress_importer, regress_reader;

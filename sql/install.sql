@@ -1,0 +1,76 @@
+-- What the install script leaves behind: each query lists what breaks a rule.
+CREATE TEMP VIEW member AS
+	SELECT d.classid, d.objid, pg_describe_object(d.classid, d.objid, 0) AS object
+	FROM pg_depend d
+	JOIN pg_extension e ON d.refclassid = 'pg_extension'::regclass AND d.refobjid = e.oid
+	WHERE d.deptype = 'e' AND e.extname = 'aibilling_polar';
+
+-- Members that no COMMENT describes, but for what a table brings along.
+SELECT object
+FROM member m
+WHERE NOT EXISTS (SELECT FROM pg_description d
+		WHERE d.classoid = m.classid AND d.objoid = m.objid AND d.objsubid = 0)
+	AND NOT EXISTS (SELECT FROM pg_depend d
+		WHERE d.classid = m.classid AND d.objid = m.objid AND d.deptype IN ('i', 'a')
+			AND d.refclassid IN ('pg_class'::regclass, 'pg_type'::regclass))
+ORDER BY object COLLATE "C";
+
+-- Functions that anyone may call, but for those that compute, fire as triggers, or check the
+-- caller's rights themselves.
+SELECT DISTINCT p.proname COLLATE "C" AS executable_by_public
+FROM member m
+JOIN pg_proc p ON m.classid = 'pg_proc'::regclass AND m.objid = p.oid
+CROSS JOIN aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a
+WHERE a.grantee = 0 AND a.privilege_type = 'EXECUTE'
+	AND p.prorettype <> 'trigger'::regtype
+	AND p.proname NOT IN ('cost', 'cost_nanos', 'cost_cents', 'polar_cost', 'explain_cost', 'convert_cost',
+		'normalize_usage',
+		'create_usage_table', 'attach', 'detach', 'usage_status', 'preview', 'sync', 'pause', 'resume',
+		'retry', 'reprice', 'arm', 'may_see', 'status_rows')
+ORDER BY 1;
+
+-- Tables and views that anyone may write, or may read without being meant to.
+SELECT c.relname COLLATE "C" AS open_to_public, a.privilege_type
+FROM member m
+JOIN pg_class c ON m.classid = 'pg_class'::regclass AND m.objid = c.oid
+CROSS JOIN aclexplode(c.relacl) a
+WHERE a.grantee = 0
+	AND NOT (a.privilege_type = 'SELECT'
+		AND c.relname IN ('price', 'price_source', 'service_tier_rule', 'model_alias',
+			'usage_table', 'status', 'outbox', 'delivery'))
+ORDER BY 1, 2;
+
+-- Functions whose names another's search_path could capture.
+SELECT p.oid::regprocedure AS search_path_open
+FROM member m
+JOIN pg_proc p ON m.classid = 'pg_proc'::regclass AND m.objid = p.oid
+JOIN pg_language l ON l.oid = p.prolang
+WHERE ((l.lanname IN ('sql', 'plpgsql') AND p.prosqlbody IS NULL) OR p.prosecdef)
+	AND NOT coalesce(p.proconfig, '{}') @> '{"search_path=pg_catalog, pg_temp"}'
+ORDER BY p.oid::regprocedure::text COLLATE "C";
+
+-- Tables whose rows pg_dump would forget.
+SELECT c.oid::regclass AS not_dumped
+FROM member m
+JOIN pg_class c ON m.classid = 'pg_class'::regclass AND m.objid = c.oid
+WHERE c.relkind = 'r'
+	AND NOT c.oid = ANY (SELECT unnest(extconfig) FROM pg_extension WHERE extname = 'aibilling_polar')
+ORDER BY c.oid::regclass::text COLLATE "C";
+
+-- Nothing outside of its schema.
+SELECT object
+FROM member m
+WHERE (m.classid, m.objid) IN (
+	SELECT 'pg_class'::regclass, oid FROM pg_class WHERE relnamespace <> 'aibilling'::regnamespace
+	UNION ALL
+	SELECT 'pg_proc'::regclass, oid FROM pg_proc WHERE pronamespace <> 'aibilling'::regnamespace
+	UNION ALL
+	SELECT 'pg_type'::regclass, oid FROM pg_type WHERE typnamespace <> 'aibilling'::regnamespace)
+ORDER BY object COLLATE "C";
+
+-- It goes and comes back without a trace.
+DROP VIEW member;
+DROP EXTENSION aibilling_polar;
+SELECT count(*) AS left_behind FROM pg_namespace WHERE nspname = 'aibilling';
+CREATE EXTENSION aibilling_polar;
+SELECT extversion, extrelocatable FROM pg_extension WHERE extname = 'aibilling_polar';

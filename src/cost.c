@@ -184,8 +184,8 @@ numeric_rounded(Numeric a, int scale)
 /* --- decimals ------------------------------------------------------------- */
 
 /* The same value with the fewest digits. */
-static Decimal
-decimal_reduced(Decimal value)
+static ExactDecimal
+decimal_reduced(ExactDecimal value)
 {
 	if (value.digits == 0)
 		value.scale = 0;
@@ -217,10 +217,10 @@ decimal_reduced(Decimal value)
  * The product of two decimals, in its fewest digits.  The caller sees to it
  * that the digits' product fits 128 bits.
  */
-Decimal
-abp_decimal_multiply(Decimal a, Decimal b)
+ExactDecimal
+abp_decimal_multiply(ExactDecimal a, ExactDecimal b)
 {
-	Decimal		product;
+	ExactDecimal product;
 
 	product.digits = a.digits * b.digits;
 	product.scale = a.scale + b.scale;
@@ -229,7 +229,7 @@ abp_decimal_multiply(Decimal a, Decimal b)
 
 /* A decimal as numeric, without trailing zeros; palloc'd. */
 Numeric
-abp_decimal_to_numeric(Decimal value)
+abp_decimal_to_numeric(ExactDecimal value)
 {
 	/* Sign, 39 digits or zeros in front of them, the point. */
 	char		buf[128];
@@ -462,6 +462,14 @@ remaining_tokens(const UsageCounts *counts, const UnitQuantities *units,
 	COUNT_OUTPUT, COUNT_REASONING, COUNT_REASONING, \
 	UNIT_OUTPUT_AUDIO, UNIT_OUTPUT_VIDEO
 
+static inline int128
+cached_tokens(const UsageCounts *counts)
+{
+	return (int128) count_value(counts, COUNT_CACHE_READ) +
+		count_value(counts, COUNT_CACHE_WRITE) +
+		count_value(counts, COUNT_CACHE_WRITE_1H);
+}
+
 /*
  * Raise an error if a count is negative or a subset exceeds its total, naming
  * columns and numbers.  Allocates only if there are units.
@@ -471,6 +479,15 @@ abp_cost_check(const UsageCounts *counts)
 {
 	UnitQuantities units;
 	Numeric		zero;
+	int64		signs = 0;
+
+	for (int i = 0; i < NUM_USAGE_COUNTS; i++)
+		signs |= count_value(counts, i);
+
+	if (signs >= 0 && counts->units == NULL &&
+		cached_tokens(counts) <= count_value(counts, COUNT_INPUT) &&
+		count_value(counts, COUNT_REASONING) <= count_value(counts, COUNT_OUTPUT))
+		return;
 
 	for (int i = 0; i < NUM_USAGE_COUNTS; i++)
 	{
@@ -483,10 +500,7 @@ abp_cost_check(const UsageCounts *counts)
 
 	read_units(counts, &units);
 
-	if ((int128) count_value(counts, COUNT_CACHE_READ) +
-		count_value(counts, COUNT_CACHE_WRITE) +
-		count_value(counts, COUNT_CACHE_WRITE_1H) >
-		count_value(counts, COUNT_INPUT))
+	if (cached_tokens(counts) > count_value(counts, COUNT_INPUT))
 		subset_error(counts, &units, REMAINING_INPUT);
 	if (count_value(counts, COUNT_REASONING) > count_value(counts, COUNT_OUTPUT))
 		subset_error(counts, &units, REMAINING_OUTPUT);
@@ -542,7 +556,7 @@ abp_cost_counted(const UsageCounts *counts)
  */
 bool
 abp_cost_fast(const UsageCounts *counts, const Rate *rate,
-			  const Decimal *tier, ExactCost *cost, bool *free)
+			  const ExactDecimal *tier, ExactCost *cost, bool *free)
 {
 	int64		quantity[NUM_PRICES];
 	int128		tokens = 0;
@@ -643,9 +657,9 @@ find_unit_price(const Rate *rate, TextView name)
 /* Fill in a bucket's amount from its quantity and price. */
 static void
 price_bucket(CostBucket *bucket, bool tokens, const Rate *rate,
-			 const Decimal *tier)
+			 const ExactDecimal *tier)
 {
-	const Decimal per_token = {1, TOKENS_PER_SCALE};
+	const ExactDecimal per_token = {1, TOKENS_PER_SCALE};
 	Numeric		factor = abp_decimal_to_numeric(rate->factor);
 
 	if (tokens && tier != NULL)
@@ -676,7 +690,7 @@ price_bucket(CostBucket *bucket, bool tokens, const Rate *rate,
  */
 CostBucket *
 abp_cost_buckets(const UsageCounts *counts, const Rate *rate,
-				 const Decimal *tier, int *nbuckets)
+				 const ExactDecimal *tier, int *nbuckets)
 {
 	static const Rate no_rate = {.factor = {1, 0}};
 	UnitQuantities units;
@@ -724,7 +738,7 @@ abp_cost_buckets(const UsageCounts *counts, const Rate *rate,
 		bucket->price = NULL;
 		if (rate->known[i])
 		{
-			Decimal		price = {rate->price[i], PRICE_SCALE};
+			ExactDecimal price = {rate->price[i], PRICE_SCALE};
 
 			bucket->price = abp_decimal_to_numeric(price);
 		}
@@ -777,7 +791,7 @@ abp_cost_buckets(const UsageCounts *counts, const Rate *rate,
  */
 bool
 abp_cost_exact(const UsageCounts *counts, const Rate *rate,
-			   const Decimal *tier, ExactCost *cost, bool *free,
+			   const ExactDecimal *tier, ExactCost *cost, bool *free,
 			   char **missing)
 {
 	int			nbuckets;
@@ -888,7 +902,7 @@ abp_cost_cents(const ExactCost *cost)
 {
 	if (cost->usd_numeric == NULL)
 	{
-		Decimal		cents = {cost->usd.digits, cost->usd.scale - CENTS_SCALE};
+		ExactDecimal cents = {cost->usd.digits, cost->usd.scale - CENTS_SCALE};
 
 		cents.digits = divide_rounded(cents.digits,
 									  cents.scale - CENTS_ROUNDED_SCALE);
@@ -944,7 +958,7 @@ Numeric
 abp_cost_convert(Numeric amount, TextView from, TextView to)
 {
 	int			shift = unit_scale(to) - unit_scale(from);
-	Decimal		factor = {1, 0};
+	ExactDecimal factor = {1, 0};
 
 	if (numeric_is_nan(amount) || numeric_is_inf(amount))
 		ereport(ERROR,

@@ -80,11 +80,11 @@ typedef enum PriceKind
 #define PRICE_SCALE 9
 
 /* An exact decimal: digits / 10^scale. */
-typedef struct Decimal
+typedef struct ExactDecimal
 {
 	int128		digits;
 	int			scale;
-} Decimal;
+} ExactDecimal;
 
 /* The price of a key of units: per million if it counts tokens, else each. */
 typedef struct UnitPrice
@@ -102,7 +102,7 @@ typedef struct Rate
 	int64		context_above;	/* of the context tier in force */
 	int64		price[NUM_PRICES];	/* USD x 10^9 */
 	bool		known[NUM_PRICES];	/* false: no price, which is not 0 */
-	Decimal		factor;
+	ExactDecimal factor;
 	int			nunits;
 	UnitPrice  *units;
 } Rate;
@@ -110,7 +110,7 @@ typedef struct Rate
 /* An exact amount in USD: usd_numeric if that is set, else usd. */
 typedef struct ExactCost
 {
-	Decimal		usd;
+	ExactDecimal usd;
 	Numeric		usd_numeric;
 } ExactCost;
 
@@ -129,16 +129,16 @@ typedef struct CostBucket
 extern void abp_cost_check(const UsageCounts *counts);
 extern bool abp_cost_counted(const UsageCounts *counts);
 extern bool abp_cost_fast(const UsageCounts *counts, const Rate *rate,
-						  const Decimal *tier, ExactCost *cost, bool *free);
+						  const ExactDecimal *tier, ExactCost *cost, bool *free);
 extern bool abp_cost_exact(const UsageCounts *counts, const Rate *rate,
-						   const Decimal *tier, ExactCost *cost, bool *free,
+						   const ExactDecimal *tier, ExactCost *cost, bool *free,
 						   char **missing);
 extern CostBucket *abp_cost_buckets(const UsageCounts *counts,
-									const Rate *rate, const Decimal *tier,
+									const Rate *rate, const ExactDecimal *tier,
 									int *nbuckets);
 extern void abp_cost_reported(Numeric provider_cost, ExactCost *cost);
-extern Decimal abp_decimal_multiply(Decimal a, Decimal b);
-extern Numeric abp_decimal_to_numeric(Decimal value);
+extern ExactDecimal abp_decimal_multiply(ExactDecimal a, ExactDecimal b);
+extern Numeric abp_decimal_to_numeric(ExactDecimal value);
 extern int64 abp_cost_nanos(const ExactCost *cost);
 extern Numeric abp_cost_usd(const ExactCost *cost);
 extern Numeric abp_cost_cents(const ExactCost *cost);

@@ -254,10 +254,8 @@ put_explanation(ReturnSetInfo *rsinfo, const PriceRequest *request)
 	for (int i = 0; i < explanation.nbuckets; i++)
 	{
 		const CostBucket *bucket = &explanation.buckets[i];
-		const char *note = bucket->note;
 		Datum		values[EXPLAIN_COLUMNS] = {0};
 		bool		nulls[EXPLAIN_COLUMNS];
-		bool		has_card = explanation.provider.data != NULL;
 
 		CHECK_FOR_INTERRUPTS();
 
@@ -269,7 +267,7 @@ put_explanation(ReturnSetInfo *rsinfo, const PriceRequest *request)
 		nulls[3] = false;
 		values[4] = numeric_value(bucket->factor, &nulls[4]);
 		values[5] = numeric_value(bucket->amount, &nulls[5]);
-		if (has_card)
+		if (explanation.provider.data != NULL)
 		{
 			values[6] = text_view_value(explanation.provider, &nulls[6]);
 			values[7] = text_view_value(explanation.model, &nulls[7]);
@@ -286,12 +284,9 @@ put_explanation(ReturnSetInfo *rsinfo, const PriceRequest *request)
 				values[13] = TimeADTGetDatum(explanation.daily_to);
 			}
 		}
-		if (note == NULL && bucket->amount == NULL)
-			note = has_card && bucket->price == NULL ? "no price" :
-				explanation.missing;
-		if (note != NULL)
+		if (bucket->note != NULL)
 		{
-			values[14] = CStringGetTextDatum(note);
+			values[14] = CStringGetTextDatum(bucket->note);
 			nulls[14] = false;
 		}
 		tuplestore_putvalues(rsinfo->setResult, rsinfo->setDesc, values, nulls);

@@ -69,7 +69,7 @@ typedef struct TierRule
 {
 	TextView	name;
 	bool		has_multiplier;
-	Decimal		multiplier;
+	ExactDecimal multiplier;
 } TierRule;
 
 typedef struct PriceModel
@@ -319,6 +319,7 @@ copy_text_view(MemoryContext context, TextView text)
 	data[text.len] = '\0';
 	copy.data = data;
 	copy.len = text.len;
+
 	return copy;
 }
 
@@ -538,8 +539,8 @@ build_rates(MemoryContext context, PriceWindow *window,
 		bool		has_multiplier = false;
 		int64		discount = 0;
 		int64		multiplier = INT64CONST(1000000000);
-		Decimal		rest;
-		Decimal		times;
+		ExactDecimal rest;
+		ExactDecimal times;
 
 		rate->context_above = thresholds[i];
 		merge_rows(context, rate, first, last, thresholds[i],
@@ -681,7 +682,7 @@ load_cards(PriceModel *model, ModelKey key, Snapshot snapshot)
 		TextView	name = result_text(row, COLUMN_SERVICE_TIER);
 		TextView	source = result_text(row, COLUMN_SOURCE);
 		TimestampTz valid_from =
-			DatumGetTimestampTz(result_value(row, COLUMN_VALID_FROM, &isnull));
+		DatumGetTimestampTz(result_value(row, COLUMN_VALID_FROM, &isnull));
 		uint64		end = row + 1;
 
 		CHECK_FOR_INTERRUPTS();
@@ -721,7 +722,7 @@ load_rules(PriceModel *model, TextView provider, Snapshot snapshot)
 	for (uint64 row = 0; row < SPI_processed; row++)
 	{
 		TierRule   *rule = &model->rules[model->nrules++];
-		const Decimal one = {1, 0};
+		const ExactDecimal one = {1, 0};
 		bool		isnull;
 
 		rule->name = copy_text_view(model->context, result_text(row, 1));
@@ -965,9 +966,20 @@ read_model(ModelKey key)
 static PriceModel *
 find_model(ModelKey key)
 {
+	static TimestampTz last_statement = 0;
 	ModelEntry *entry;
 	PriceModel *model;
 	bool		found;
+
+	/*
+	 * A statement may see prices as old as its start.  Without this it might
+	 * see older ones, as a statement that locks nothing new hears of nothing.
+	 */
+	if (last_statement != GetCurrentStatementStartTimestamp())
+	{
+		last_statement = GetCurrentStatementStartTimestamp();
+		AcceptInvalidationMessages();
+	}
 
 	/* While we read, the tables may call for prices: keep what is in use. */
 	if (unlikely(cache_stale) && loads_running == 0)
@@ -1007,22 +1019,22 @@ find_model(ModelKey key)
 
 /* --- the card in force ---------------------------------------------------- */
 
+static const TextView standard_tier = {"standard", 8};
+
 /* A service tier as the price table spells it. */
 static TextView
 canonical_tier(TextView tier)
 {
-	static const char *const standard_names[] = {
-		"", "default", "auto", "on_demand", "standard"
+	static const TextView other_names[] = {
+		{"", 0}, {"default", 7}, {"auto", 4}, {"on_demand", 9}
 	};
-	const TextView standard = {"standard", 8};
 
-	if (tier.data == NULL)
-		return standard;
-	for (int i = 0; i < lengthof(standard_names); i++)
+	if (tier.data == NULL || text_view_equal(tier, standard_tier))
+		return standard_tier;
+	for (int i = 0; i < lengthof(other_names); i++)
 	{
-		if (strlen(standard_names[i]) == tier.len &&
-			memcmp(standard_names[i], tier.data, tier.len) == 0)
-			return standard;
+		if (text_view_equal(other_names[i], tier))
+			return standard_tier;
 	}
 	return tier;
 }
@@ -1055,7 +1067,8 @@ typedef struct RateInForce
 	const PriceCard *card;
 	const PriceWindow *window;
 	const Rate *rate;
-	const Decimal *tier_factor; /* NULL: the tier has a card of its own */
+	const ExactDecimal *tier_factor;	/* NULL: the tier has a card of its
+										 * own */
 } RateInForce;
 
 /* Find a tier's rate in force.  Returns false if it has none. */
@@ -1117,12 +1130,11 @@ static const char *
 rate_in_force(const PriceRequest *request, RateInForce *result)
 {
 	static const TextView empty = {"", 0};
-	static const TextView standard = {"standard", 8};
 	const UsageCounts *counts = request->counts;
 	ModelKey	key;
 	TextView	tier = canonical_tier(request->service_tier);
 	int64		input_tokens = counts->given[COUNT_INPUT] ?
-		counts->value[COUNT_INPUT] : 0;
+	counts->value[COUNT_INPUT] : 0;
 
 	key.provider = request->provider.data ? request->provider : empty;
 	key.model = request->model.data ? request->model : empty;
@@ -1134,7 +1146,7 @@ rate_in_force(const PriceRequest *request, RateInForce *result)
 
 	if (find_rate(result->model, tier, request->at, input_tokens, result))
 		return NULL;
-	if (text_view_equal(tier, standard))
+	if (text_view_equal(tier, standard_tier))
 		return "this time";
 
 	for (int i = 0; i < result->model->nrules; i++)
@@ -1145,7 +1157,7 @@ rate_in_force(const PriceRequest *request, RateInForce *result)
 			continue;
 		if (!rule->has_multiplier)
 			break;
-		if (!find_rate(result->model, standard, request->at, input_tokens,
+		if (!find_rate(result->model, standard_tier, request->at, input_tokens,
 					   result))
 			return "this time";
 		result->tier_factor = &rule->multiplier;
@@ -1207,7 +1219,7 @@ abp_price_cost(const PriceRequest *request, ExactCost *cost, char **missing)
 	bool		free = false;
 	bool		known = true;
 	bool		needs_memory = request->counts->units != NULL ||
-		request->provider_cost != NULL;
+	request->provider_cost != NULL;
 
 	abp_price_init();
 
@@ -1319,6 +1331,7 @@ abp_price_explain(const PriceRequest *request, PriceExplanation *explanation)
 	RateInForce in_force;
 	const char *what;
 	ExactCost	cost;
+	bool		unknown;
 
 	memset(explanation, 0, sizeof(*explanation));
 	explanation->status = abp_price_cost(request, &cost, &explanation->missing);
@@ -1346,13 +1359,18 @@ abp_price_explain(const PriceRequest *request, PriceExplanation *explanation)
 											&explanation->nbuckets);
 
 	/* Nothing counted adds up to an unknown cost, not to none. */
-	if (!abp_cost_counted(request->counts) || what != NULL)
+	unknown = what != NULL || !abp_cost_counted(request->counts);
+	for (int i = 0; i < explanation->nbuckets; i++)
 	{
-		for (int i = 0; i < explanation->nbuckets; i++)
+		CostBucket *bucket = &explanation->buckets[i];
+
+		if (unknown)
 		{
-			explanation->buckets[i].amount = NULL;
-			explanation->buckets[i].note = NULL;
+			bucket->amount = NULL;
+			bucket->note = explanation->missing;
 		}
+		else if (bucket->amount == NULL)
+			bucket->note = "no price";
 	}
 	if (what != NULL)
 		return;

@@ -73,15 +73,24 @@
 /* 16 has one function for all kinds of objects. */
 #if PG_VERSION_NUM >= 160000
 #include "catalog/pg_class.h"
+#include "catalog/pg_database.h"
+#include "catalog/pg_foreign_server.h"
 #include "catalog/pg_proc.h"
 #include "utils/acl.h"
 #define abp_owns_table(relid, roleid) \
 	object_ownercheck(RelationRelationId, (relid), (roleid))
+#define abp_owns_database(dbid, roleid) \
+	object_ownercheck(DatabaseRelationId, (dbid), (roleid))
 #define abp_may_execute(funcid, roleid) \
 	(object_aclcheck(ProcedureRelationId, (funcid), (roleid), ACL_EXECUTE) == ACLCHECK_OK)
+#define abp_server_aclcheck(serverid, roleid) \
+	object_aclcheck(ForeignServerRelationId, (serverid), (roleid), ACL_USAGE)
 #else
 #include "utils/acl.h"
 #define abp_owns_table(relid, roleid) pg_class_ownercheck((relid), (roleid))
+#define abp_owns_database(dbid, roleid) pg_database_ownercheck((dbid), (roleid))
+#define abp_server_aclcheck(serverid, roleid) \
+	pg_foreign_server_aclcheck((serverid), (roleid), ACL_USAGE)
 #define abp_may_execute(funcid, roleid) \
 	(pg_proc_aclcheck((funcid), (roleid), ACL_EXECUTE) == ACLCHECK_OK)
 #endif

@@ -11,6 +11,7 @@
 #include "access/table.h"
 #include "access/xact.h"
 #include "catalog/namespace.h"
+#include "catalog/pg_authid.h"
 #include "catalog/pg_class.h"
 #include "catalog/pg_type.h"
 #include "commands/dbcommands.h"
@@ -26,6 +27,7 @@
 #include "storage/lmgr.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
+#include "utils/datum.h"
 #include "utils/inval.h"
 #include "utils/jsonb.h"
 #include "utils/lsyscache.h"
@@ -106,6 +108,31 @@ check_table_owner(Oid relid)
 				 errmsg("table with OID %u does not exist", relid)));
 	if (!abp_owns_table(relid, GetUserId()))
 		aclcheck_error(ACLCHECK_NOT_OWNER, OBJECT_TABLE, get_rel_name(relid));
+}
+
+/* May the caller see this table's outbox, ledger and status? */
+static bool
+may_see(Oid relid)
+{
+	return has_privs_of_role(GetUserId(), ROLE_PG_MONITOR) || abp_owns_table(relid, GetUserId());
+}
+
+/* Is this database named in aibilling_polar.databases? */
+static bool
+database_is_listed(void)
+{
+	List	   *names;
+	ListCell   *lc;
+	char	   *mine = get_database_name(MyDatabaseId);
+
+	if (abp_databases == NULL || !SplitIdentifierString(pstrdup(abp_databases), ',', &names))
+		return false;
+	foreach(lc, names)
+	{
+		if (strcmp(lfirst(lc), mine) == 0)
+			return true;
+	}
+	return false;
 }
 
 /* The attached table with this OID; an error if it is not attached. */
@@ -379,8 +406,9 @@ static void
 attach_table(Oid relid, const char *server, const char *existing)
 {
 	ForeignServer *foreign;
-	Oid			old_server;
-	bool		reattached;
+	AclResult	may_use;
+	Oid			argtypes[2] = {REGCLASSOID, NAMEOID};
+	Datum		args[2];
 	int			guc_level;
 	SavedUser	saved;
 
@@ -392,7 +420,9 @@ attach_table(Oid relid, const char *server, const char *existing)
 
 	check_table_owner(relid);
 	foreign = GetForeignServerByName(server, false);
-	abp_check_server_usage(foreign->serverid, server);
+	may_use = abp_server_aclcheck(foreign->serverid, GetUserId());
+	if (may_use != ACLCHECK_OK)
+		aclcheck_error(may_use, OBJECT_FOREIGN_SERVER, server);
 	if (abp_server_options(foreign->serverid)->kind != SERVER_POLAR)
 		ereport(ERROR,
 				(errcode(ERRCODE_WRONG_OBJECT_TYPE),
@@ -400,8 +430,6 @@ attach_table(Oid relid, const char *server, const char *existing)
 				 errhint("Name a server of kind 'polar'.")));
 	LockRelationOid(relid, ShareRowExclusiveLock);
 	check_usage_relation(relid);
-
-	reattached = abp_usage_table_attached(relid, &old_server);
 
 	guc_level = begin_safe_names();
 	SPI_connect();
@@ -412,22 +440,16 @@ attach_table(Oid relid, const char *server, const char *existing)
 	SPI_finish();
 	AtEOXact_GUC(false, guc_level);
 
-	{
-		Oid			argtypes[2] = {REGCLASSOID, NAMEOID};
-		Datum		args[2] = {
-			ObjectIdGetDatum(relid), DirectFunctionCall1(namein, CStringGetDatum(server))
-		};
-
-		abp_become_extension_owner(&saved);
-		SPI_connect();
-		SPI_execute_with_args("INSERT INTO aibilling.usage_table (usage, server) VALUES ($1, $2)"
-							  " ON CONFLICT (usage) DO UPDATE SET server = excluded.server,"
-							  " blocked_at = NULL, blocked_reason = NULL",
-							  2, argtypes, args, NULL, false, 0);
-		SPI_finish();
-		abp_restore_user(&saved);
-	}
-	(void) reattached;
+	args[0] = ObjectIdGetDatum(relid);
+	args[1] = DirectFunctionCall1(namein, CStringGetDatum(server));
+	abp_become_extension_owner(&saved);
+	SPI_connect();
+	SPI_execute_with_args("INSERT INTO aibilling.usage_table (usage, server) VALUES ($1, $2)"
+						  " ON CONFLICT (usage) DO UPDATE SET server = excluded.server,"
+						  " blocked_at = NULL, blocked_reason = NULL",
+						  2, argtypes, args, NULL, false, 0);
+	SPI_finish();
+	abp_restore_user(&saved);
 
 	abp_database_arm(true);
 	if (strcmp(existing, "send") == 0)
@@ -457,9 +479,6 @@ aibilling_detach(PG_FUNCTION_ARGS)
 	char	   *pending = text_to_cstring(PG_GETARG_TEXT_PP(1));
 	bool		discard = strcmp(pending, "discard") == 0;
 	int64		count;
-	Oid			argtypes[1] = {REGCLASSOID};
-	Datum		args[1] = {ObjectIdGetDatum(relid)};
-	SavedUser	saved;
 	int			guc_level;
 
 	if (!discard && strcmp(pending, "refuse") != 0)
@@ -490,12 +509,7 @@ aibilling_detach(PG_FUNCTION_ARGS)
 	SPI_finish();
 	AtEOXact_GUC(false, guc_level);
 
-	abp_become_extension_owner(&saved);
-	SPI_connect();
-	SPI_execute_with_args("DELETE FROM aibilling.usage_table WHERE usage = $1",
-						  1, argtypes, args, NULL, false, 0);
-	SPI_finish();
-	abp_restore_user(&saved);
+	abp_usage_table_forget(relid);
 	CacheInvalidateRelcacheByRelid(abp_extension_relation("usage_table"));
 	PG_RETURN_VOID();
 }
@@ -1049,7 +1063,7 @@ aibilling_usage_status(PG_FUNCTION_ARGS)
 
 	if (get_call_result_type(fcinfo, NULL, &desc) != TYPEFUNC_COMPOSITE)
 		elog(ERROR, "return type must be a row type");
-	if (!abp_may_see(PG_GETARG_OID(0)))
+	if (!may_see(PG_GETARG_OID(0)))
 		aclcheck_error(ACLCHECK_NOT_OWNER, OBJECT_TABLE, get_rel_name(PG_GETARG_OID(0)));
 
 	abp_become_extension_owner(&saved);
@@ -1122,7 +1136,7 @@ no_worker_words(void)
 {
 	if (GetConfigOption("aibilling_polar.databases", true, false) == NULL)
 		return "no worker: the library is not preloaded (shared_preload_libraries)";
-	if (!abp_database_is_listed())
+	if (!database_is_listed())
 		return psprintf("no worker: aibilling_polar.databases does not name \"%s\"",
 						get_database_name(MyDatabaseId));
 	if (RecoveryInProgress())
@@ -1281,7 +1295,7 @@ aibilling_status(PG_FUNCTION_ARGS)
 		UsageTable *table = lfirst(lc);
 
 		CHECK_FOR_INTERRUPTS();
-		if (OidIsValid(table->owner) && abp_may_see(table->relid))
+		if (OidIsValid(table->owner) && may_see(table->relid))
 			status_of_table(table, armed, result);
 	}
 

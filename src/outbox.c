@@ -740,21 +740,45 @@ abp_outbox_discard(Oid usage_table)
 }
 
 /*
- * Make a table's rejected ids ready again: all, or those of "only".  Returns
- * how many.
+ * Up to max_ids ids of a table in one state, left where they are.
  */
-int64
-abp_outbox_retry(Oid usage_table, IdSet *only)
+IdSet
+abp_outbox_peek(Oid usage_table, char state, int64 max_ids)
+{
+	IdSet		found = {0};
+	EntryScan	scan;
+	HeapTuple	tuple;
+
+	PushActiveSnapshot(GetLatestSnapshot());
+	begin_entry_scan(&scan, usage_table, state, PG_INT64_MIN, DT_NOEND, AccessShareLock);
+	while (abp_idset_count(&found) < max_ids &&
+		   (tuple = systable_getnext_ordered(scan.scan, ForwardScanDirection)) != NULL)
+	{
+		IdSet		ids = entry_ids(tuple, RelationGetDescr(scan.rel));
+
+		CHECK_FOR_INTERRUPTS();
+		for (int i = 0; i < ids.nranges; i++)
+			abp_idset_add(&found, ids.ranges[i].first, ids.ranges[i].last,
+						  CurrentMemoryContext);
+	}
+	end_entry_scan(&scan);
+	PopActiveSnapshot();
+	(void) abp_idset_split(&found, max_ids);
+	return found;
+}
+
+/* Move ids of a table from one state to ready: all, or those of "only". */
+static int64
+make_ready(Oid usage_table, char state, IdSet *only)
 {
 	OutboxEntry ready = {.usage_table = usage_table,.state = OUTBOX_READY};
-	OutboxEntry kept = {.usage_table = usage_table,.state = OUTBOX_REJECTED};
+	OutboxEntry kept = {.usage_table = usage_table,.state = state};
 	int64		count = 0;
 	EntryScan	scan;
 	HeapTuple	tuple;
 
 	PushActiveSnapshot(GetLatestSnapshot());
-	begin_entry_scan(&scan, usage_table, OUTBOX_REJECTED, PG_INT64_MIN, DT_NOEND,
-					 RowExclusiveLock);
+	begin_entry_scan(&scan, usage_table, state, PG_INT64_MIN, DT_NOEND, RowExclusiveLock);
 	while ((tuple = systable_getnext_ordered(scan.scan, ForwardScanDirection)) != NULL)
 	{
 		TupleDesc	desc = RelationGetDescr(scan.rel);
@@ -792,6 +816,25 @@ abp_outbox_retry(Oid usage_table, IdSet *only)
 	PopActiveSnapshot();
 	CommandCounterIncrement();
 	return count;
+}
+
+/*
+ * Make a table's rejected ids ready again: all, or those of "only".  Returns
+ * how many.
+ */
+int64
+abp_outbox_retry(Oid usage_table, IdSet *only)
+{
+	return make_ready(usage_table, OUTBOX_REJECTED, only);
+}
+
+/*
+ * Make those of a table's unpriced ids ready that have been priced.
+ */
+void
+abp_outbox_release(Oid usage_table, IdSet *ids)
+{
+	(void) make_ready(usage_table, OUTBOX_UNPRICED, ids);
 }
 
 /*
@@ -1081,6 +1124,48 @@ abp_ledger_sending(Oid usage_table)
 }
 
 /*
+ * What the ledger tells of a table, in the current memory context.
+ */
+void
+abp_ledger_totals(Oid usage_table, LedgerTotals *totals)
+{
+	static Statement sums = {
+		"SELECT coalesce(sum(d.events) FILTER (WHERE d.state = 'sending'), 0)::pg_catalog.int8,"
+		" count(*) FILTER (WHERE d.state = 'delivered'),"
+		" coalesce(sum(d.events) FILTER (WHERE d.state = 'delivered'), 0)::pg_catalog.int8,"
+		" coalesce(sum(d.duplicates), 0)::pg_catalog.int8,"
+		" coalesce(sum(d.unexpected_duplicates), 0)::pg_catalog.int8,"
+		" coalesce(sum(d.vanished), 0)::pg_catalog.int8,"
+		" max(d.finished_at) FILTER (WHERE d.state = 'delivered')"
+		" FROM aibilling.delivery d WHERE d.usage_table = $1",
+		1, {REGCLASSOID}
+	};
+	static Statement last_error = {
+		"SELECT d.error FROM aibilling.delivery d"
+		" WHERE d.usage_table = $1 AND d.error IS NOT NULL ORDER BY d.id DESC LIMIT 1",
+		1, {REGCLASSOID}
+	};
+	Datum		values[1] = {ObjectIdGetDatum(usage_table)};
+	MemoryContext caller = CurrentMemoryContext;
+	SavedUser	saved;
+
+	abp_become_extension_owner(&saved);
+	SPI_connect();
+	run(&sums, values, NULL);
+	totals->in_flight = result_int64(0, 1, 0);
+	totals->deliveries = result_int64(0, 2, 0);
+	totals->delivered = result_int64(0, 3, 0);
+	totals->duplicates = result_int64(0, 4, 0);
+	totals->unexpected_duplicates = result_int64(0, 5, 0);
+	totals->vanished = result_int64(0, 6, 0);
+	totals->last_delivery = result_int64(0, 7, DT_NOBEGIN);
+	totals->last_error = run(&last_error, values, NULL) > 0 ?
+		result_string(0, 1, caller) : NULL;
+	SPI_finish();
+	abp_restore_user(&saved);
+}
+
+/*
  * How many requests went to a server in the last minute, counting up to
  * "limit": what is left of its quota after a restart.
  */
@@ -1202,6 +1287,25 @@ abp_usage_table_attached(Oid relid, Oid *serverid)
 	SPI_finish();
 	abp_restore_user(&saved);
 	return attached;
+}
+
+/*
+ * A table is gone, or no longer attached: forget that it was.
+ */
+void
+abp_usage_table_forget(Oid relid)
+{
+	static Statement forget = {
+		"DELETE FROM aibilling.usage_table t WHERE t.usage = $1", 1, {REGCLASSOID}
+	};
+	Datum		values[1] = {ObjectIdGetDatum(relid)};
+	SavedUser	saved;
+
+	abp_become_extension_owner(&saved);
+	SPI_connect();
+	run(&forget, values, NULL);
+	SPI_finish();
+	abp_restore_user(&saved);
 }
 
 /*

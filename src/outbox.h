@@ -59,6 +59,19 @@ typedef struct UsageTable
 	char	   *blocked_reason;
 } UsageTable;
 
+/* What the ledger tells of a table. */
+typedef struct LedgerTotals
+{
+	int64		in_flight;		/* events */
+	int64		deliveries;
+	int64		delivered;		/* events */
+	int64		duplicates;
+	int64		unexpected_duplicates;
+	int64		vanished;
+	TimestampTz last_delivery;	/* DT_NOBEGIN: none */
+	char	   *last_error;		/* NULL: none */
+} LedgerTotals;
+
 /* A row of the ledger: one batch of events. */
 typedef struct Delivery
 {
@@ -93,6 +106,8 @@ extern void abp_outbox_remove(Oid usage_table, int64 id);
 extern int64 abp_outbox_count(Oid usage_table, char state, int64 exact_limit,
 							  bool *estimated, int64 *first_id);
 extern int64 abp_outbox_discard(Oid usage_table);
+extern IdSet abp_outbox_peek(Oid usage_table, char state, int64 max_ids);
+extern void abp_outbox_release(Oid usage_table, IdSet *ids);
 extern int64 abp_outbox_retry(Oid usage_table, IdSet *only);
 extern bool abp_outbox_bounds(Oid usage_table, char state, int64 *first,
 							  int64 *last);
@@ -108,11 +123,13 @@ extern void abp_ledger_finish(Delivery *delivery, const char *state,
 							  const char *error);
 extern List *abp_ledger_unsettled(void);
 extern bool abp_ledger_sending(Oid usage_table);
+extern void abp_ledger_totals(Oid usage_table, LedgerTotals *totals);
 extern int	abp_ledger_recent_requests(const char *server, int limit);
 
 /* usage tables and servers */
 extern List *abp_usage_tables(bool *armed);
 extern bool abp_usage_table_attached(Oid relid, Oid *serverid);
+extern void abp_usage_table_forget(Oid relid);
 extern void abp_usage_table_block(Oid relid, const char *reason);
 extern void abp_server_state_save(const char *server, const char *paused,
 								  const char *reason, int failures,

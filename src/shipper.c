@@ -132,9 +132,6 @@ typedef struct Filling
 	Shipment   *shipment;
 	const UsageTable *table;
 	const ServerOptions *server;
-	Oid			event_name_function;
-	Oid			metadata_function;
-	char	   *function_problem;	/* why rows cannot be handed to them */
 	IdSet		seen;
 	IdSet		sent;
 	IdSet		left;			/* did not fit any more */
@@ -487,17 +484,28 @@ reject(Filling *filling, int64 id, char *reason)
 	set_aside(filling, id, &verdict);
 }
 
-/* What the user's functions make of a row.  Returns false if one fails. */
-static bool
-call_functions(Filling *filling, Jsonb *whole, EventOverrides *overrides,
-			   char **reason)
+/*
+ * What the functions of a server's options make of a row, given as jsonb.
+ * Returns false, with the reason, if one cannot be called, fails, or returns
+ * what is no event name or no object.
+ */
+bool
+abp_ship_call_functions(const ServerOptions *server, Jsonb *whole,
+						EventOverrides *overrides, char **reason)
 {
+	char	   *problem = NULL;
+	Oid			event_name = find_function(server->event_name_function, TEXTOID, server, &problem);
+	Oid			metadata = find_function(server->metadata_function, JSONBOID, server, &problem);
 	Datum		result;
 
-	if (OidIsValid(filling->event_name_function))
+	if (problem != NULL)
 	{
-		if (!call_function(filling->event_name_function, "event_name_function",
-						   whole, &result, reason))
+		*reason = problem;
+		return false;
+	}
+	if (OidIsValid(event_name))
+	{
+		if (!call_function(event_name, "event_name_function", whole, &result, reason))
 			return false;
 		if (result == (Datum) 0)
 		{
@@ -507,10 +515,9 @@ call_functions(Filling *filling, Jsonb *whole, EventOverrides *overrides,
 		overrides->event_name.data = VARDATA_ANY(DatumGetPointer(result));
 		overrides->event_name.len = VARSIZE_ANY_EXHDR(DatumGetPointer(result));
 	}
-	if (OidIsValid(filling->metadata_function))
+	if (OidIsValid(metadata))
 	{
-		if (!call_function(filling->metadata_function, "metadata_function",
-						   whole, &result, reason))
+		if (!call_function(metadata, "metadata_function", whole, &result, reason))
 			return false;
 		if (result == (Datum) 0 || !JB_ROOT_IS_OBJECT(DatumGetJsonbP(result)))
 		{
@@ -548,12 +555,8 @@ add_event(const UsageRow *row, Jsonb *whole, void *arg)
 		set_aside(filling, row->id, &verdict);
 		return;
 	}
-	if (filling->function_problem != NULL)
-	{
-		reject(filling, row->id, filling->function_problem);
-		return;
-	}
-	if (whole != NULL && !call_functions(filling, whole, &overrides, &failure))
+	if (whole != NULL &&
+		!abp_ship_call_functions(filling->server, whole, &overrides, &failure))
 	{
 		reject(filling, row->id, failure);
 		return;
@@ -602,11 +605,7 @@ fill_shipment(Shipment *shipment, const UsageTable *table,
 	bool		whole;
 	MemoryContext old;
 
-	filling.event_name_function = find_function(server->event_name_function, TEXTOID,
-												server, &filling.function_problem);
-	filling.metadata_function = find_function(server->metadata_function, JSONBOID,
-											  server, &filling.function_problem);
-	whole = OidIsValid(filling.event_name_function) || OidIsValid(filling.metadata_function);
+	whole = server->event_name_function != NULL || server->metadata_function != NULL;
 
 	old = MemoryContextSwitchTo(shipment->context);
 	if (delivery->body.data == NULL)

@@ -10,6 +10,9 @@
 
 #include "postgres.h"
 
+#include "polar.h"
+#include "server.h"
+
 /* Who ships, and what. */
 typedef struct ShipScope
 {
@@ -25,6 +28,8 @@ extern void abp_ship_reset(void);
 extern long abp_ship(const ShipScope *scope);
 extern void abp_ship_begin(const ShipScope *scope);
 extern void abp_ship_commit(const ShipScope *scope);
+extern bool abp_ship_call_functions(const ServerOptions *server, Jsonb *whole,
+									EventOverrides *overrides, char **reason);
 extern int64 abp_ship_delivered(void);
 extern bool abp_ship_gave_up(const char *server);
 

@@ -88,13 +88,18 @@ run_ddl(const char *sql)
 		elog(ERROR, "unexpected failure to execute: %s", SPI_result_code_string(result));
 }
 
-/* Names in the statements that follow mean PostgreSQL's own objects. */
+/*
+ * Names in the statements that follow mean PostgreSQL's own objects, and only
+ * their warnings are for the reader.
+ */
 static int
 begin_safe_names(void)
 {
 	int			level = NewGUCNestLevel();
 
 	(void) set_config_option("search_path", "pg_catalog, pg_temp", PGC_USERSET,
+							 PGC_S_SESSION, GUC_ACTION_SAVE, true, 0, false);
+	(void) set_config_option("client_min_messages", "warning", PGC_USERSET,
 							 PGC_S_SESSION, GUC_ACTION_SAVE, true, 0, false);
 	return level;
 }
@@ -297,7 +302,7 @@ check_id_index(Oid relid)
 						  " ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]"
 						  " WHERE i.indrelid = $1 AND i.indisvalid AND i.indpred IS NULL"
 						  " AND a.attname = 'id'",
-						  1, argtypes, args, NULL, true, 1);
+						  1, argtypes, args, NULL, false, 1);
 	if (SPI_processed == 0)
 		ereport(ERROR,
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),

@@ -1000,7 +1000,7 @@ abp_ledger_note(Delivery *delivery, const char *error, TimestampTz not_before)
 {
 	static Statement note = {
 		"UPDATE aibilling.delivery SET error = $2, not_before = $3, outcome_unknown = $4,"
-		" http_status = pg_catalog.nullif($5, 0)"
+		" http_status = nullif($5, 0)"
 		" WHERE id = $1",
 		5, {INT8OID, TEXTOID, TIMESTAMPTZOID, BOOLOID, INT4OID}
 	};
@@ -1027,7 +1027,7 @@ void
 abp_ledger_finish(Delivery *delivery, const char *state, const char *error)
 {
 	static Statement finish = {
-		"UPDATE aibilling.delivery SET state = $2, http_status = pg_catalog.nullif($3, 0),"
+		"UPDATE aibilling.delivery SET state = $2, http_status = nullif($3, 0),"
 		" inserted = $4, duplicates = $5, unexpected_duplicates = $6, vanished = $7,"
 		" error = $8, not_before = NULL, finished_at = pg_catalog.clock_timestamp()"
 		" WHERE id = $1",

@@ -46,10 +46,10 @@
 /* How many kinds of collected rows are looked through for each row. */
 #define MAX_GROUPS_SEARCHED 16
 
-PG_FUNCTION_INFO_V1(aibilling_price_usage);
-PG_FUNCTION_INFO_V1(aibilling_enqueue_usage);
-PG_FUNCTION_INFO_V1(aibilling_guard_usage);
-PG_FUNCTION_INFO_V1(aibilling_truncate_usage);
+PG_FUNCTION_INFO_V1(abp_sql_price_usage);
+PG_FUNCTION_INFO_V1(abp_sql_enqueue_usage);
+PG_FUNCTION_INFO_V1(abp_sql_guard_usage);
+PG_FUNCTION_INFO_V1(abp_sql_truncate_usage);
 
 /*
  * What a session knows of a table with our triggers: a usage table or one of
@@ -906,7 +906,7 @@ requeue_row(UsageRelation *known, Relation rel, const UsageRow *row,
  * BEFORE INSERT OR UPDATE, FOR EACH ROW: normalise and price the row.
  */
 Datum
-aibilling_price_usage(PG_FUNCTION_ARGS)
+abp_sql_price_usage(PG_FUNCTION_ARGS)
 {
 	TriggerData *trigdata = (TriggerData *) fcinfo->context;
 	Relation	rel;
@@ -1034,7 +1034,7 @@ enqueue_is_off(Oid usage_table)
  * AFTER INSERT, FOR EACH ROW: collect the row for the outbox.
  */
 Datum
-aibilling_enqueue_usage(PG_FUNCTION_ARGS)
+abp_sql_enqueue_usage(PG_FUNCTION_ARGS)
 {
 	TriggerData *trigdata = (TriggerData *) fcinfo->context;
 	Relation	rel;
@@ -1079,7 +1079,7 @@ aibilling_enqueue_usage(PG_FUNCTION_ARGS)
  * the outbox with it.
  */
 Datum
-aibilling_guard_usage(PG_FUNCTION_ARGS)
+abp_sql_guard_usage(PG_FUNCTION_ARGS)
 {
 	TriggerData *trigdata = (TriggerData *) fcinfo->context;
 	Relation	rel;
@@ -1120,7 +1120,7 @@ aibilling_guard_usage(PG_FUNCTION_ARGS)
  * BEFORE TRUNCATE, FOR EACH STATEMENT: the outbox forgets the table's rows.
  */
 Datum
-aibilling_truncate_usage(PG_FUNCTION_ARGS)
+abp_sql_truncate_usage(PG_FUNCTION_ARGS)
 {
 	TriggerData *trigdata = (TriggerData *) fcinfo->context;
 	Relation	rel;

@@ -1354,7 +1354,7 @@ CREATE TABLE aibilling.usage_table (
 	usage regclass PRIMARY KEY,
 	server name COLLATE "C" NOT NULL,
 	attached_at timestamptz NOT NULL DEFAULT now(),
-	blocked_at timestamptz,
+	blocked_until timestamptz,
 	blocked_reason text
 );
 

@@ -451,7 +451,7 @@ attach_table(Oid relid, const char *server, const char *existing)
 	SPI_connect();
 	SPI_execute_with_args("INSERT INTO aibilling.usage_table (usage, server) VALUES ($1, $2)"
 						  " ON CONFLICT (usage) DO UPDATE SET server = excluded.server,"
-						  " blocked_at = NULL, blocked_reason = NULL",
+						  " blocked_until = NULL, blocked_reason = NULL",
 						  2, argtypes, args, NULL, false, 0);
 	SPI_finish();
 	abp_restore_user(&saved);

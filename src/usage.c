@@ -554,7 +554,8 @@ flush_collected(void)
 	OutboxEntry *entries;
 	MemoryContext old;
 
-	if (collected == NULL)
+	/* The extension may have been dropped since, in this transaction. */
+	if (collected == NULL || !OidIsValid(abp_extension_relation("outbox_entry")))
 		return;
 
 	old = MemoryContextSwitchTo(collect_context);
@@ -890,7 +891,10 @@ requeue_row(UsageRelation *known, Relation rel, const UsageRow *row,
 
 		/* A ready row stays where it is: the shipper reads it as updated. */
 		if (state == OUTBOX_READY && verdict.state == OUTBOX_READY)
+		{
+			abp_wake_at_commit();	/* it may have passed the locked row over */
 			return;
+		}
 		place = abp_outbox_find(known->usage_table, row->id, true, &state);
 		if (place != ROW_IN_OUTBOX)
 			refuse_change(ROW_SENDING, rel, row->id, "update");

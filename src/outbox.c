@@ -1398,7 +1398,7 @@ abp_server_state_save(const char *server, const char *paused, const char *reason
 }
 
 /*
- * Clear a server's pause and its waits.
+ * Clear a server's pause and its waits, and those of its tables.
  */
 void
 abp_server_resume(const char *server)
@@ -1406,12 +1406,18 @@ abp_server_resume(const char *server)
 	static Statement resume = {
 		"DELETE FROM aibilling.server_state st WHERE st.server = $1", 1, {NAMEOID}
 	};
+	static Statement unblock = {
+		"UPDATE aibilling.usage_table SET blocked_reason = NULL, blocked_until = NULL"
+		" WHERE server = $1 AND blocked_reason IS NOT NULL",
+		1, {NAMEOID}
+	};
 	Datum		values[1] = {DirectFunctionCall1(namein, CStringGetDatum(server))};
 	SavedUser	saved;
 
 	abp_become_extension_owner(&saved);
 	SPI_connect();
 	run(&resume, values, NULL);
+	run(&unblock, values, NULL);
 	SPI_finish();
 	abp_restore_user(&saved);
 }

@@ -57,12 +57,13 @@
 #define Anum_entry_usage_table 1
 #define Anum_entry_state 2
 #define Anum_entry_attempts 3
-#define Anum_entry_not_before 4
-#define Anum_entry_first 5
-#define Anum_entry_last 6
-#define Anum_entry_ids 7
-#define Anum_entry_error 8
-#define Natts_entry 8
+#define Anum_entry_maybe_sent 4
+#define Anum_entry_not_before 5
+#define Anum_entry_first 6
+#define Anum_entry_last 7
+#define Anum_entry_ids 8
+#define Anum_entry_error 9
+#define Natts_entry 9
 
 /* A statement that is prepared once a session. */
 typedef struct Statement
@@ -289,6 +290,7 @@ write_entry(EntryWriter *writer, const OutboxEntry *entry, IdSet *ids)
 	values[Anum_entry_usage_table - 1] = ObjectIdGetDatum(entry->usage_table);
 	values[Anum_entry_state - 1] = CharGetDatum(entry->state);
 	values[Anum_entry_attempts - 1] = Int32GetDatum(entry->attempts);
+	values[Anum_entry_maybe_sent - 1] = BoolGetDatum(entry->maybe_sent);
 	values[Anum_entry_not_before - 1] =
 		TimestampTzGetDatum(entry->state == OUTBOX_WAITING ? entry->not_before : DT_NOBEGIN);
 	values[Anum_entry_first - 1] = Int64GetDatum(ids->ranges[0].first);
@@ -376,22 +378,28 @@ abp_outbox_put(OutboxEntry *entries, int nentries)
 	MemoryContextDelete(context);
 }
 
-/* The ids of an entry's tuple, in the current memory context. */
-static IdSet
-entry_ids(HeapTuple tuple, TupleDesc desc)
+/* All of an entry's tuple, in the current memory context. */
+static OutboxEntry
+read_entry(HeapTuple tuple, TupleDesc desc)
 {
-	IdSet		ids = {0};
-	bool		isnull;
-	Datum		value = heap_getattr(tuple, Anum_entry_ids, desc, &isnull);
+	OutboxEntry entry = {0};
+	Datum		values[Natts_entry];
+	bool		nulls[Natts_entry];
 
-	if (!isnull)
-		return abp_idset_from_multirange(value);
-
-	abp_idset_add(&ids,
-				  DatumGetInt64(heap_getattr(tuple, Anum_entry_first, desc, &isnull)),
-				  DatumGetInt64(heap_getattr(tuple, Anum_entry_last, desc, &isnull)),
-				  CurrentMemoryContext);
-	return ids;
+	heap_deform_tuple(tuple, desc, values, nulls);
+	entry.usage_table = DatumGetObjectId(values[Anum_entry_usage_table - 1]);
+	entry.state = DatumGetChar(values[Anum_entry_state - 1]);
+	entry.attempts = DatumGetInt32(values[Anum_entry_attempts - 1]);
+	entry.maybe_sent = DatumGetBool(values[Anum_entry_maybe_sent - 1]);
+	entry.not_before = DatumGetTimestampTz(values[Anum_entry_not_before - 1]);
+	if (nulls[Anum_entry_ids - 1])
+		abp_idset_add(&entry.ids, DatumGetInt64(values[Anum_entry_first - 1]),
+					  DatumGetInt64(values[Anum_entry_last - 1]), CurrentMemoryContext);
+	else
+		entry.ids = abp_idset_from_multirange(values[Anum_entry_ids - 1]);
+	if (!nulls[Anum_entry_error - 1])
+		entry.error = TextDatumGetCString(values[Anum_entry_error - 1]);
+	return entry;
 }
 
 /* An ordered scan over the entries of one table and state. */
@@ -448,38 +456,35 @@ end_entry_scan(EntryScan *scan)
  * from *cursor on, which is moved to a little before the last entry seen: rows
  * of lower ids may commit a little later.
  *
- * Returns the ids, in the current memory context, and in *attempts the most
- * attempts of any of their entries.
+ * Returns the ids, in the current memory context.
  */
 IdSet
 abp_outbox_take(Oid usage_table, char state, TimestampTz until,
-				int64 *cursor, int64 max_ids, int *attempts)
+				int64 *cursor, int64 max_ids, TakenEntries *entries)
 {
 	IdSet		taken = {0};
 	int64		ntaken = 0;
 	EntryScan	scan;
 	HeapTuple	tuple;
-	OutboxEntry rest = {.usage_table = usage_table,.state = state};
-	int64		first;
+	OutboxEntry rest = {0};
 
-	*attempts = 0;
+	memset(entries, 0, sizeof(TakenEntries));
 	PushActiveSnapshot(GetLatestSnapshot());
 	begin_entry_scan(&scan, usage_table, state, *cursor, until, RowExclusiveLock);
 
 	while (ntaken < max_ids)
 	{
-		TupleDesc	desc = RelationGetDescr(scan.rel);
 		TM_FailureData failure;
-		IdSet		ids;
-		bool		isnull;
-		int			entry_attempts;
+		OutboxEntry entry;
+		int64		first;
 
 		CHECK_FOR_INTERRUPTS();
 
 		tuple = systable_getnext_ordered(scan.scan, ForwardScanDirection);
 		if (tuple == NULL)
 			break;
-		first = DatumGetInt64(heap_getattr(tuple, Anum_entry_first, desc, &isnull));
+		entry = read_entry(tuple, RelationGetDescr(scan.rel));
+		first = entry.ids.ranges[0].first;
 		*cursor = first - Min(first - PG_INT64_MIN - 1, CURSOR_MARGIN);
 
 		if (table_tuple_delete(scan.rel, &tuple->t_self, GetCurrentCommandId(true),
@@ -487,21 +492,16 @@ abp_outbox_take(Oid usage_table, char state, TimestampTz until,
 							   &failure, false) != TM_Ok)
 			continue;
 
-		ids = entry_ids(tuple, desc);
-		entry_attempts = DatumGetInt32(heap_getattr(tuple, Anum_entry_attempts, desc, &isnull));
-		*attempts = Max(*attempts, entry_attempts);
-		if (ntaken + abp_idset_count(&ids) > max_ids)
+		entries->attempts = Max(entries->attempts, entry.attempts);
+		entries->maybe_sent |= entry.maybe_sent;
+		if (ntaken + abp_idset_count(&entry.ids) > max_ids)
 		{
-			Datum		error = heap_getattr(tuple, Anum_entry_error, desc, &isnull);
-
-			rest.error = isnull ? NULL : TextDatumGetCString(error);
-			rest.attempts = entry_attempts;
-			rest.not_before = DatumGetTimestampTz(heap_getattr(tuple, Anum_entry_not_before, desc, &isnull));
-			rest.ids = abp_idset_split(&ids, max_ids - ntaken);
+			rest = entry;
+			rest.ids = abp_idset_split(&entry.ids, max_ids - ntaken);
 		}
-		ntaken += abp_idset_count(&ids);
-		for (int i = 0; i < ids.nranges; i++)
-			abp_idset_add(&taken, ids.ranges[i].first, ids.ranges[i].last,
+		ntaken += abp_idset_count(&entry.ids);
+		for (int i = 0; i < entry.ids.nranges; i++)
+			abp_idset_add(&taken, entry.ids.ranges[i].first, entry.ids.ranges[i].last,
 						  CurrentMemoryContext);
 	}
 
@@ -604,7 +604,8 @@ abp_outbox_remove(Oid usage_table, int64 id)
 		" AND e.first BETWEEN $3 AND $2 AND e.last >= $2"
 		" AND (e.ids IS NULL OR e.ids @> $2)"
 		" RETURNING e.state, e.attempts, e.not_before, coalesce(e.ids,"
-		" pg_catalog.int8multirange(pg_catalog.int8range(e.first, e.last, '[]'))), e.error",
+		" pg_catalog.int8multirange(pg_catalog.int8range(e.first, e.last, '[]'))), e.error,"
+		" e.maybe_sent",
 		3, {REGCLASSOID, INT8OID, INT8OID}
 	};
 	Datum		values[3] = {
@@ -634,6 +635,7 @@ abp_outbox_remove(Oid usage_table, int64 id)
 		rest[i].not_before = DatumGetTimestampTz(result_datum(i, 3, &isnull));
 		rest[i].ids = abp_idset_subtract(&ids, &only);
 		rest[i].error = result_string(i, 5, caller);
+		rest[i].maybe_sent = DatumGetBool(result_datum(i, 6, &isnull));
 		MemoryContextSwitchTo(old);
 	}
 	SPI_finish();
@@ -754,7 +756,7 @@ abp_outbox_peek(Oid usage_table, char state, int64 max_ids)
 	while (abp_idset_count(&found) < max_ids &&
 		   (tuple = systable_getnext_ordered(scan.scan, ForwardScanDirection)) != NULL)
 	{
-		IdSet		ids = entry_ids(tuple, RelationGetDescr(scan.rel));
+		IdSet		ids = read_entry(tuple, RelationGetDescr(scan.rel)).ids;
 
 		CHECK_FOR_INTERRUPTS();
 		for (int i = 0; i < ids.nranges; i++)
@@ -771,8 +773,6 @@ abp_outbox_peek(Oid usage_table, char state, int64 max_ids)
 static int64
 make_ready(Oid usage_table, char state, IdSet *only)
 {
-	OutboxEntry ready = {.usage_table = usage_table,.state = OUTBOX_READY};
-	OutboxEntry kept = {.usage_table = usage_table,.state = state};
 	int64		count = 0;
 	EntryScan	scan;
 	HeapTuple	tuple;
@@ -781,36 +781,33 @@ make_ready(Oid usage_table, char state, IdSet *only)
 	begin_entry_scan(&scan, usage_table, state, PG_INT64_MIN, DT_NOEND, RowExclusiveLock);
 	while ((tuple = systable_getnext_ordered(scan.scan, ForwardScanDirection)) != NULL)
 	{
-		TupleDesc	desc = RelationGetDescr(scan.rel);
 		TM_FailureData failure;
-		IdSet		ids = entry_ids(tuple, desc);
-		bool		isnull;
+		OutboxEntry out[2];		/* made ready, kept */
 
 		CHECK_FOR_INTERRUPTS();
 
-		kept.ids.nranges = 0;
-		ready.ids = ids;
+		out[0] = read_entry(tuple, RelationGetDescr(scan.rel));
+		out[1] = out[0];
+		out[1].ids = (IdSet)
+		{
+			0
+		};
 		if (only != NULL)
 		{
-			kept.ids = abp_idset_subtract(&ids, only);
-			if (abp_idset_count(&kept.ids) == abp_idset_count(&ids))
-				continue;
-			ready.ids = abp_idset_subtract(&ids, &kept.ids);
+			out[1].ids = abp_idset_subtract(&out[0].ids, only);
+			out[0].ids = abp_idset_subtract(&out[0].ids, &out[1].ids);
 		}
-		if (table_tuple_delete(scan.rel, &tuple->t_self, GetCurrentCommandId(true),
+		if (out[0].ids.nranges == 0 ||
+			table_tuple_delete(scan.rel, &tuple->t_self, GetCurrentCommandId(true),
 							   GetActiveSnapshot(), InvalidSnapshot, true,
 							   &failure, false) != TM_Ok)
 			continue;
-		count += abp_idset_count(&ready.ids);
-		abp_outbox_put(&ready, 1);
-		if (kept.ids.nranges > 0)
-		{
-			Datum		error = heap_getattr(tuple, Anum_entry_error, desc, &isnull);
 
-			kept.error = isnull ? NULL : TextDatumGetCString(error);
-			kept.attempts = DatumGetInt32(heap_getattr(tuple, Anum_entry_attempts, desc, &isnull));
-			abp_outbox_put(&kept, 1);
-		}
+		out[0].state = OUTBOX_READY;
+		out[0].attempts = 0;
+		out[0].error = NULL;
+		count += abp_idset_count(&out[0].ids);
+		abp_outbox_put(out, 2);
 	}
 	end_entry_scan(&scan);
 	PopActiveSnapshot();
@@ -912,15 +909,8 @@ abp_outbox_next_unpriced(Oid usage_table, int64 *cursor)
 	tuple = systable_getnext_ordered(scan.scan, ForwardScanDirection);
 	if (tuple != NULL)
 	{
-		bool		isnull;
-		Datum		error = heap_getattr(tuple, Anum_entry_error,
-										 RelationGetDescr(scan.rel), &isnull);
-
-		entry = palloc0(sizeof(OutboxEntry));
-		entry->usage_table = usage_table;
-		entry->state = OUTBOX_UNPRICED;
-		entry->error = isnull ? NULL : TextDatumGetCString(error);
-		entry->ids = entry_ids(tuple, RelationGetDescr(scan.rel));
+		entry = palloc(sizeof(OutboxEntry));
+		*entry = read_entry(tuple, RelationGetDescr(scan.rel));
 		*cursor = entry->ids.ranges[0].first + 1;
 	}
 	end_entry_scan(&scan);
@@ -938,18 +928,19 @@ abp_ledger_begin(Delivery *delivery)
 {
 	static Statement begin = {
 		"INSERT INTO aibilling.delivery (server, usage_table, usage_ids, events, bytes,"
-		" state, attempts, vanished, started_at)"
-		" VALUES ($1, $2, $3, $4, $5, 'sending', 1, $6, pg_catalog.clock_timestamp())"
+		" state, attempts, vanished, outcome_unknown, started_at)"
+		" VALUES ($1, $2, $3, $4, $5, 'sending', 1, $6, $7, pg_catalog.clock_timestamp())"
 		" RETURNING id",
-		6, {NAMEOID, REGCLASSOID, INT8MULTIRANGEOID, INT4OID, INT8OID, INT8OID}
+		7, {NAMEOID, REGCLASSOID, INT8MULTIRANGEOID, INT4OID, INT8OID, INT8OID, BOOLOID}
 	};
-	Datum		values[6] = {
+	Datum		values[7] = {
 		DirectFunctionCall1(namein, CStringGetDatum(delivery->server)),
 		ObjectIdGetDatum(delivery->usage_table),
 		abp_idset_to_multirange(&delivery->ids),
 		Int32GetDatum(delivery->nevents),
 		Int64GetDatum(delivery->body.len),
-		Int64GetDatum(delivery->vanished)
+		Int64GetDatum(delivery->vanished),
+		BoolGetDatum(delivery->outcome_unknown)
 	};
 	SavedUser	saved;
 
@@ -1422,6 +1413,32 @@ abp_server_resume(const char *server)
 	abp_restore_user(&saved);
 }
 
+static void
+run_alone(Statement *statement, Datum *values)
+{
+	SavedUser	saved;
+
+	abp_become_extension_owner(&saved);
+	SPI_connect();
+	run(statement, values, NULL);
+	SPI_finish();
+	abp_restore_user(&saved);
+}
+
+/*
+ * What waits now may have been sent by the server that this one descends
+ * from: duplicates of it are no surprise.
+ */
+static void
+mark_maybe_sent(void)
+{
+	static Statement mark = {
+		"UPDATE aibilling.outbox_entry SET maybe_sent = true WHERE NOT maybe_sent", 0, {0}
+	};
+
+	run_alone(&mark, NULL);
+}
+
 /*
  * Write this database's identity: it may send from now on.  only_first: not
  * if an identity stands there, be it another's.
@@ -1433,22 +1450,45 @@ abp_database_arm(bool only_first)
 		"DELETE FROM aibilling.database_identity", 0, {0}
 	};
 	static Statement arm = {
-		"INSERT INTO aibilling.database_identity (system_identifier, database)"
-		" SELECT $1, $2 WHERE NOT EXISTS (SELECT FROM aibilling.database_identity)",
-		2, {INT8OID, OIDOID}
+		"INSERT INTO aibilling.database_identity (system_identifier, database, timeline)"
+		" SELECT $1, $2, $3 WHERE NOT EXISTS (SELECT FROM aibilling.database_identity)",
+		3, {INT8OID, OIDOID, INT8OID}
 	};
-	Datum		values[2] = {
-		Int64GetDatum((int64) GetSystemIdentifier()), ObjectIdGetDatum(MyDatabaseId)
+	Datum		values[3] = {
+		Int64GetDatum((int64) GetSystemIdentifier()), ObjectIdGetDatum(MyDatabaseId),
+		Int64GetDatum((int64) GetWALInsertionTimeLine())
 	};
+
+	if (!only_first)
+	{
+		run_alone(&forget, NULL);
+		mark_maybe_sent();
+	}
+	run_alone(&arm, values);
+}
+
+/*
+ * After a failover, or a recovery to a point in time, the ledger may lack the
+ * last deliveries: mark what waits.
+ */
+void
+abp_database_check_timeline(void)
+{
+	static Statement note = {
+		"UPDATE aibilling.database_identity i SET timeline = $1 WHERE i.timeline <> $1",
+		1, {INT8OID}
+	};
+	Datum		values[1] = {Int64GetDatum((int64) GetWALInsertionTimeLine())};
+	bool		changed;
 	SavedUser	saved;
 
 	abp_become_extension_owner(&saved);
 	SPI_connect();
-	if (!only_first)
-		run(&forget, NULL, NULL);
-	run(&arm, values, NULL);
+	changed = run(&note, values, NULL) > 0;
 	SPI_finish();
 	abp_restore_user(&saved);
+	if (changed)
+		mark_maybe_sent();
 }
 
 /* --- usage rows ----------------------------------------------------------- */

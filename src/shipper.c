@@ -1393,9 +1393,18 @@ notice_resumed(List *tables)
 
 		if (TIMESTAMP_NOT_FINITE(table->not_before) && !TIMESTAMP_NOT_FINITE(lane->not_before))
 		{
+			ListCell   *other;
+
 			lane->failures = 0;
 			lane->paused_by_answer = false;
 			lane->not_before = DT_NOBEGIN;
+			foreach(other, shipments)
+			{
+				Shipment   *shipment = lfirst(other);
+
+				if (shipment->lane == lane)
+					shipment->retry_at = DT_NOBEGIN;
+			}
 		}
 	}
 }

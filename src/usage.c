@@ -765,7 +765,8 @@ warn_unpriced(const char *reason)
 /* --- triggers ---------------------------------------------------------------- */
 
 static void
-check_trigger(FunctionCallInfo fcinfo, const char *name)
+check_trigger(FunctionCallInfo fcinfo, const char *name,
+			  TriggerEvent event, TriggerEvent or_event, const char *definition)
 {
 	if (!CALLED_AS_TRIGGER(fcinfo))
 		ereport(ERROR,
@@ -779,10 +780,20 @@ priced_tuple(UsageRelation *known, TupleDesc desc, const UsageRow *row,
 			 bool normalized, const PricedCost *cost)
 {
 	Datum	   *values = known->values;
+	TriggerEvent fired;
+
 	bool	   *nulls = known->nulls;
 
 #define SET_COLUMN(column, isnull, datum) \
 	do { \
+
+	fired = ((TriggerData *) fcinfo->context)->tg_event &
+		(TRIGGER_EVENT_OPMASK | TRIGGER_EVENT_ROW | TRIGGER_EVENT_TIMINGMASK);
+	if (fired != event && fired != or_event)
+		ereport(ERROR,
+				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
+				 errmsg("function \"aibilling.%s\" can only be called %s", name, definition),
+				 errhint("Let aibilling.attach() create the triggers.")));
 		AttrNumber	att_ = known->attnums[column] - 1; \
 		nulls[att_] = (isnull); \
 		if (!nulls[att_]) \
@@ -925,7 +936,10 @@ abp_sql_price_usage(PG_FUNCTION_ARGS)
 	bool		normalized = false;
 	HeapTuple	tuple;
 
-	check_trigger(fcinfo, "price_usage");
+	check_trigger(fcinfo, "price_usage",
+				  TRIGGER_EVENT_BEFORE | TRIGGER_EVENT_ROW | TRIGGER_EVENT_INSERT,
+				  TRIGGER_EVENT_BEFORE | TRIGGER_EVENT_ROW | TRIGGER_EVENT_UPDATE,
+				  "BEFORE INSERT OR UPDATE FOR EACH ROW");
 	rel = trigdata->tg_relation;
 	desc = RelationGetDescr(rel);
 	known = know_relation(rel);
@@ -1049,7 +1063,10 @@ abp_sql_enqueue_usage(PG_FUNCTION_ARGS)
 	UsageRow	row;
 	RowState	verdict = {OUTBOX_READY, DT_NOBEGIN, NULL};
 
-	check_trigger(fcinfo, "enqueue_usage");
+	check_trigger(fcinfo, "enqueue_usage",
+				  TRIGGER_EVENT_AFTER | TRIGGER_EVENT_ROW | TRIGGER_EVENT_INSERT,
+				  TRIGGER_EVENT_AFTER | TRIGGER_EVENT_ROW | TRIGGER_EVENT_INSERT,
+				  "AFTER INSERT FOR EACH ROW");
 	rel = trigdata->tg_relation;
 	known = know_relation(rel);
 	if (!OidIsValid(known->usage_table) || enqueue_is_off(known->usage_table))
@@ -1092,7 +1109,10 @@ abp_sql_guard_usage(PG_FUNCTION_ARGS)
 	int64		id;
 	char		state;
 
-	check_trigger(fcinfo, "guard_usage");
+	check_trigger(fcinfo, "guard_usage",
+				  TRIGGER_EVENT_BEFORE | TRIGGER_EVENT_ROW | TRIGGER_EVENT_DELETE,
+				  TRIGGER_EVENT_BEFORE | TRIGGER_EVENT_ROW | TRIGGER_EVENT_DELETE,
+				  "BEFORE DELETE FOR EACH ROW");
 	rel = trigdata->tg_relation;
 	known = know_relation(rel);
 	id = DatumGetInt64(heap_getattr(trigdata->tg_trigtuple, known->attnums[COL_ID],
@@ -1131,7 +1151,10 @@ abp_sql_truncate_usage(PG_FUNCTION_ARGS)
 	UsageRelation *known;
 	int64		count;
 
-	check_trigger(fcinfo, "truncate_usage");
+	check_trigger(fcinfo, "truncate_usage",
+				  TRIGGER_EVENT_BEFORE | TRIGGER_EVENT_TRUNCATE,
+				  TRIGGER_EVENT_BEFORE | TRIGGER_EVENT_TRUNCATE,
+				  "BEFORE TRUNCATE FOR EACH STATEMENT");
 	rel = trigdata->tg_relation;
 	known = know_relation(rel);
 	if (!OidIsValid(known->usage_table))

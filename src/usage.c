@@ -113,7 +113,13 @@ static HTAB *moved = NULL;
 /* The command that has warned of a row that cannot be sent. */
 static CommandId warned_command = InvalidCommandId;
 
-static bool repricing = false;
+/*
+ * The table whose rows are being priced again, and at which nesting level:
+ * its UPDATE may fire triggers of its owner's, which may update other tables
+ * and fail in subtransactions of their own.
+ */
+static Oid	repricing_table = InvalidOid;
+static int	repricing_level;
 
 static void on_transaction_end(XactEvent event, void *arg);
 static void on_subtransaction_end(SubXactEvent event, SubTransactionId mine,
@@ -605,7 +611,7 @@ on_transaction_end(XactEvent event, void *arg)
 			moved = NULL;
 			moving.row.usage_table = InvalidOid;
 			warned_command = InvalidCommandId;
-			repricing = false;
+			repricing_table = InvalidOid;
 			break;
 		default:
 			break;
@@ -625,7 +631,8 @@ on_subtransaction_end(SubXactEvent event, SubTransactionId mine,
 	if (event == SUBXACT_EVENT_ABORT_SUB)
 	{
 		moved = NULL;
-		repricing = false;
+		if (level <= repricing_level)
+			repricing_table = InvalidOid;
 	}
 	else if (event != SUBXACT_EVENT_COMMIT_SUB)
 		return;
@@ -868,12 +875,19 @@ refuse_change(RowPlace place, Relation rel, int64 id, const char *verb)
  * Returns after the outbox says what the new row deserves.
  */
 static void
+/* Is this UPDATE, of a row of this table, ours? */
+static bool
+is_repriced(const UsageRelation *known)
+{
+	return OidIsValid(repricing_table) && known->usage_table == repricing_table;
+}
+
 requeue_row(UsageRelation *known, Relation rel, const UsageRow *row,
 			const ServerOptions *server)
 {
 	RowState	verdict;
 
-	if (repricing)
+	if (is_repriced(known))
 		return;					/* whoever reprices moves the ids himself */
 
 	abp_usage_judge(row, server, &verdict);
@@ -975,7 +989,7 @@ abp_sql_price_usage(PG_FUNCTION_ARGS)
 		}
 		changed = billed_columns_changed(known, desc, old_values, old_nulls,
 										 values, nulls, &raw_changed);
-		if (!repricing && !changed && (!raw_changed || nulls[COL_RAW_USAGE]))
+		if (!changed && !is_repriced(known) && (!raw_changed || nulls[COL_RAW_USAGE]))
 			return PointerGetDatum(tuple);
 		if (!nulls[COL_ID] && !old_nulls[COL_ID] &&
 			values[COL_ID] != old_values[COL_ID])
@@ -1178,8 +1192,9 @@ abp_usage_price_again(const UsageTable *table, IdSet *ids)
 {
 	IdSet		updated;
 
-	repricing = true;
+	repricing_table = table->relid;
+	repricing_level = GetCurrentTransactionNestLevel();
 	updated = abp_usage_reprice(table, ids);
-	repricing = false;
+	repricing_table = InvalidOid;
 	return updated;
 }

@@ -771,28 +771,21 @@ warn_unpriced(const char *reason)
 
 /* --- triggers ---------------------------------------------------------------- */
 
+/*
+ * Anyone may make triggers of these functions, on tables and for events of
+ * his own choice: each must be called for what it is written for, or there is
+ * no row where it looks for one.
+ */
 static void
 check_trigger(FunctionCallInfo fcinfo, const char *name,
 			  TriggerEvent event, TriggerEvent or_event, const char *definition)
 {
+	TriggerEvent fired;
+
 	if (!CALLED_AS_TRIGGER(fcinfo))
 		ereport(ERROR,
 				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
 				 errmsg("function \"aibilling.%s\" can only be called as a trigger", name)));
-}
-
-/* The new row with its columns filled in and its cost. */
-static HeapTuple
-priced_tuple(UsageRelation *known, TupleDesc desc, const UsageRow *row,
-			 bool normalized, const PricedCost *cost)
-{
-	Datum	   *values = known->values;
-	TriggerEvent fired;
-
-	bool	   *nulls = known->nulls;
-
-#define SET_COLUMN(column, isnull, datum) \
-	do { \
 
 	fired = ((TriggerData *) fcinfo->context)->tg_event &
 		(TRIGGER_EVENT_OPMASK | TRIGGER_EVENT_ROW | TRIGGER_EVENT_TIMINGMASK);
@@ -801,6 +794,18 @@ priced_tuple(UsageRelation *known, TupleDesc desc, const UsageRow *row,
 				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
 				 errmsg("function \"aibilling.%s\" can only be called %s", name, definition),
 				 errhint("Let aibilling.attach() create the triggers.")));
+}
+
+/* The new row with its columns filled in and its cost. */
+static HeapTuple
+priced_tuple(UsageRelation *known, TupleDesc desc, const UsageRow *row,
+			 bool normalized, const PricedCost *cost)
+{
+	Datum	   *values = known->values;
+	bool	   *nulls = known->nulls;
+
+#define SET_COLUMN(column, isnull, datum) \
+	do { \
 		AttrNumber	att_ = known->attnums[column] - 1; \
 		nulls[att_] = (isnull); \
 		if (!nulls[att_]) \
@@ -870,11 +875,6 @@ refuse_change(RowPlace place, Relation rel, int64 id, const char *verb)
 			 errhint("Insert a correcting row: with its own external_id, no counts, the difference in provider_cost, and parent_id naming the external_id of this row.")));
 }
 
-/*
- * An UPDATE of what is billed: allowed while the row waits in the outbox.
- * Returns after the outbox says what the new row deserves.
- */
-static void
 /* Is this UPDATE, of a row of this table, ours? */
 static bool
 is_repriced(const UsageRelation *known)
@@ -882,6 +882,11 @@ is_repriced(const UsageRelation *known)
 	return OidIsValid(repricing_table) && known->usage_table == repricing_table;
 }
 
+/*
+ * An UPDATE of what is billed: allowed while the row waits in the outbox.
+ * Returns after the outbox says what the new row deserves.
+ */
+static void
 requeue_row(UsageRelation *known, Relation rel, const UsageRow *row,
 			const ServerOptions *server)
 {
@@ -1041,7 +1046,11 @@ abp_sql_price_usage(PG_FUNCTION_ARGS)
 	return PointerGetDatum(tuple);
 }
 
-/* May this session load rows without sending them? */
+/*
+ * May this session load rows without sending them?  Not by way of a SECURITY
+ * DEFINER function of the owner's: what the owner may leave out of the bill,
+ * whoever calls his function may not.
+ */
 static bool
 enqueue_is_off(Oid usage_table)
 {
@@ -1049,7 +1058,8 @@ enqueue_is_off(Oid usage_table)
 
 	if (abp_enqueue)
 		return false;
-	if (abp_owns_table(usage_table, GetUserId()))
+	if (abp_owns_table(usage_table, GetUserId()) &&
+		abp_owns_table(usage_table, GetOuterUserId()))
 		return true;
 
 	if (!warned)

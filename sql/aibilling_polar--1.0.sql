@@ -1189,6 +1189,13 @@ BEGIN
 		WHERE reason IS NOT NULL;
 END
 $$;
+CREATE FUNCTION aibilling.fetch_prices(server name, dry_run boolean DEFAULT false)
+RETURNS SETOF aibilling.price_change
+LANGUAGE c VOLATILE STRICT AS 'MODULE_PATHNAME', 'abp_sql_fetch_prices';
+
+COMMENT ON FUNCTION aibilling.fetch_prices(name, boolean) IS
+'fetches the prices of a server of kind prices over HTTP and imports them as import_prices does: all or, on any error, nothing; needs USAGE on the server and the rights to write prices; returns a row a changed price';
+
 COMMENT ON FUNCTION aibilling.import_prices(jsonb, text, boolean) IS
 'imports a price catalogue (format litellm, models.dev, genai-prices, openrouter or narev) into aibilling.price under the format''s name as source; returns one row a price that is added, changed, removed, quarantined or skipped; with dry_run nothing is written';
 
@@ -1347,7 +1354,7 @@ CREATE TABLE aibilling.usage_table (
 	usage regclass PRIMARY KEY,
 	server name COLLATE "C" NOT NULL,
 	attached_at timestamptz NOT NULL DEFAULT now(),
-	blocked_at timestamptz,
+	blocked_until timestamptz,
 	blocked_reason text
 );
 
@@ -1444,57 +1451,57 @@ WHERE aibilling.may_see(e.usage_table);
 -- Trigger functions of usage tables
 
 CREATE FUNCTION aibilling.price_usage() RETURNS trigger
-LANGUAGE c AS 'MODULE_PATHNAME', 'aibilling_price_usage';
+LANGUAGE c AS 'MODULE_PATHNAME', 'abp_sql_price_usage';
 
 CREATE FUNCTION aibilling.enqueue_usage() RETURNS trigger
-LANGUAGE c AS 'MODULE_PATHNAME', 'aibilling_enqueue_usage';
+LANGUAGE c AS 'MODULE_PATHNAME', 'abp_sql_enqueue_usage';
 
 CREATE FUNCTION aibilling.guard_usage() RETURNS trigger
-LANGUAGE c AS 'MODULE_PATHNAME', 'aibilling_guard_usage';
+LANGUAGE c AS 'MODULE_PATHNAME', 'abp_sql_guard_usage';
 
 CREATE FUNCTION aibilling.truncate_usage() RETURNS trigger
-LANGUAGE c AS 'MODULE_PATHNAME', 'aibilling_truncate_usage';
+LANGUAGE c AS 'MODULE_PATHNAME', 'abp_sql_truncate_usage';
 
 CREATE FUNCTION aibilling.create_usage_table(name text, server name) RETURNS regclass
-LANGUAGE c VOLATILE STRICT AS 'MODULE_PATHNAME', 'aibilling_create_usage_table';
+LANGUAGE c VOLATILE STRICT AS 'MODULE_PATHNAME', 'abp_sql_create_usage_table';
 
 CREATE FUNCTION aibilling.attach(usage regclass, server name, existing text DEFAULT 'ignore') RETURNS void
-LANGUAGE c VOLATILE STRICT AS 'MODULE_PATHNAME', 'aibilling_attach';
+LANGUAGE c VOLATILE STRICT AS 'MODULE_PATHNAME', 'abp_sql_attach';
 
 CREATE FUNCTION aibilling.detach(usage regclass, pending text DEFAULT 'refuse') RETURNS void
-LANGUAGE c VOLATILE STRICT AS 'MODULE_PATHNAME', 'aibilling_detach';
+LANGUAGE c VOLATILE STRICT AS 'MODULE_PATHNAME', 'abp_sql_detach';
 
 -- Operating
 
 CREATE PROCEDURE aibilling.sync(server name DEFAULT NULL, timeout interval DEFAULT NULL)
-LANGUAGE c AS 'MODULE_PATHNAME', 'aibilling_sync';
+LANGUAGE c AS 'MODULE_PATHNAME', 'abp_sql_sync';
 
 CREATE FUNCTION aibilling.preview(usage regclass, max_rows integer DEFAULT 10,
 	OUT usage_id bigint, OUT state text, OUT event jsonb, OUT error text) RETURNS SETOF record
-LANGUAGE c VOLATILE STRICT AS 'MODULE_PATHNAME', 'aibilling_preview';
+LANGUAGE c VOLATILE STRICT AS 'MODULE_PATHNAME', 'abp_sql_preview';
 
 CREATE FUNCTION aibilling.pause(server name DEFAULT NULL) RETURNS void
-LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'aibilling_pause';
+LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'abp_sql_pause';
 
 CREATE FUNCTION aibilling.resume(server name DEFAULT NULL) RETURNS void
-LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'aibilling_resume';
+LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'abp_sql_resume';
 
 CREATE FUNCTION aibilling.retry(usage regclass, ids bigint[] DEFAULT NULL) RETURNS bigint
-LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'aibilling_retry';
+LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'abp_sql_retry';
 
 CREATE FUNCTION aibilling.arm() RETURNS void
-LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'aibilling_arm';
+LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'abp_sql_arm';
 
 CREATE FUNCTION aibilling.reprice(usage regclass, from_time timestamptz DEFAULT '-infinity',
 	to_time timestamptz DEFAULT 'infinity', dry_run boolean DEFAULT true,
 	OUT usage_id bigint, OUT state text, OUT old_cost_nanos bigint, OUT new_cost_nanos bigint,
 	OUT difference_nanos numeric, OUT action text) RETURNS SETOF record
-LANGUAGE c VOLATILE STRICT AS 'MODULE_PATHNAME', 'aibilling_reprice';
+LANGUAGE c VOLATILE STRICT AS 'MODULE_PATHNAME', 'abp_sql_reprice';
 
 CREATE FUNCTION aibilling.usage_status(usage regclass, id bigint,
 	OUT state text, OUT delivery_id bigint, OUT sent_at timestamptz, OUT attempts integer,
 	OUT error text) RETURNS record
-LANGUAGE c STABLE STRICT AS 'MODULE_PATHNAME', 'aibilling_usage_status';
+LANGUAGE c STABLE STRICT AS 'MODULE_PATHNAME', 'abp_sql_usage_status';
 
 CREATE FUNCTION aibilling.status_rows(
 	OUT usage_table regclass, OUT server name, OUT pending bigint, OUT pending_estimated boolean,
@@ -1502,7 +1509,7 @@ CREATE FUNCTION aibilling.status_rows(
 	OUT last_delivery timestamptz, OUT last_error text, OUT deliveries bigint, OUT delivered bigint,
 	OUT duplicates bigint, OUT unexpected_duplicates bigint, OUT vanished bigint,
 	OUT worker_pid integer, OUT status text) RETURNS SETOF record
-LANGUAGE c STABLE AS 'MODULE_PATHNAME', 'aibilling_status';
+LANGUAGE c STABLE AS 'MODULE_PATHNAME', 'abp_sql_status';
 
 CREATE VIEW aibilling.status AS SELECT * FROM aibilling.status_rows();
 
@@ -1517,10 +1524,10 @@ GROUP BY e.usage_table, e.error;
 -- Event triggers: what becomes of the outbox when tables and servers go
 
 CREATE FUNCTION aibilling.on_sql_drop() RETURNS event_trigger
-LANGUAGE c AS 'MODULE_PATHNAME', 'aibilling_on_sql_drop';
+LANGUAGE c AS 'MODULE_PATHNAME', 'abp_sql_on_sql_drop';
 
 CREATE FUNCTION aibilling.on_server_ddl() RETURNS event_trigger
-LANGUAGE c AS 'MODULE_PATHNAME', 'aibilling_on_server_ddl';
+LANGUAGE c AS 'MODULE_PATHNAME', 'abp_sql_on_server_ddl';
 
 CREATE EVENT TRIGGER aibilling_on_sql_drop ON sql_drop
 	WHEN TAG IN ('DROP TABLE', 'DROP SCHEMA', 'DROP OWNED', 'DROP SERVER')
@@ -1573,6 +1580,7 @@ GRANT EXECUTE ON FUNCTION
 	aibilling.changed_cards(aibilling.catalogue_price[], text),
 	aibilling.price_rows(aibilling.catalogue_price[], aibilling.price_card[]),
 	aibilling.import_prices(jsonb, text, boolean),
+	aibilling.fetch_prices(name, boolean),
 	aibilling.register_price_source(text),
 	aibilling.release_price(text, text, text, text),
 	aibilling.bundled_prices(),

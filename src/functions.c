@@ -13,10 +13,12 @@
 #include "commands/trigger.h"
 #include "executor/spi.h"
 #include "fmgr.h"
+#include "foreign/foreign.h"
 #include "funcapi.h"
 #include "lib/stringinfo.h"
 #include "mb/pg_wchar.h"
 #include "miscadmin.h"
+#include "utils/array.h"
 #include "storage/fd.h"
 #include "utils/builtins.h"
 #include "utils/date.h"
@@ -27,9 +29,12 @@
 #include "utils/timestamp.h"
 
 #include "compat.h"
+#include "http.h"
 #include "normalize.h"
 #include "polar.h"
 #include "price.h"
+#include "server.h"
+#include "wake.h"
 
 /* --- cost ---------------------------------------------------------------- */
 
@@ -145,6 +150,7 @@ abp_sql_price_changed(PG_FUNCTION_ARGS)
 						"aibilling.price_changed")));
 
 	CacheInvalidateRelcache(trigdata->tg_relation);
+	abp_wake_at_commit();		/* held rows may have a price now */
 	return PointerGetDatum(NULL);
 }
 
@@ -525,7 +531,177 @@ abp_sql_bundled_prices(PG_FUNCTION_ARGS)
 	PG_RETURN_DATUM(catalogue);
 }
 
-/* --- foreign servers ----------------------------------------------------- */
+/* Services hand their prices out by pages; more than these are a mistake. */
+#define MAX_PRICE_PAGES 1000
 
+PG_FUNCTION_INFO_V1(abp_sql_fetch_prices);
 
-/* --- operating ----------------------------------------------------------- */
+/*
+ * GET one document of a price service.  Raises an error unless it answers
+ * with JSON.
+ */
+static Jsonb *
+fetch_document(const ServerOptions *server, const char *token, int page)
+{
+	HttpTarget	target = {
+		.url = server->url,
+		.ca_file = server->ca_file,
+		.proxy = server->proxy,
+		.timeout_ms = server->timeout_ms
+	};
+	HttpRequest *request;
+	const HttpReply *reply;
+	Jsonb	   *document;
+
+	if (page > 1)
+		target.url = psprintf("%s%cpage=%d", server->url,
+							  strchr(server->url, '?') != NULL ? '&' : '?', page);
+
+	request = abp_http_get(&target, token);
+	while (abp_http_next_finished() != request)
+		(void) abp_http_wait(-1);
+
+	reply = abp_http_reply(request);
+	if (reply->outcome != HTTP_ANSWERED)
+		ereport(ERROR,
+				(errcode(ERRCODE_CONNECTION_FAILURE),
+				 errmsg("could not fetch prices from server \"%s\": %s",
+						server->name, reply->error),
+				 errdetail("The prices in force are unchanged.")));
+	if (reply->status != 200)
+		ereport(ERROR,
+				(errcode(ERRCODE_CONNECTION_FAILURE),
+				 errmsg("could not fetch prices from server \"%s\": it answered HTTP status %ld",
+						server->name, reply->status),
+				 errdetail("The prices in force are unchanged."),
+				 reply->status == 401 || reply->status == 403 ?
+				 errhint("Check the server's access token.") : 0));
+
+	document = DatumGetJsonbP(DirectFunctionCall1(jsonb_in,
+												  CStringGetDatum(pg_any_to_server(pnstrdup(reply->body, reply->body_len),
+																				   reply->body_len, PG_UTF8))));
+	abp_http_release(request);
+	return document;
+}
+
+/* What stands under a key of an object, NULL if nothing does. */
+static Jsonb *
+member(Jsonb *object, const char *key)
+{
+	JsonbValue	value;
+
+	if (!JB_ROOT_IS_OBJECT(object) ||
+		getKeyJsonValueFromContainer(&object->root, key, strlen(key), &value) == NULL)
+		return NULL;
+	return JsonbValueToJsonb(&value);
+}
+
+/* How many pages does the service say there are? */
+static int
+page_count(Jsonb *document)
+{
+	Jsonb	   *meta = member(document, "meta");
+	Jsonb	   *pages = meta == NULL ? NULL : member(meta, "total_pages");
+
+	return pages == NULL ? 1 :
+		DatumGetInt32(DirectFunctionCall1(jsonb_int4, JsonbPGetDatum(pages)));
+}
+
+/* All pages of a price service as one document. */
+static Jsonb *
+fetch_catalogue(const ServerOptions *server, const char *token)
+{
+	Jsonb	   *catalogue = fetch_document(server, token, 1);
+	int			pages = page_count(catalogue);
+	Jsonb	   *data = pages > 1 ? member(catalogue, "data") : NULL;
+	Datum		path[1] = {CStringGetTextDatum("data")};
+
+	if (data == NULL)
+		return catalogue;
+	if (pages > MAX_PRICE_PAGES)
+		ereport(ERROR,
+				(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
+				 errmsg("server \"%s\" offers %d pages of prices, more than %d",
+						server->name, pages, MAX_PRICE_PAGES)));
+
+	for (int page = 2; page <= pages; page++)
+	{
+		Jsonb	   *more = member(fetch_document(server, token, page), "data");
+
+		if (more == NULL)
+			ereport(ERROR,
+					(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+					 errmsg("page %d of server \"%s\" has no prices", page, server->name),
+					 errdetail("The prices in force are unchanged.")));
+		data = DatumGetJsonbP(DirectFunctionCall2(jsonb_concat, JsonbPGetDatum(data),
+												  JsonbPGetDatum(more)));
+	}
+	return DatumGetJsonbP(DirectFunctionCall4(jsonb_set, JsonbPGetDatum(catalogue),
+											  PointerGetDatum(construct_array(path, 1, TEXTOID, -1,
+																			  false, TYPALIGN_INT)),
+											  JsonbPGetDatum(data), BoolGetDatum(true)));
+}
+
+/*
+ * fetch_prices(server name, dry_run boolean) returns setof price_change:
+ * import what a price service offers, all of it or nothing.
+ */
+Datum
+abp_sql_fetch_prices(PG_FUNCTION_ARGS)
+{
+	ForeignServer *foreign = GetForeignServerByName(NameStr(*PG_GETARG_NAME(0)), false);
+	ReturnSetInfo *result = (ReturnSetInfo *) fcinfo->resultinfo;
+	AclResult	may_use = abp_server_aclcheck(foreign->serverid, GetUserId());
+	const ServerOptions *server;
+	StringInfoData problem;
+	char	   *token;
+	Jsonb	   *volatile catalogue = NULL;
+	Oid			argtypes[3] = {JSONBOID, TEXTOID, BOOLOID};
+	Datum		args[3];
+	Datum	   *values;
+	bool	   *nulls;
+
+	if (may_use != ACLCHECK_OK)
+		aclcheck_error(may_use, OBJECT_FOREIGN_SERVER, foreign->servername);
+	server = abp_server_options(foreign->serverid);
+	if (server->kind != SERVER_PRICES)
+		ereport(ERROR,
+				(errcode(ERRCODE_WRONG_OBJECT_TYPE),
+				 errmsg("server \"%s\" is no price service", server->name),
+				 errhint("Create one with the options kind 'prices', format and url.")));
+	InitMaterializedSRF(fcinfo, 0);
+
+	initStringInfo(&problem);
+	token = abp_server_token(server, GetUserId(), &problem);
+	if (token == NULL && problem.len > 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_AUTHORIZATION_SPECIFICATION),
+				 errmsg("no access token for server \"%s\": %s", server->name, problem.data)));
+
+	PG_TRY();
+	{
+		catalogue = fetch_catalogue(server, token);
+	}
+	PG_FINALLY();
+	{
+		abp_http_cancel_all();
+		abp_forget_token(token);
+	}
+	PG_END_TRY();
+
+	args[0] = JsonbPGetDatum(catalogue);
+	args[1] = CStringGetTextDatum(server->prices_format);
+	args[2] = PG_GETARG_DATUM(1);
+	values = palloc(sizeof(Datum) * result->setDesc->natts);
+	nulls = palloc(sizeof(bool) * result->setDesc->natts);
+	SPI_connect();
+	SPI_execute_with_args("SELECT * FROM aibilling.import_prices($1, $2, $3)",
+						  3, argtypes, args, NULL, false, 0);
+	for (uint64 i = 0; i < SPI_processed; i++)
+	{
+		heap_deform_tuple(SPI_tuptable->vals[i], SPI_tuptable->tupdesc, values, nulls);
+		tuplestore_putvalues(result->setResult, result->setDesc, values, nulls);
+	}
+	SPI_finish();
+	return (Datum) 0;
+}

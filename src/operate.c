@@ -55,20 +55,20 @@
 #define SYNC_POLL_MS 100
 #define SYNC_PROGRESS_MS 5000
 
-PG_FUNCTION_INFO_V1(aibilling_create_usage_table);
-PG_FUNCTION_INFO_V1(aibilling_attach);
-PG_FUNCTION_INFO_V1(aibilling_detach);
-PG_FUNCTION_INFO_V1(aibilling_sync);
-PG_FUNCTION_INFO_V1(aibilling_preview);
-PG_FUNCTION_INFO_V1(aibilling_pause);
-PG_FUNCTION_INFO_V1(aibilling_resume);
-PG_FUNCTION_INFO_V1(aibilling_retry);
-PG_FUNCTION_INFO_V1(aibilling_arm);
-PG_FUNCTION_INFO_V1(aibilling_reprice);
-PG_FUNCTION_INFO_V1(aibilling_usage_status);
-PG_FUNCTION_INFO_V1(aibilling_status);
-PG_FUNCTION_INFO_V1(aibilling_on_sql_drop);
-PG_FUNCTION_INFO_V1(aibilling_on_server_ddl);
+PG_FUNCTION_INFO_V1(abp_sql_create_usage_table);
+PG_FUNCTION_INFO_V1(abp_sql_attach);
+PG_FUNCTION_INFO_V1(abp_sql_detach);
+PG_FUNCTION_INFO_V1(abp_sql_sync);
+PG_FUNCTION_INFO_V1(abp_sql_preview);
+PG_FUNCTION_INFO_V1(abp_sql_pause);
+PG_FUNCTION_INFO_V1(abp_sql_resume);
+PG_FUNCTION_INFO_V1(abp_sql_retry);
+PG_FUNCTION_INFO_V1(abp_sql_arm);
+PG_FUNCTION_INFO_V1(abp_sql_reprice);
+PG_FUNCTION_INFO_V1(abp_sql_usage_status);
+PG_FUNCTION_INFO_V1(abp_sql_status);
+PG_FUNCTION_INFO_V1(abp_sql_on_sql_drop);
+PG_FUNCTION_INFO_V1(abp_sql_on_server_ddl);
 
 /* --- helpers ---------------------------------------------------------------- */
 
@@ -234,7 +234,7 @@ static void attach_table(Oid relid, const char *server, const char *existing);
  * the caller, and attach it.
  */
 Datum
-aibilling_create_usage_table(PG_FUNCTION_ARGS)
+abp_sql_create_usage_table(PG_FUNCTION_ARGS)
 {
 	RangeVar   *name = makeRangeVarFromNameList(textToQualifiedNameList(PG_GETARG_TEXT_PP(0)));
 	Name		server = PG_GETARG_NAME(1);
@@ -451,7 +451,7 @@ attach_table(Oid relid, const char *server, const char *existing)
 	SPI_connect();
 	SPI_execute_with_args("INSERT INTO aibilling.usage_table (usage, server) VALUES ($1, $2)"
 						  " ON CONFLICT (usage) DO UPDATE SET server = excluded.server,"
-						  " blocked_at = NULL, blocked_reason = NULL",
+						  " blocked_until = NULL, blocked_reason = NULL",
 						  2, argtypes, args, NULL, false, 0);
 	SPI_finish();
 	abp_restore_user(&saved);
@@ -467,7 +467,7 @@ attach_table(Oid relid, const char *server, const char *existing)
  * aibilling.attach(usage, server, existing): make a table a usage table.
  */
 Datum
-aibilling_attach(PG_FUNCTION_ARGS)
+abp_sql_attach(PG_FUNCTION_ARGS)
 {
 	attach_table(PG_GETARG_OID(0), NameStr(*PG_GETARG_NAME(1)),
 				 text_to_cstring(PG_GETARG_TEXT_PP(2)));
@@ -478,7 +478,7 @@ aibilling_attach(PG_FUNCTION_ARGS)
  * aibilling.detach(usage, pending): make a usage table an ordinary one.
  */
 Datum
-aibilling_detach(PG_FUNCTION_ARGS)
+abp_sql_detach(PG_FUNCTION_ARGS)
 {
 	Oid			relid = PG_GETARG_OID(0);
 	char	   *pending = text_to_cstring(PG_GETARG_TEXT_PP(1));
@@ -551,7 +551,7 @@ goals_reached(SyncGoal *goals, int ngoals, bool shipping)
  * CALL aibilling.sync(server, timeout): deliver what is pending now.
  */
 Datum
-aibilling_sync(PG_FUNCTION_ARGS)
+abp_sql_sync(PG_FUNCTION_ARGS)
 {
 	CallContext *call = (CallContext *) fcinfo->context;
 	ShipScope	scope = {true, superuser() ? InvalidOid : GetUserId(), NULL};
@@ -752,7 +752,7 @@ preview_row(const UsageRow *row, Jsonb *whole, void *arg)
  * outbox, exactly as they would be sent.
  */
 Datum
-aibilling_preview(PG_FUNCTION_ARGS)
+abp_sql_preview(PG_FUNCTION_ARGS)
 {
 	Oid			relid = PG_GETARG_OID(0);
 	int32		max_rows = PG_GETARG_INT32(1);
@@ -856,7 +856,7 @@ pause_server(const char *server)
  * aibilling.pause(server): send nothing until resume(); NULL: all servers.
  */
 Datum
-aibilling_pause(PG_FUNCTION_ARGS)
+abp_sql_pause(PG_FUNCTION_ARGS)
 {
 	for_servers(fcinfo, pause_server);
 	PG_RETURN_VOID();
@@ -866,7 +866,7 @@ aibilling_pause(PG_FUNCTION_ARGS)
  * aibilling.resume(server): end a pause, whoever has begun it, and try now.
  */
 Datum
-aibilling_resume(PG_FUNCTION_ARGS)
+abp_sql_resume(PG_FUNCTION_ARGS)
 {
 	for_servers(fcinfo, abp_server_resume);
 	PG_RETURN_VOID();
@@ -876,7 +876,7 @@ aibilling_resume(PG_FUNCTION_ARGS)
  * aibilling.retry(usage, ids): send rejected rows again.  Returns how many.
  */
 Datum
-aibilling_retry(PG_FUNCTION_ARGS)
+abp_sql_retry(PG_FUNCTION_ARGS)
 {
 	Oid			relid;
 	IdSet		only = {0};
@@ -912,7 +912,7 @@ aibilling_retry(PG_FUNCTION_ARGS)
  * aibilling.arm(): let this copy of a database send.
  */
 Datum
-aibilling_arm(PG_FUNCTION_ARGS)
+abp_sql_arm(PG_FUNCTION_ARGS)
 {
 	if (!abp_owns_database(MyDatabaseId, GetUserId()))
 		aclcheck_error(ACLCHECK_NOT_OWNER, OBJECT_DATABASE, get_database_name(MyDatabaseId));
@@ -996,7 +996,7 @@ reprice_row(const UsageRow *row, Jsonb *whole, void *arg)
  * only.
  */
 Datum
-aibilling_reprice(PG_FUNCTION_ARGS)
+abp_sql_reprice(PG_FUNCTION_ARGS)
 {
 	Repricing	repricing = {PG_GETARG_OID(0), PG_GETARG_BOOL(3)};
 	Oid			argtypes[2] = {TIMESTAMPTZOID, TIMESTAMPTZOID};
@@ -1056,7 +1056,7 @@ aibilling_reprice(PG_FUNCTION_ARGS)
  * aibilling.usage_status(usage, id): where a row stands.
  */
 Datum
-aibilling_usage_status(PG_FUNCTION_ARGS)
+abp_sql_usage_status(PG_FUNCTION_ARGS)
 {
 	Oid			argtypes[2] = {REGCLASSOID, INT8OID};
 	Datum		args[2] = {PG_GETARG_DATUM(0), PG_GETARG_DATUM(1)};
@@ -1286,7 +1286,7 @@ status_of_table(const UsageTable *table, bool armed, ReturnSetInfo *result)
  * aibilling.status_rows(): one row a usage table that the caller may see.
  */
 Datum
-aibilling_status(PG_FUNCTION_ARGS)
+abp_sql_status(PG_FUNCTION_ARGS)
 {
 	ReturnSetInfo *result = (ReturnSetInfo *) fcinfo->resultinfo;
 	bool		armed;
@@ -1330,7 +1330,7 @@ aibilling_status(PG_FUNCTION_ARGS)
  * server with usage tables stays.
  */
 Datum
-aibilling_on_sql_drop(PG_FUNCTION_ARGS)
+abp_sql_on_sql_drop(PG_FUNCTION_ARGS)
 {
 	List	   *tables = NIL;
 	List	   *servers = NIL;
@@ -1410,7 +1410,7 @@ aibilling_on_sql_drop(PG_FUNCTION_ARGS)
  * whether what kept it from sending has been mended.
  */
 Datum
-aibilling_on_server_ddl(PG_FUNCTION_ARGS)
+abp_sql_on_server_ddl(PG_FUNCTION_ARGS)
 {
 	if (!CALLED_AS_EVENT_TRIGGER(fcinfo))
 		ereport(ERROR,

@@ -1208,7 +1208,7 @@ abp_usage_tables(bool *armed)
 		"SELECT t.usage::pg_catalog.oid, c.relowner,"
 		" pg_catalog.quote_ident(n.nspname) || '.' || pg_catalog.quote_ident(c.relname),"
 		" t.server, s.oid, st.paused, st.reason, st.failures::pg_catalog.int8,"
-		" st.not_before, t.blocked_at, t.blocked_reason,"
+		" st.not_before, t.blocked_until, t.blocked_reason,"
 		" NOT EXISTS (SELECT FROM aibilling.database_identity) OR EXISTS"
 		" (SELECT FROM aibilling.database_identity i"
 		" WHERE i.system_identifier = $1 AND i.database = $2)"
@@ -1250,7 +1250,7 @@ abp_usage_tables(bool *armed)
 		table->pause_reason = result_string(i, 7, caller);
 		table->failures = result_int64(i, 8, 0);
 		table->not_before = result_int64(i, 9, DT_NOBEGIN);
-		table->blocked_at = result_int64(i, 10, 0);
+		table->blocked_until = result_int64(i, 10, DT_NOBEGIN);
 		table->blocked_reason = result_string(i, 11, caller);
 
 		spi = MemoryContextSwitchTo(caller);
@@ -1309,29 +1309,46 @@ abp_usage_table_forget(Oid relid)
 }
 
 /*
- * Note why a table's rows cannot be read; NULL takes the note back.
+ * Note why a table's rows cannot be read, and when to try again.
  */
 void
-abp_usage_table_block(Oid relid, const char *reason)
+abp_usage_table_block(Oid relid, const char *reason, TimestampTz until)
 {
 	static Statement block = {
-		"UPDATE aibilling.usage_table SET blocked_reason = $2,"
-		" blocked_at = CASE WHEN $2 IS NOT NULL THEN pg_catalog.clock_timestamp() END"
-		" WHERE usage = $1 AND (blocked_reason IS NOT NULL OR $2 IS NOT NULL)",
-		2, {REGCLASSOID, TEXTOID}
+		"UPDATE aibilling.usage_table SET blocked_reason = $2, blocked_until = $3"
+		" WHERE usage = $1",
+		3, {REGCLASSOID, TEXTOID, TIMESTAMPTZOID}
 	};
-	Datum		values[2] = {ObjectIdGetDatum(relid)};
-	char		nulls[3] = "  ";
+	Datum		values[3] = {
+		ObjectIdGetDatum(relid), PointerGetDatum(error_text(reason)),
+		TimestampTzGetDatum(until)
+	};
 	SavedUser	saved;
-
-	if (reason == NULL)
-		nulls[1] = 'n';
-	else
-		values[1] = PointerGetDatum(error_text(reason));
 
 	abp_become_extension_owner(&saved);
 	SPI_connect();
-	run(&block, values, nulls);
+	run(&block, values, NULL);
+	SPI_finish();
+	abp_restore_user(&saved);
+}
+
+/*
+ * A table's rows can be read again.
+ */
+void
+abp_usage_table_unblock(Oid relid)
+{
+	static Statement unblock = {
+		"UPDATE aibilling.usage_table SET blocked_reason = NULL, blocked_until = NULL"
+		" WHERE usage = $1",
+		1, {REGCLASSOID}
+	};
+	Datum		values[1] = {ObjectIdGetDatum(relid)};
+	SavedUser	saved;
+
+	abp_become_extension_owner(&saved);
+	SPI_connect();
+	run(&unblock, values, NULL);
 	SPI_finish();
 	abp_restore_user(&saved);
 }
@@ -1381,7 +1398,7 @@ abp_server_state_save(const char *server, const char *paused, const char *reason
 }
 
 /*
- * Clear a server's pause and its waits.
+ * Clear a server's pause and its waits, and those of its tables.
  */
 void
 abp_server_resume(const char *server)
@@ -1389,12 +1406,18 @@ abp_server_resume(const char *server)
 	static Statement resume = {
 		"DELETE FROM aibilling.server_state st WHERE st.server = $1", 1, {NAMEOID}
 	};
+	static Statement unblock = {
+		"UPDATE aibilling.usage_table SET blocked_reason = NULL, blocked_until = NULL"
+		" WHERE server = $1 AND blocked_reason IS NOT NULL",
+		1, {NAMEOID}
+	};
 	Datum		values[1] = {DirectFunctionCall1(namein, CStringGetDatum(server))};
 	SavedUser	saved;
 
 	abp_become_extension_owner(&saved);
 	SPI_connect();
 	run(&resume, values, NULL);
+	run(&unblock, values, NULL);
 	SPI_finish();
 	abp_restore_user(&saved);
 }

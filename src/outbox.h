@@ -55,7 +55,7 @@ typedef struct UsageTable
 	char	   *pause_reason;
 	int			failures;
 	TimestampTz not_before;		/* DT_NOBEGIN: none */
-	TimestampTz blocked_at;		/* 0: not blocked */
+	TimestampTz blocked_until;	/* DT_NOBEGIN: not blocked */
 	char	   *blocked_reason;
 } UsageTable;
 
@@ -130,7 +130,9 @@ extern int	abp_ledger_recent_requests(const char *server, int limit);
 extern List *abp_usage_tables(bool *armed);
 extern bool abp_usage_table_attached(Oid relid, Oid *serverid);
 extern void abp_usage_table_forget(Oid relid);
-extern void abp_usage_table_block(Oid relid, const char *reason);
+extern void abp_usage_table_block(Oid relid, const char *reason,
+								  TimestampTz until);
+extern void abp_usage_table_unblock(Oid relid);
 extern void abp_server_state_save(const char *server, const char *paused,
 								  const char *reason, int failures,
 								  TimestampTz not_before);

@@ -58,6 +58,7 @@
 #define BACKOFF_MAX_MS (60 * 1000)
 #define RATE_LIMITED_MS (60 * 1000) /* after a 429 without Retry-After */
 #define PROBE_MS (5 * 60 * 1000)	/* between tries while a server refuses us */
+#define TRANSIENT_MS (10 * 1000)	/* after an error that passes by itself */
 #define SKEW_MS 5000			/* hold rows whose time Polar calls the future */
 
 /* After so many server errors a batch is halved, and a single row suspected. */
@@ -1139,6 +1140,15 @@ take_ids(const UsageTable *table, Position *position, int64 max_ids, int *attemp
 	}
 }
 
+/* Does waiting help: a lock, a deadlock, a full disk, too little memory? */
+static bool
+is_transient(int sqlerrcode)
+{
+	return sqlerrcode == ERRCODE_LOCK_NOT_AVAILABLE ||
+		ERRCODE_TO_CATEGORY(sqlerrcode) == ERRCODE_TRANSACTION_ROLLBACK ||
+		ERRCODE_TO_CATEGORY(sqlerrcode) == ERRCODE_INSUFFICIENT_RESOURCES;
+}
+
 /* Work on one table that fails without harm to others. */
 typedef void (*TableWork) (const UsageTable *table, const ServerOptions *server, void *arg);
 
@@ -1165,6 +1175,7 @@ guarded(TableWork work, const UsageTable *table, const ServerOptions *server, vo
 	PG_CATCH();
 	{
 		ErrorData  *error;
+		TimestampTz until;
 
 		MemoryContextSwitchTo(caller);
 		error = CopyErrorData();
@@ -1176,14 +1187,15 @@ guarded(TableWork work, const UsageTable *table, const ServerOptions *server, vo
 		RollbackAndReleaseCurrentSubTransaction();
 		CurrentResourceOwner = owner;
 		position_of(table->relid)->cursor = PG_INT64_MIN;
-		if (table->blocked_at == 0)
+		if (table->blocked_reason == NULL)
 			ereport(WARNING,
 					(errcode(error->sqlerrcode),
 					 errmsg("usage rows of %s cannot be delivered: %s",
 							table->name, error->message),
 					 errhint("Mend the cause; delivery of the table resumes by itself.")));
-		abp_usage_table_block(table->relid, error->message);
-		due_at(in_ms(PROBE_MS));
+		until = in_ms(is_transient(error->sqlerrcode) ? TRANSIENT_MS : PROBE_MS);
+		abp_usage_table_block(table->relid, error->message, until);
+		due_at(until);
 	}
 	PG_END_TRY();
 	MemoryContextSwitchTo(caller);
@@ -1513,8 +1525,8 @@ prepare_table(const UsageTable *table, const ServerOptions *server, List **depar
 				drop_shipment(next.shipment);
 			break;
 		}
-		if (next.found && table->blocked_at != 0)
-			abp_usage_table_block(table->relid, NULL);
+		if (next.found && table->blocked_reason != NULL)
+			abp_usage_table_unblock(table->relid);
 		if (next.shipment == NULL)
 			give_quota_back(lane, server);
 		if (!next.found)
@@ -1600,10 +1612,9 @@ work(const ShipScope *scope)
 		server = options_of(table);
 		if (server == NULL)
 			continue;
-		if (table->blocked_at != 0 && !servers_changed &&
-			table->blocked_at + PROBE_MS * INT64CONST(1000) > GetCurrentTimestamp())
+		if (table->blocked_until > GetCurrentTimestamp() && !servers_changed)
 		{
-			due_at(table->blocked_at + PROBE_MS * INT64CONST(1000));
+			due_at(table->blocked_until);
 			continue;
 		}
 

@@ -46,10 +46,10 @@
 /* How many kinds of collected rows are looked through for each row. */
 #define MAX_GROUPS_SEARCHED 16
 
-PG_FUNCTION_INFO_V1(aibilling_price_usage);
-PG_FUNCTION_INFO_V1(aibilling_enqueue_usage);
-PG_FUNCTION_INFO_V1(aibilling_guard_usage);
-PG_FUNCTION_INFO_V1(aibilling_truncate_usage);
+PG_FUNCTION_INFO_V1(abp_sql_price_usage);
+PG_FUNCTION_INFO_V1(abp_sql_enqueue_usage);
+PG_FUNCTION_INFO_V1(abp_sql_guard_usage);
+PG_FUNCTION_INFO_V1(abp_sql_truncate_usage);
 
 /*
  * What a session knows of a table with our triggers: a usage table or one of
@@ -554,7 +554,8 @@ flush_collected(void)
 	OutboxEntry *entries;
 	MemoryContext old;
 
-	if (collected == NULL)
+	/* The extension may have been dropped since, in this transaction. */
+	if (collected == NULL || !OidIsValid(abp_extension_relation("outbox_entry")))
 		return;
 
 	old = MemoryContextSwitchTo(collect_context);
@@ -890,7 +891,10 @@ requeue_row(UsageRelation *known, Relation rel, const UsageRow *row,
 
 		/* A ready row stays where it is: the shipper reads it as updated. */
 		if (state == OUTBOX_READY && verdict.state == OUTBOX_READY)
+		{
+			abp_wake_at_commit();	/* it may have passed the locked row over */
 			return;
+		}
 		place = abp_outbox_find(known->usage_table, row->id, true, &state);
 		if (place != ROW_IN_OUTBOX)
 			refuse_change(ROW_SENDING, rel, row->id, "update");
@@ -906,7 +910,7 @@ requeue_row(UsageRelation *known, Relation rel, const UsageRow *row,
  * BEFORE INSERT OR UPDATE, FOR EACH ROW: normalise and price the row.
  */
 Datum
-aibilling_price_usage(PG_FUNCTION_ARGS)
+abp_sql_price_usage(PG_FUNCTION_ARGS)
 {
 	TriggerData *trigdata = (TriggerData *) fcinfo->context;
 	Relation	rel;
@@ -1034,7 +1038,7 @@ enqueue_is_off(Oid usage_table)
  * AFTER INSERT, FOR EACH ROW: collect the row for the outbox.
  */
 Datum
-aibilling_enqueue_usage(PG_FUNCTION_ARGS)
+abp_sql_enqueue_usage(PG_FUNCTION_ARGS)
 {
 	TriggerData *trigdata = (TriggerData *) fcinfo->context;
 	Relation	rel;
@@ -1079,7 +1083,7 @@ aibilling_enqueue_usage(PG_FUNCTION_ARGS)
  * the outbox with it.
  */
 Datum
-aibilling_guard_usage(PG_FUNCTION_ARGS)
+abp_sql_guard_usage(PG_FUNCTION_ARGS)
 {
 	TriggerData *trigdata = (TriggerData *) fcinfo->context;
 	Relation	rel;
@@ -1120,7 +1124,7 @@ aibilling_guard_usage(PG_FUNCTION_ARGS)
  * BEFORE TRUNCATE, FOR EACH STATEMENT: the outbox forgets the table's rows.
  */
 Datum
-aibilling_truncate_usage(PG_FUNCTION_ARGS)
+abp_sql_truncate_usage(PG_FUNCTION_ARGS)
 {
 	TriggerData *trigdata = (TriggerData *) fcinfo->context;
 	Relation	rel;

@@ -65,6 +65,20 @@
 #define Anum_entry_error 9
 #define Natts_entry 9
 
+/* The columns up to "last" as they lie in a tuple: fixed lengths, no NULLs. */
+typedef struct EntryForm
+{
+	Oid			usage_table;
+	char		state;
+	int32		attempts;
+	bool		maybe_sent;
+	TimestampTz not_before;
+	int64		first;
+	int64		last;
+} EntryForm;
+
+#define ENTRY_FORM(tuple) ((const EntryForm *) GETSTRUCT(tuple))
+
 /* A statement that is prepared once a session. */
 typedef struct Statement
 {
@@ -382,23 +396,26 @@ abp_outbox_put(OutboxEntry *entries, int nentries)
 static OutboxEntry
 read_entry(HeapTuple tuple, TupleDesc desc)
 {
-	OutboxEntry entry = {0};
-	Datum		values[Natts_entry];
-	bool		nulls[Natts_entry];
+	const EntryForm *form = ENTRY_FORM(tuple);
+	OutboxEntry entry = {
+		.usage_table = form->usage_table,
+		.state = form->state,
+		.attempts = form->attempts,
+		.maybe_sent = form->maybe_sent,
+		.not_before = form->not_before
+	};
+	bool		isnull;
+	Datum		value;
 
-	heap_deform_tuple(tuple, desc, values, nulls);
-	entry.usage_table = DatumGetObjectId(values[Anum_entry_usage_table - 1]);
-	entry.state = DatumGetChar(values[Anum_entry_state - 1]);
-	entry.attempts = DatumGetInt32(values[Anum_entry_attempts - 1]);
-	entry.maybe_sent = DatumGetBool(values[Anum_entry_maybe_sent - 1]);
-	entry.not_before = DatumGetTimestampTz(values[Anum_entry_not_before - 1]);
-	if (nulls[Anum_entry_ids - 1])
-		abp_idset_add(&entry.ids, DatumGetInt64(values[Anum_entry_first - 1]),
-					  DatumGetInt64(values[Anum_entry_last - 1]), CurrentMemoryContext);
+	value = heap_getattr(tuple, Anum_entry_ids, desc, &isnull);
+	if (isnull)
+		abp_idset_add(&entry.ids, form->first, form->last, CurrentMemoryContext);
 	else
-		entry.ids = abp_idset_from_multirange(values[Anum_entry_ids - 1]);
-	if (!nulls[Anum_entry_error - 1])
-		entry.error = TextDatumGetCString(values[Anum_entry_error - 1]);
+		entry.ids = abp_idset_from_multirange(value);
+
+	value = heap_getattr(tuple, Anum_entry_error, desc, &isnull);
+	if (!isnull)
+		entry.error = TextDatumGetCString(value);
 	return entry;
 }
 
@@ -663,54 +680,41 @@ abp_outbox_count(Oid usage_table, char state, int64 exact_limit,
 	*estimated = false;
 	PushActiveSnapshot(GetLatestSnapshot());
 	begin_entry_scan(&scan, usage_table, state, PG_INT64_MIN, DT_NOEND, AccessShareLock);
-	while ((tuple = systable_getnext_ordered(scan.scan, ForwardScanDirection)) != NULL)
+	while (count < exact_limit &&
+		   (tuple = systable_getnext_ordered(scan.scan, ForwardScanDirection)) != NULL)
 	{
-		TupleDesc	desc = RelationGetDescr(scan.rel);
-		bool		isnull;
-		Datum		ids = heap_getattr(tuple, Anum_entry_ids, desc, &isnull);
-		int64		first;
+		const EntryForm *form = ENTRY_FORM(tuple);
 
 		CHECK_FOR_INTERRUPTS();
 
-		if (!isnull)
+		if (count == 0)
+			*first_id = lowest = form->first;
+		reached = form->last;
+		if (heap_attisnull(tuple, Anum_entry_ids, RelationGetDescr(scan.rel)))
+			count += form->last - form->first + 1;
+		else
 		{
-			IdSet		set = abp_idset_from_multirange(ids);
+			OutboxEntry entry = read_entry(tuple, RelationGetDescr(scan.rel));
 
-			count += abp_idset_count(&set);
-			pfree(set.ranges);
-		}
-		first = DatumGetInt64(heap_getattr(tuple, Anum_entry_first, desc, &isnull));
-		reached = DatumGetInt64(heap_getattr(tuple, Anum_entry_last, desc, &isnull));
-		if (heap_attisnull(tuple, Anum_entry_ids, desc))
-			count += reached - first + 1;
-		if (lowest == 0)
-		{
-			lowest = first;
-			*first_id = first;
-		}
-		if (count >= exact_limit)
-		{
-			/* Anything behind?  Then its end tells how much, about. */
-			end_entry_scan(&scan);
-			begin_entry_scan(&scan, usage_table, state, PG_INT64_MIN, DT_NOEND,
-							 AccessShareLock);
-			tuple = systable_getnext_ordered(scan.scan, BackwardScanDirection);
-			if (tuple != NULL)
-			{
-				int64		end = DatumGetInt64(heap_getattr(tuple, Anum_entry_last,
-															 RelationGetDescr(scan.rel), &isnull));
-
-				if (end > reached)
-				{
-					*estimated = true;
-					count += (int64) ((end - reached) *
-									  (double) count / (reached - lowest + 1));
-				}
-			}
-			break;
+			count += abp_idset_count(&entry.ids);
+			pfree(entry.ids.ranges);
 		}
 	}
 	end_entry_scan(&scan);
+
+	/* Anything behind?  Then its end tells how much, about. */
+	if (count >= exact_limit)
+	{
+		begin_entry_scan(&scan, usage_table, state, PG_INT64_MIN, DT_NOEND, AccessShareLock);
+		tuple = systable_getnext_ordered(scan.scan, BackwardScanDirection);
+		if (tuple != NULL && ENTRY_FORM(tuple)->last > reached)
+		{
+			*estimated = true;
+			count += (int64) ((ENTRY_FORM(tuple)->last - reached) *
+							  (double) count / (reached - lowest + 1));
+		}
+		end_entry_scan(&scan);
+	}
 	PopActiveSnapshot();
 	return count;
 }
@@ -843,7 +847,6 @@ abp_outbox_bounds(Oid usage_table, char state, int64 *first, int64 *last)
 {
 	EntryScan	scan;
 	HeapTuple	tuple;
-	bool		isnull;
 	bool		found;
 
 	PushActiveSnapshot(GetLatestSnapshot());
@@ -852,16 +855,12 @@ abp_outbox_bounds(Oid usage_table, char state, int64 *first, int64 *last)
 	found = tuple != NULL;
 	if (found)
 	{
-		TupleDesc	desc = RelationGetDescr(scan.rel);
-
-		*first = DatumGetInt64(heap_getattr(tuple, Anum_entry_first, desc, &isnull));
+		*first = ENTRY_FORM(tuple)->first;
 		end_entry_scan(&scan);
-		begin_entry_scan(&scan, usage_table, state, PG_INT64_MIN, DT_NOEND,
-						 AccessShareLock);
+		begin_entry_scan(&scan, usage_table, state, PG_INT64_MIN, DT_NOEND, AccessShareLock);
 		tuple = systable_getnext_ordered(scan.scan, BackwardScanDirection);
 		if (tuple != NULL)
-			*last = DatumGetInt64(heap_getattr(tuple, Anum_entry_last,
-											   RelationGetDescr(scan.rel), &isnull));
+			*last = ENTRY_FORM(tuple)->last;
 	}
 	end_entry_scan(&scan);
 	PopActiveSnapshot();
@@ -882,12 +881,7 @@ abp_outbox_next_due(Oid usage_table)
 	begin_entry_scan(&scan, usage_table, OUTBOX_WAITING, 0, DT_NOEND, AccessShareLock);
 	tuple = systable_getnext_ordered(scan.scan, ForwardScanDirection);
 	if (tuple != NULL)
-	{
-		bool		isnull;
-
-		due = DatumGetTimestampTz(heap_getattr(tuple, Anum_entry_not_before,
-											   RelationGetDescr(scan.rel), &isnull));
-	}
+		due = ENTRY_FORM(tuple)->not_before;
 	end_entry_scan(&scan);
 	PopActiveSnapshot();
 	return due;

@@ -1401,6 +1401,17 @@ CREATE TABLE aibilling.delivery (
 CREATE INDEX delivery_sending ON aibilling.delivery (usage_table) WHERE state = 'sending';
 CREATE INDEX delivery_usage_ids ON aibilling.delivery USING gist (usage_ids);
 
+-- What the ledger sums up to, up to a delivery: status need not read it all.
+CREATE TABLE aibilling.delivery_total (
+	usage_table regclass PRIMARY KEY,
+	up_to bigint NOT NULL,
+	deliveries bigint NOT NULL,
+	delivered bigint NOT NULL,
+	duplicates bigint NOT NULL,
+	unexpected_duplicates bigint NOT NULL,
+	vanished bigint NOT NULL
+);
+
 CREATE TABLE aibilling.server_state (
 	server name COLLATE "C" PRIMARY KEY,
 	paused text COLLATE "C" CHECK (paused IN ('operator', 'answer')),
@@ -1420,6 +1431,7 @@ SELECT pg_extension_config_dump('aibilling.usage_table', '');
 SELECT pg_extension_config_dump('aibilling.outbox_entry', '');
 SELECT pg_extension_config_dump('aibilling.delivery', '');
 SELECT pg_extension_config_dump('aibilling.delivery_id_seq', '');
+SELECT pg_extension_config_dump('aibilling.delivery_total', '');
 SELECT pg_extension_config_dump('aibilling.server_state', '');
 SELECT pg_extension_config_dump('aibilling.database_identity', '');
 

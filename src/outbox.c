@@ -88,6 +88,14 @@ typedef struct Statement
 	SPIPlanPtr	plan;
 } Statement;
 
+/* What is added up of settled deliveries "d". */
+#define LEDGER_SUMS \
+	"SELECT count(*) FILTER (WHERE d.state = 'delivered') AS deliveries," \
+	" coalesce(sum(d.events) FILTER (WHERE d.state = 'delivered'), 0)::pg_catalog.int8 AS delivered," \
+	" coalesce(sum(d.duplicates), 0)::pg_catalog.int8 AS duplicates," \
+	" coalesce(sum(d.unexpected_duplicates), 0)::pg_catalog.int8 AS unexpected_duplicates," \
+	" coalesce(sum(d.vanished), 0)::pg_catalog.int8 AS vanished"
+
 /* The plans that read one usage table, kept for the session. */
 typedef struct ReadPlans
 {
@@ -205,6 +213,19 @@ run(Statement *statement, Datum *values, const char *nulls)
 	if (result < 0)
 		elog(ERROR, "unexpected failure to execute: %s", SPI_result_code_string(result));
 	return SPI_processed;
+}
+
+/* Run a statement without a result, with the rights of the extension's owner. */
+static void
+run_alone(Statement *statement, Datum *values)
+{
+	SavedUser	saved;
+
+	abp_become_extension_owner(&saved);
+	SPI_connect();
+	run(statement, values, NULL);
+	SPI_finish();
+	abp_restore_user(&saved);
 }
 
 static Datum
@@ -1115,19 +1136,28 @@ void
 abp_ledger_totals(Oid usage_table, LedgerTotals *totals)
 {
 	static Statement sums = {
-		"SELECT coalesce(sum(d.events) FILTER (WHERE d.state = 'sending'), 0)::pg_catalog.int8,"
-		" count(*) FILTER (WHERE d.state = 'delivered'),"
-		" coalesce(sum(d.events) FILTER (WHERE d.state = 'delivered'), 0)::pg_catalog.int8,"
-		" coalesce(sum(d.duplicates), 0)::pg_catalog.int8,"
-		" coalesce(sum(d.unexpected_duplicates), 0)::pg_catalog.int8,"
-		" coalesce(sum(d.vanished), 0)::pg_catalog.int8,"
-		" max(d.finished_at) FILTER (WHERE d.state = 'delivered')"
-		" FROM aibilling.delivery d WHERE d.usage_table = $1",
+		"SELECT (SELECT coalesce(sum(d.events), 0) FROM aibilling.delivery d"
+		"  WHERE d.usage_table = $1 AND d.state = 'sending')::pg_catalog.int8,"
+		" (coalesce(t.deliveries, 0) + r.deliveries)::pg_catalog.int8,"
+		" (coalesce(t.delivered, 0) + r.delivered)::pg_catalog.int8,"
+		" (coalesce(t.duplicates, 0) + r.duplicates)::pg_catalog.int8,"
+		" (coalesce(t.unexpected_duplicates, 0) + r.unexpected_duplicates)::pg_catalog.int8,"
+		" (coalesce(t.vanished, 0) + r.vanished)::pg_catalog.int8"
+		" FROM (SELECT) one LEFT JOIN aibilling.delivery_total t ON t.usage_table = $1,"
+		" LATERAL (" LEDGER_SUMS
+		"  FROM aibilling.delivery d"
+		"  WHERE d.usage_table = $1 AND d.id > coalesce(t.up_to, 0)) r",
+		1, {REGCLASSOID}
+	};
+	static Statement last_delivery = {
+		"SELECT d.finished_at FROM aibilling.delivery d"
+		" WHERE d.usage_table = $1 AND d.state = 'delivered' ORDER BY d.id DESC LIMIT 1",
 		1, {REGCLASSOID}
 	};
 	static Statement last_error = {
-		"SELECT d.error FROM aibilling.delivery d"
-		" WHERE d.usage_table = $1 AND d.error IS NOT NULL ORDER BY d.id DESC LIMIT 1",
+		"SELECT d.error FROM (SELECT * FROM aibilling.delivery d"
+		"  WHERE d.usage_table = $1 ORDER BY d.id DESC LIMIT 1000) d"
+		" WHERE d.error IS NOT NULL ORDER BY d.id DESC LIMIT 1",
 		1, {REGCLASSOID}
 	};
 	Datum		values[1] = {ObjectIdGetDatum(usage_table)};
@@ -1143,11 +1173,43 @@ abp_ledger_totals(Oid usage_table, LedgerTotals *totals)
 	totals->duplicates = result_int64(0, 4, 0);
 	totals->unexpected_duplicates = result_int64(0, 5, 0);
 	totals->vanished = result_int64(0, 6, 0);
-	totals->last_delivery = result_int64(0, 7, DT_NOBEGIN);
+	totals->last_delivery = run(&last_delivery, values, NULL) > 0 ?
+		result_int64(0, 1, DT_NOBEGIN) : DT_NOBEGIN;
 	totals->last_error = run(&last_error, values, NULL) > 0 ?
 		result_string(0, 1, caller) : NULL;
 	SPI_finish();
 	abp_restore_user(&saved);
+}
+
+/*
+ * Add what is settled to the totals.  For the shipper only: below the oldest
+ * unsettled delivery nothing changes any more.
+ */
+void
+abp_ledger_sum_up(void)
+{
+	static Statement sum_up = {
+		"INSERT INTO aibilling.delivery_total AS t"
+		" SELECT n.usage_table, n.up_to, r.* FROM"
+		" (SELECT d.usage_table, max(d.id) AS up_to FROM aibilling.delivery d"
+		"  WHERE d.id > (SELECT coalesce(max(o.up_to), 0) FROM aibilling.delivery_total o)"
+		"  AND d.id < coalesce((SELECT min(u.id) FROM aibilling.delivery u"
+		"   WHERE u.state = 'sending'), 9223372036854775807)"
+		"  GROUP BY d.usage_table) n"
+		" LEFT JOIN aibilling.delivery_total o ON o.usage_table = n.usage_table,"
+		" LATERAL (" LEDGER_SUMS
+		"  FROM aibilling.delivery d WHERE d.usage_table = n.usage_table"
+		"  AND d.id > coalesce(o.up_to, 0) AND d.id <= n.up_to) r"
+		" ON CONFLICT (usage_table) DO UPDATE SET up_to = excluded.up_to,"
+		" deliveries = t.deliveries + excluded.deliveries,"
+		" delivered = t.delivered + excluded.delivered,"
+		" duplicates = t.duplicates + excluded.duplicates,"
+		" unexpected_duplicates = t.unexpected_duplicates + excluded.unexpected_duplicates,"
+		" vanished = t.vanished + excluded.vanished",
+		0, {0}
+	};
+
+	run_alone(&sum_up, NULL);
 }
 
 /*
@@ -1403,18 +1465,6 @@ abp_server_resume(const char *server)
 	SPI_connect();
 	run(&resume, values, NULL);
 	run(&unblock, values, NULL);
-	SPI_finish();
-	abp_restore_user(&saved);
-}
-
-static void
-run_alone(Statement *statement, Datum *values)
-{
-	SavedUser	saved;
-
-	abp_become_extension_owner(&saved);
-	SPI_connect();
-	run(statement, values, NULL);
 	SPI_finish();
 	abp_restore_user(&saved);
 }

@@ -132,6 +132,7 @@ extern void abp_ledger_finish(Delivery *delivery, const char *state,
 extern List *abp_ledger_unsettled(void);
 extern bool abp_ledger_sending(Oid usage_table);
 extern void abp_ledger_totals(Oid usage_table, LedgerTotals *totals);
+extern void abp_ledger_sum_up(void);
 extern int	abp_ledger_recent_requests(const char *server, int limit);
 
 /* usage tables and servers */

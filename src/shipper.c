@@ -71,6 +71,9 @@
 /* The longest wait for an answer without a look at the tables. */
 #define IDLE_WAIT_MS 1000
 
+/* After so many deliveries the ledger is summed up. */
+#define SUM_UP_EVERY 1000
+
 /* How many unpriced entries are looked at in one turn. */
 #define UNPRICED_PER_TURN 32
 
@@ -149,7 +152,8 @@ static Oid	known_extension = InvalidOid;
 static bool recovered = false;	/* have unsettled deliveries been taken over? */
 static TimestampTz next_due;
 static bool room_left = true;	/* could more requests fly, if there were more? */
-static int64 delivered = 0;
+static int64 delivered = 0;		/* events */
+static int	settled = 0;		/* deliveries since the ledger was summed up */
 
 /* set by invalidation callbacks */
 static bool prices_changed = true;
@@ -351,6 +355,7 @@ drop_shipment(Shipment *shipment)
 {
 	if (shipment->request != NULL)
 		abp_http_release(shipment->request);
+	settled++;
 	shipment->lane->shipments--;
 	shipments = list_delete_ptr(shipments, shipment);
 	MemoryContextDelete(shipment->context);
@@ -1605,6 +1610,11 @@ work(const ShipScope *scope)
 	notice_resumed(tables);
 	settle_answered(tables);
 	settle_orphans(tables);
+	if (settled >= SUM_UP_EVERY)
+	{
+		abp_ledger_sum_up();
+		settled = 0;
+	}
 	if (!armed)
 		return NIL;
 

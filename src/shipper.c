@@ -1063,6 +1063,22 @@ lane_flying(const Lane *lane)
 	return flying;
 }
 
+/* Wait no longer for a server, nor for the retries of its deliveries. */
+static void
+try_now(Lane *lane)
+{
+	ListCell   *lc;
+
+	lane->not_before = DT_NOBEGIN;
+	foreach(lc, shipments)
+	{
+		Shipment   *shipment = lfirst(lc);
+
+		if (shipment->lane == lane)
+			shipment->retry_at = DT_NOBEGIN;
+	}
+}
+
 /*
  * Is a server to be left alone?  Then the next time to look is noted.
  */
@@ -1087,8 +1103,9 @@ lane_is_closed(Lane *lane, const UsageTable *table, const ServerOptions *server,
 		return true;
 	}
 
-	if (lane->paused_by_answer && (hash != lane->refused_token || servers_changed))
-		lane->not_before = DT_NOBEGIN;	/* what was refused has changed: try */
+	/* What failed or was refused may have been mended: try. */
+	if (servers_changed || (lane->paused_by_answer && hash != lane->refused_token))
+		try_now(lane);
 	lane->refused_token = hash;
 
 	if (lane->not_before > GetCurrentTimestamp())
@@ -1398,18 +1415,9 @@ notice_resumed(List *tables)
 
 		if (TIMESTAMP_NOT_FINITE(table->not_before) && !TIMESTAMP_NOT_FINITE(lane->not_before))
 		{
-			ListCell   *other;
-
 			lane->failures = 0;
 			lane->paused_by_answer = false;
-			lane->not_before = DT_NOBEGIN;
-			foreach(other, shipments)
-			{
-				Shipment   *shipment = lfirst(other);
-
-				if (shipment->lane == lane)
-					shipment->retry_at = DT_NOBEGIN;
-			}
+			try_now(lane);
 		}
 	}
 }

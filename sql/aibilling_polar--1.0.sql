@@ -1354,7 +1354,7 @@ CREATE TABLE aibilling.usage_table (
 	usage regclass PRIMARY KEY,
 	server name COLLATE "C" NOT NULL,
 	attached_at timestamptz NOT NULL DEFAULT now(),
-	blocked_at timestamptz,
+	blocked_until timestamptz,
 	blocked_reason text
 );
 
@@ -1365,6 +1365,7 @@ CREATE TABLE aibilling.outbox_entry (
 	usage_table regclass NOT NULL,
 	state "char" NOT NULL,
 	attempts integer NOT NULL,
+	maybe_sent boolean NOT NULL,
 	not_before timestamptz NOT NULL,
 	first bigint NOT NULL,
 	last bigint NOT NULL,
@@ -1411,7 +1412,8 @@ CREATE TABLE aibilling.server_state (
 
 CREATE TABLE aibilling.database_identity (
 	system_identifier bigint NOT NULL,
-	database oid NOT NULL
+	database oid NOT NULL,
+	timeline bigint NOT NULL
 );
 
 SELECT pg_extension_config_dump('aibilling.usage_table', '');

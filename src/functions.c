@@ -34,6 +34,7 @@
 #include "polar.h"
 #include "price.h"
 #include "server.h"
+#include "wake.h"
 
 /* --- cost ---------------------------------------------------------------- */
 
@@ -149,6 +150,7 @@ abp_sql_price_changed(PG_FUNCTION_ARGS)
 						"aibilling.price_changed")));
 
 	CacheInvalidateRelcache(trigdata->tg_relation);
+	abp_wake_at_commit();		/* held rows may have a price now */
 	return PointerGetDatum(NULL);
 }
 

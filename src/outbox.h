@@ -28,10 +28,18 @@ typedef struct OutboxEntry
 	Oid			usage_table;
 	char		state;
 	int			attempts;
+	bool		maybe_sent;		/* by a server whose ledger we do not have */
 	TimestampTz not_before;		/* OUTBOX_WAITING only, else DT_NOBEGIN */
 	IdSet		ids;
 	const char *error;			/* why it waits, or NULL */
 } OutboxEntry;
+
+/* What abp_outbox_take tells of the entries that it took, together. */
+typedef struct TakenEntries
+{
+	int			attempts;		/* the most */
+	bool		maybe_sent;		/* of any */
+} TakenEntries;
 
 /* Where a row stands. */
 typedef enum RowPlace
@@ -55,7 +63,7 @@ typedef struct UsageTable
 	char	   *pause_reason;
 	int			failures;
 	TimestampTz not_before;		/* DT_NOBEGIN: none */
-	TimestampTz blocked_at;		/* 0: not blocked */
+	TimestampTz blocked_until;	/* DT_NOBEGIN: not blocked */
 	char	   *blocked_reason;
 } UsageTable;
 
@@ -99,7 +107,7 @@ extern bool abp_extension_installed(void);
 extern Oid	abp_extension_relation(const char *name);
 extern void abp_outbox_put(OutboxEntry *entries, int nentries);
 extern IdSet abp_outbox_take(Oid usage_table, char state, TimestampTz until,
-							 int64 *cursor, int64 max_ids, int *attempts);
+							 int64 *cursor, int64 max_ids, TakenEntries *entries);
 extern RowPlace abp_outbox_find(Oid usage_table, int64 id, bool for_change,
 								char *state);
 extern void abp_outbox_remove(Oid usage_table, int64 id);
@@ -130,12 +138,15 @@ extern int	abp_ledger_recent_requests(const char *server, int limit);
 extern List *abp_usage_tables(bool *armed);
 extern bool abp_usage_table_attached(Oid relid, Oid *serverid);
 extern void abp_usage_table_forget(Oid relid);
-extern void abp_usage_table_block(Oid relid, const char *reason);
+extern void abp_usage_table_block(Oid relid, const char *reason,
+								  TimestampTz until);
+extern void abp_usage_table_unblock(Oid relid);
 extern void abp_server_state_save(const char *server, const char *paused,
 								  const char *reason, int failures,
 								  TimestampTz not_before);
 extern void abp_server_resume(const char *server);
 extern void abp_database_arm(bool only_first);
+extern void abp_database_check_timeline(void);
 
 /* usage rows */
 extern uint64 abp_usage_read(const UsageTable *table, IdSet *ids, bool whole,

@@ -58,6 +58,7 @@
 #define BACKOFF_MAX_MS (60 * 1000)
 #define RATE_LIMITED_MS (60 * 1000) /* after a 429 without Retry-After */
 #define PROBE_MS (5 * 60 * 1000)	/* between tries while a server refuses us */
+#define TRANSIENT_MS (10 * 1000)	/* after an error that passes by itself */
 #define SKEW_MS 5000			/* hold rows whose time Polar calls the future */
 
 /* After so many server errors a batch is halved, and a single row suspected. */
@@ -470,6 +471,7 @@ set_aside(Filling *filling, int64 id, const RowState *verdict)
 	entry->state = verdict->state;
 	entry->not_before = verdict->not_before;
 	entry->attempts = filling->shipment->delivery.prior_attempts;
+	entry->maybe_sent = filling->shipment->delivery.outcome_unknown;
 	entry->error = verdict->error == NULL ? NULL : pstrdup(verdict->error);
 	abp_idset_add(&entry->ids, id, id, filling->context);
 	filling->exceptions = lappend(filling->exceptions, entry);
@@ -633,6 +635,7 @@ fill_shipment(Shipment *shipment, const UsageTable *table,
 		.usage_table = table->relid,
 			.state = OUTBOX_READY,
 			.attempts = delivery->prior_attempts,
+			.maybe_sent = delivery->outcome_unknown,
 			.ids = filling.left
 	};
 	abp_outbox_put(back, nback);
@@ -672,6 +675,7 @@ put_back(Shipment *shipment, IdSet ids, char state, TimestampTz not_before,
 		.state = state,
 		.attempts = shipment->delivery.prior_attempts +
 		(burn_attempt ? shipment->delivery.attempts : 0),
+		.maybe_sent = shipment->delivery.outcome_unknown,
 		.not_before = not_before,
 		.ids = ids,
 		.error = error
@@ -1104,13 +1108,14 @@ lane_capacity(const Lane *lane, const ServerOptions *server)
  * nothing.
  */
 static IdSet
-take_ids(const UsageTable *table, Position *position, int64 max_ids, int *attempts)
+take_ids(const UsageTable *table, Position *position, int64 max_ids,
+		 TakenEntries *entries)
 {
 	TimestampTz start = GetCurrentTimestamp();
 	int64		unused = 0;
 	IdSet		ids;
 
-	ids = abp_outbox_take(table->relid, OUTBOX_WAITING, start, &unused, max_ids, attempts);
+	ids = abp_outbox_take(table->relid, OUTBOX_WAITING, start, &unused, max_ids, entries);
 	if (ids.nranges > 0)
 		return ids;
 
@@ -1121,7 +1126,7 @@ take_ids(const UsageTable *table, Position *position, int64 max_ids, int *attemp
 		bool		from_start = position->cursor == PG_INT64_MIN;
 
 		ids = abp_outbox_take(table->relid, OUTBOX_READY, start, &position->cursor,
-							  max_ids, attempts);
+							  max_ids, entries);
 		if (from_start)
 		{
 			TimestampTz now = GetCurrentTimestamp();
@@ -1137,6 +1142,15 @@ take_ids(const UsageTable *table, Position *position, int64 max_ids, int *attemp
 		}
 		position->cursor = PG_INT64_MIN;
 	}
+}
+
+/* Does waiting help: a lock, a deadlock, a full disk, too little memory? */
+static bool
+is_transient(int sqlerrcode)
+{
+	return sqlerrcode == ERRCODE_LOCK_NOT_AVAILABLE ||
+		ERRCODE_TO_CATEGORY(sqlerrcode) == ERRCODE_TRANSACTION_ROLLBACK ||
+		ERRCODE_TO_CATEGORY(sqlerrcode) == ERRCODE_INSUFFICIENT_RESOURCES;
 }
 
 /* Work on one table that fails without harm to others. */
@@ -1165,6 +1179,7 @@ guarded(TableWork work, const UsageTable *table, const ServerOptions *server, vo
 	PG_CATCH();
 	{
 		ErrorData  *error;
+		TimestampTz until;
 
 		MemoryContextSwitchTo(caller);
 		error = CopyErrorData();
@@ -1176,14 +1191,15 @@ guarded(TableWork work, const UsageTable *table, const ServerOptions *server, vo
 		RollbackAndReleaseCurrentSubTransaction();
 		CurrentResourceOwner = owner;
 		position_of(table->relid)->cursor = PG_INT64_MIN;
-		if (table->blocked_at == 0)
+		if (table->blocked_reason == NULL)
 			ereport(WARNING,
 					(errcode(error->sqlerrcode),
 					 errmsg("usage rows of %s cannot be delivered: %s",
 							table->name, error->message),
 					 errhint("Mend the cause; delivery of the table resumes by itself.")));
-		abp_usage_table_block(table->relid, error->message);
-		due_at(in_ms(PROBE_MS));
+		until = in_ms(is_transient(error->sqlerrcode) ? TRANSIENT_MS : PROBE_MS);
+		abp_usage_table_block(table->relid, error->message, until);
+		due_at(until);
 	}
 	PG_END_TRY();
 	MemoryContextSwitchTo(caller);
@@ -1204,10 +1220,10 @@ prepare_next(const UsageTable *table, const ServerOptions *server, void *arg)
 	NextBatch  *next = arg;
 	Lane	   *lane = lane_of(table->server);
 	Delivery   *delivery;
-	int			attempts;
+	TakenEntries entries;
 	int			size = lane->batch_size > 0 ? Min(lane->batch_size, server->batch_size) :
 		server->batch_size;
-	IdSet		ids = take_ids(table, position_of(table->relid), size, &attempts);
+	IdSet		ids = take_ids(table, position_of(table->relid), size, &entries);
 
 	if (ids.nranges == 0)
 		return;
@@ -1216,7 +1232,8 @@ prepare_next(const UsageTable *table, const ServerOptions *server, void *arg)
 	next->shipment = new_shipment(table->server);
 	delivery = &next->shipment->delivery;
 	delivery->usage_table = table->relid;
-	delivery->prior_attempts = attempts;
+	delivery->prior_attempts = entries.attempts;
+	delivery->outcome_unknown = entries.maybe_sent;
 	fill_shipment(next->shipment, table, server, &ids);
 	report_vanished(delivery, table, 0);
 	if (delivery->nevents > 0 || delivery->vanished > 0)
@@ -1285,7 +1302,7 @@ release_unpriced(const UsageTable *table, const ServerOptions *server, void *arg
 		PriceLook	look = {.context = CurrentMemoryContext};
 		OutboxEntry out[2];
 		int64		cursor;
-		int			attempts;
+		TakenEntries entries;
 		IdSet		taken;
 
 		CHECK_FOR_INTERRUPTS();
@@ -1306,7 +1323,7 @@ release_unpriced(const UsageTable *table, const ServerOptions *server, void *arg
 
 		cursor = entry->ids.ranges[0].first;
 		taken = abp_outbox_take(table->relid, OUTBOX_UNPRICED, DT_NOEND, &cursor,
-								abp_idset_count(&entry->ids), &attempts);
+								abp_idset_count(&entry->ids), &entries);
 		if (!server->send_unpriced)
 			abp_usage_price_again(table, &look.priced);
 
@@ -1328,6 +1345,8 @@ recover(List *tables)
 {
 	List	   *unsettled = abp_ledger_unsettled();
 	ListCell   *lc;
+
+	abp_database_check_timeline();
 
 	foreach(lc, unsettled)
 	{
@@ -1374,9 +1393,18 @@ notice_resumed(List *tables)
 
 		if (TIMESTAMP_NOT_FINITE(table->not_before) && !TIMESTAMP_NOT_FINITE(lane->not_before))
 		{
+			ListCell   *other;
+
 			lane->failures = 0;
 			lane->paused_by_answer = false;
 			lane->not_before = DT_NOBEGIN;
+			foreach(other, shipments)
+			{
+				Shipment   *shipment = lfirst(other);
+
+				if (shipment->lane == lane)
+					shipment->retry_at = DT_NOBEGIN;
+			}
 		}
 	}
 }
@@ -1513,8 +1541,8 @@ prepare_table(const UsageTable *table, const ServerOptions *server, List **depar
 				drop_shipment(next.shipment);
 			break;
 		}
-		if (next.found && table->blocked_at != 0)
-			abp_usage_table_block(table->relid, NULL);
+		if (next.found && table->blocked_reason != NULL)
+			abp_usage_table_unblock(table->relid);
 		if (next.shipment == NULL)
 			give_quota_back(lane, server);
 		if (!next.found)
@@ -1600,10 +1628,9 @@ work(const ShipScope *scope)
 		server = options_of(table);
 		if (server == NULL)
 			continue;
-		if (table->blocked_at != 0 && !servers_changed &&
-			table->blocked_at + PROBE_MS * INT64CONST(1000) > GetCurrentTimestamp())
+		if (table->blocked_until > GetCurrentTimestamp() && !servers_changed)
 		{
-			due_at(table->blocked_at + PROBE_MS * INT64CONST(1000));
+			due_at(table->blocked_until);
 			continue;
 		}
 

@@ -321,9 +321,8 @@ sub sums_equal
 		[
 			map {
 				[
-					$_->{external_id}, $_->{external_customer_id},
-					$_->{metadata}{model_id}, $_->{metadata}{cost_nanos},
-					$_->{cost_amount}
+					$_->{external_id}, $_->{customer}, $_->{model},
+					$_->{event}{metadata}{cost_nanos}, $_->{cost_amount}
 				]
 			} $polar->events
 		]);

@@ -347,13 +347,14 @@ enqueue_existing(Oid relid)
 	};
 	MemoryContext context = CurrentMemoryContext;
 	Portal		cursor;
+	UsageTable *table = attached_table(relid);
 	SavedUser	saved;
-	int			guc_level = begin_safe_names();
 
+	abp_become_table_owner(table, &saved);
 	SPI_connect();
 	cursor = SPI_cursor_open_with_args(NULL,
 									   psprintf("SELECT id, cost_nanos IS NOT NULL FROM %s ORDER BY id",
-												qualified_name(relid)),
+												table->name),
 									   0, NULL, NULL, NULL, true, 0);
 	for (;;)
 	{
@@ -375,7 +376,7 @@ enqueue_existing(Oid relid)
 	}
 	SPI_cursor_close(cursor);
 	SPI_finish();
-	AtEOXact_GUC(false, guc_level);
+	abp_restore_user(&saved);
 
 	/* Without those that the ledger or the outbox knows. */
 	{
@@ -1003,7 +1004,7 @@ abp_sql_reprice(PG_FUNCTION_ARGS)
 	Datum		args[2] = {PG_GETARG_DATUM(1), PG_GETARG_DATUM(2)};
 	UsageTable *table;
 	Portal		cursor;
-	int			guc_level;
+	SavedUser	saved;
 
 	InitMaterializedSRF(fcinfo, 0);
 	check_table_owner(repricing.relid);
@@ -1011,7 +1012,7 @@ abp_sql_reprice(PG_FUNCTION_ARGS)
 	repricing.result = (ReturnSetInfo *) fcinfo->resultinfo;
 	repricing.context = CurrentMemoryContext;
 
-	guc_level = begin_safe_names();
+	abp_become_table_owner(table, &saved);
 	SPI_connect();
 	cursor = SPI_cursor_open_with_args(NULL,
 									   psprintf("SELECT id FROM %s"
@@ -1039,7 +1040,7 @@ abp_sql_reprice(PG_FUNCTION_ARGS)
 	}
 	SPI_cursor_close(cursor);
 	SPI_finish();
-	AtEOXact_GUC(false, guc_level);
+	abp_restore_user(&saved);
 
 	if (repricing.changed.nranges > 0)
 	{

@@ -435,6 +435,7 @@ attach_table(Oid relid, const char *server, const char *existing)
 				 errmsg("server \"%s\" is a price service", server),
 				 errhint("Name a server of kind 'polar'.")));
 	LockRelationOid(relid, ShareRowExclusiveLock);
+	check_table_owner(relid);	/* it may have changed hands meanwhile */
 	check_usage_relation(relid);
 
 	guc_level = begin_safe_names();
@@ -495,6 +496,7 @@ abp_sql_detach(PG_FUNCTION_ARGS)
 	check_table_owner(relid);
 	(void) attached_table(relid);
 	LockRelationOid(relid, ShareRowExclusiveLock);
+	check_table_owner(relid);	/* it may have changed hands meanwhile */
 
 	if (abp_ledger_sending(relid))
 		ereport(ERROR,
@@ -561,6 +563,8 @@ abp_sql_sync(PG_FUNCTION_ARGS)
 	SyncGoal   *goals;
 	int			ngoals = 0;
 	bool		armed;
+	bool		mine = false;
+	int64		handed_over = 0;
 	volatile bool shipper = false;
 	volatile bool reached = false;
 	MemoryContext context;
@@ -602,15 +606,24 @@ abp_sql_sync(PG_FUNCTION_ARGS)
 		SyncGoal   *goal = &goals[ngoals];
 		int64		first;
 
-		if (!OidIsValid(table->owner) || !OidIsValid(table->serverid) ||
-			table->paused_by_operator ||
+		if (!OidIsValid(table->owner) ||
 			(OidIsValid(scope.owner) && !abp_owns_table(table->relid, scope.owner)) ||
 			(scope.server != NULL && strcmp(scope.server, table->server) != 0))
+			continue;
+		mine = true;
+		if (!OidIsValid(table->serverid) || table->paused_by_operator)
 			continue;
 		goal->relid = table->relid;
 		goal->any = abp_outbox_bounds(table->relid, OUTBOX_READY, &first, &goal->last);
 		ngoals++;
 	}
+	if (OidIsValid(scope.owner) && !mine)
+		ereport(ERROR,
+				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+				 scope.server == NULL ?
+				 errmsg("must be owner of a usage table") :
+				 errmsg("must be owner of a usage table attached to server \"%s\"",
+						scope.server)));
 	SPI_commit();
 
 	report_at = GetCurrentTimestamp() + SYNC_PROGRESS_MS * INT64CONST(1000);
@@ -624,7 +637,21 @@ abp_sql_sync(PG_FUNCTION_ARGS)
 
 			CHECK_FOR_INTERRUPTS();
 
-			if (!shipper && abp_ship_lock())
+			/*
+			 * Whoever ships keeps others from it, and an owner ships only his
+			 * own tables: he leaves it to the worker, which ships all.
+			 */
+			if (OidIsValid(scope.owner) && abp_worker_pid() != 0)
+			{
+				if (shipper)
+				{
+					handed_over += abp_ship_delivered();
+					abp_ship_reset();
+					abp_ship_unlock();
+					shipper = false;
+				}
+			}
+			else if (!shipper && abp_ship_lock())
 			{
 				shipper = true;
 				abp_ship_reset();
@@ -650,7 +677,7 @@ abp_sql_sync(PG_FUNCTION_ARGS)
 			{
 				ereport(INFO,
 						(errmsg("aibilling.sync(): " INT64_FORMAT " events delivered so far",
-								abp_ship_delivered())));
+								handed_over + abp_ship_delivered())));
 				report_at = now + SYNC_PROGRESS_MS * INT64CONST(1000);
 			}
 			if (shipper && abp_http_in_flight() == 0)
@@ -693,7 +720,7 @@ abp_sql_sync(PG_FUNCTION_ARGS)
 	{
 		ereport(NOTICE,
 				(errmsg("aibilling.sync() delivered " INT64_FORMAT " events",
-						abp_ship_delivered())));
+						handed_over + abp_ship_delivered())));
 		abp_ship_reset();
 		abp_ship_unlock();
 		abp_wake_worker();
@@ -806,6 +833,7 @@ for_servers(FunctionCallInfo fcinfo, void (*action) (const char *server))
 	List	   *tables = abp_usage_tables(&armed);
 	List	   *done = NIL;
 	bool		found = false;
+	bool		acted = false;
 	ListCell   *lc;
 
 	if (wanted != NULL)
@@ -830,7 +858,10 @@ for_servers(FunctionCallInfo fcinfo, void (*action) (const char *server))
 				mine = false;
 		}
 		if (mine)
+		{
 			action(table->server);
+			acted = true;
+		}
 		else if (wanted != NULL)
 			ereport(ERROR,
 					(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
@@ -838,6 +869,10 @@ for_servers(FunctionCallInfo fcinfo, void (*action) (const char *server))
 		done = lappend(done, makeString(table->server));
 	}
 
+	if (found && !acted)
+		ereport(ERROR,
+				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+				 errmsg("must be owner of every usage table attached to a server")));
 	if (wanted != NULL && !found)
 		ereport(ERROR,
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),

@@ -348,13 +348,14 @@ enqueue_existing(Oid relid)
 	};
 	MemoryContext context = CurrentMemoryContext;
 	Portal		cursor;
+	UsageTable *table = attached_table(relid);
 	SavedUser	saved;
-	int			guc_level = begin_safe_names();
 
+	abp_become_table_owner(table, &saved);
 	SPI_connect();
 	cursor = SPI_cursor_open_with_args(NULL,
 									   psprintf("SELECT id, cost_nanos IS NOT NULL FROM %s ORDER BY id",
-												qualified_name(relid)),
+												table->name),
 									   0, NULL, NULL, NULL, true, 0);
 	for (;;)
 	{
@@ -376,7 +377,7 @@ enqueue_existing(Oid relid)
 	}
 	SPI_cursor_close(cursor);
 	SPI_finish();
-	AtEOXact_GUC(false, guc_level);
+	abp_restore_user(&saved);
 
 	/* Without those that the ledger or the outbox knows. */
 	{
@@ -435,6 +436,7 @@ attach_table(Oid relid, const char *server, const char *existing)
 				 errmsg("server \"%s\" is a price service", server),
 				 errhint("Name a server of kind 'polar'.")));
 	LockRelationOid(relid, ShareRowExclusiveLock);
+	check_table_owner(relid);	/* it may have changed hands meanwhile */
 	check_usage_relation(relid);
 
 	guc_level = begin_safe_names();
@@ -495,6 +497,7 @@ abp_sql_detach(PG_FUNCTION_ARGS)
 	check_table_owner(relid);
 	(void) attached_table(relid);
 	LockRelationOid(relid, ShareRowExclusiveLock);
+	check_table_owner(relid);	/* it may have changed hands meanwhile */
 
 	if (abp_ledger_sending(relid))
 		ereport(ERROR,
@@ -561,6 +564,8 @@ abp_sql_sync(PG_FUNCTION_ARGS)
 	SyncGoal   *goals;
 	int			ngoals = 0;
 	bool		armed;
+	bool		mine = false;
+	int64		handed_over = 0;
 	volatile bool shipper = false;
 	volatile bool reached = false;
 	MemoryContext context;
@@ -602,15 +607,24 @@ abp_sql_sync(PG_FUNCTION_ARGS)
 		SyncGoal   *goal = &goals[ngoals];
 		int64		first;
 
-		if (!OidIsValid(table->owner) || !OidIsValid(table->serverid) ||
-			table->paused_by_operator ||
+		if (!OidIsValid(table->owner) ||
 			(OidIsValid(scope.owner) && !abp_owns_table(table->relid, scope.owner)) ||
 			(scope.server != NULL && strcmp(scope.server, table->server) != 0))
+			continue;
+		mine = true;
+		if (!OidIsValid(table->serverid) || table->paused_by_operator)
 			continue;
 		goal->relid = table->relid;
 		goal->any = abp_outbox_bounds(table->relid, OUTBOX_READY, &first, &goal->last);
 		ngoals++;
 	}
+	if (OidIsValid(scope.owner) && !mine)
+		ereport(ERROR,
+				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+				 scope.server == NULL ?
+				 errmsg("must be owner of a usage table") :
+				 errmsg("must be owner of a usage table attached to server \"%s\"",
+						scope.server)));
 	SPI_commit();
 
 	report_at = GetCurrentTimestamp() + SYNC_PROGRESS_MS * INT64CONST(1000);
@@ -624,7 +638,21 @@ abp_sql_sync(PG_FUNCTION_ARGS)
 
 			CHECK_FOR_INTERRUPTS();
 
-			if (!shipper && abp_ship_lock())
+			/*
+			 * Whoever ships keeps others from it, and an owner ships only his
+			 * own tables: he leaves it to the worker, which ships all.
+			 */
+			if (OidIsValid(scope.owner) && abp_worker_pid() != 0)
+			{
+				if (shipper)
+				{
+					handed_over += abp_ship_delivered();
+					abp_ship_reset();
+					abp_ship_unlock();
+					shipper = false;
+				}
+			}
+			else if (!shipper && abp_ship_lock())
 			{
 				shipper = true;
 				abp_ship_reset();
@@ -650,7 +678,7 @@ abp_sql_sync(PG_FUNCTION_ARGS)
 			{
 				ereport(INFO,
 						(errmsg("aibilling.sync(): " INT64_FORMAT " events delivered so far",
-								abp_ship_delivered())));
+								handed_over + abp_ship_delivered())));
 				report_at = now + SYNC_PROGRESS_MS * INT64CONST(1000);
 			}
 			if (shipper && abp_http_in_flight() == 0)
@@ -693,7 +721,7 @@ abp_sql_sync(PG_FUNCTION_ARGS)
 	{
 		ereport(NOTICE,
 				(errmsg("aibilling.sync() delivered " INT64_FORMAT " events",
-						abp_ship_delivered())));
+						handed_over + abp_ship_delivered())));
 		abp_ship_reset();
 		abp_ship_unlock();
 		abp_wake_worker();
@@ -806,6 +834,7 @@ for_servers(FunctionCallInfo fcinfo, void (*action) (const char *server))
 	List	   *tables = abp_usage_tables(&armed);
 	List	   *done = NIL;
 	bool		found = false;
+	bool		acted = false;
 	ListCell   *lc;
 
 	if (wanted != NULL)
@@ -830,7 +859,10 @@ for_servers(FunctionCallInfo fcinfo, void (*action) (const char *server))
 				mine = false;
 		}
 		if (mine)
+		{
 			action(table->server);
+			acted = true;
+		}
 		else if (wanted != NULL)
 			ereport(ERROR,
 					(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
@@ -838,6 +870,10 @@ for_servers(FunctionCallInfo fcinfo, void (*action) (const char *server))
 		done = lappend(done, makeString(table->server));
 	}
 
+	if (found && !acted)
+		ereport(ERROR,
+				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+				 errmsg("must be owner of every usage table attached to a server")));
 	if (wanted != NULL && !found)
 		ereport(ERROR,
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
@@ -1004,7 +1040,7 @@ abp_sql_reprice(PG_FUNCTION_ARGS)
 	Datum		args[2] = {PG_GETARG_DATUM(1), PG_GETARG_DATUM(2)};
 	UsageTable *table;
 	Portal		cursor;
-	int			guc_level;
+	SavedUser	saved;
 
 	InitMaterializedSRF(fcinfo, 0);
 	check_table_owner(repricing.relid);
@@ -1012,7 +1048,7 @@ abp_sql_reprice(PG_FUNCTION_ARGS)
 	repricing.result = (ReturnSetInfo *) fcinfo->resultinfo;
 	repricing.context = CurrentMemoryContext;
 
-	guc_level = begin_safe_names();
+	abp_become_table_owner(table, &saved);
 	SPI_connect();
 	cursor = SPI_cursor_open_with_args(NULL,
 									   psprintf("SELECT id FROM %s"
@@ -1040,7 +1076,7 @@ abp_sql_reprice(PG_FUNCTION_ARGS)
 	}
 	SPI_cursor_close(cursor);
 	SPI_finish();
-	AtEOXact_GUC(false, guc_level);
+	abp_restore_user(&saved);
 
 	if (repricing.changed.nranges > 0)
 	{

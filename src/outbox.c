@@ -166,6 +166,17 @@ abp_become(Oid userid, SavedUser *saved)
 }
 
 /*
+ * Run what follows with the rights of a usage table's owner, for statements
+ * that read the table: no policy hides rows (it raises an error instead).
+ */
+void
+abp_become_table_owner(const UsageTable *table, SavedUser *saved)
+{
+	abp_become(table->owner, saved);
+	set_locally("row_security", "off");
+}
+
+/*
  * Run what follows with the rights of the extension's owner.  For statements
  * of this file only, which call nothing of a user's.
  */
@@ -1607,13 +1618,12 @@ prepare_read(const UsageTable *table, bool whole, bool by_range)
 }
 
 /*
- * Settings under which a usage table is read and written: no policy hides
- * rows (it raises an error instead), and no plan walks through the table.
+ * Settings under which rows are read and written by id: no plan walks through
+ * the table.
  */
 static void
-settings_for_usage(void)
+settings_for_ids(void)
 {
-	set_locally("row_security", "off");
 	set_locally("enable_seqscan", "off");
 	set_locally("enable_bitmapscan", "off");
 }
@@ -1663,8 +1673,8 @@ abp_usage_read(const UsageTable *table, IdSet *ids, bool whole,
 		return 0;
 	by_range = ids->nranges == 1;
 
-	abp_become(table->owner, &saved);
-	settings_for_usage();
+	abp_become_table_owner(table, &saved);
+	settings_for_ids();
 	SPI_connect();
 
 	plans = plans_of(table);
@@ -1731,8 +1741,8 @@ abp_usage_reprice(const UsageTable *table, IdSet *ids)
 	Datum		args[1];
 	SavedUser	saved;
 
-	abp_become(table->owner, &saved);
-	settings_for_usage();
+	abp_become_table_owner(table, &saved);
+	settings_for_ids();
 	SPI_connect();
 	args[0] = ids_as_array(ids);
 	if (SPI_execute_with_args(psprintf("UPDATE %s u SET cost_status = u.cost_status"

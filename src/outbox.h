@@ -164,6 +164,7 @@ typedef struct SavedUser
 
 extern void abp_become(Oid userid, SavedUser *saved);
 extern void abp_become_extension_owner(SavedUser *saved);
+extern void abp_become_table_owner(const UsageTable *table, SavedUser *saved);
 extern void abp_restore_user(const SavedUser *saved);
 
 #endif							/* ABP_OUTBOX_H */

@@ -1372,6 +1372,7 @@ CREATE TABLE aibilling.outbox_entry (
 	usage_table regclass NOT NULL,
 	state "char" NOT NULL,
 	attempts integer NOT NULL,
+	maybe_sent boolean NOT NULL,
 	not_before timestamptz NOT NULL,
 	first bigint NOT NULL,
 	last bigint NOT NULL,
@@ -1461,7 +1462,8 @@ COMMENT ON COLUMN aibilling.server_state.not_before IS 'No request before this t
 
 CREATE TABLE aibilling.database_identity (
 	system_identifier bigint NOT NULL,
-	database oid NOT NULL
+	database oid NOT NULL,
+	timeline bigint NOT NULL
 );
 COMMENT ON TABLE aibilling.database_identity IS
 'Private: the database that may send, written when the first table is attached and by aibilling.arm(). A copy finds another identity here than its own, and does not send';

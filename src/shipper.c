@@ -471,6 +471,7 @@ set_aside(Filling *filling, int64 id, const RowState *verdict)
 	entry->state = verdict->state;
 	entry->not_before = verdict->not_before;
 	entry->attempts = filling->shipment->delivery.prior_attempts;
+	entry->maybe_sent = filling->shipment->delivery.outcome_unknown;
 	entry->error = verdict->error == NULL ? NULL : pstrdup(verdict->error);
 	abp_idset_add(&entry->ids, id, id, filling->context);
 	filling->exceptions = lappend(filling->exceptions, entry);
@@ -634,6 +635,7 @@ fill_shipment(Shipment *shipment, const UsageTable *table,
 		.usage_table = table->relid,
 			.state = OUTBOX_READY,
 			.attempts = delivery->prior_attempts,
+			.maybe_sent = delivery->outcome_unknown,
 			.ids = filling.left
 	};
 	abp_outbox_put(back, nback);
@@ -673,6 +675,7 @@ put_back(Shipment *shipment, IdSet ids, char state, TimestampTz not_before,
 		.state = state,
 		.attempts = shipment->delivery.prior_attempts +
 		(burn_attempt ? shipment->delivery.attempts : 0),
+		.maybe_sent = shipment->delivery.outcome_unknown,
 		.not_before = not_before,
 		.ids = ids,
 		.error = error
@@ -1105,13 +1108,14 @@ lane_capacity(const Lane *lane, const ServerOptions *server)
  * nothing.
  */
 static IdSet
-take_ids(const UsageTable *table, Position *position, int64 max_ids, int *attempts)
+take_ids(const UsageTable *table, Position *position, int64 max_ids,
+		 TakenEntries *entries)
 {
 	TimestampTz start = GetCurrentTimestamp();
 	int64		unused = 0;
 	IdSet		ids;
 
-	ids = abp_outbox_take(table->relid, OUTBOX_WAITING, start, &unused, max_ids, attempts);
+	ids = abp_outbox_take(table->relid, OUTBOX_WAITING, start, &unused, max_ids, entries);
 	if (ids.nranges > 0)
 		return ids;
 
@@ -1122,7 +1126,7 @@ take_ids(const UsageTable *table, Position *position, int64 max_ids, int *attemp
 		bool		from_start = position->cursor == PG_INT64_MIN;
 
 		ids = abp_outbox_take(table->relid, OUTBOX_READY, start, &position->cursor,
-							  max_ids, attempts);
+							  max_ids, entries);
 		if (from_start)
 		{
 			TimestampTz now = GetCurrentTimestamp();
@@ -1216,10 +1220,10 @@ prepare_next(const UsageTable *table, const ServerOptions *server, void *arg)
 	NextBatch  *next = arg;
 	Lane	   *lane = lane_of(table->server);
 	Delivery   *delivery;
-	int			attempts;
+	TakenEntries entries;
 	int			size = lane->batch_size > 0 ? Min(lane->batch_size, server->batch_size) :
 		server->batch_size;
-	IdSet		ids = take_ids(table, position_of(table->relid), size, &attempts);
+	IdSet		ids = take_ids(table, position_of(table->relid), size, &entries);
 
 	if (ids.nranges == 0)
 		return;
@@ -1228,7 +1232,8 @@ prepare_next(const UsageTable *table, const ServerOptions *server, void *arg)
 	next->shipment = new_shipment(table->server);
 	delivery = &next->shipment->delivery;
 	delivery->usage_table = table->relid;
-	delivery->prior_attempts = attempts;
+	delivery->prior_attempts = entries.attempts;
+	delivery->outcome_unknown = entries.maybe_sent;
 	fill_shipment(next->shipment, table, server, &ids);
 	report_vanished(delivery, table, 0);
 	if (delivery->nevents > 0 || delivery->vanished > 0)
@@ -1297,7 +1302,7 @@ release_unpriced(const UsageTable *table, const ServerOptions *server, void *arg
 		PriceLook	look = {.context = CurrentMemoryContext};
 		OutboxEntry out[2];
 		int64		cursor;
-		int			attempts;
+		TakenEntries entries;
 		IdSet		taken;
 
 		CHECK_FOR_INTERRUPTS();
@@ -1318,7 +1323,7 @@ release_unpriced(const UsageTable *table, const ServerOptions *server, void *arg
 
 		cursor = entry->ids.ranges[0].first;
 		taken = abp_outbox_take(table->relid, OUTBOX_UNPRICED, DT_NOEND, &cursor,
-								abp_idset_count(&entry->ids), &attempts);
+								abp_idset_count(&entry->ids), &entries);
 		if (!server->send_unpriced)
 			abp_usage_price_again(table, &look.priced);
 
@@ -1340,6 +1345,8 @@ recover(List *tables)
 {
 	List	   *unsettled = abp_ledger_unsettled();
 	ListCell   *lc;
+
+	abp_database_check_timeline();
 
 	foreach(lc, unsettled)
 	{
@@ -1386,9 +1393,18 @@ notice_resumed(List *tables)
 
 		if (TIMESTAMP_NOT_FINITE(table->not_before) && !TIMESTAMP_NOT_FINITE(lane->not_before))
 		{
+			ListCell   *other;
+
 			lane->failures = 0;
 			lane->paused_by_answer = false;
 			lane->not_before = DT_NOBEGIN;
+			foreach(other, shipments)
+			{
+				Shipment   *shipment = lfirst(other);
+
+				if (shipment->lane == lane)
+					shipment->retry_at = DT_NOBEGIN;
+			}
 		}
 	}
 }

@@ -113,7 +113,13 @@ static HTAB *moved = NULL;
 /* The command that has warned of a row that cannot be sent. */
 static CommandId warned_command = InvalidCommandId;
 
-static bool repricing = false;
+/*
+ * The table whose rows are being priced again, and at which nesting level:
+ * its UPDATE may fire triggers of its owner's, which may update other tables
+ * and fail in subtransactions of their own.
+ */
+static Oid	repricing_table = InvalidOid;
+static int	repricing_level;
 
 static void on_transaction_end(XactEvent event, void *arg);
 static void on_subtransaction_end(SubXactEvent event, SubTransactionId mine,
@@ -605,7 +611,7 @@ on_transaction_end(XactEvent event, void *arg)
 			moved = NULL;
 			moving.row.usage_table = InvalidOid;
 			warned_command = InvalidCommandId;
-			repricing = false;
+			repricing_table = InvalidOid;
 			break;
 		default:
 			break;
@@ -625,7 +631,8 @@ on_subtransaction_end(SubXactEvent event, SubTransactionId mine,
 	if (event == SUBXACT_EVENT_ABORT_SUB)
 	{
 		moved = NULL;
-		repricing = false;
+		if (level <= repricing_level)
+			repricing_table = InvalidOid;
 	}
 	else if (event != SUBXACT_EVENT_COMMIT_SUB)
 		return;
@@ -764,13 +771,29 @@ warn_unpriced(const char *reason)
 
 /* --- triggers ---------------------------------------------------------------- */
 
+/*
+ * Anyone may make triggers of these functions, on tables and for events of
+ * his own choice: each must be called for what it is written for, or there is
+ * no row where it looks for one.
+ */
 static void
-check_trigger(FunctionCallInfo fcinfo, const char *name)
+check_trigger(FunctionCallInfo fcinfo, const char *name,
+			  TriggerEvent event, TriggerEvent or_event, const char *definition)
 {
+	TriggerEvent fired;
+
 	if (!CALLED_AS_TRIGGER(fcinfo))
 		ereport(ERROR,
 				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
 				 errmsg("function \"aibilling.%s\" can only be called as a trigger", name)));
+
+	fired = ((TriggerData *) fcinfo->context)->tg_event &
+		(TRIGGER_EVENT_OPMASK | TRIGGER_EVENT_ROW | TRIGGER_EVENT_TIMINGMASK);
+	if (fired != event && fired != or_event)
+		ereport(ERROR,
+				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
+				 errmsg("function \"aibilling.%s\" can only be called %s", name, definition),
+				 errhint("Let aibilling.attach() create the triggers.")));
 }
 
 /* The new row with its columns filled in and its cost. */
@@ -852,6 +875,13 @@ refuse_change(RowPlace place, Relation rel, int64 id, const char *verb)
 			 errhint("Insert a correcting row: with its own external_id, no counts, the difference in provider_cost, and parent_id naming the external_id of this row.")));
 }
 
+/* Is this UPDATE, of a row of this table, ours? */
+static bool
+is_repriced(const UsageRelation *known)
+{
+	return OidIsValid(repricing_table) && known->usage_table == repricing_table;
+}
+
 /*
  * An UPDATE of what is billed: allowed while the row waits in the outbox.
  * Returns after the outbox says what the new row deserves.
@@ -862,7 +892,7 @@ requeue_row(UsageRelation *known, Relation rel, const UsageRow *row,
 {
 	RowState	verdict;
 
-	if (repricing)
+	if (is_repriced(known))
 		return;					/* whoever reprices moves the ids himself */
 
 	abp_usage_judge(row, server, &verdict);
@@ -925,7 +955,10 @@ abp_sql_price_usage(PG_FUNCTION_ARGS)
 	bool		normalized = false;
 	HeapTuple	tuple;
 
-	check_trigger(fcinfo, "price_usage");
+	check_trigger(fcinfo, "price_usage",
+				  TRIGGER_EVENT_BEFORE | TRIGGER_EVENT_ROW | TRIGGER_EVENT_INSERT,
+				  TRIGGER_EVENT_BEFORE | TRIGGER_EVENT_ROW | TRIGGER_EVENT_UPDATE,
+				  "BEFORE INSERT OR UPDATE FOR EACH ROW");
 	rel = trigdata->tg_relation;
 	desc = RelationGetDescr(rel);
 	known = know_relation(rel);
@@ -961,7 +994,7 @@ abp_sql_price_usage(PG_FUNCTION_ARGS)
 		}
 		changed = billed_columns_changed(known, desc, old_values, old_nulls,
 										 values, nulls, &raw_changed);
-		if (!repricing && !changed && (!raw_changed || nulls[COL_RAW_USAGE]))
+		if (!changed && !is_repriced(known) && (!raw_changed || nulls[COL_RAW_USAGE]))
 			return PointerGetDatum(tuple);
 		if (!nulls[COL_ID] && !old_nulls[COL_ID] &&
 			values[COL_ID] != old_values[COL_ID])
@@ -1013,7 +1046,11 @@ abp_sql_price_usage(PG_FUNCTION_ARGS)
 	return PointerGetDatum(tuple);
 }
 
-/* May this session load rows without sending them? */
+/*
+ * May this session load rows without sending them?  Not by way of a SECURITY
+ * DEFINER function of the owner's: what the owner may leave out of the bill,
+ * whoever calls his function may not.
+ */
 static bool
 enqueue_is_off(Oid usage_table)
 {
@@ -1021,7 +1058,8 @@ enqueue_is_off(Oid usage_table)
 
 	if (abp_enqueue)
 		return false;
-	if (abp_owns_table(usage_table, GetUserId()))
+	if (abp_owns_table(usage_table, GetUserId()) &&
+		abp_owns_table(usage_table, GetOuterUserId()))
 		return true;
 
 	if (!warned)
@@ -1049,7 +1087,10 @@ abp_sql_enqueue_usage(PG_FUNCTION_ARGS)
 	UsageRow	row;
 	RowState	verdict = {OUTBOX_READY, DT_NOBEGIN, NULL};
 
-	check_trigger(fcinfo, "enqueue_usage");
+	check_trigger(fcinfo, "enqueue_usage",
+				  TRIGGER_EVENT_AFTER | TRIGGER_EVENT_ROW | TRIGGER_EVENT_INSERT,
+				  TRIGGER_EVENT_AFTER | TRIGGER_EVENT_ROW | TRIGGER_EVENT_INSERT,
+				  "AFTER INSERT FOR EACH ROW");
 	rel = trigdata->tg_relation;
 	known = know_relation(rel);
 	if (!OidIsValid(known->usage_table) || enqueue_is_off(known->usage_table))
@@ -1092,7 +1133,10 @@ abp_sql_guard_usage(PG_FUNCTION_ARGS)
 	int64		id;
 	char		state;
 
-	check_trigger(fcinfo, "guard_usage");
+	check_trigger(fcinfo, "guard_usage",
+				  TRIGGER_EVENT_BEFORE | TRIGGER_EVENT_ROW | TRIGGER_EVENT_DELETE,
+				  TRIGGER_EVENT_BEFORE | TRIGGER_EVENT_ROW | TRIGGER_EVENT_DELETE,
+				  "BEFORE DELETE FOR EACH ROW");
 	rel = trigdata->tg_relation;
 	known = know_relation(rel);
 	id = DatumGetInt64(heap_getattr(trigdata->tg_trigtuple, known->attnums[COL_ID],
@@ -1131,7 +1175,10 @@ abp_sql_truncate_usage(PG_FUNCTION_ARGS)
 	UsageRelation *known;
 	int64		count;
 
-	check_trigger(fcinfo, "truncate_usage");
+	check_trigger(fcinfo, "truncate_usage",
+				  TRIGGER_EVENT_BEFORE | TRIGGER_EVENT_TRUNCATE,
+				  TRIGGER_EVENT_BEFORE | TRIGGER_EVENT_TRUNCATE,
+				  "BEFORE TRUNCATE FOR EACH STATEMENT");
 	rel = trigdata->tg_relation;
 	known = know_relation(rel);
 	if (!OidIsValid(known->usage_table))
@@ -1155,8 +1202,9 @@ abp_usage_price_again(const UsageTable *table, IdSet *ids)
 {
 	IdSet		updated;
 
-	repricing = true;
+	repricing_table = table->relid;
+	repricing_level = GetCurrentTransactionNestLevel();
 	updated = abp_usage_reprice(table, ids);
-	repricing = false;
+	repricing_table = InvalidOid;
 	return updated;
 }

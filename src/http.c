@@ -57,7 +57,7 @@ struct HttpRequest
 	size_t		capacity;
 	size_t		max_reply;		/* bytes of body kept */
 	size_t		body_len;		/* bytes to send */
-	bool		sent;			/* a byte of the request may have left */
+	int			sendings;		/* how often a byte of it may have left */
 	bool		answering;		/* a status line has arrived */
 	bool		out_of_memory;	/* for the answer's body */
 	bool		proxied;
@@ -202,7 +202,7 @@ static int
 note_sending(void *arg, char *remote_ip, char *local_ip, int remote_port,
 			 int local_port)
 {
-	((HttpRequest *) arg)->sent = true;
+	((HttpRequest *) arg)->sendings++;
 	return CURL_PREREQFUNC_OK;
 }
 #endif
@@ -299,7 +299,7 @@ describe_stage(HttpRequest *request, CURLcode code)
 
 	if (request->answering)
 		return "reading the answer";
-	if (request->sent)
+	if (request->sendings > 0)
 	{
 		curl_easy_getinfo(easy, CURLINFO_SIZE_UPLOAD_T, &uploaded);
 		return (size_t) uploaded < request->body_len ?
@@ -340,7 +340,7 @@ describe_failure(HttpRequest *request, CURLcode code)
 		snprintf(error, size, "%s failed: %s", stage,
 				 request->curl_error[0] != '\0' ? request->curl_error :
 				 curl_easy_strerror(code));
-	else if (!request->sent)
+	else if (request->sendings == 0)
 		snprintf(error, size, "%s timed out: no connection within %g s",
 				 stage, request->connect_ms / 1000.0);
 	else
@@ -385,20 +385,21 @@ finish(HttpRequest *request, CURLcode code)
 	curl_easy_getinfo(request->easy, CURLINFO_TOTAL_TIME_T, &elapsed_us);
 	reply->elapsed_ms = elapsed_us / 1000.0;
 	reply->body = request->buffer;
+	reply->repeated = request->sendings > 1;
 
 #if !CURL_AT_LEAST_VERSION(7, 80, 0)
 	{
 		long		request_size = 0;
 
 		curl_easy_getinfo(request->easy, CURLINFO_REQUEST_SIZE, &request_size);
-		request->sent = request_size > 0;
+		request->sendings = request_size > 0;
 	}
 #endif
 	if (code == CURLE_OK)
 		reply->outcome = HTTP_ANSWERED;
 	else
 	{
-		reply->outcome = request->sent ? HTTP_UNKNOWN : HTTP_NOT_SENT;
+		reply->outcome = request->sendings > 0 ? HTTP_UNKNOWN : HTTP_NOT_SENT;
 		describe_failure(request, code);
 		reply->error = request->error;
 	}
@@ -744,7 +745,7 @@ start(const HttpTarget *target, const char *token, const char *body,
 	memset(&request->reply, 0, sizeof(request->reply));
 	request->max_reply = max_reply;
 	request->body_len = body_len;
-	request->sent = false;
+	request->sendings = 0;
 	request->answering = false;
 	request->out_of_memory = false;
 	request->proxied = target->proxy != NULL;

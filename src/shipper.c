@@ -807,7 +807,6 @@ halve(Shipment *shipment, const char *error)
 
 	abp_ledger_begin(&half->delivery);
 	keep_for_retry(half, DT_NOBEGIN, error);
-	abp_ledger_note(&half->delivery, error, DT_NOBEGIN);
 
 	delivery->nevents /= 2;
 	shipment->server_errors = 0;
@@ -900,6 +899,7 @@ settle_refused(Shipment *shipment, const Verdict *verdict)
 	for (int i = 0; i < rest.nranges; i++)
 		abp_idset_add(&delivery->ids, rest.ranges[i].first, rest.ranges[i].last,
 					  shipment->context);
+	delivery->nevents = abp_idset_count(&delivery->ids);
 	keep_for_retry(shipment, DT_NOBEGIN, verdict->error);
 }
 

@@ -1468,6 +1468,42 @@ settle_orphans(List *tables)
 	}
 }
 
+/* Shipments go with their table, should its server be renamed or exchanged. */
+static void
+change_lanes(List *tables)
+{
+	ListCell   *lc;
+
+	foreach(lc, shipments)
+	{
+		Shipment   *shipment = lfirst(lc);
+		UsageTable *table = find_table(tables, shipment->delivery.usage_table);
+
+		if (shipment->stage != SHIPMENT_WAITING || table == NULL ||
+			strcmp(table->server, shipment->lane->server) == 0)
+			continue;
+		shipment->lane->shipments--;
+		shipment->lane = lane_of(table->server);
+		shipment->lane->shipments++;
+		shipment->delivery.server = MemoryContextStrdup(shipment->context, table->server);
+	}
+}
+
+/* Keep a table from being delivered for a while, with the reason. */
+static void
+refuse_table(const UsageTable *table, const char *reason)
+{
+	TimestampTz until = in_ms(PROBE_MS);
+
+	if (table->blocked_reason == NULL)
+		ereport(WARNING,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("usage rows of %s cannot be delivered: %s", table->name, reason),
+				 errhint("Mend the cause; delivery of the table resumes by itself.")));
+	abp_usage_table_block(table->relid, reason, until);
+	due_at(until);
+}
+
 /* A request to make once the turn has committed. */
 typedef struct Departure
 {
@@ -1589,6 +1625,7 @@ work(const ShipScope *scope)
 	notice_resumed(tables);
 	settle_answered(tables);
 	settle_orphans(tables);
+	change_lanes(tables);
 	if (!armed)
 		return NIL;
 
@@ -1615,6 +1652,14 @@ work(const ShipScope *scope)
 		if (table->blocked_until > GetCurrentTimestamp() && !servers_changed)
 		{
 			due_at(table->blocked_until);
+			continue;
+		}
+
+		/* What was needed to attach is needed still: rights can be taken back. */
+		if (abp_server_aclcheck(table->serverid, table->owner) != ACLCHECK_OK)
+		{
+			refuse_table(table, psprintf("its owner has no USAGE on server \"%s\"",
+										 table->server));
 			continue;
 		}
 

@@ -27,10 +27,10 @@
 #include "common/pg_prng.h"
 #include "executor/spi.h"
 #include "miscadmin.h"
-#include "parser/parse_func.h"
 #include "pgstat.h"
 #include "storage/lmgr.h"
 #include "storage/lock.h"
+#include "utils/acl.h"
 #include "utils/builtins.h"
 #include "utils/inval.h"
 #include "utils/jsonb.h"
@@ -372,26 +372,45 @@ in_ms(int64 ms)
 
 /*
  * Look up a user's function.  Its server's owner must be allowed to run it,
- * today as when the option was set.  Returns InvalidOid without one; without
- * a usable one, also says why in *problem.
+ * and with the rights of its owner, today as when the option was set: what has
+ * its name now may be another function.  Returns InvalidOid without one;
+ * without a usable one, also says why in *problem.
  */
 static Oid
 find_function(const char *name, Oid result, const ServerOptions *server, char **problem)
 {
 	Oid			argtypes[1] = {JSONBOID};
-	Oid			funcid;
+	List	   *names;
+	Oid			namespace;
+	HeapTuple	tup = NULL;
+	Form_pg_proc proc;
+	Oid			funcid = InvalidOid;
 
 	if (name == NULL)
 		return InvalidOid;
 
-	funcid = LookupFuncName(stringToQualifiedNameList(name ABP_NO_SOFT_ERROR),
-							1, argtypes, true);
-	if (!OidIsValid(funcid) || get_func_rettype(funcid) != result)
+	names = stringToQualifiedNameList(name ABP_NO_SOFT_ERROR);
+	namespace = get_namespace_oid(strVal(linitial(names)), true);
+	if (OidIsValid(namespace))
+		tup = SearchSysCache3(PROCNAMEARGSNSP, CStringGetDatum(strVal(lsecond(names))),
+							  PointerGetDatum(buildoidvector(argtypes, 1)),
+							  ObjectIdGetDatum(namespace));
+	proc = HeapTupleIsValid(tup) ? (Form_pg_proc) GETSTRUCT(tup) : NULL;
+	if (proc == NULL || proc->prokind != PROKIND_FUNCTION || proc->proretset ||
+		proc->prorettype != result)
 		*problem = psprintf("function %s(jsonb) returning %s does not exist",
 							name, format_type_be(result));
-	else if (!abp_may_execute(funcid, server->owner))
+	else if (!abp_may_execute(proc->oid, server->owner))
 		*problem = psprintf("the owner of server \"%s\" may not execute function %s(jsonb)",
 							server->name, name);
+	else if (!has_privs_of_role(server->owner, proc->proowner))
+		*problem = psprintf("the owner of server \"%s\" is not a member of role %s, which owns function %s(jsonb)",
+							server->name, quote_identifier(GetUserNameFromId(proc->proowner, false)),
+							name);
+	else
+		funcid = proc->oid;
+	if (tup != NULL)
+		ReleaseSysCache(tup);
 	return funcid;
 }
 

@@ -374,6 +374,33 @@ detach(HttpRequest *request)
 	dlist_delete(&request->node);
 }
 
+/*
+ * Whatever answers may quote the request, and quotes end in the ledger and in
+ * logs: wipe the token out of what was received.  It may be cut off at the
+ * end of an answer that was.
+ */
+static void
+mask_token(HttpRequest *request)
+{
+	const char *token;
+	size_t		len;
+
+	if (request->authorization.data == NULL)
+		return;
+	token = strrchr(request->authorization.data, ' ') + 1;
+	len = strlen(token);
+	for (size_t i = 0; i < request->reply.body_len; i++)
+	{
+		size_t		n = Min(len, request->reply.body_len - i);
+
+		if (request->buffer[i] == token[0] && memcmp(request->buffer + i, token, n) == 0 &&
+			(n == len || request->reply.truncated))
+			memset(request->buffer + i, '*', n);
+	}
+	if (request->reply.retry_after != NULL && strstr(request->retry_after, token) != NULL)
+		request->reply.retry_after = NULL;
+}
+
 /* A running request has ended with code; signals are blocked. */
 static void
 finish(HttpRequest *request, CURLcode code)
@@ -385,6 +412,7 @@ finish(HttpRequest *request, CURLcode code)
 	curl_easy_getinfo(request->easy, CURLINFO_TOTAL_TIME_T, &elapsed_us);
 	reply->elapsed_ms = elapsed_us / 1000.0;
 	reply->body = request->buffer;
+	mask_token(request);
 
 #if !CURL_AT_LEAST_VERSION(7, 80, 0)
 	{

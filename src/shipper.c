@@ -39,6 +39,7 @@
 #include "utils/resowner.h"
 #include "utils/snapmgr.h"
 #include "utils/syscache.h"
+#include "utils/timeout.h"
 #include "utils/timestamp.h"
 #include "utils/regproc.h"
 
@@ -60,6 +61,12 @@
 #define PROBE_MS (5 * 60 * 1000)	/* between tries while a server refuses us */
 #define TRANSIENT_MS (10 * 1000)	/* after an error that passes by itself */
 #define SKEW_MS 5000			/* hold rows whose time Polar calls the future */
+
+/*
+ * What a table's owner and his functions may take for one piece of work in the
+ * worker, which others wait for.
+ */
+#define WORK_MS (10 * 1000)
 
 /* After so many server errors a batch is halved, and a single row suspected. */
 #define ERRORS_BEFORE_HALVING 3
@@ -1168,6 +1175,34 @@ is_transient(int sqlerrcode)
 		ERRCODE_TO_CATEGORY(sqlerrcode) == ERRCODE_INSUFFICIENT_RESOURCES;
 }
 
+/*
+ * Work of the worker on one table, which may run code of the owner's, ends
+ * after WORK_MS.  A session in CALL sync() has its statement_timeout.
+ */
+static bool limit_work = false;
+static TimestampTz work_started;
+
+static void
+start_work_limit(void)
+{
+	work_started = GetCurrentTimestamp();
+	if (limit_work)
+		enable_timeout_after(STATEMENT_TIMEOUT, WORK_MS);
+}
+
+/* Returns whether the time was up. */
+static bool
+end_work_limit(void)
+{
+	if (!limit_work)
+		return false;
+
+	disable_timeout(STATEMENT_TIMEOUT, true);
+	if (get_timeout_indicator(STATEMENT_TIMEOUT, true))
+		QueryCancelPending = false; /* it came after the work was done */
+	return TimestampDifferenceExceeds(work_started, GetCurrentTimestamp(), WORK_MS);
+}
+
 /* Work on one table that fails without harm to others. */
 typedef void (*TableWork) (const UsageTable *table, const ServerOptions *server, void *arg);
 
@@ -1187,7 +1222,9 @@ guarded(TableWork work, const UsageTable *table, const ServerOptions *server, vo
 	MemoryContextSwitchTo(caller);
 	PG_TRY();
 	{
+		start_work_limit();
 		work(table, server, arg);
+		(void) end_work_limit();
 		ReleaseCurrentSubTransaction();
 		ok = true;
 	}
@@ -1195,10 +1232,11 @@ guarded(TableWork work, const UsageTable *table, const ServerOptions *server, vo
 	{
 		ErrorData  *error;
 		TimestampTz until;
+		bool		too_long = end_work_limit();
 
 		MemoryContextSwitchTo(caller);
 		error = CopyErrorData();
-		if (error->sqlerrcode == ERRCODE_QUERY_CANCELED ||
+		if ((error->sqlerrcode == ERRCODE_QUERY_CANCELED && !too_long) ||
 			error->sqlerrcode == ERRCODE_ADMIN_SHUTDOWN)
 			PG_RE_THROW();
 
@@ -1349,6 +1387,7 @@ release_unpriced(const UsageTable *table, const ServerOptions *server, void *arg
 		out[1].error = NULL;
 		abp_outbox_put(out, 2);
 		position->cursor = PG_INT64_MIN;
+		start_work_limit();
 	}
 	due_at(DT_NOBEGIN);
 }
@@ -1751,6 +1790,7 @@ abp_ship(const ShipScope *scope)
 	next_due = DT_NOEND;
 
 	room_left = false;
+	limit_work = !scope->in_procedure;
 	collect_answers();
 	abp_ship_begin(scope);
 	departures = work(scope);

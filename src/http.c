@@ -46,6 +46,7 @@
 #define MAX_IDLE_CONNECTIONS 32 /* kept alive at most */
 #define TRUST_STORE_SECONDS 60	/* certificates read from a file are kept */
 #define MIN_BUFFER 8192			/* first buffer for an answer */
+#define MIN_MASKED 8			/* bytes of a token worth a search in success */
 #define KEPT_BUFFER 65536		/* a larger one is freed at release */
 
 struct HttpRequest
@@ -389,6 +390,8 @@ mask_token(HttpRequest *request)
 		return;
 	token = strrchr(request->authorization.data, ' ') + 1;
 	len = strlen(token);
+	if (len < MIN_MASKED && request->reply.status == 200)
+		return;					/* it may be a number of the answer's */
 	for (size_t i = 0; i < request->reply.body_len; i++)
 	{
 		size_t		n = Min(len, request->reply.body_len - i);

@@ -28,11 +28,16 @@ PGFILEDESC = "aibilling_polar - price AI usage and deliver it to Polar"
 # In this order; lint tells when a file of sql/ or specs/ is not named here.
 REGRESS = \
 	install \
+	pricing \
+	cost \
+	normalize \
+	catalogue \
 	server
 REGRESS_OPTS = --temp-instance=tmp_check --temp-config=regress.conf \
 	--load-extension=$(EXTENSION) --encoding=UTF8 --no-locale
 
-ISOLATION =
+ISOLATION = \
+	prices
 ISOLATION_OPTS = --temp-instance=tmp_check_iso --temp-config=regress.conf \
 	--load-extension=$(EXTENSION) --encoding=UTF8 --no-locale
 

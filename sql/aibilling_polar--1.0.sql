@@ -465,6 +465,7 @@ COMMENT ON TABLE aibilling.price_quarantine IS
 'cards that import_prices found suspicious and did not apply; release_price applies one, DELETE forgets it';
 SELECT pg_extension_config_dump('aibilling.price_quarantine', '');
 COMMENT ON COLUMN aibilling.price_quarantine.reason IS 'which of the checks the card failed, with the figures';
+COMMENT ON COLUMN aibilling.price_quarantine.quarantined_at IS 'when it was found';
 
 -- jsonb keeps a number as the decimal text it was, so nothing here ever passes
 -- through a float.
@@ -1358,6 +1359,12 @@ CREATE TABLE aibilling.usage_table (
 	blocked_until timestamptz,
 	blocked_reason text
 );
+COMMENT ON TABLE aibilling.usage_table IS 'Attached usage tables and where their rows go';
+COMMENT ON COLUMN aibilling.usage_table.usage IS 'The table; of a partitioned one the root';
+COMMENT ON COLUMN aibilling.usage_table.server IS 'The foreign server that its rows are delivered to';
+COMMENT ON COLUMN aibilling.usage_table.attached_at IS 'When it was attached first';
+COMMENT ON COLUMN aibilling.usage_table.blocked_until IS 'Its rows could not be read: they are tried again at this time; NULL: they can be';
+COMMENT ON COLUMN aibilling.usage_table.blocked_reason IS 'The error met when reading its rows';
 
 -- Entries are blocks of ids in one state; "first" leads to the entry of an
 -- id because an entry never crosses a multiple of 1024 (outbox.c).  Not
@@ -1366,6 +1373,7 @@ CREATE TABLE aibilling.outbox_entry (
 	usage_table regclass NOT NULL,
 	state "char" NOT NULL,
 	attempts integer NOT NULL,
+	maybe_sent boolean NOT NULL,
 	not_before timestamptz NOT NULL,
 	first bigint NOT NULL,
 	last bigint NOT NULL,
@@ -1375,6 +1383,17 @@ CREATE TABLE aibilling.outbox_entry (
 
 CREATE INDEX outbox_entry_key
 	ON aibilling.outbox_entry (usage_table, state, not_before, first);
+COMMENT ON TABLE aibilling.outbox_entry IS
+'Private: how aibilling.outbox is stored, a row per run of ids in one state. Its form may change in any version';
+COMMENT ON COLUMN aibilling.outbox_entry.usage_table IS 'The attached table';
+COMMENT ON COLUMN aibilling.outbox_entry.state IS
+'p: to be sent; w: to be sent, not before not_before; u: waits for a price; r: rejected, waits to be mended';
+COMMENT ON COLUMN aibilling.outbox_entry.attempts IS 'How often the rows have been sent in vain';
+COMMENT ON COLUMN aibilling.outbox_entry.not_before IS 'Of state w: when the rows may be sent; -infinity in all others';
+COMMENT ON COLUMN aibilling.outbox_entry.first IS 'Lowest id';
+COMMENT ON COLUMN aibilling.outbox_entry.last IS 'Highest id';
+COMMENT ON COLUMN aibilling.outbox_entry.ids IS 'The ids; NULL: all from first to last';
+COMMENT ON COLUMN aibilling.outbox_entry.error IS 'Why the rows wait; NULL: only for their turn';
 
 CREATE TABLE aibilling.delivery (
 	id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
@@ -1400,6 +1419,40 @@ CREATE TABLE aibilling.delivery (
 
 CREATE INDEX delivery_sending ON aibilling.delivery (usage_table) WHERE state = 'sending';
 CREATE INDEX delivery_usage_ids ON aibilling.delivery USING gist (usage_ids);
+COMMENT ON TABLE aibilling.delivery IS
+'Ledger: a row per batch of events that was sent, or is being sent, to Polar. Owners see the batches of their usage tables, pg_monitor all';
+COMMENT ON COLUMN aibilling.delivery.id IS 'Number of the delivery';
+COMMENT ON COLUMN aibilling.delivery.server IS 'The foreign server it went to';
+COMMENT ON COLUMN aibilling.delivery.usage_table IS 'The table its rows are from; a bare number once that table is dropped';
+COMMENT ON COLUMN aibilling.delivery.usage_ids IS 'Ids of its rows';
+COMMENT ON COLUMN aibilling.delivery.events IS 'How many events were sent';
+COMMENT ON COLUMN aibilling.delivery.bytes IS 'Size of the request''s body';
+COMMENT ON COLUMN aibilling.delivery.state IS
+'sending: not answered yet; delivered: Polar has the events; rejected: Polar refused them, and the rows went back to the outbox; failed: not stored, and the rows went back to be sent in another delivery';
+COMMENT ON COLUMN aibilling.delivery.attempts IS 'Requests begun';
+COMMENT ON COLUMN aibilling.delivery.http_status IS 'Status of the last answer; NULL: there was none';
+COMMENT ON COLUMN aibilling.delivery.inserted IS 'Events that Polar says it stored';
+COMMENT ON COLUMN aibilling.delivery.duplicates IS 'Events that Polar says it had before';
+COMMENT ON COLUMN aibilling.delivery.unexpected_duplicates IS
+'Those of duplicates that no earlier attempt of ours explains: another event owned the external_id, and this usage was not counted';
+COMMENT ON COLUMN aibilling.delivery.vanished IS 'Rows that were gone from the usage table when the events were built';
+COMMENT ON COLUMN aibilling.delivery.started_at IS 'When the delivery was recorded, before its first request';
+COMMENT ON COLUMN aibilling.delivery.finished_at IS 'When its answer was settled; NULL while it is being sent';
+COMMENT ON COLUMN aibilling.delivery.not_before IS 'While it is being sent: no other attempt before this time; NULL: at once';
+COMMENT ON COLUMN aibilling.delivery.outcome_unknown IS
+'An attempt got no answer that says whether the events were stored: duplicates are expected then';
+COMMENT ON COLUMN aibilling.delivery.error IS 'What went wrong last; NULL: nothing';
+
+-- What the ledger sums up to, up to a delivery: status need not read it all.
+CREATE TABLE aibilling.delivery_total (
+	usage_table regclass PRIMARY KEY,
+	up_to bigint NOT NULL,
+	deliveries bigint NOT NULL,
+	delivered bigint NOT NULL,
+	duplicates bigint NOT NULL,
+	unexpected_duplicates bigint NOT NULL,
+	vanished bigint NOT NULL
+);
 
 CREATE TABLE aibilling.server_state (
 	server name COLLATE "C" PRIMARY KEY,
@@ -1409,16 +1462,31 @@ CREATE TABLE aibilling.server_state (
 	failures integer NOT NULL DEFAULT 0,
 	not_before timestamptz
 );
+COMMENT ON TABLE aibilling.server_state IS
+'Private: servers that are paused or wait after failures, so that a restart does not forget it; shown by aibilling.status';
+COMMENT ON COLUMN aibilling.server_state.server IS 'Name of the foreign server';
+COMMENT ON COLUMN aibilling.server_state.paused IS
+'operator: by aibilling.pause(); answer: by what the server answered; NULL: not paused';
+COMMENT ON COLUMN aibilling.server_state.reason IS 'Why';
+COMMENT ON COLUMN aibilling.server_state.changed_at IS 'Since when';
+COMMENT ON COLUMN aibilling.server_state.failures IS 'Failed requests in succession';
+COMMENT ON COLUMN aibilling.server_state.not_before IS 'No request before this time; NULL: at once';
 
 CREATE TABLE aibilling.database_identity (
 	system_identifier bigint NOT NULL,
-	database oid NOT NULL
+	database oid NOT NULL,
+	timeline bigint NOT NULL
 );
+COMMENT ON TABLE aibilling.database_identity IS
+'Private: the database that may send, written when the first table is attached and by aibilling.arm(). A copy finds another identity here than its own, and does not send';
+COMMENT ON COLUMN aibilling.database_identity.system_identifier IS 'System identifier of its cluster';
+COMMENT ON COLUMN aibilling.database_identity.database IS 'OID of the database';
 
 SELECT pg_extension_config_dump('aibilling.usage_table', '');
 SELECT pg_extension_config_dump('aibilling.outbox_entry', '');
 SELECT pg_extension_config_dump('aibilling.delivery', '');
 SELECT pg_extension_config_dump('aibilling.delivery_id_seq', '');
+SELECT pg_extension_config_dump('aibilling.delivery_total', '');
 SELECT pg_extension_config_dump('aibilling.server_state', '');
 SELECT pg_extension_config_dump('aibilling.database_identity', '');
 
@@ -1428,13 +1496,19 @@ LANGUAGE sql STABLE PARALLEL SAFE
 RETURN pg_has_role(current_user, 'pg_monitor'::name, 'USAGE')
 	OR EXISTS (SELECT FROM pg_class c
 			   WHERE c.oid = may_see.usage AND pg_has_role(current_user, c.relowner, 'USAGE'));
+COMMENT ON FUNCTION aibilling.may_see(regclass) IS
+'Whether the caller sees a usage table''s outbox, ledger and status: with the rights of its owner or of pg_monitor';
 
 ALTER TABLE aibilling.delivery ENABLE ROW LEVEL SECURITY;
 CREATE POLICY delivery_of_own_tables ON aibilling.delivery
 	FOR SELECT USING (aibilling.may_see(usage_table));
+COMMENT ON POLICY delivery_of_own_tables ON aibilling.delivery IS
+'Owners see the deliveries of their usage tables, pg_monitor all';
 ALTER TABLE aibilling.usage_table ENABLE ROW LEVEL SECURITY;
 CREATE POLICY usage_table_of_own ON aibilling.usage_table
 	FOR SELECT USING (aibilling.may_see(usage));
+COMMENT ON POLICY usage_table_of_own ON aibilling.usage_table IS
+'Owners see their usage tables, pg_monitor all';
 
 CREATE VIEW aibilling.outbox WITH (security_barrier) AS
 SELECT e.usage_table,
@@ -1448,61 +1522,100 @@ FROM aibilling.outbox_entry e,
 			 UNION ALL
 			 SELECT generate_series(lower(r), upper(r) - 1) FROM unnest(e.ids) r) i
 WHERE aibilling.may_see(e.usage_table);
+COMMENT ON VIEW aibilling.outbox IS
+'A row per usage row that is neither delivered nor in flight. Owners see their usage tables'' rows, pg_monitor all';
+COMMENT ON COLUMN aibilling.outbox.usage_table IS 'The attached table';
+COMMENT ON COLUMN aibilling.outbox.usage_id IS 'Id of the row';
+COMMENT ON COLUMN aibilling.outbox.state IS
+'pending: to be sent; unpriced: waits for a price; rejected: cannot be sent until it is mended by UPDATE or released by aibilling.retry()';
+COMMENT ON COLUMN aibilling.outbox.attempts IS 'How often it has been sent in vain';
+COMMENT ON COLUMN aibilling.outbox.not_before IS 'It is not sent before this time; NULL: as soon as possible';
+COMMENT ON COLUMN aibilling.outbox.error IS 'Why it waits; NULL: only for its turn';
 
 -- Trigger functions of usage tables
 
 CREATE FUNCTION aibilling.price_usage() RETURNS trigger
 LANGUAGE c AS 'MODULE_PATHNAME', 'abp_sql_price_usage';
+COMMENT ON FUNCTION aibilling.price_usage() IS
+'Trigger BEFORE INSERT OR UPDATE of a usage table: fills the columns from raw_usage, computes cost_nanos, cost_cents and cost_status. Raises check_violation for counts and values that cannot be, and refuses an UPDATE of what was billed once the row is in flight or delivered. Put there by aibilling.attach()';
 
 CREATE FUNCTION aibilling.enqueue_usage() RETURNS trigger
 LANGUAGE c AS 'MODULE_PATHNAME', 'abp_sql_enqueue_usage';
+COMMENT ON FUNCTION aibilling.enqueue_usage() IS
+'Trigger AFTER INSERT of a usage table: puts the row into the outbox, in the same transaction. On a table that is not attached it does nothing';
 
 CREATE FUNCTION aibilling.guard_usage() RETURNS trigger
 LANGUAGE c AS 'MODULE_PATHNAME', 'abp_sql_guard_usage';
+COMMENT ON FUNCTION aibilling.guard_usage() IS
+'Trigger BEFORE DELETE of a usage table: takes a waiting row out of the outbox; raises object_not_in_prerequisite_state for a row in flight';
 
 CREATE FUNCTION aibilling.truncate_usage() RETURNS trigger
 LANGUAGE c AS 'MODULE_PATHNAME', 'abp_sql_truncate_usage';
+COMMENT ON FUNCTION aibilling.truncate_usage() IS
+'Trigger BEFORE TRUNCATE of a usage table: empties its outbox, with a WARNING that gives the number of rows that were not delivered';
 
 CREATE FUNCTION aibilling.create_usage_table(name text, server name) RETURNS regclass
 LANGUAGE c VOLATILE STRICT AS 'MODULE_PATHNAME', 'abp_sql_create_usage_table';
+COMMENT ON FUNCTION aibilling.create_usage_table(text, name) IS
+'Creates a usage table owned by the caller and attaches it to the foreign server. name: as one writes a table''s name, quoted and with a schema if need be. Returns the table. Needs CREATE in the schema and USAGE on the server';
 
 CREATE FUNCTION aibilling.attach(usage regclass, server name, existing text DEFAULT 'ignore') RETURNS void
 LANGUAGE c VOLATILE STRICT AS 'MODULE_PATHNAME', 'abp_sql_attach';
+COMMENT ON FUNCTION aibilling.attach(regclass, name, text) IS
+'Makes a table a usage table whose rows are delivered to the foreign server; again for another server. existing: ignore (rows already there are never sent) or send (those without a delivery are). Raises undefined_column naming what the table lacks. Needs ownership of the table and USAGE on the server';
 
 CREATE FUNCTION aibilling.detach(usage regclass, pending text DEFAULT 'refuse') RETURNS void
 LANGUAGE c VOLATILE STRICT AS 'MODULE_PATHNAME', 'abp_sql_detach';
+COMMENT ON FUNCTION aibilling.detach(regclass, text) IS
+'Makes a usage table an ordinary table; the ledger stays. pending: refuse (raises an error while rows are not delivered) or discard (gives them up). Raises object_in_use while rows are in flight. Needs ownership of the table';
 
 -- Operating
 
 CREATE PROCEDURE aibilling.sync(server name DEFAULT NULL, timeout interval DEFAULT NULL)
 LANGUAGE c AS 'MODULE_PATHNAME', 'abp_sql_sync';
+COMMENT ON PROCEDURE aibilling.sync(name, interval) IS
+'Delivers what is pending now and returns when that is done, set aside or refused (WARNING). server: only this one; timeout: give up after it; NULL: all, never. Delivers the tables that the caller owns, all for a superuser. Commits as it goes: inside a transaction block it raises invalid_transaction_termination';
 
 CREATE FUNCTION aibilling.preview(usage regclass, max_rows integer DEFAULT 10,
 	OUT usage_id bigint, OUT state text, OUT event jsonb, OUT error text) RETURNS SETOF record
 LANGUAGE c VOLATILE STRICT AS 'MODULE_PATHNAME', 'abp_sql_preview';
+COMMENT ON FUNCTION aibilling.preview(regclass, integer) IS
+'The events of up to max_rows rows of the outbox, exactly as they would be sent: pending ones first, then rejected and unpriced ones, with the reason in error. Sends nothing. Needs ownership of the table';
 
 CREATE FUNCTION aibilling.pause(server name DEFAULT NULL) RETURNS void
 LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'abp_sql_pause';
+COMMENT ON FUNCTION aibilling.pause(name) IS
+'Sends nothing to the foreign server until aibilling.resume(); requests in flight end. NULL: all servers of the caller''s usage tables. Needs ownership of every usage table attached to the server';
 
 CREATE FUNCTION aibilling.resume(server name DEFAULT NULL) RETURNS void
 LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'abp_sql_resume';
+COMMENT ON FUNCTION aibilling.resume(name) IS
+'Ends a pause, whether aibilling.pause() or the server''s answer began it, and every wait after failures, and tries at once. NULL: all servers of the caller''s usage tables. Needs ownership of every usage table attached to the server';
 
 CREATE FUNCTION aibilling.retry(usage regclass, ids bigint[] DEFAULT NULL) RETURNS bigint
 LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'abp_sql_retry';
+COMMENT ON FUNCTION aibilling.retry(regclass, bigint[]) IS
+'Makes rejected rows pending again. ids: only these; NULL: all. Returns how many. Needs ownership of the table';
 
 CREATE FUNCTION aibilling.arm() RETURNS void
 LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'abp_sql_arm';
+COMMENT ON FUNCTION aibilling.arm() IS
+'Lets this database send although it is a copy (restored, cloned or upgraded). Needs ownership of the database';
 
 CREATE FUNCTION aibilling.reprice(usage regclass, from_time timestamptz DEFAULT '-infinity',
 	to_time timestamptz DEFAULT 'infinity', dry_run boolean DEFAULT true,
 	OUT usage_id bigint, OUT state text, OUT old_cost_nanos bigint, OUT new_cost_nanos bigint,
 	OUT difference_nanos numeric, OUT action text) RETURNS SETOF record
 LANGUAGE c VOLATILE STRICT AS 'MODULE_PATHNAME', 'abp_sql_reprice';
+COMMENT ON FUNCTION aibilling.reprice(regclass, timestamptz, timestamptz, boolean) IS
+'Computes the cost of the rows with from_time <= occurred_at < to_time again, by the prices of today. Returns a row per cost that differs, in USD x 10^9; rows delivered or in flight are only reported, the others change unless dry_run. Needs ownership of the table';
 
 CREATE FUNCTION aibilling.usage_status(usage regclass, id bigint,
 	OUT state text, OUT delivery_id bigint, OUT sent_at timestamptz, OUT attempts integer,
 	OUT error text) RETURNS record
 LANGUAGE c STABLE STRICT AS 'MODULE_PATHNAME', 'abp_sql_usage_status';
+COMMENT ON FUNCTION aibilling.usage_status(regclass, bigint) IS
+'Where a row stands: state (pending, unpriced, rejected, sending, delivered, not_sent), its delivery, when that began, attempts, error. Needs ownership of the table or pg_monitor';
 
 CREATE FUNCTION aibilling.status_rows(
 	OUT usage_table regclass, OUT server name, OUT pending bigint, OUT pending_estimated boolean,
@@ -1511,8 +1624,29 @@ CREATE FUNCTION aibilling.status_rows(
 	OUT duplicates bigint, OUT unexpected_duplicates bigint, OUT vanished bigint,
 	OUT worker_pid integer, OUT status text) RETURNS SETOF record
 LANGUAGE c STABLE AS 'MODULE_PATHNAME', 'abp_sql_status';
+COMMENT ON FUNCTION aibilling.status_rows() IS 'What aibilling.status shows';
 
 CREATE VIEW aibilling.status AS SELECT * FROM aibilling.status_rows();
+COMMENT ON VIEW aibilling.status IS
+'A row per usage table that the caller owns (all for pg_monitor): what waits, what was delivered, and what happens now and why';
+COMMENT ON COLUMN aibilling.status.usage_table IS 'The attached table; NULL: none is attached';
+COMMENT ON COLUMN aibilling.status.server IS 'The foreign server that its rows are delivered to';
+COMMENT ON COLUMN aibilling.status.pending IS 'Rows to be sent: exact up to 100,000';
+COMMENT ON COLUMN aibilling.status.pending_estimated IS 'Whether pending is an estimate';
+COMMENT ON COLUMN aibilling.status.unpriced IS 'Rows that wait for a price; see aibilling.unpriced';
+COMMENT ON COLUMN aibilling.status.rejected IS 'Rows that cannot be sent until they are mended; see aibilling.outbox';
+COMMENT ON COLUMN aibilling.status.in_flight IS 'Events sent and not answered yet';
+COMMENT ON COLUMN aibilling.status.oldest IS 'occurred_at of the first row that could be sent';
+COMMENT ON COLUMN aibilling.status.last_delivery IS 'When a delivery last succeeded';
+COMMENT ON COLUMN aibilling.status.last_error IS 'Error of the last delivery that had one';
+COMMENT ON COLUMN aibilling.status.deliveries IS 'Batches delivered';
+COMMENT ON COLUMN aibilling.status.delivered IS 'Events delivered';
+COMMENT ON COLUMN aibilling.status.duplicates IS 'Events that Polar had before';
+COMMENT ON COLUMN aibilling.status.unexpected_duplicates IS
+'Those that were another''s: their usage was not counted';
+COMMENT ON COLUMN aibilling.status.vanished IS 'Rows that were gone when they were to be sent';
+COMMENT ON COLUMN aibilling.status.worker_pid IS 'Process of this database''s worker; NULL: there is none';
+COMMENT ON COLUMN aibilling.status.status IS 'In words, what happens now and why';
 
 CREATE VIEW aibilling.unpriced WITH (security_barrier) AS
 SELECT e.usage_table, e.error AS reason,
@@ -1521,22 +1655,35 @@ SELECT e.usage_table, e.error AS reason,
 FROM aibilling.outbox_entry e
 WHERE e.state = 'u' AND aibilling.may_see(e.usage_table)
 GROUP BY e.usage_table, e.error;
+COMMENT ON VIEW aibilling.unpriced IS
+'What keeps rows from being priced, a row per reason: model or quantity without a price. They are priced and sent by themselves when the price arrives';
+COMMENT ON COLUMN aibilling.unpriced.usage_table IS 'The attached table';
+COMMENT ON COLUMN aibilling.unpriced.reason IS 'What has no price';
+COMMENT ON COLUMN aibilling.unpriced.rows IS 'How many rows wait for it';
 
 -- Event triggers: what becomes of the outbox when tables and servers go
 
 CREATE FUNCTION aibilling.on_sql_drop() RETURNS event_trigger
 LANGUAGE c AS 'MODULE_PATHNAME', 'abp_sql_on_sql_drop';
+COMMENT ON FUNCTION aibilling.on_sql_drop() IS
+'Event trigger: a dropped usage table takes its outbox along (WARNING with the number of rows not delivered); a server with usage tables cannot be dropped';
 
 CREATE FUNCTION aibilling.on_server_ddl() RETURNS event_trigger
 LANGUAGE c AS 'MODULE_PATHNAME', 'abp_sql_on_server_ddl';
+COMMENT ON FUNCTION aibilling.on_server_ddl() IS
+'Event trigger: the worker looks at once at a changed server or user mapping';
 
 CREATE EVENT TRIGGER aibilling_on_sql_drop ON sql_drop
 	WHEN TAG IN ('DROP TABLE', 'DROP SCHEMA', 'DROP OWNED', 'DROP SERVER')
 	EXECUTE FUNCTION aibilling.on_sql_drop();
+COMMENT ON EVENT TRIGGER aibilling_on_sql_drop IS
+'Keeps outbox and usage tables in step with DROP (extension aibilling_polar)';
 
 CREATE EVENT TRIGGER aibilling_on_server_ddl ON ddl_command_end
 	WHEN TAG IN ('CREATE SERVER', 'ALTER SERVER', 'CREATE USER MAPPING', 'ALTER USER MAPPING', 'DROP USER MAPPING')
 	EXECUTE FUNCTION aibilling.on_server_ddl();
+COMMENT ON EVENT TRIGGER aibilling_on_server_ddl IS
+'Tells the worker of changed servers (extension aibilling_polar)';
 
 -- (outbox: end)
 

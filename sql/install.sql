@@ -15,8 +15,8 @@ WHERE NOT EXISTS (SELECT FROM pg_description d
 			AND d.refclassid IN ('pg_class'::regclass, 'pg_type'::regclass))
 ORDER BY object COLLATE "C";
 
--- Functions that anyone may call, but for those that compute, fire as triggers, or check the
--- caller's rights themselves.
+-- Functions that anyone may call, but for those that compute, fire as triggers, check the
+-- caller's rights themselves, or do with the caller's rights on prices what the caller could do.
 SELECT DISTINCT p.proname COLLATE "C" AS executable_by_public
 FROM member m
 JOIN pg_proc p ON m.classid = 'pg_proc'::regclass AND m.objid = p.oid
@@ -26,7 +26,11 @@ WHERE a.grantee = 0 AND a.privilege_type = 'EXECUTE'
 	AND p.proname NOT IN ('cost', 'cost_nanos', 'cost_cents', 'polar_cost', 'explain_cost', 'convert_cost',
 		'normalize_usage',
 		'create_usage_table', 'attach', 'detach', 'usage_status', 'preview', 'sync', 'pause', 'resume',
-		'retry', 'reprice', 'arm', 'may_see', 'status_rows')
+		'retry', 'reprice', 'arm', 'may_see', 'status_rows',
+		'import_prices', 'load_bundled_prices', 'fetch_prices', 'release_price', 'register_price_source',
+		'bundled_prices', 'stored_prices', 'changed_cards', 'price_rows', 'catalogue_number', 'clean_price',
+		'clean_prices', 'read_litellm', 'read_models_dev', 'read_genai_prices', 'read_router_prices',
+		'read_openrouter', 'read_narev')
 ORDER BY 1;
 
 -- Tables and views that anyone may write, or may read without being meant to.
@@ -37,7 +41,7 @@ CROSS JOIN aclexplode(c.relacl) a
 WHERE a.grantee = 0
 	AND NOT (a.privilege_type = 'SELECT'
 		AND c.relname IN ('price', 'price_source', 'service_tier_rule', 'model_alias',
-			'usage_table', 'status', 'outbox', 'delivery'))
+			'price_quarantine', 'usage_table', 'status', 'outbox', 'unpriced', 'delivery'))
 ORDER BY 1, 2;
 
 -- Functions whose names another's search_path could capture.
@@ -48,6 +52,30 @@ JOIN pg_language l ON l.oid = p.prolang
 WHERE ((l.lanname IN ('sql', 'plpgsql') AND p.prosqlbody IS NULL) OR p.prosecdef)
 	AND NOT coalesce(p.proconfig, '{}') @> '{"search_path=pg_catalog, pg_temp"}'
 ORDER BY p.oid::regprocedure::text COLLATE "C";
+
+-- Functions with other rights than the caller's: none is meant to have them.
+SELECT p.oid::regprocedure AS security_definer
+FROM member m
+JOIN pg_proc p ON m.classid = 'pg_proc'::regclass AND m.objid = p.oid
+WHERE p.prosecdef
+ORDER BY p.oid::regprocedure::text COLLATE "C";
+
+-- Columns of tables and views that no COMMENT describes; price_quarantine holds what price does.
+SELECT a.attrelid::regclass AS relation, a.attname COLLATE "C" AS undescribed
+FROM member m
+JOIN pg_class c ON m.classid = 'pg_class'::regclass AND m.objid = c.oid AND c.relkind IN ('r', 'v')
+JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+WHERE col_description(a.attrelid, a.attnum) IS NULL
+	AND NOT (c.relname = 'price_quarantine'
+		AND a.attname IN (SELECT attname FROM pg_attribute WHERE attrelid = 'aibilling.price'::regclass))
+ORDER BY a.attrelid::regclass::text COLLATE "C", a.attnum;
+
+-- Policies and event triggers that no COMMENT describes.
+SELECT pg_describe_object(tableoid, oid, 0) AS undescribed FROM pg_policy
+WHERE obj_description(oid, 'pg_policy') IS NULL
+UNION ALL
+SELECT pg_describe_object(tableoid, oid, 0) FROM pg_event_trigger
+WHERE obj_description(oid, 'pg_event_trigger') IS NULL;
 
 -- Tables whose rows pg_dump would forget.
 SELECT c.oid::regclass AS not_dumped

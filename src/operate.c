@@ -28,6 +28,7 @@
 #include "utils/array.h"
 #include "utils/builtins.h"
 #include "utils/datum.h"
+#include "utils/guc.h"
 #include "utils/inval.h"
 #include "utils/jsonb.h"
 #include "utils/lsyscache.h"
@@ -1191,7 +1192,7 @@ no_worker_words(void)
 /* What happens now with a table, and why. */
 static char *
 status_words(const UsageTable *table, bool armed, int worker_pid, int64 ready,
-			 int64 in_flight, int64 unexpected)
+			 int64 unpriced, int64 rejected, const LedgerTotals *totals)
 {
 	StringInfoData words;
 
@@ -1212,13 +1213,19 @@ status_words(const UsageTable *table, bool armed, int worker_pid, int64 ready,
 						 table->pause_reason);
 	else if (worker_pid == 0)
 		appendStringInfo(&words, "%s; deliver with CALL aibilling.sync()", no_worker_words());
-	else if (ready > 0 || in_flight > 0)
+	else if (ready > 0 || totals->in_flight > 0)
 		appendStringInfoString(&words, "delivering");
 	else
 		appendStringInfoString(&words, "idle: everything that can be sent is delivered");
-	if (unexpected > 0)
+	if (unpriced > 0)
+		appendStringInfo(&words, "; " INT64_FORMAT " rows wait for a price (aibilling.unpriced)",
+						 unpriced);
+	if (rejected > 0)
+		appendStringInfo(&words, "; " INT64_FORMAT " rows are rejected (aibilling.outbox)",
+						 rejected);
+	if (totals->unexpected_duplicates > 0)
 		appendStringInfo(&words, "; warning: " INT64_FORMAT " events were not counted, Polar had their external_id before",
-						 unexpected);
+						 totals->unexpected_duplicates);
 	return words.data;
 }
 
@@ -1278,21 +1285,25 @@ status_of_table(const UsageTable *table, bool armed, ReturnSetInfo *result)
 	int64		unused = 0;
 	int64		ready;
 	int64		waiting;
+	int64		unpriced;
+	int64		rejected;
 	int			worker_pid = abp_worker_pid();
 
 	ready = abp_outbox_count(table->relid, OUTBOX_READY, STATUS_EXACT_LIMIT, &estimated, &first);
 	waiting = abp_outbox_count(table->relid, OUTBOX_WAITING, STATUS_EXACT_LIMIT,
 							   &estimated_waiting, &unused);
+	unpriced = abp_outbox_count(table->relid, OUTBOX_UNPRICED, STATUS_EXACT_LIMIT,
+								&ignored, &unused);
+	rejected = abp_outbox_count(table->relid, OUTBOX_REJECTED, STATUS_EXACT_LIMIT,
+								&ignored, &unused);
 	abp_ledger_totals(table->relid, &totals);
 
 	values[STATUS_USAGE_TABLE] = ObjectIdGetDatum(table->relid);
 	values[STATUS_SERVER] = DirectFunctionCall1(namein, CStringGetDatum(table->server));
 	values[STATUS_PENDING] = Int64GetDatum(ready + waiting);
 	values[STATUS_PENDING_ESTIMATED] = BoolGetDatum(estimated || estimated_waiting);
-	values[STATUS_UNPRICED] = Int64GetDatum(abp_outbox_count(table->relid, OUTBOX_UNPRICED,
-															 STATUS_EXACT_LIMIT, &ignored, &unused));
-	values[STATUS_REJECTED] = Int64GetDatum(abp_outbox_count(table->relid, OUTBOX_REJECTED,
-															 STATUS_EXACT_LIMIT, &ignored, &unused));
+	values[STATUS_UNPRICED] = Int64GetDatum(unpriced);
+	values[STATUS_REJECTED] = Int64GetDatum(rejected);
 	values[STATUS_IN_FLIGHT] = Int64GetDatum(totals.in_flight);
 
 	nulls[STATUS_OLDEST] = true;
@@ -1316,8 +1327,7 @@ status_of_table(const UsageTable *table, bool armed, ReturnSetInfo *result)
 	nulls[STATUS_WORKER_PID] = worker_pid == 0;
 	values[STATUS_WORKER_PID] = Int32GetDatum(worker_pid);
 	values[STATUS_WORDS] = CStringGetTextDatum(status_words(table, armed, worker_pid, ready,
-															totals.in_flight,
-															totals.unexpected_duplicates));
+															unpriced, rejected, &totals));
 	tuplestore_putvalues(result->setResult, result->setDesc, values, nulls);
 }
 

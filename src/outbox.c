@@ -57,12 +57,27 @@
 #define Anum_entry_usage_table 1
 #define Anum_entry_state 2
 #define Anum_entry_attempts 3
-#define Anum_entry_not_before 4
-#define Anum_entry_first 5
-#define Anum_entry_last 6
-#define Anum_entry_ids 7
-#define Anum_entry_error 8
-#define Natts_entry 8
+#define Anum_entry_maybe_sent 4
+#define Anum_entry_not_before 5
+#define Anum_entry_first 6
+#define Anum_entry_last 7
+#define Anum_entry_ids 8
+#define Anum_entry_error 9
+#define Natts_entry 9
+
+/* The columns up to "last" as they lie in a tuple: fixed lengths, no NULLs. */
+typedef struct EntryForm
+{
+	Oid			usage_table;
+	char		state;
+	int32		attempts;
+	bool		maybe_sent;
+	TimestampTz not_before;
+	int64		first;
+	int64		last;
+} EntryForm;
+
+#define ENTRY_FORM(tuple) ((const EntryForm *) GETSTRUCT(tuple))
 
 /* A statement that is prepared once a session. */
 typedef struct Statement
@@ -72,6 +87,14 @@ typedef struct Statement
 	Oid			argtypes[10];
 	SPIPlanPtr	plan;
 } Statement;
+
+/* What is added up of settled deliveries "d". */
+#define LEDGER_SUMS \
+	"SELECT count(*) FILTER (WHERE d.state = 'delivered') AS deliveries," \
+	" coalesce(sum(d.events) FILTER (WHERE d.state = 'delivered'), 0)::pg_catalog.int8 AS delivered," \
+	" coalesce(sum(d.duplicates), 0)::pg_catalog.int8 AS duplicates," \
+	" coalesce(sum(d.unexpected_duplicates), 0)::pg_catalog.int8 AS unexpected_duplicates," \
+	" coalesce(sum(d.vanished), 0)::pg_catalog.int8 AS vanished"
 
 /* The plans that read one usage table, kept for the session. */
 typedef struct ReadPlans
@@ -203,6 +226,19 @@ run(Statement *statement, Datum *values, const char *nulls)
 	return SPI_processed;
 }
 
+/* Run a statement without a result, with the rights of the extension's owner. */
+static void
+run_alone(Statement *statement, Datum *values)
+{
+	SavedUser	saved;
+
+	abp_become_extension_owner(&saved);
+	SPI_connect();
+	run(statement, values, NULL);
+	SPI_finish();
+	abp_restore_user(&saved);
+}
+
 static Datum
 result_datum(uint64 row, int column, bool *isnull)
 {
@@ -300,6 +336,7 @@ write_entry(EntryWriter *writer, const OutboxEntry *entry, IdSet *ids)
 	values[Anum_entry_usage_table - 1] = ObjectIdGetDatum(entry->usage_table);
 	values[Anum_entry_state - 1] = CharGetDatum(entry->state);
 	values[Anum_entry_attempts - 1] = Int32GetDatum(entry->attempts);
+	values[Anum_entry_maybe_sent - 1] = BoolGetDatum(entry->maybe_sent);
 	values[Anum_entry_not_before - 1] =
 		TimestampTzGetDatum(entry->state == OUTBOX_WAITING ? entry->not_before : DT_NOBEGIN);
 	values[Anum_entry_first - 1] = Int64GetDatum(ids->ranges[0].first);
@@ -387,22 +424,31 @@ abp_outbox_put(OutboxEntry *entries, int nentries)
 	MemoryContextDelete(context);
 }
 
-/* The ids of an entry's tuple, in the current memory context. */
-static IdSet
-entry_ids(HeapTuple tuple, TupleDesc desc)
+/* All of an entry's tuple, in the current memory context. */
+static OutboxEntry
+read_entry(HeapTuple tuple, TupleDesc desc)
 {
-	IdSet		ids = {0};
+	const EntryForm *form = ENTRY_FORM(tuple);
+	OutboxEntry entry = {
+		.usage_table = form->usage_table,
+		.state = form->state,
+		.attempts = form->attempts,
+		.maybe_sent = form->maybe_sent,
+		.not_before = form->not_before
+	};
 	bool		isnull;
-	Datum		value = heap_getattr(tuple, Anum_entry_ids, desc, &isnull);
+	Datum		value;
 
+	value = heap_getattr(tuple, Anum_entry_ids, desc, &isnull);
+	if (isnull)
+		abp_idset_add(&entry.ids, form->first, form->last, CurrentMemoryContext);
+	else
+		entry.ids = abp_idset_from_multirange(value);
+
+	value = heap_getattr(tuple, Anum_entry_error, desc, &isnull);
 	if (!isnull)
-		return abp_idset_from_multirange(value);
-
-	abp_idset_add(&ids,
-				  DatumGetInt64(heap_getattr(tuple, Anum_entry_first, desc, &isnull)),
-				  DatumGetInt64(heap_getattr(tuple, Anum_entry_last, desc, &isnull)),
-				  CurrentMemoryContext);
-	return ids;
+		entry.error = TextDatumGetCString(value);
+	return entry;
 }
 
 /* An ordered scan over the entries of one table and state. */
@@ -459,38 +505,35 @@ end_entry_scan(EntryScan *scan)
  * from *cursor on, which is moved to a little before the last entry seen: rows
  * of lower ids may commit a little later.
  *
- * Returns the ids, in the current memory context, and in *attempts the most
- * attempts of any of their entries.
+ * Returns the ids, in the current memory context.
  */
 IdSet
 abp_outbox_take(Oid usage_table, char state, TimestampTz until,
-				int64 *cursor, int64 max_ids, int *attempts)
+				int64 *cursor, int64 max_ids, TakenEntries *entries)
 {
 	IdSet		taken = {0};
 	int64		ntaken = 0;
 	EntryScan	scan;
 	HeapTuple	tuple;
-	OutboxEntry rest = {.usage_table = usage_table,.state = state};
-	int64		first;
+	OutboxEntry rest = {0};
 
-	*attempts = 0;
+	memset(entries, 0, sizeof(TakenEntries));
 	PushActiveSnapshot(GetLatestSnapshot());
 	begin_entry_scan(&scan, usage_table, state, *cursor, until, RowExclusiveLock);
 
 	while (ntaken < max_ids)
 	{
-		TupleDesc	desc = RelationGetDescr(scan.rel);
 		TM_FailureData failure;
-		IdSet		ids;
-		bool		isnull;
-		int			entry_attempts;
+		OutboxEntry entry;
+		int64		first;
 
 		CHECK_FOR_INTERRUPTS();
 
 		tuple = systable_getnext_ordered(scan.scan, ForwardScanDirection);
 		if (tuple == NULL)
 			break;
-		first = DatumGetInt64(heap_getattr(tuple, Anum_entry_first, desc, &isnull));
+		entry = read_entry(tuple, RelationGetDescr(scan.rel));
+		first = entry.ids.ranges[0].first;
 		*cursor = first - Min(first - PG_INT64_MIN - 1, CURSOR_MARGIN);
 
 		if (table_tuple_delete(scan.rel, &tuple->t_self, GetCurrentCommandId(true),
@@ -498,21 +541,16 @@ abp_outbox_take(Oid usage_table, char state, TimestampTz until,
 							   &failure, false) != TM_Ok)
 			continue;
 
-		ids = entry_ids(tuple, desc);
-		entry_attempts = DatumGetInt32(heap_getattr(tuple, Anum_entry_attempts, desc, &isnull));
-		*attempts = Max(*attempts, entry_attempts);
-		if (ntaken + abp_idset_count(&ids) > max_ids)
+		entries->attempts = Max(entries->attempts, entry.attempts);
+		entries->maybe_sent |= entry.maybe_sent;
+		if (ntaken + abp_idset_count(&entry.ids) > max_ids)
 		{
-			Datum		error = heap_getattr(tuple, Anum_entry_error, desc, &isnull);
-
-			rest.error = isnull ? NULL : TextDatumGetCString(error);
-			rest.attempts = entry_attempts;
-			rest.not_before = DatumGetTimestampTz(heap_getattr(tuple, Anum_entry_not_before, desc, &isnull));
-			rest.ids = abp_idset_split(&ids, max_ids - ntaken);
+			rest = entry;
+			rest.ids = abp_idset_split(&entry.ids, max_ids - ntaken);
 		}
-		ntaken += abp_idset_count(&ids);
-		for (int i = 0; i < ids.nranges; i++)
-			abp_idset_add(&taken, ids.ranges[i].first, ids.ranges[i].last,
+		ntaken += abp_idset_count(&entry.ids);
+		for (int i = 0; i < entry.ids.nranges; i++)
+			abp_idset_add(&taken, entry.ids.ranges[i].first, entry.ids.ranges[i].last,
 						  CurrentMemoryContext);
 	}
 
@@ -615,7 +653,8 @@ abp_outbox_remove(Oid usage_table, int64 id)
 		" AND e.first BETWEEN $3 AND $2 AND e.last >= $2"
 		" AND (e.ids IS NULL OR e.ids @> $2)"
 		" RETURNING e.state, e.attempts, e.not_before, coalesce(e.ids,"
-		" pg_catalog.int8multirange(pg_catalog.int8range(e.first, e.last, '[]'))), e.error",
+		" pg_catalog.int8multirange(pg_catalog.int8range(e.first, e.last, '[]'))), e.error,"
+		" e.maybe_sent",
 		3, {REGCLASSOID, INT8OID, INT8OID}
 	};
 	Datum		values[3] = {
@@ -645,6 +684,7 @@ abp_outbox_remove(Oid usage_table, int64 id)
 		rest[i].not_before = DatumGetTimestampTz(result_datum(i, 3, &isnull));
 		rest[i].ids = abp_idset_subtract(&ids, &only);
 		rest[i].error = result_string(i, 5, caller);
+		rest[i].maybe_sent = DatumGetBool(result_datum(i, 6, &isnull));
 		MemoryContextSwitchTo(old);
 	}
 	SPI_finish();
@@ -672,54 +712,41 @@ abp_outbox_count(Oid usage_table, char state, int64 exact_limit,
 	*estimated = false;
 	PushActiveSnapshot(GetLatestSnapshot());
 	begin_entry_scan(&scan, usage_table, state, PG_INT64_MIN, DT_NOEND, AccessShareLock);
-	while ((tuple = systable_getnext_ordered(scan.scan, ForwardScanDirection)) != NULL)
+	while (count < exact_limit &&
+		   (tuple = systable_getnext_ordered(scan.scan, ForwardScanDirection)) != NULL)
 	{
-		TupleDesc	desc = RelationGetDescr(scan.rel);
-		bool		isnull;
-		Datum		ids = heap_getattr(tuple, Anum_entry_ids, desc, &isnull);
-		int64		first;
+		const EntryForm *form = ENTRY_FORM(tuple);
 
 		CHECK_FOR_INTERRUPTS();
 
-		if (!isnull)
+		if (count == 0)
+			*first_id = lowest = form->first;
+		reached = form->last;
+		if (heap_attisnull(tuple, Anum_entry_ids, RelationGetDescr(scan.rel)))
+			count += form->last - form->first + 1;
+		else
 		{
-			IdSet		set = abp_idset_from_multirange(ids);
+			OutboxEntry entry = read_entry(tuple, RelationGetDescr(scan.rel));
 
-			count += abp_idset_count(&set);
-			pfree(set.ranges);
-		}
-		first = DatumGetInt64(heap_getattr(tuple, Anum_entry_first, desc, &isnull));
-		reached = DatumGetInt64(heap_getattr(tuple, Anum_entry_last, desc, &isnull));
-		if (heap_attisnull(tuple, Anum_entry_ids, desc))
-			count += reached - first + 1;
-		if (lowest == 0)
-		{
-			lowest = first;
-			*first_id = first;
-		}
-		if (count >= exact_limit)
-		{
-			/* Anything behind?  Then its end tells how much, about. */
-			end_entry_scan(&scan);
-			begin_entry_scan(&scan, usage_table, state, PG_INT64_MIN, DT_NOEND,
-							 AccessShareLock);
-			tuple = systable_getnext_ordered(scan.scan, BackwardScanDirection);
-			if (tuple != NULL)
-			{
-				int64		end = DatumGetInt64(heap_getattr(tuple, Anum_entry_last,
-															 RelationGetDescr(scan.rel), &isnull));
-
-				if (end > reached)
-				{
-					*estimated = true;
-					count += (int64) ((end - reached) *
-									  (double) count / (reached - lowest + 1));
-				}
-			}
-			break;
+			count += abp_idset_count(&entry.ids);
+			pfree(entry.ids.ranges);
 		}
 	}
 	end_entry_scan(&scan);
+
+	/* Anything behind?  Then its end tells how much, about. */
+	if (count >= exact_limit)
+	{
+		begin_entry_scan(&scan, usage_table, state, PG_INT64_MIN, DT_NOEND, AccessShareLock);
+		tuple = systable_getnext_ordered(scan.scan, BackwardScanDirection);
+		if (tuple != NULL && ENTRY_FORM(tuple)->last > reached)
+		{
+			*estimated = true;
+			count += (int64) ((ENTRY_FORM(tuple)->last - reached) *
+							  (double) count / (reached - lowest + 1));
+		}
+		end_entry_scan(&scan);
+	}
 	PopActiveSnapshot();
 	return count;
 }
@@ -765,7 +792,7 @@ abp_outbox_peek(Oid usage_table, char state, int64 max_ids)
 	while (abp_idset_count(&found) < max_ids &&
 		   (tuple = systable_getnext_ordered(scan.scan, ForwardScanDirection)) != NULL)
 	{
-		IdSet		ids = entry_ids(tuple, RelationGetDescr(scan.rel));
+		IdSet		ids = read_entry(tuple, RelationGetDescr(scan.rel)).ids;
 
 		CHECK_FOR_INTERRUPTS();
 		for (int i = 0; i < ids.nranges; i++)
@@ -782,8 +809,6 @@ abp_outbox_peek(Oid usage_table, char state, int64 max_ids)
 static int64
 make_ready(Oid usage_table, char state, IdSet *only)
 {
-	OutboxEntry ready = {.usage_table = usage_table,.state = OUTBOX_READY};
-	OutboxEntry kept = {.usage_table = usage_table,.state = state};
 	int64		count = 0;
 	EntryScan	scan;
 	HeapTuple	tuple;
@@ -792,36 +817,33 @@ make_ready(Oid usage_table, char state, IdSet *only)
 	begin_entry_scan(&scan, usage_table, state, PG_INT64_MIN, DT_NOEND, RowExclusiveLock);
 	while ((tuple = systable_getnext_ordered(scan.scan, ForwardScanDirection)) != NULL)
 	{
-		TupleDesc	desc = RelationGetDescr(scan.rel);
 		TM_FailureData failure;
-		IdSet		ids = entry_ids(tuple, desc);
-		bool		isnull;
+		OutboxEntry out[2];		/* made ready, kept */
 
 		CHECK_FOR_INTERRUPTS();
 
-		kept.ids.nranges = 0;
-		ready.ids = ids;
+		out[0] = read_entry(tuple, RelationGetDescr(scan.rel));
+		out[1] = out[0];
+		out[1].ids = (IdSet)
+		{
+			0
+		};
 		if (only != NULL)
 		{
-			kept.ids = abp_idset_subtract(&ids, only);
-			if (abp_idset_count(&kept.ids) == abp_idset_count(&ids))
-				continue;
-			ready.ids = abp_idset_subtract(&ids, &kept.ids);
+			out[1].ids = abp_idset_subtract(&out[0].ids, only);
+			out[0].ids = abp_idset_subtract(&out[0].ids, &out[1].ids);
 		}
-		if (table_tuple_delete(scan.rel, &tuple->t_self, GetCurrentCommandId(true),
+		if (out[0].ids.nranges == 0 ||
+			table_tuple_delete(scan.rel, &tuple->t_self, GetCurrentCommandId(true),
 							   GetActiveSnapshot(), InvalidSnapshot, true,
 							   &failure, false) != TM_Ok)
 			continue;
-		count += abp_idset_count(&ready.ids);
-		abp_outbox_put(&ready, 1);
-		if (kept.ids.nranges > 0)
-		{
-			Datum		error = heap_getattr(tuple, Anum_entry_error, desc, &isnull);
 
-			kept.error = isnull ? NULL : TextDatumGetCString(error);
-			kept.attempts = DatumGetInt32(heap_getattr(tuple, Anum_entry_attempts, desc, &isnull));
-			abp_outbox_put(&kept, 1);
-		}
+		out[0].state = OUTBOX_READY;
+		out[0].attempts = 0;
+		out[0].error = NULL;
+		count += abp_idset_count(&out[0].ids);
+		abp_outbox_put(out, 2);
 	}
 	end_entry_scan(&scan);
 	PopActiveSnapshot();
@@ -857,7 +879,6 @@ abp_outbox_bounds(Oid usage_table, char state, int64 *first, int64 *last)
 {
 	EntryScan	scan;
 	HeapTuple	tuple;
-	bool		isnull;
 	bool		found;
 
 	PushActiveSnapshot(GetLatestSnapshot());
@@ -866,16 +887,12 @@ abp_outbox_bounds(Oid usage_table, char state, int64 *first, int64 *last)
 	found = tuple != NULL;
 	if (found)
 	{
-		TupleDesc	desc = RelationGetDescr(scan.rel);
-
-		*first = DatumGetInt64(heap_getattr(tuple, Anum_entry_first, desc, &isnull));
+		*first = ENTRY_FORM(tuple)->first;
 		end_entry_scan(&scan);
-		begin_entry_scan(&scan, usage_table, state, PG_INT64_MIN, DT_NOEND,
-						 AccessShareLock);
+		begin_entry_scan(&scan, usage_table, state, PG_INT64_MIN, DT_NOEND, AccessShareLock);
 		tuple = systable_getnext_ordered(scan.scan, BackwardScanDirection);
 		if (tuple != NULL)
-			*last = DatumGetInt64(heap_getattr(tuple, Anum_entry_last,
-											   RelationGetDescr(scan.rel), &isnull));
+			*last = ENTRY_FORM(tuple)->last;
 	}
 	end_entry_scan(&scan);
 	PopActiveSnapshot();
@@ -896,12 +913,7 @@ abp_outbox_next_due(Oid usage_table)
 	begin_entry_scan(&scan, usage_table, OUTBOX_WAITING, 0, DT_NOEND, AccessShareLock);
 	tuple = systable_getnext_ordered(scan.scan, ForwardScanDirection);
 	if (tuple != NULL)
-	{
-		bool		isnull;
-
-		due = DatumGetTimestampTz(heap_getattr(tuple, Anum_entry_not_before,
-											   RelationGetDescr(scan.rel), &isnull));
-	}
+		due = ENTRY_FORM(tuple)->not_before;
 	end_entry_scan(&scan);
 	PopActiveSnapshot();
 	return due;
@@ -923,15 +935,8 @@ abp_outbox_next_unpriced(Oid usage_table, int64 *cursor)
 	tuple = systable_getnext_ordered(scan.scan, ForwardScanDirection);
 	if (tuple != NULL)
 	{
-		bool		isnull;
-		Datum		error = heap_getattr(tuple, Anum_entry_error,
-										 RelationGetDescr(scan.rel), &isnull);
-
-		entry = palloc0(sizeof(OutboxEntry));
-		entry->usage_table = usage_table;
-		entry->state = OUTBOX_UNPRICED;
-		entry->error = isnull ? NULL : TextDatumGetCString(error);
-		entry->ids = entry_ids(tuple, RelationGetDescr(scan.rel));
+		entry = palloc(sizeof(OutboxEntry));
+		*entry = read_entry(tuple, RelationGetDescr(scan.rel));
 		*cursor = entry->ids.ranges[0].first + 1;
 	}
 	end_entry_scan(&scan);
@@ -949,18 +954,19 @@ abp_ledger_begin(Delivery *delivery)
 {
 	static Statement begin = {
 		"INSERT INTO aibilling.delivery (server, usage_table, usage_ids, events, bytes,"
-		" state, attempts, vanished, started_at)"
-		" VALUES ($1, $2, $3, $4, $5, 'sending', 1, $6, pg_catalog.clock_timestamp())"
+		" state, attempts, vanished, outcome_unknown, started_at)"
+		" VALUES ($1, $2, $3, $4, $5, 'sending', 1, $6, $7, pg_catalog.clock_timestamp())"
 		" RETURNING id",
-		6, {NAMEOID, REGCLASSOID, INT8MULTIRANGEOID, INT4OID, INT8OID, INT8OID}
+		7, {NAMEOID, REGCLASSOID, INT8MULTIRANGEOID, INT4OID, INT8OID, INT8OID, BOOLOID}
 	};
-	Datum		values[6] = {
+	Datum		values[7] = {
 		DirectFunctionCall1(namein, CStringGetDatum(delivery->server)),
 		ObjectIdGetDatum(delivery->usage_table),
 		abp_idset_to_multirange(&delivery->ids),
 		Int32GetDatum(delivery->nevents),
 		Int64GetDatum(delivery->body.len),
-		Int64GetDatum(delivery->vanished)
+		Int64GetDatum(delivery->vanished),
+		BoolGetDatum(delivery->outcome_unknown)
 	};
 	SavedUser	saved;
 
@@ -1141,19 +1147,28 @@ void
 abp_ledger_totals(Oid usage_table, LedgerTotals *totals)
 {
 	static Statement sums = {
-		"SELECT coalesce(sum(d.events) FILTER (WHERE d.state = 'sending'), 0)::pg_catalog.int8,"
-		" count(*) FILTER (WHERE d.state = 'delivered'),"
-		" coalesce(sum(d.events) FILTER (WHERE d.state = 'delivered'), 0)::pg_catalog.int8,"
-		" coalesce(sum(d.duplicates), 0)::pg_catalog.int8,"
-		" coalesce(sum(d.unexpected_duplicates), 0)::pg_catalog.int8,"
-		" coalesce(sum(d.vanished), 0)::pg_catalog.int8,"
-		" max(d.finished_at) FILTER (WHERE d.state = 'delivered')"
-		" FROM aibilling.delivery d WHERE d.usage_table = $1",
+		"SELECT (SELECT coalesce(sum(d.events), 0) FROM aibilling.delivery d"
+		"  WHERE d.usage_table = $1 AND d.state = 'sending')::pg_catalog.int8,"
+		" (coalesce(t.deliveries, 0) + r.deliveries)::pg_catalog.int8,"
+		" (coalesce(t.delivered, 0) + r.delivered)::pg_catalog.int8,"
+		" (coalesce(t.duplicates, 0) + r.duplicates)::pg_catalog.int8,"
+		" (coalesce(t.unexpected_duplicates, 0) + r.unexpected_duplicates)::pg_catalog.int8,"
+		" (coalesce(t.vanished, 0) + r.vanished)::pg_catalog.int8"
+		" FROM (SELECT) one LEFT JOIN aibilling.delivery_total t ON t.usage_table = $1,"
+		" LATERAL (" LEDGER_SUMS
+		"  FROM aibilling.delivery d"
+		"  WHERE d.usage_table = $1 AND d.id > coalesce(t.up_to, 0)) r",
+		1, {REGCLASSOID}
+	};
+	static Statement last_delivery = {
+		"SELECT d.finished_at FROM aibilling.delivery d"
+		" WHERE d.usage_table = $1 AND d.state = 'delivered' ORDER BY d.id DESC LIMIT 1",
 		1, {REGCLASSOID}
 	};
 	static Statement last_error = {
-		"SELECT d.error FROM aibilling.delivery d"
-		" WHERE d.usage_table = $1 AND d.error IS NOT NULL ORDER BY d.id DESC LIMIT 1",
+		"SELECT d.error FROM (SELECT * FROM aibilling.delivery d"
+		"  WHERE d.usage_table = $1 ORDER BY d.id DESC LIMIT 1000) d"
+		" WHERE d.error IS NOT NULL ORDER BY d.id DESC LIMIT 1",
 		1, {REGCLASSOID}
 	};
 	Datum		values[1] = {ObjectIdGetDatum(usage_table)};
@@ -1169,11 +1184,43 @@ abp_ledger_totals(Oid usage_table, LedgerTotals *totals)
 	totals->duplicates = result_int64(0, 4, 0);
 	totals->unexpected_duplicates = result_int64(0, 5, 0);
 	totals->vanished = result_int64(0, 6, 0);
-	totals->last_delivery = result_int64(0, 7, DT_NOBEGIN);
+	totals->last_delivery = run(&last_delivery, values, NULL) > 0 ?
+		result_int64(0, 1, DT_NOBEGIN) : DT_NOBEGIN;
 	totals->last_error = run(&last_error, values, NULL) > 0 ?
 		result_string(0, 1, caller) : NULL;
 	SPI_finish();
 	abp_restore_user(&saved);
+}
+
+/*
+ * Add what is settled to the totals.  For the shipper only: below the oldest
+ * unsettled delivery nothing changes any more.
+ */
+void
+abp_ledger_sum_up(void)
+{
+	static Statement sum_up = {
+		"INSERT INTO aibilling.delivery_total AS t"
+		" SELECT n.usage_table, n.up_to, r.* FROM"
+		" (SELECT d.usage_table, max(d.id) AS up_to FROM aibilling.delivery d"
+		"  WHERE d.id > (SELECT coalesce(max(o.up_to), 0) FROM aibilling.delivery_total o)"
+		"  AND d.id < coalesce((SELECT min(u.id) FROM aibilling.delivery u"
+		"   WHERE u.state = 'sending'), 9223372036854775807)"
+		"  GROUP BY d.usage_table) n"
+		" LEFT JOIN aibilling.delivery_total o ON o.usage_table = n.usage_table,"
+		" LATERAL (" LEDGER_SUMS
+		"  FROM aibilling.delivery d WHERE d.usage_table = n.usage_table"
+		"  AND d.id > coalesce(o.up_to, 0) AND d.id <= n.up_to) r"
+		" ON CONFLICT (usage_table) DO UPDATE SET up_to = excluded.up_to,"
+		" deliveries = t.deliveries + excluded.deliveries,"
+		" delivered = t.delivered + excluded.delivered,"
+		" duplicates = t.duplicates + excluded.duplicates,"
+		" unexpected_duplicates = t.unexpected_duplicates + excluded.unexpected_duplicates,"
+		" vanished = t.vanished + excluded.vanished",
+		0, {0}
+	};
+
+	run_alone(&sum_up, NULL);
 }
 
 /*
@@ -1477,6 +1524,20 @@ abp_server_resume(const char *server)
 }
 
 /*
+ * What waits now may have been sent by the server that this one descends
+ * from: duplicates of it are no surprise.
+ */
+static void
+mark_maybe_sent(void)
+{
+	static Statement mark = {
+		"UPDATE aibilling.outbox_entry SET maybe_sent = true WHERE NOT maybe_sent", 0, {0}
+	};
+
+	run_alone(&mark, NULL);
+}
+
+/*
  * Write this database's identity: it may send from now on.  only_first: not
  * if an identity stands there, be it another's.  Otherwise usage tables are
  * bound to the servers that have their servers' names now: in a copy these
@@ -1489,9 +1550,9 @@ abp_database_arm(bool only_first)
 		"DELETE FROM aibilling.database_identity", 0, {0}
 	};
 	static Statement arm = {
-		"INSERT INTO aibilling.database_identity (system_identifier, database)"
-		" SELECT $1, $2 WHERE NOT EXISTS (SELECT FROM aibilling.database_identity)",
-		2, {INT8OID, OIDOID}
+		"INSERT INTO aibilling.database_identity (system_identifier, database, timeline)"
+		" SELECT $1, $2, $3 WHERE NOT EXISTS (SELECT FROM aibilling.database_identity)",
+		3, {INT8OID, OIDOID, INT8OID}
 	};
 	static Statement bind = {
 		"UPDATE aibilling.usage_table t SET serverid = s.oid"
@@ -1499,21 +1560,42 @@ abp_database_arm(bool only_first)
 		" WHERE s.srvname = t.server AND s.oid <> t.serverid",
 		0, {0}
 	};
-	Datum		values[2] = {
-		Int64GetDatum((int64) GetSystemIdentifier()), ObjectIdGetDatum(MyDatabaseId)
+	Datum		values[3] = {
+		Int64GetDatum((int64) GetSystemIdentifier()), ObjectIdGetDatum(MyDatabaseId),
+		Int64GetDatum((int64) GetWALInsertionTimeLine())
 	};
+
+	if (!only_first)
+	{
+		run_alone(&forget, NULL);
+		run_alone(&bind, NULL);
+		mark_maybe_sent();
+	}
+	run_alone(&arm, values);
+}
+
+/*
+ * After a failover, or a recovery to a point in time, the ledger may lack the
+ * last deliveries: mark what waits.
+ */
+void
+abp_database_check_timeline(void)
+{
+	static Statement note = {
+		"UPDATE aibilling.database_identity i SET timeline = $1 WHERE i.timeline <> $1",
+		1, {INT8OID}
+	};
+	Datum		values[1] = {Int64GetDatum((int64) GetWALInsertionTimeLine())};
+	bool		changed;
 	SavedUser	saved;
 
 	abp_become_extension_owner(&saved);
 	SPI_connect();
-	if (!only_first)
-	{
-		run(&forget, NULL, NULL);
-		run(&bind, NULL, NULL);
-	}
-	run(&arm, values, NULL);
+	changed = run(&note, values, NULL) > 0;
 	SPI_finish();
 	abp_restore_user(&saved);
+	if (changed)
+		mark_maybe_sent();
 }
 
 /* --- usage rows ----------------------------------------------------------- */

@@ -28,10 +28,18 @@ typedef struct OutboxEntry
 	Oid			usage_table;
 	char		state;
 	int			attempts;
+	bool		maybe_sent;		/* by a server whose ledger we do not have */
 	TimestampTz not_before;		/* OUTBOX_WAITING only, else DT_NOBEGIN */
 	IdSet		ids;
 	const char *error;			/* why it waits, or NULL */
 } OutboxEntry;
+
+/* What abp_outbox_take tells of the entries that it took, together. */
+typedef struct TakenEntries
+{
+	int			attempts;		/* the most */
+	bool		maybe_sent;		/* of any */
+} TakenEntries;
 
 /* Where a row stands. */
 typedef enum RowPlace
@@ -99,7 +107,7 @@ extern bool abp_extension_installed(void);
 extern Oid	abp_extension_relation(const char *name);
 extern void abp_outbox_put(OutboxEntry *entries, int nentries);
 extern IdSet abp_outbox_take(Oid usage_table, char state, TimestampTz until,
-							 int64 *cursor, int64 max_ids, int *attempts);
+							 int64 *cursor, int64 max_ids, TakenEntries *entries);
 extern RowPlace abp_outbox_find(Oid usage_table, int64 id, bool for_change,
 								char *state);
 extern void abp_outbox_remove(Oid usage_table, int64 id);
@@ -124,6 +132,7 @@ extern void abp_ledger_finish(Delivery *delivery, const char *state,
 extern List *abp_ledger_unsettled(void);
 extern bool abp_ledger_sending(Oid usage_table);
 extern void abp_ledger_totals(Oid usage_table, LedgerTotals *totals);
+extern void abp_ledger_sum_up(void);
 extern int	abp_ledger_recent_requests(const char *server, int limit);
 
 /* usage tables and servers */
@@ -139,6 +148,7 @@ extern void abp_server_state_save(const char *server, const char *paused,
 								  TimestampTz not_before);
 extern void abp_server_resume(const char *server);
 extern void abp_database_arm(bool only_first);
+extern void abp_database_check_timeline(void);
 
 /* usage rows */
 extern uint64 abp_usage_read(const UsageTable *table, IdSet *ids, bool whole,

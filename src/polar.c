@@ -763,7 +763,7 @@ abp_polar_amount(Numeric cost_cents)
 		return text;
 
 	if (!read_decimal(text, len, &decimal))
-		elog(ERROR, "cost is not finite");
+		elog(ERROR, "unexpected cost: it is not finite");
 	round_decimal(&decimal);
 	pfree(text);
 	text = decimal_text(&decimal);

@@ -78,6 +78,9 @@
 /* The longest wait for an answer without a look at the tables. */
 #define IDLE_WAIT_MS 1000
 
+/* After so many deliveries the ledger is summed up. */
+#define SUM_UP_EVERY 1000
+
 /* How many unpriced entries are looked at in one turn. */
 #define UNPRICED_PER_TURN 32
 
@@ -156,7 +159,8 @@ static Oid	known_extension = InvalidOid;
 static bool recovered = false;	/* have unsettled deliveries been taken over? */
 static TimestampTz next_due;
 static bool room_left = true;	/* could more requests fly, if there were more? */
-static int64 delivered = 0;
+static int64 delivered = 0;		/* events */
+static int	settled = 0;		/* deliveries since the ledger was summed up */
 
 /* set by invalidation callbacks */
 static bool prices_changed = true;
@@ -358,6 +362,7 @@ drop_shipment(Shipment *shipment)
 {
 	if (shipment->request != NULL)
 		abp_http_release(shipment->request);
+	settled++;
 	shipment->lane->shipments--;
 	shipments = list_delete_ptr(shipments, shipment);
 	MemoryContextDelete(shipment->context);
@@ -497,6 +502,7 @@ set_aside(Filling *filling, int64 id, const RowState *verdict)
 	entry->state = verdict->state;
 	entry->not_before = verdict->not_before;
 	entry->attempts = filling->shipment->delivery.prior_attempts;
+	entry->maybe_sent = filling->shipment->delivery.outcome_unknown;
 	entry->error = verdict->error == NULL ? NULL : pstrdup(verdict->error);
 	abp_idset_add(&entry->ids, id, id, filling->context);
 	filling->exceptions = lappend(filling->exceptions, entry);
@@ -660,6 +666,7 @@ fill_shipment(Shipment *shipment, const UsageTable *table,
 		.usage_table = table->relid,
 			.state = OUTBOX_READY,
 			.attempts = delivery->prior_attempts,
+			.maybe_sent = delivery->outcome_unknown,
 			.ids = filling.left
 	};
 	abp_outbox_put(back, nback);
@@ -699,6 +706,7 @@ put_back(Shipment *shipment, IdSet ids, char state, TimestampTz not_before,
 		.state = state,
 		.attempts = shipment->delivery.prior_attempts +
 		(burn_attempt ? shipment->delivery.attempts : 0),
+		.maybe_sent = shipment->delivery.outcome_unknown,
 		.not_before = not_before,
 		.ids = ids,
 		.error = error
@@ -1081,6 +1089,22 @@ lane_flying(const Lane *lane)
 	return flying;
 }
 
+/* Wait no longer for a server, nor for the retries of its deliveries. */
+static void
+try_now(Lane *lane)
+{
+	ListCell   *lc;
+
+	lane->not_before = DT_NOBEGIN;
+	foreach(lc, shipments)
+	{
+		Shipment   *shipment = lfirst(lc);
+
+		if (shipment->lane == lane)
+			shipment->retry_at = DT_NOBEGIN;
+	}
+}
+
 /*
  * Is a server to be left alone?  Then the next time to look is noted.
  */
@@ -1105,8 +1129,9 @@ lane_is_closed(Lane *lane, const UsageTable *table, const ServerOptions *server,
 		return true;
 	}
 
-	if (lane->paused_by_answer && (hash != lane->refused_token || servers_changed))
-		lane->not_before = DT_NOBEGIN;	/* what was refused has changed: try */
+	/* What failed or was refused may have been mended: try. */
+	if (servers_changed || (lane->paused_by_answer && hash != lane->refused_token))
+		try_now(lane);
 	lane->refused_token = hash;
 
 	if (lane->not_before > GetCurrentTimestamp())
@@ -1131,13 +1156,14 @@ lane_capacity(const Lane *lane, const ServerOptions *server)
  * nothing.
  */
 static IdSet
-take_ids(const UsageTable *table, Position *position, int64 max_ids, int *attempts)
+take_ids(const UsageTable *table, Position *position, int64 max_ids,
+		 TakenEntries *entries)
 {
 	TimestampTz start = GetCurrentTimestamp();
 	int64		unused = 0;
 	IdSet		ids;
 
-	ids = abp_outbox_take(table->relid, OUTBOX_WAITING, start, &unused, max_ids, attempts);
+	ids = abp_outbox_take(table->relid, OUTBOX_WAITING, start, &unused, max_ids, entries);
 	if (ids.nranges > 0)
 		return ids;
 
@@ -1148,7 +1174,7 @@ take_ids(const UsageTable *table, Position *position, int64 max_ids, int *attemp
 		bool		from_start = position->cursor == PG_INT64_MIN;
 
 		ids = abp_outbox_take(table->relid, OUTBOX_READY, start, &position->cursor,
-							  max_ids, attempts);
+							  max_ids, entries);
 		if (from_start)
 		{
 			TimestampTz now = GetCurrentTimestamp();
@@ -1273,10 +1299,10 @@ prepare_next(const UsageTable *table, const ServerOptions *server, void *arg)
 	NextBatch  *next = arg;
 	Lane	   *lane = lane_of(table->server);
 	Delivery   *delivery;
-	int			attempts;
+	TakenEntries entries;
 	int			size = lane->batch_size > 0 ? Min(lane->batch_size, server->batch_size) :
 		server->batch_size;
-	IdSet		ids = take_ids(table, position_of(table->relid), size, &attempts);
+	IdSet		ids = take_ids(table, position_of(table->relid), size, &entries);
 
 	if (ids.nranges == 0)
 		return;
@@ -1285,7 +1311,8 @@ prepare_next(const UsageTable *table, const ServerOptions *server, void *arg)
 	next->shipment = new_shipment(table->server);
 	delivery = &next->shipment->delivery;
 	delivery->usage_table = table->relid;
-	delivery->prior_attempts = attempts;
+	delivery->prior_attempts = entries.attempts;
+	delivery->outcome_unknown = entries.maybe_sent;
 	fill_shipment(next->shipment, table, server, &ids);
 	report_vanished(delivery, table, 0);
 	if (delivery->nevents > 0 || delivery->vanished > 0)
@@ -1354,7 +1381,7 @@ release_unpriced(const UsageTable *table, const ServerOptions *server, void *arg
 		PriceLook	look = {.context = CurrentMemoryContext};
 		OutboxEntry out[2];
 		int64		cursor;
-		int			attempts;
+		TakenEntries entries;
 		IdSet		taken;
 
 		CHECK_FOR_INTERRUPTS();
@@ -1375,7 +1402,7 @@ release_unpriced(const UsageTable *table, const ServerOptions *server, void *arg
 
 		cursor = entry->ids.ranges[0].first;
 		taken = abp_outbox_take(table->relid, OUTBOX_UNPRICED, DT_NOEND, &cursor,
-								abp_idset_count(&entry->ids), &attempts);
+								abp_idset_count(&entry->ids), &entries);
 		if (!server->send_unpriced)
 			abp_usage_price_again(table, &look.priced);
 
@@ -1398,6 +1425,8 @@ recover(List *tables)
 {
 	List	   *unsettled = abp_ledger_unsettled();
 	ListCell   *lc;
+
+	abp_database_check_timeline();
 
 	foreach(lc, unsettled)
 	{
@@ -1446,7 +1475,7 @@ notice_resumed(List *tables)
 		{
 			lane->failures = 0;
 			lane->paused_by_answer = false;
-			lane->not_before = DT_NOBEGIN;
+			try_now(lane);
 		}
 	}
 }
@@ -1684,6 +1713,11 @@ work(const ShipScope *scope)
 	settle_answered(tables);
 	settle_orphans(tables);
 	change_lanes(tables);
+	if (settled >= SUM_UP_EVERY)
+	{
+		abp_ledger_sum_up();
+		settled = 0;
+	}
 	if (!armed)
 		return NIL;
 

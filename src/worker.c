@@ -33,8 +33,6 @@
 
 #define RESTART_SECONDS 5
 
-PGDLLEXPORT void aibilling_polar_worker_main(Datum arg);
-
 /*
  * Register a worker for each database of aibilling_polar.databases.  Called
  * when the library is loaded; without preloading there are no workers.

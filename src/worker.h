@@ -11,5 +11,6 @@
 #include "postgres.h"
 
 extern void abp_worker_init(void);
+extern PGDLLEXPORT void aibilling_polar_worker_main(Datum arg);
 
 #endif							/* ABP_WORKER_H */

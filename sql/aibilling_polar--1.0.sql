@@ -1354,6 +1354,7 @@ COMMENT ON FOREIGN DATA WRAPPER polar IS
 CREATE TABLE aibilling.usage_table (
 	usage regclass PRIMARY KEY,
 	server name COLLATE "C" NOT NULL,
+	serverid oid NOT NULL,		-- the server meant, not another of its name
 	attached_at timestamptz NOT NULL DEFAULT now(),
 	blocked_until timestamptz,
 	blocked_reason text

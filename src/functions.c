@@ -663,6 +663,12 @@ abp_sql_fetch_prices(PG_FUNCTION_ARGS)
 
 	if (may_use != ACLCHECK_OK)
 		aclcheck_error(may_use, OBJECT_FOREIGN_SERVER, foreign->servername);
+
+	/* The shipper calls users' functions while requests of its own fly. */
+	if (InSecurityRestrictedOperation())
+		ereport(ERROR,
+				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+				 errmsg("cannot fetch prices within security-restricted operation")));
 	server = abp_server_options(foreign->serverid);
 	if (server->kind != SERVER_PRICES)
 		ereport(ERROR,

@@ -46,6 +46,7 @@
 #define MAX_IDLE_CONNECTIONS 32 /* kept alive at most */
 #define TRUST_STORE_SECONDS 60	/* certificates read from a file are kept */
 #define MIN_BUFFER 8192			/* first buffer for an answer */
+#define MIN_MASKED 8			/* bytes of a token worth a search in success */
 #define KEPT_BUFFER 65536		/* a larger one is freed at release */
 
 struct HttpRequest
@@ -374,6 +375,35 @@ detach(HttpRequest *request)
 	dlist_delete(&request->node);
 }
 
+/*
+ * Whatever answers may quote the request, and quotes end in the ledger and in
+ * logs: wipe the token out of what was received.  It may be cut off at the
+ * end of an answer that was.
+ */
+static void
+mask_token(HttpRequest *request)
+{
+	const char *token;
+	size_t		len;
+
+	if (request->authorization.data == NULL)
+		return;
+	token = strrchr(request->authorization.data, ' ') + 1;
+	len = strlen(token);
+	if (len < MIN_MASKED && request->reply.status == 200)
+		return;					/* it may be a number of the answer's */
+	for (size_t i = 0; i < request->reply.body_len; i++)
+	{
+		size_t		n = Min(len, request->reply.body_len - i);
+
+		if (request->buffer[i] == token[0] && memcmp(request->buffer + i, token, n) == 0 &&
+			(n == len || request->reply.truncated))
+			memset(request->buffer + i, '*', n);
+	}
+	if (request->reply.retry_after != NULL && strstr(request->retry_after, token) != NULL)
+		request->reply.retry_after = NULL;
+}
+
 /* A running request has ended with code; signals are blocked. */
 static void
 finish(HttpRequest *request, CURLcode code)
@@ -386,6 +416,7 @@ finish(HttpRequest *request, CURLcode code)
 	reply->elapsed_ms = elapsed_us / 1000.0;
 	reply->body = request->buffer;
 	reply->repeated = request->sendings > 1;
+	mask_token(request);
 
 #if !CURL_AT_LEAST_VERSION(7, 80, 0)
 	{

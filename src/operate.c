@@ -414,8 +414,8 @@ attach_table(Oid relid, const char *server, const char *existing)
 {
 	ForeignServer *foreign;
 	AclResult	may_use;
-	Oid			argtypes[2] = {REGCLASSOID, NAMEOID};
-	Datum		args[2];
+	Oid			argtypes[3] = {REGCLASSOID, NAMEOID, OIDOID};
+	Datum		args[3];
 	int			guc_level;
 	SavedUser	saved;
 
@@ -450,12 +450,15 @@ attach_table(Oid relid, const char *server, const char *existing)
 
 	args[0] = ObjectIdGetDatum(relid);
 	args[1] = DirectFunctionCall1(namein, CStringGetDatum(server));
+	args[2] = ObjectIdGetDatum(foreign->serverid);
 	abp_become_extension_owner(&saved);
 	SPI_connect();
-	SPI_execute_with_args("INSERT INTO aibilling.usage_table (usage, server) VALUES ($1, $2)"
+	SPI_execute_with_args("INSERT INTO aibilling.usage_table (usage, server, serverid)"
+						  " VALUES ($1, $2, $3)"
 						  " ON CONFLICT (usage) DO UPDATE SET server = excluded.server,"
+						  " serverid = excluded.serverid,"
 						  " blocked_until = NULL, blocked_reason = NULL",
-						  2, argtypes, args, NULL, false, 0);
+						  3, argtypes, args, NULL, false, 0);
 	SPI_finish();
 	abp_restore_user(&saved);
 
@@ -1197,7 +1200,7 @@ status_words(const UsageTable *table, bool armed, int worker_pid, int64 ready,
 	if (!armed)
 		appendStringInfoString(&words, "paused: this database is a copy; run SELECT aibilling.arm() if it is to send");
 	else if (!OidIsValid(table->serverid))
-		appendStringInfo(&words, "waiting: server \"%s\" does not exist; attach the table to another", table->server);
+		appendStringInfo(&words, "waiting: the server \"%s\" that it was attached to does not exist; attach the table again", table->server);
 	else if (table->paused_by_operator)
 		appendStringInfo(&words, "paused: %s", table->pause_reason);
 	else if (table->paused_by_answer)
@@ -1462,6 +1465,9 @@ abp_sql_on_server_ddl(PG_FUNCTION_ARGS)
 		ereport(ERROR,
 				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
 				 errmsg("function \"aibilling.on_server_ddl\" can only be called as an event trigger")));
+	if (abp_extension_installed() &&
+		strcmp(GetCommandTagName(((EventTriggerData *) fcinfo->context)->tag), "ALTER SERVER") == 0)
+		abp_usage_tables_follow_servers();
 	abp_wake_at_commit();
 	PG_RETURN_NULL();
 }

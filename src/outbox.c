@@ -1271,7 +1271,7 @@ abp_usage_tables(bool *armed)
 		" FROM aibilling.usage_table t"
 		" LEFT JOIN pg_catalog.pg_class c ON c.oid = t.usage::pg_catalog.oid"
 		" LEFT JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace"
-		" LEFT JOIN pg_catalog.pg_foreign_server s ON s.srvname = t.server"
+		" LEFT JOIN pg_catalog.pg_foreign_server s ON s.oid = t.serverid AND s.srvname = t.server"
 		" LEFT JOIN aibilling.server_state st ON st.server = t.server"
 		" ORDER BY t.usage::pg_catalog.oid",
 		2, {INT8OID, OIDOID}
@@ -1327,7 +1327,7 @@ abp_usage_table_attached(Oid relid, Oid *serverid)
 {
 	static Statement server = {
 		"SELECT s.oid FROM aibilling.usage_table t"
-		" LEFT JOIN pg_catalog.pg_foreign_server s ON s.srvname = t.server"
+		" LEFT JOIN pg_catalog.pg_foreign_server s ON s.oid = t.serverid AND s.srvname = t.server"
 		" WHERE t.usage = $1",
 		1, {REGCLASSOID}
 	};
@@ -1343,6 +1343,49 @@ abp_usage_table_attached(Oid relid, Oid *serverid)
 	SPI_finish();
 	abp_restore_user(&saved);
 	return attached;
+}
+
+/*
+ * A server may have been renamed: its tables stay with it.
+ */
+void
+abp_usage_tables_follow_servers(void)
+{
+	static Statement follow[] = {
+		{
+			"UPDATE aibilling.delivery d SET server = s.srvname"
+			" FROM aibilling.usage_table t JOIN pg_catalog.pg_foreign_server s ON s.oid = t.serverid"
+			" WHERE d.state = 'sending' AND d.usage_table = t.usage"
+			" AND d.server = t.server AND s.srvname <> t.server",
+			0, {0}
+		},
+		{
+			"DELETE FROM aibilling.server_state st"
+			" USING aibilling.usage_table t JOIN pg_catalog.pg_foreign_server s ON s.oid = t.serverid"
+			" WHERE st.server = s.srvname AND s.srvname <> t.server",
+			0, {0}
+		},
+		{
+			"UPDATE aibilling.server_state st SET server = s.srvname"
+			" FROM aibilling.usage_table t JOIN pg_catalog.pg_foreign_server s ON s.oid = t.serverid"
+			" WHERE st.server = t.server AND s.srvname <> t.server",
+			0, {0}
+		},
+		{
+			"UPDATE aibilling.usage_table t SET server = s.srvname"
+			" FROM pg_catalog.pg_foreign_server s"
+			" WHERE s.oid = t.serverid AND s.srvname <> t.server",
+			0, {0}
+		}
+	};
+	SavedUser	saved;
+
+	abp_become_extension_owner(&saved);
+	SPI_connect();
+	for (int i = 0; i < lengthof(follow); i++)
+		run(&follow[i], NULL, NULL);
+	SPI_finish();
+	abp_restore_user(&saved);
 }
 
 /*
@@ -1494,7 +1537,9 @@ mark_maybe_sent(void)
 
 /*
  * Write this database's identity: it may send from now on.  only_first: not
- * if an identity stands there, be it another's.
+ * if an identity stands there, be it another's.  Otherwise usage tables are
+ * bound to the servers that have their servers' names now: in a copy these
+ * are others.
  */
 void
 abp_database_arm(bool only_first)
@@ -1507,6 +1552,12 @@ abp_database_arm(bool only_first)
 		" SELECT $1, $2, $3 WHERE NOT EXISTS (SELECT FROM aibilling.database_identity)",
 		3, {INT8OID, OIDOID, INT8OID}
 	};
+	static Statement bind = {
+		"UPDATE aibilling.usage_table t SET serverid = s.oid"
+		" FROM pg_catalog.pg_foreign_server s"
+		" WHERE s.srvname = t.server AND s.oid <> t.serverid",
+		0, {0}
+	};
 	Datum		values[3] = {
 		Int64GetDatum((int64) GetSystemIdentifier()), ObjectIdGetDatum(MyDatabaseId),
 		Int64GetDatum((int64) GetWALInsertionTimeLine())
@@ -1515,6 +1566,7 @@ abp_database_arm(bool only_first)
 	if (!only_first)
 	{
 		run_alone(&forget, NULL);
+		run_alone(&bind, NULL);
 		mark_maybe_sent();
 	}
 	run_alone(&arm, values);

@@ -138,6 +138,7 @@ extern int	abp_ledger_recent_requests(const char *server, int limit);
 /* usage tables and servers */
 extern List *abp_usage_tables(bool *armed);
 extern bool abp_usage_table_attached(Oid relid, Oid *serverid);
+extern void abp_usage_tables_follow_servers(void);
 extern void abp_usage_table_forget(Oid relid);
 extern void abp_usage_table_block(Oid relid, const char *reason,
 								  TimestampTz until);

@@ -27,10 +27,10 @@
 #include "common/pg_prng.h"
 #include "executor/spi.h"
 #include "miscadmin.h"
-#include "parser/parse_func.h"
 #include "pgstat.h"
 #include "storage/lmgr.h"
 #include "storage/lock.h"
+#include "utils/acl.h"
 #include "utils/builtins.h"
 #include "utils/inval.h"
 #include "utils/jsonb.h"
@@ -39,6 +39,7 @@
 #include "utils/resowner.h"
 #include "utils/snapmgr.h"
 #include "utils/syscache.h"
+#include "utils/timeout.h"
 #include "utils/timestamp.h"
 #include "utils/regproc.h"
 
@@ -60,6 +61,12 @@
 #define PROBE_MS (5 * 60 * 1000)	/* between tries while a server refuses us */
 #define TRANSIENT_MS (10 * 1000)	/* after an error that passes by itself */
 #define SKEW_MS 5000			/* hold rows whose time Polar calls the future */
+
+/*
+ * What a table's owner and his functions may take for one piece of work in the
+ * worker, which others wait for.
+ */
+#define WORK_MS (10 * 1000)
 
 /* After so many server errors a batch is halved, and a single row suspected. */
 #define ERRORS_BEFORE_HALVING 3
@@ -377,26 +384,45 @@ in_ms(int64 ms)
 
 /*
  * Look up a user's function.  Its server's owner must be allowed to run it,
- * today as when the option was set.  Returns InvalidOid without one; without
- * a usable one, also says why in *problem.
+ * and with the rights of its owner, today as when the option was set: what has
+ * its name now may be another function.  Returns InvalidOid without one;
+ * without a usable one, also says why in *problem.
  */
 static Oid
 find_function(const char *name, Oid result, const ServerOptions *server, char **problem)
 {
 	Oid			argtypes[1] = {JSONBOID};
-	Oid			funcid;
+	List	   *names;
+	Oid			namespace;
+	HeapTuple	tup = NULL;
+	Form_pg_proc proc;
+	Oid			funcid = InvalidOid;
 
 	if (name == NULL)
 		return InvalidOid;
 
-	funcid = LookupFuncName(stringToQualifiedNameList(name ABP_NO_SOFT_ERROR),
-							1, argtypes, true);
-	if (!OidIsValid(funcid) || get_func_rettype(funcid) != result)
+	names = stringToQualifiedNameList(name ABP_NO_SOFT_ERROR);
+	namespace = get_namespace_oid(strVal(linitial(names)), true);
+	if (OidIsValid(namespace))
+		tup = SearchSysCache3(PROCNAMEARGSNSP, CStringGetDatum(strVal(lsecond(names))),
+							  PointerGetDatum(buildoidvector(argtypes, 1)),
+							  ObjectIdGetDatum(namespace));
+	proc = HeapTupleIsValid(tup) ? (Form_pg_proc) GETSTRUCT(tup) : NULL;
+	if (proc == NULL || proc->prokind != PROKIND_FUNCTION || proc->proretset ||
+		proc->prorettype != result)
 		*problem = psprintf("function %s(jsonb) returning %s does not exist",
 							name, format_type_be(result));
-	else if (!abp_may_execute(funcid, server->owner))
+	else if (!abp_may_execute(proc->oid, server->owner))
 		*problem = psprintf("the owner of server \"%s\" may not execute function %s(jsonb)",
 							server->name, name);
+	else if (!has_privs_of_role(server->owner, proc->proowner))
+		*problem = psprintf("the owner of server \"%s\" is not a member of role %s, which owns function %s(jsonb)",
+							server->name, quote_identifier(GetUserNameFromId(proc->proowner, false)),
+							name);
+	else
+		funcid = proc->oid;
+	if (tup != NULL)
+		ReleaseSysCache(tup);
 	return funcid;
 }
 
@@ -1177,6 +1203,34 @@ is_transient(int sqlerrcode)
 		ERRCODE_TO_CATEGORY(sqlerrcode) == ERRCODE_INSUFFICIENT_RESOURCES;
 }
 
+/*
+ * Work of the worker on one table, which may run code of the owner's, ends
+ * after WORK_MS.  A session in CALL sync() has its statement_timeout.
+ */
+static bool limit_work = false;
+static TimestampTz work_started;
+
+static void
+start_work_limit(void)
+{
+	work_started = GetCurrentTimestamp();
+	if (limit_work)
+		enable_timeout_after(STATEMENT_TIMEOUT, WORK_MS);
+}
+
+/* Returns whether the time was up. */
+static bool
+end_work_limit(void)
+{
+	if (!limit_work)
+		return false;
+
+	disable_timeout(STATEMENT_TIMEOUT, true);
+	if (get_timeout_indicator(STATEMENT_TIMEOUT, true))
+		QueryCancelPending = false; /* it came after the work was done */
+	return TimestampDifferenceExceeds(work_started, GetCurrentTimestamp(), WORK_MS);
+}
+
 /* Work on one table that fails without harm to others. */
 typedef void (*TableWork) (const UsageTable *table, const ServerOptions *server, void *arg);
 
@@ -1196,7 +1250,9 @@ guarded(TableWork work, const UsageTable *table, const ServerOptions *server, vo
 	MemoryContextSwitchTo(caller);
 	PG_TRY();
 	{
+		start_work_limit();
 		work(table, server, arg);
+		(void) end_work_limit();
 		ReleaseCurrentSubTransaction();
 		ok = true;
 	}
@@ -1204,10 +1260,11 @@ guarded(TableWork work, const UsageTable *table, const ServerOptions *server, vo
 	{
 		ErrorData  *error;
 		TimestampTz until;
+		bool		too_long = end_work_limit();
 
 		MemoryContextSwitchTo(caller);
 		error = CopyErrorData();
-		if (error->sqlerrcode == ERRCODE_QUERY_CANCELED ||
+		if ((error->sqlerrcode == ERRCODE_QUERY_CANCELED && !too_long) ||
 			error->sqlerrcode == ERRCODE_ADMIN_SHUTDOWN)
 			PG_RE_THROW();
 
@@ -1359,6 +1416,7 @@ release_unpriced(const UsageTable *table, const ServerOptions *server, void *arg
 		out[1].error = NULL;
 		abp_outbox_put(out, 2);
 		position->cursor = PG_INT64_MIN;
+		start_work_limit();
 	}
 	due_at(DT_NOBEGIN);
 }
@@ -1499,6 +1557,42 @@ settle_orphans(List *tables)
 	}
 }
 
+/* Shipments go with their table, should its server be renamed or exchanged. */
+static void
+change_lanes(List *tables)
+{
+	ListCell   *lc;
+
+	foreach(lc, shipments)
+	{
+		Shipment   *shipment = lfirst(lc);
+		UsageTable *table = find_table(tables, shipment->delivery.usage_table);
+
+		if (shipment->stage != SHIPMENT_WAITING || table == NULL ||
+			strcmp(table->server, shipment->lane->server) == 0)
+			continue;
+		shipment->lane->shipments--;
+		shipment->lane = lane_of(table->server);
+		shipment->lane->shipments++;
+		shipment->delivery.server = MemoryContextStrdup(shipment->context, table->server);
+	}
+}
+
+/* Keep a table from being delivered for a while, with the reason. */
+static void
+refuse_table(const UsageTable *table, const char *reason)
+{
+	TimestampTz until = in_ms(PROBE_MS);
+
+	if (table->blocked_reason == NULL)
+		ereport(WARNING,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("usage rows of %s cannot be delivered: %s", table->name, reason),
+				 errhint("Mend the cause; delivery of the table resumes by itself.")));
+	abp_usage_table_block(table->relid, reason, until);
+	due_at(until);
+}
+
 /* A request to make once the turn has committed. */
 typedef struct Departure
 {
@@ -1620,6 +1714,7 @@ work(const ShipScope *scope)
 	notice_resumed(tables);
 	settle_answered(tables);
 	settle_orphans(tables);
+	change_lanes(tables);
 	if (settled >= SUM_UP_EVERY)
 	{
 		abp_ledger_sum_up();
@@ -1651,6 +1746,14 @@ work(const ShipScope *scope)
 		if (table->blocked_until > GetCurrentTimestamp() && !servers_changed)
 		{
 			due_at(table->blocked_until);
+			continue;
+		}
+
+		/* What was needed to attach is needed still: rights can be taken back. */
+		if (abp_server_aclcheck(table->serverid, table->owner) != ACLCHECK_OK)
+		{
+			refuse_table(table, psprintf("its owner has no USAGE on server \"%s\"",
+										 table->server));
 			continue;
 		}
 
@@ -1723,6 +1826,7 @@ abp_ship(const ShipScope *scope)
 	next_due = DT_NOEND;
 
 	room_left = false;
+	limit_work = !scope->in_procedure;
 	collect_answers();
 	abp_ship_begin(scope);
 	departures = work(scope);

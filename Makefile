@@ -32,7 +32,9 @@ REGRESS = \
 	cost \
 	normalize \
 	catalogue \
-	server
+	server \
+	usage \
+	outbox
 REGRESS_OPTS = --temp-instance=tmp_check --temp-config=regress.conf \
 	--load-extension=$(EXTENSION) --encoding=UTF8 --no-locale
 

@@ -58,8 +58,9 @@ struct HttpRequest
 	size_t		capacity;
 	size_t		max_reply;		/* bytes of body kept */
 	size_t		body_len;		/* bytes to send */
-	int			sendings;		/* how often a byte of it may have left */
+	bool		sent;			/* a byte of the request may have left */
 	bool		answering;		/* a status line has arrived */
+	bool		unanswered;		/* libcurl wanted to send it once more */
 	bool		out_of_memory;	/* for the answer's body */
 	bool		proxied;
 	int			timeout_ms;
@@ -196,14 +197,22 @@ keep_header(char *data, size_t size, size_t count, void *arg)
 #if CURL_AT_LEAST_VERSION(7, 80, 0)
 /*
  * libcurl is connected, certificates checked, and about to send.  The only
- * sure sign: error codes do not tell, since a request that failed on a kept
- * connection is silently sent again on a new one, which may be refused.
+ * sure sign: error codes do not tell, since libcurl silently sends a request
+ * again that failed on a kept connection.  The first may have been acted on,
+ * so that a second is for the caller to count and to decide.
  */
 static int
 note_sending(void *arg, char *remote_ip, char *local_ip, int remote_port,
 			 int local_port)
 {
-	((HttpRequest *) arg)->sendings++;
+	HttpRequest *request = arg;
+
+	if (request->sent)
+	{
+		request->unanswered = true;
+		return CURL_PREREQFUNC_ABORT;
+	}
+	request->sent = true;
 	return CURL_PREREQFUNC_OK;
 }
 #endif
@@ -300,7 +309,7 @@ describe_stage(HttpRequest *request, CURLcode code)
 
 	if (request->answering)
 		return "reading the answer";
-	if (request->sendings > 0)
+	if (request->sent)
 	{
 		curl_easy_getinfo(easy, CURLINFO_SIZE_UPLOAD_T, &uploaded);
 		return (size_t) uploaded < request->body_len ?
@@ -337,11 +346,13 @@ describe_failure(HttpRequest *request, CURLcode code)
 				 request->max_reply);
 	else if (request->out_of_memory)
 		snprintf(error, size, "out of memory for the answer");
+	else if (request->unanswered)
+		snprintf(error, size, "%s failed: the connection was closed", stage);
 	else if (code != CURLE_OPERATION_TIMEDOUT)
 		snprintf(error, size, "%s failed: %s", stage,
 				 request->curl_error[0] != '\0' ? request->curl_error :
 				 curl_easy_strerror(code));
-	else if (request->sendings == 0)
+	else if (!request->sent)
 		snprintf(error, size, "%s timed out: no connection within %g s",
 				 stage, request->connect_ms / 1000.0);
 	else
@@ -415,7 +426,6 @@ finish(HttpRequest *request, CURLcode code)
 	curl_easy_getinfo(request->easy, CURLINFO_TOTAL_TIME_T, &elapsed_us);
 	reply->elapsed_ms = elapsed_us / 1000.0;
 	reply->body = request->buffer;
-	reply->repeated = request->sendings > 1;
 	mask_token(request);
 
 #if !CURL_AT_LEAST_VERSION(7, 80, 0)
@@ -423,14 +433,14 @@ finish(HttpRequest *request, CURLcode code)
 		long		request_size = 0;
 
 		curl_easy_getinfo(request->easy, CURLINFO_REQUEST_SIZE, &request_size);
-		request->sendings = request_size > 0;
+		request->sent = request_size > 0;
 	}
 #endif
 	if (code == CURLE_OK)
 		reply->outcome = HTTP_ANSWERED;
 	else
 	{
-		reply->outcome = request->sendings > 0 ? HTTP_UNKNOWN : HTTP_NOT_SENT;
+		reply->outcome = request->sent ? HTTP_UNKNOWN : HTTP_NOT_SENT;
 		describe_failure(request, code);
 		reply->error = request->error;
 	}
@@ -776,8 +786,9 @@ start(const HttpTarget *target, const char *token, const char *body,
 	memset(&request->reply, 0, sizeof(request->reply));
 	request->max_reply = max_reply;
 	request->body_len = body_len;
-	request->sendings = 0;
+	request->sent = false;
 	request->answering = false;
+	request->unanswered = false;
 	request->out_of_memory = false;
 	request->proxied = target->proxy != NULL;
 	request->timeout_ms = target->timeout_ms;

@@ -53,9 +53,6 @@ typedef struct HttpReply
 	const char *retry_after;	/* header's text, NULL if none */
 	const char *error;			/* words for the reader, NULL if answered;
 								 * never the token or a body */
-	bool		repeated;		/* libcurl sent it more than once, after a kept
-								 * connection broke: an earlier sending may have
-								 * been acted on too */
 	double		elapsed_ms;
 } HttpReply;
 

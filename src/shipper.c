@@ -973,8 +973,6 @@ settle(Shipment *shipment, const ServerOptions *server)
 	Verdict    *verdict;
 
 	delivery->http_status = reply->status;
-	if (reply->repeated)
-		delivery->outcome_unknown = true;
 	if (reply->outcome == HTTP_NOT_SENT)
 	{
 		char	   *error = pstrdup(reply->error);

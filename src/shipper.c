@@ -1507,8 +1507,11 @@ options_of(const UsageTable *table)
 	return server->kind == SERVER_POLAR ? server : NULL;
 }
 
-static bool
-in_scope(const ShipScope *scope, const UsageTable *table)
+/*
+ * Does a shipper of this scope ship this table?
+ */
+bool
+abp_ship_in_scope(const ShipScope *scope, const UsageTable *table)
 {
 	return (!OidIsValid(scope->owner) || abp_owns_table(table->relid, scope->owner)) &&
 		(scope->server == NULL || strcmp(scope->server, table->server) == 0);
@@ -1736,7 +1739,7 @@ work(const ShipScope *scope)
 
 		CHECK_FOR_INTERRUPTS();
 
-		if (!OidIsValid(table->owner) || !in_scope(scope, table))
+		if (!OidIsValid(table->owner) || !abp_ship_in_scope(scope, table))
 			continue;
 		server = options_of(table);
 		if (server == NULL)
@@ -1871,4 +1874,20 @@ abp_ship_gave_up(const char *server)
 	Lane	   *lane = lane_of(server);
 
 	return lane->paused_by_answer || lane->failures >= ERRORS_BEFORE_REJECTING;
+}
+
+/*
+ * Have all rows that wait for a price been compared with today's prices?
+ */
+bool
+abp_ship_has_looked_for_prices(void)
+{
+	ListCell   *lc;
+
+	foreach(lc, positions)
+	{
+		if (((Position *) lfirst(lc))->look_for_prices)
+			return false;
+	}
+	return true;
 }

@@ -28,6 +28,7 @@
 #include "executor/spi.h"
 #include "miscadmin.h"
 #include "pgstat.h"
+#include "storage/ipc.h"
 #include "storage/lmgr.h"
 #include "storage/lock.h"
 #include "utils/acl.h"
@@ -185,26 +186,38 @@ ship_lock_tag(void)
 }
 
 /*
- * Become this database's shipper.  Returns false if another process is.  The
- * role ends with abp_ship_unlock, with an error, or with the process.
- */
-bool
-abp_ship_lock(void)
-{
-	LOCKTAG		tag = ship_lock_tag();
-
-	return LockAcquire(&tag, ExclusiveLock, true, true) != LOCKACQUIRE_NOT_AVAIL;
-}
-
-/*
- * Give the shipper's role up.
+ * Give the shipper's role up, if this process has it.
  */
 void
 abp_ship_unlock(void)
 {
 	LOCKTAG		tag = ship_lock_tag();
 
-	LockRelease(&tag, ExclusiveLock, true);
+	if (abp_lock_held(&tag, ExclusiveLock))
+		LockRelease(&tag, ExclusiveLock, true);
+}
+
+/* A process that ends outside a transaction aborts none: nobody else unlocks. */
+static void
+unlock_at_exit(int code, Datum arg)
+{
+	abp_ship_unlock();
+}
+
+/*
+ * Become this database's shipper.  Returns false if another process is.  The
+ * role ends with abp_ship_unlock, with an error, or with the process.
+ */
+bool
+abp_ship_lock(void)
+{
+	static bool registered = false;
+	LOCKTAG		tag = ship_lock_tag();
+
+	if (!registered)
+		before_shmem_exit(unlock_at_exit, (Datum) 0);
+	registered = true;
+	return LockAcquire(&tag, ExclusiveLock, true, true) != LOCKACQUIRE_NOT_AVAIL;
 }
 
 /*

@@ -28,6 +28,7 @@
 #include "executor/spi.h"
 #include "miscadmin.h"
 #include "pgstat.h"
+#include "storage/ipc.h"
 #include "storage/lmgr.h"
 #include "storage/lock.h"
 #include "utils/acl.h"
@@ -185,14 +186,31 @@ ship_lock_tag(void)
 }
 
 /*
+ * At exit PostgreSQL gives session locks of this lock method back only if it
+ * aborts a transaction, and a shipper that waits is in none.
+ */
+static void
+release_at_exit(int code, Datum arg)
+{
+	AbortOutOfAnyTransaction();
+	LockReleaseAll(DEFAULT_LOCKMETHOD, true);
+}
+
+/*
  * Become this database's shipper.  Returns false if another process is.  The
  * role ends with abp_ship_unlock, with an error, or with the process.
  */
 bool
 abp_ship_lock(void)
 {
+	static bool registered = false;
 	LOCKTAG		tag = ship_lock_tag();
 
+	if (!registered)
+	{
+		before_shmem_exit(release_at_exit, (Datum) 0);
+		registered = true;
+	}
 	return LockAcquire(&tag, ExclusiveLock, true, true) != LOCKACQUIRE_NOT_AVAIL;
 }
 

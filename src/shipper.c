@@ -20,6 +20,7 @@
 #include "access/htup_details.h"
 #include "access/xact.h"
 #include "catalog/namespace.h"
+#include "catalog/pg_extension.h"
 #include "catalog/pg_proc.h"
 #include "catalog/pg_type.h"
 #include "commands/extension.h"
@@ -81,6 +82,9 @@
 
 /* After so many deliveries the ledger is summed up. */
 #define SUM_UP_EVERY 1000
+
+/* When to look again at an extension that is being dropped. */
+#define DROP_WAIT_MS 1000
 
 /* How many unpriced entries are looked at in one turn. */
 #define UNPRICED_PER_TURN 32
@@ -1698,6 +1702,22 @@ prepare_table(const UsageTable *table, const ServerOptions *server, List **depar
 }
 
 /*
+ * Keep the extension from being dropped until the transaction ends.  Returns
+ * false if that is under way, or done: then its tables may go at any moment.
+ */
+static bool
+keep_extension(Oid extension)
+{
+	LOCKTAG		tag;
+
+	SET_LOCKTAG_OBJECT(tag, MyDatabaseId, ExtensionRelationId, extension, 0);
+	if (LockAcquire(&tag, AccessShareLock, false, true) == LOCKACQUIRE_NOT_AVAIL)
+		return false;
+	AcceptInvalidationMessages();
+	return get_extension_oid("aibilling_polar", true) == extension;
+}
+
+/*
  * A turn's transaction: settle what has ended, prepare what is next.  Returns
  * the requests to make, in turn_context.
  */
@@ -1714,6 +1734,13 @@ work(const ShipScope *scope)
 	{
 		abp_ship_reset();
 		known_extension = extension;
+	}
+	if (!OidIsValid(extension))
+		return NIL;
+	if (!keep_extension(extension))
+	{
+		due_at(in_ms(DROP_WAIT_MS));
+		return NIL;
 	}
 	if (!abp_extension_installed())
 		return NIL;

@@ -554,6 +554,28 @@ goals_reached(SyncGoal *goals, int ngoals, bool shipping)
 	return true;
 }
 
+/* Does one of these tables wait for somebody to mend it? */
+static bool
+goal_is_blocked(SyncGoal *goals, int ngoals)
+{
+	bool		armed;
+	List	   *tables = abp_usage_tables(&armed);
+	ListCell   *lc;
+
+	foreach(lc, tables)
+	{
+		UsageTable *table = lfirst(lc);
+
+		for (int i = 0; i < ngoals; i++)
+		{
+			if (goals[i].relid == table->relid &&
+				table->blocked_until > GetCurrentTimestamp())
+				return true;
+		}
+	}
+	return false;
+}
+
 /*
  * CALL aibilling.sync(server, timeout): deliver what is pending now.
  */
@@ -667,8 +689,10 @@ abp_sql_sync(PG_FUNCTION_ARGS)
 
 			abp_ship_begin(&scope);
 			reached = goals_reached(goals, ngoals, shipper);
+			if (!reached && shipper && due != 0 && goal_is_blocked(goals, ngoals))
+				gave_up = "a usage table is blocked; see aibilling.status";
 			abp_ship_commit(&scope);
-			if (reached)
+			if (reached || gave_up != NULL)
 				break;
 
 			now = GetCurrentTimestamp();

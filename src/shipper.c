@@ -1727,6 +1727,7 @@ work(const ShipScope *scope)
 	List	   *departures = NIL;
 	List	   *tables;
 	bool		armed;
+	bool		fresh = !recovered;
 	ListCell   *lc;
 	Oid			extension = get_extension_oid("aibilling_polar", true);
 
@@ -1786,7 +1787,9 @@ work(const ShipScope *scope)
 		server = options_of(table);
 		if (server == NULL)
 			continue;
-		if (table->blocked_until > GetCurrentTimestamp() && !servers_changed)
+
+		/* Who has just become the shipper tries again: somebody may be waiting. */
+		if (table->blocked_until > GetCurrentTimestamp() && !servers_changed && !fresh)
 		{
 			due_at(table->blocked_until);
 			continue;

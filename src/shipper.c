@@ -20,6 +20,7 @@
 #include "access/htup_details.h"
 #include "access/xact.h"
 #include "catalog/namespace.h"
+#include "catalog/pg_extension.h"
 #include "catalog/pg_proc.h"
 #include "catalog/pg_type.h"
 #include "commands/extension.h"
@@ -81,6 +82,9 @@
 
 /* After so many deliveries the ledger is summed up. */
 #define SUM_UP_EVERY 1000
+
+/* When to look again at an extension that is being dropped. */
+#define DROP_WAIT_MS 1000
 
 /* How many unpriced entries are looked at in one turn. */
 #define UNPRICED_PER_TURN 32
@@ -1696,6 +1700,22 @@ prepare_table(const UsageTable *table, const ServerOptions *server, List **depar
 }
 
 /*
+ * Keep the extension from being dropped until the transaction ends.  Returns
+ * false if that is under way, or done: then its tables may go at any moment.
+ */
+static bool
+keep_extension(Oid extension)
+{
+	LOCKTAG		tag;
+
+	SET_LOCKTAG_OBJECT(tag, MyDatabaseId, ExtensionRelationId, extension, 0);
+	if (LockAcquire(&tag, AccessShareLock, false, true) == LOCKACQUIRE_NOT_AVAIL)
+		return false;
+	AcceptInvalidationMessages();
+	return get_extension_oid("aibilling_polar", true) == extension;
+}
+
+/*
  * A turn's transaction: settle what has ended, prepare what is next.  Returns
  * the requests to make, in turn_context.
  */
@@ -1705,6 +1725,7 @@ work(const ShipScope *scope)
 	List	   *departures = NIL;
 	List	   *tables;
 	bool		armed;
+	bool		fresh = !recovered;
 	ListCell   *lc;
 	Oid			extension = get_extension_oid("aibilling_polar", true);
 
@@ -1712,6 +1733,13 @@ work(const ShipScope *scope)
 	{
 		abp_ship_reset();
 		known_extension = extension;
+	}
+	if (!OidIsValid(extension))
+		return NIL;
+	if (!keep_extension(extension))
+	{
+		due_at(in_ms(DROP_WAIT_MS));
+		return NIL;
 	}
 	if (!abp_extension_installed())
 		return NIL;
@@ -1757,7 +1785,9 @@ work(const ShipScope *scope)
 		server = options_of(table);
 		if (server == NULL)
 			continue;
-		if (table->blocked_until > GetCurrentTimestamp() && !servers_changed)
+
+		/* Who has just become the shipper tries again: somebody may be waiting. */
+		if (table->blocked_until > GetCurrentTimestamp() && !servers_changed && !fresh)
 		{
 			due_at(table->blocked_until);
 			continue;

@@ -160,6 +160,28 @@ take_or_leave_role(Sync *sync)
 	}
 }
 
+/* Does one of the tables wait for somebody to mend it? */
+static bool
+table_is_blocked(const Sync *sync)
+{
+	bool		armed;
+	List	   *tables = abp_usage_tables(&armed);
+	ListCell   *lc;
+
+	foreach(lc, tables)
+	{
+		UsageTable *table = lfirst(lc);
+
+		for (int i = 0; i < sync->ngoals; i++)
+		{
+			if (sync->goals[i].relid == table->relid &&
+				table->blocked_until > GetCurrentTimestamp())
+				return true;
+		}
+	}
+	return false;
+}
+
 /* Is it no use to go on?  Then sync->gave_up says why. */
 static bool
 must_give_up(Sync *sync, TimestampTz now)
@@ -208,6 +230,8 @@ deliver(Sync *sync)
 
 		abp_ship_begin(&sync->scope);
 		reached = goals_reached(sync);
+		if (!reached && sync->shipper && due != 0 && table_is_blocked(sync))
+			sync->gave_up = "a usage table is blocked; see aibilling.status";
 		abp_ship_commit(&sync->scope);
 
 		now = GetCurrentTimestamp();

@@ -1137,7 +1137,8 @@ lane_is_closed(Lane *lane, const UsageTable *table, const ServerOptions *server,
 
 	if (token == NULL)
 	{
-		if (!lane->paused_by_answer || lane->refused_token != 0)
+		if (!lane->paused_by_answer || lane->refused_token != 0 ||
+			table->pause_reason == NULL || strcmp(table->pause_reason, token_problem) != 0)
 		{
 			lane->refused_token = 0;
 			pause_lane(lane, token_problem);
@@ -1619,6 +1620,48 @@ typedef struct Departure
 	char	   *token;
 } Departure;
 
+static int
+fewest_errors_first(const ListCell *a, const ListCell *b)
+{
+	const Shipment *one = lfirst(a);
+	const Shipment *other = lfirst(b);
+
+	if (one->server_errors != other->server_errors)
+		return one->server_errors < other->server_errors ? -1 : 1;
+	return one->delivery.id < other->delivery.id ? -1 : 1;
+}
+
+/*
+ * Prepare deliveries of a table whose time to be sent again has come.  While
+ * it is uncertain that any request gets through, those that have met server
+ * errors are suspect: they come after all others, because only the success
+ * of another tells whether a row of theirs is to blame.
+ */
+static void
+prepare_waiting(const UsageTable *table, const ServerOptions *server, int capacity,
+				bool suspects)
+{
+	Lane	   *lane = lane_of(table->server);
+	List	   *all = list_copy(shipments);
+	ListCell   *lc;
+
+	list_sort(all, fewest_errors_first);
+	foreach(lc, all)
+	{
+		Shipment   *shipment = lfirst(lc);
+
+		if (shipment->lane != lane || shipment->stage != SHIPMENT_WAITING ||
+			shipment->delivery.usage_table != table->relid ||
+			(lane->failures > 0 && shipment->server_errors > 0) != suspects)
+			continue;
+		if (shipment->retry_at > GetCurrentTimestamp())
+			due_at(shipment->retry_at);
+		else if (lane_flying(lane) < capacity && take_quota(lane, server) &&
+				 !guarded(prepare_again, table, server, shipment))
+			shipment->retry_at = in_ms(PROBE_MS);
+	}
+}
+
 /* Prepare what one table has to send.  Appends to *departures. */
 static void
 prepare_table(const UsageTable *table, const ServerOptions *server, List **departures)
@@ -1627,7 +1670,6 @@ prepare_table(const UsageTable *table, const ServerOptions *server, List **depar
 	StringInfoData reason;
 	char	   *token;
 	ListCell   *lc;
-	List	   *all;
 	int			capacity;
 
 	initStringInfo(&reason);
@@ -1639,20 +1681,7 @@ prepare_table(const UsageTable *table, const ServerOptions *server, List **depar
 	}
 
 	capacity = lane_capacity(lane, server);
-	all = list_copy(shipments);
-	foreach(lc, all)
-	{
-		Shipment   *shipment = lfirst(lc);
-
-		if (shipment->lane != lane || shipment->stage != SHIPMENT_WAITING ||
-			shipment->delivery.usage_table != table->relid)
-			continue;
-		if (shipment->retry_at > GetCurrentTimestamp())
-			due_at(shipment->retry_at);
-		else if (lane_flying(lane) < capacity && take_quota(lane, server) &&
-				 !guarded(prepare_again, table, server, shipment))
-			shipment->retry_at = in_ms(PROBE_MS);
-	}
+	prepare_waiting(table, server, capacity, false);
 
 	while (lane_flying(lane) < capacity && lane->shipments < capacity * MAX_WAITING_SHARE)
 	{
@@ -1678,6 +1707,7 @@ prepare_table(const UsageTable *table, const ServerOptions *server, List **depar
 			break;
 		}
 	}
+	prepare_waiting(table, server, capacity, true);
 
 	foreach(lc, shipments)
 	{

@@ -160,9 +160,9 @@ take_or_leave_role(Sync *sync)
 	}
 }
 
-/* Does one of the tables wait for somebody to mend it? */
+/* Does a table wait for somebody to mend it? */
 static bool
-table_is_blocked(const Sync *sync)
+goal_is_blocked(const Sync *sync)
 {
 	bool		armed;
 	List	   *tables = abp_usage_tables(&armed);
@@ -230,7 +230,7 @@ deliver(Sync *sync)
 
 		abp_ship_begin(&sync->scope);
 		reached = goals_reached(sync);
-		if (!reached && sync->shipper && due != 0 && table_is_blocked(sync))
+		if (!reached && sync->shipper && due != 0 && goal_is_blocked(sync))
 			sync->gave_up = "a usage table is blocked; see aibilling.status";
 		abp_ship_commit(&sync->scope);
 

@@ -170,7 +170,7 @@ static int	settled = 0;		/* deliveries since the ledger was summed up */
 /* set by invalidation callbacks */
 static bool prices_changed = true;
 static bool servers_changed = false;
-static Oid	price_relids[4];
+static Oid	price_relids[5];
 
 /* --- lock and transactions ------------------------------------------------- */
 
@@ -522,6 +522,12 @@ set_aside(Filling *filling, int64 id, const RowState *verdict)
 	entry->maybe_sent = filling->shipment->delivery.outcome_unknown;
 	entry->error = verdict->error == NULL ? NULL : pstrdup(verdict->error);
 	abp_idset_add(&entry->ids, id, id, filling->context);
+	if (verdict->state == OUTBOX_UNPRICED)
+	{
+		/* Its price may have come while it stood in another state. */
+		position_of(filling->table->relid)->look_for_prices = true;
+		due_at(DT_NOBEGIN);
+	}
 	filling->exceptions = lappend(filling->exceptions, entry);
 	MemoryContextSwitchTo(old);
 }
@@ -1778,6 +1784,7 @@ work(const ShipScope *scope)
 	price_relids[1] = abp_extension_relation("model_alias");
 	price_relids[2] = abp_extension_relation("service_tier_rule");
 	price_relids[3] = abp_extension_relation("price_source");
+	price_relids[4] = abp_extension_relation("usage_table");	/* attached with rows */
 
 	MemoryContextSwitchTo(turn_context);
 	tables = abp_usage_tables(&armed);

@@ -1270,6 +1270,7 @@ guarded(TableWork work, const UsageTable *table, const ServerOptions *server, vo
 		RollbackAndReleaseCurrentSubTransaction();
 		CurrentResourceOwner = owner;
 		position_of(table->relid)->cursor = PG_INT64_MIN;
+		position_of(table->relid)->unpriced_cursor = PG_INT64_MIN;
 		if (table->blocked_reason == NULL)
 			ereport(WARNING,
 					(errcode(error->sqlerrcode),

@@ -17,9 +17,8 @@ my $polar = PolarServer->new(token => 'polar_oat_secret_of_the_owner');
 my $token = $polar->token;
 my $elsewhere = PolarServer->new(token => $token);
 
-my $with_statements = -e "$ENV{PGXS_LIBDIR}/pg_stat_statements.so" if defined $ENV{PGXS_LIBDIR};
 chomp(my $libdir = `pg_config --pkglibdir`);
-$with_statements = -e "$libdir/pg_stat_statements.so";
+my $with_statements = -e "$libdir/pg_stat_statements.so";
 my $preload = 'aibilling_polar' . ($with_statements ? ', pg_stat_statements' : '');
 my $node = AibillingNode->new(
 	'security',
@@ -49,7 +48,8 @@ sub allowed
 	my ($role, $sql, $what) = @_;
 	my ($out, $err) = as($role, $sql);
 
-	is($err =~ s/^(psql:\S+ )?(NOTICE|INFO|WARNING):.*\n?(HINT:.*\n?)?//mgr, '', $what // "$role: $sql");
+	$what //= "$role: " . ($sql =~ /^\s*(.{1,80})/m)[0];
+	is($err =~ s/^(psql:\S+ )?(NOTICE|INFO|WARNING):.*\n?(HINT:.*\n?)?//mgr, '', $what);
 	return $out;
 }
 
@@ -260,8 +260,8 @@ for my $role ('stranger', 'app', 'owner', 'monitor')
 		"DELETE FROM aibilling.database_identity",
 		"INSERT INTO aibilling.price (provider, model) VALUES ('p', 'm')",
 		"CREATE TRIGGER t BEFORE INSERT ON aibilling.price FOR EACH ROW EXECUTE FUNCTION aibilling.price_usage()",
-		"LOCK TABLE aibilling.outbox_entry IN ACCESS SHARE MODE",
-		"LOCK TABLE aibilling.delivery IN ROW EXCLUSIVE MODE",
+		"BEGIN; LOCK TABLE aibilling.outbox_entry IN ACCESS SHARE MODE",
+		"BEGIN; LOCK TABLE aibilling.delivery IN ROW EXCLUSIVE MODE",
 	  );
 }
 

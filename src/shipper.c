@@ -477,13 +477,14 @@ call_function(Oid funcid, const char *option, Jsonb *whole, Datum *result,
 		MemoryContextSwitchTo(caller);
 		error = CopyErrorData();
 
+		FlushErrorState();
+		RollbackAndReleaseCurrentSubTransaction();
+		CurrentResourceOwner = owner;
+
 		/* A cancel, or the end of the session, is not the function's fault. */
 		if (error->sqlerrcode == ERRCODE_QUERY_CANCELED ||
 			error->sqlerrcode == ERRCODE_ADMIN_SHUTDOWN)
-			PG_RE_THROW();
-
-		FlushErrorState();
-		RollbackAndReleaseCurrentSubTransaction();
+			ReThrowError(error);
 		*reason = psprintf("%s failed: %s", option, error->message);
 	}
 	PG_END_TRY();

@@ -460,15 +460,17 @@ CREATE FUNCTION installed.meta(jsonb) RETURNS jsonb LANGUAGE sql AS
 refused('eve', "ALTER SERVER eves OPTIONS (SET metadata_function 'installed.meta')",
 	qr/permission denied to set option "metadata_function"/, 'no server may name the function of a superuser');
 allowed('eve', q{
-ALTER SERVER eves OPTIONS (DROP event_name_function);
-ALTER SCHEMA eve RENAME TO eve_;
-ALTER SCHEMA installed RENAME TO eve;
-INSERT INTO eve_.usage (external_id, provider, model, external_customer_id, input_tokens) VALUES ('eve4', 'eves', 'model', 'c', 10);});
+CREATE SCHEMA named;
+CREATE FUNCTION named.meta(r jsonb) RETURNS jsonb LANGUAGE sql AS 'SELECT eve.meta(r)';
+ALTER SERVER eves OPTIONS (DROP event_name_function, SET metadata_function 'named.meta');
+ALTER SCHEMA named RENAME TO named_before;
+ALTER SCHEMA installed RENAME TO named;
+INSERT INTO eve.usage (external_id, provider, model, external_customer_id, input_tokens) VALUES ('eve4', 'eves', 'model', 'c', 10);});
 $node->poll_query_until('postgres', "SELECT EXISTS (SELECT FROM aibilling.outbox WHERE state = 'rejected')");
 is($node->safe_psql('postgres', "SELECT error FROM aibilling.outbox WHERE state = 'rejected'"),
-	qq{the owner of server "eves" is not a member of role $super, which owns function eve.meta(jsonb)},
+	qq{the owner of server "eves" is not a member of role $super, which owns function named.meta(jsonb)},
 	'nor come to name it by renaming schemas');
-$node->safe_psql('postgres', 'DROP SCHEMA eve CASCADE; ALTER SCHEMA eve_ RENAME TO eve');
+allowed('eve', 'ALTER SCHEMA named RENAME TO installed; ALTER SCHEMA named_before RENAME TO named');
 allowed('eve', "SELECT aibilling.retry('eve.usage')");
 $polar->wait(events => 10);
 $node->wait_settled;

@@ -494,13 +494,14 @@ call_function(Oid funcid, const char *option, Jsonb *whole, Datum *result,
 		MemoryContextSwitchTo(caller);
 		error = CopyErrorData();
 
+		FlushErrorState();
+		RollbackAndReleaseCurrentSubTransaction();
+		CurrentResourceOwner = owner;
+
 		/* A cancel, or the end of the session, is not the function's fault. */
 		if (error->sqlerrcode == ERRCODE_QUERY_CANCELED ||
 			error->sqlerrcode == ERRCODE_ADMIN_SHUTDOWN)
-			PG_RE_THROW();
-
-		FlushErrorState();
-		RollbackAndReleaseCurrentSubTransaction();
+			ReThrowError(error);
 		*reason = psprintf("%s failed: %s", option, error->message);
 	}
 	PG_END_TRY();
@@ -1294,6 +1295,7 @@ guarded(TableWork work, const UsageTable *table, const ServerOptions *server, vo
 		RollbackAndReleaseCurrentSubTransaction();
 		CurrentResourceOwner = owner;
 		position_of(table->relid)->cursor = PG_INT64_MIN;
+		position_of(table->relid)->unpriced_cursor = PG_INT64_MIN;
 		if (table->blocked_reason == NULL)
 			ereport(WARNING,
 					(errcode(error->sqlerrcode),

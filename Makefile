@@ -74,7 +74,7 @@ check-indent:
 	@PG_CONFIG=$(PG_CONFIG) dev/indent --check
 
 bench:
-	@PG_CONFIG=$(PG_CONFIG) bench/run
+	@PG_CONFIG=$(PG_CONFIG) dev/bench
 
 dist:
 	git archive --format=tar.gz --prefix=$(EXTENSION)-$(EXTVERSION)/ \

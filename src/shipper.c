@@ -163,6 +163,7 @@ static List *shipments = NIL;
 static Oid	known_extension = InvalidOid;
 static bool recovered = false;	/* have unsettled deliveries been taken over? */
 static TimestampTz next_due;
+static bool more_to_build = false;	/* can another batch be built at once? */
 static bool room_left = true;	/* could more requests fly, if there were more? */
 static int64 delivered = 0;		/* events */
 static int	settled = 0;		/* deliveries since the ledger was summed up */
@@ -1679,6 +1680,7 @@ prepare_table(const UsageTable *table, const ServerOptions *server, List **depar
 	char	   *token;
 	ListCell   *lc;
 	int			capacity;
+	bool		built = false;
 
 	initStringInfo(&reason);
 	token = abp_server_token(server, table->owner, &reason);
@@ -1691,12 +1693,22 @@ prepare_table(const UsageTable *table, const ServerOptions *server, List **depar
 	capacity = lane_capacity(lane, server);
 	prepare_waiting(table, server, capacity, false);
 
+	/*
+	 * One new batch a turn: it departs before the next is built.  Requests
+	 * that were built together would also be answered together, and each slot
+	 * would stand empty while the batches of all others are built.
+	 */
 	while (lane_flying(lane) < capacity && lane->shipments < capacity * MAX_WAITING_SHARE)
 	{
 		NextBatch	next = {false, NULL};
 
 		CHECK_FOR_INTERRUPTS();
 
+		if (built)
+		{
+			more_to_build = true;
+			break;
+		}
 		if (!take_quota(lane, server))
 			break;
 		if (!guarded(prepare_next, table, server, &next))
@@ -1709,6 +1721,8 @@ prepare_table(const UsageTable *table, const ServerOptions *server, List **depar
 			abp_usage_table_unblock(table->relid);
 		if (next.shipment == NULL)
 			give_quota_back(lane, server);
+		else
+			built = true;
 		if (!next.found)
 		{
 			room_left = true;
@@ -1908,6 +1922,7 @@ abp_ship(const ShipScope *scope)
 	MemoryContextReset(turn_context);
 	next_due = DT_NOEND;
 
+	more_to_build = false;
 	room_left = false;
 	limit_work = !scope->in_procedure;
 	collect_answers();
@@ -1918,6 +1933,11 @@ abp_ship(const ShipScope *scope)
 	depart(departures);
 	MemoryContextSwitchTo(caller);
 
+	if (more_to_build)
+	{
+		(void) abp_http_wait(0);
+		return 0;
+	}
 	if (abp_http_in_flight() > 0)
 	{
 		/* A commit's wake-up is news only if another request could fly. */

@@ -16,6 +16,7 @@ OBJS = \
 	src/row.o \
 	src/server.o \
 	src/shipper.o \
+	src/sync.o \
 	src/usage.o \
 	src/wake.o \
 	src/worker.o

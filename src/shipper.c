@@ -28,6 +28,7 @@
 #include "executor/spi.h"
 #include "miscadmin.h"
 #include "pgstat.h"
+#include "storage/ipc.h"
 #include "storage/lmgr.h"
 #include "storage/lock.h"
 #include "utils/acl.h"
@@ -185,26 +186,38 @@ ship_lock_tag(void)
 }
 
 /*
- * Become this database's shipper.  Returns false if another process is.  The
- * role ends with abp_ship_unlock, with an error, or with the process.
- */
-bool
-abp_ship_lock(void)
-{
-	LOCKTAG		tag = ship_lock_tag();
-
-	return LockAcquire(&tag, ExclusiveLock, true, true) != LOCKACQUIRE_NOT_AVAIL;
-}
-
-/*
- * Give the shipper's role up.
+ * Give the shipper's role up, if this process has it.
  */
 void
 abp_ship_unlock(void)
 {
 	LOCKTAG		tag = ship_lock_tag();
 
-	LockRelease(&tag, ExclusiveLock, true);
+	if (abp_lock_held(&tag, ExclusiveLock))
+		LockRelease(&tag, ExclusiveLock, true);
+}
+
+/* A process that ends outside a transaction aborts none: nobody else unlocks. */
+static void
+unlock_at_exit(int code, Datum arg)
+{
+	abp_ship_unlock();
+}
+
+/*
+ * Become this database's shipper.  Returns false if another process is.  The
+ * role ends with abp_ship_unlock, with an error, or with the process.
+ */
+bool
+abp_ship_lock(void)
+{
+	static bool registered = false;
+	LOCKTAG		tag = ship_lock_tag();
+
+	if (!registered)
+		before_shmem_exit(unlock_at_exit, (Datum) 0);
+	registered = true;
+	return LockAcquire(&tag, ExclusiveLock, true, true) != LOCKACQUIRE_NOT_AVAIL;
 }
 
 /*
@@ -1507,8 +1520,11 @@ options_of(const UsageTable *table)
 	return server->kind == SERVER_POLAR ? server : NULL;
 }
 
-static bool
-in_scope(const ShipScope *scope, const UsageTable *table)
+/*
+ * Does a shipper of this scope ship this table?
+ */
+bool
+abp_ship_in_scope(const ShipScope *scope, const UsageTable *table)
 {
 	return (!OidIsValid(scope->owner) || abp_owns_table(table->relid, scope->owner)) &&
 		(scope->server == NULL || strcmp(scope->server, table->server) == 0);
@@ -1736,7 +1752,7 @@ work(const ShipScope *scope)
 
 		CHECK_FOR_INTERRUPTS();
 
-		if (!OidIsValid(table->owner) || !in_scope(scope, table))
+		if (!OidIsValid(table->owner) || !abp_ship_in_scope(scope, table))
 			continue;
 		server = options_of(table);
 		if (server == NULL)
@@ -1871,4 +1887,20 @@ abp_ship_gave_up(const char *server)
 	Lane	   *lane = lane_of(server);
 
 	return lane->paused_by_answer || lane->failures >= ERRORS_BEFORE_REJECTING;
+}
+
+/*
+ * Have all rows that wait for a price been compared with today's prices?
+ */
+bool
+abp_ship_has_looked_for_prices(void)
+{
+	ListCell   *lc;
+
+	foreach(lc, positions)
+	{
+		if (((Position *) lfirst(lc))->look_for_prices)
+			return false;
+	}
+	return true;
 }

@@ -40,7 +40,8 @@ REGRESS_OPTS = --temp-instance=tmp_check --temp-config=regress.conf \
 	--load-extension=$(EXTENSION) --encoding=UTF8 --no-locale
 
 ISOLATION = \
-	prices
+	prices \
+	delivery
 ISOLATION_OPTS = --temp-instance=tmp_check_iso --temp-config=regress.conf \
 	--load-extension=$(EXTENSION) --encoding=UTF8 --no-locale
 

@@ -1801,6 +1801,7 @@ work(const ShipScope *scope)
 	price_relids[2] = abp_extension_relation("service_tier_rule");
 	price_relids[3] = abp_extension_relation("price_source");
 	price_relids[4] = abp_extension_relation("usage_table");	/* attached with rows */
+	price_relids[4] = abp_extension_relation("usage_table");	/* attached with rows */
 
 	MemoryContextSwitchTo(turn_context);
 	tables = abp_usage_tables(&armed);

@@ -163,6 +163,7 @@ static List *shipments = NIL;
 static Oid	known_extension = InvalidOid;
 static bool recovered = false;	/* have unsettled deliveries been taken over? */
 static TimestampTz next_due;
+static bool more_to_build = false;	/* can another batch be built at once? */
 static bool room_left = true;	/* could more requests fly, if there were more? */
 static int64 delivered = 0;		/* events */
 static int	settled = 0;		/* deliveries since the ledger was summed up */
@@ -170,7 +171,7 @@ static int	settled = 0;		/* deliveries since the ledger was summed up */
 /* set by invalidation callbacks */
 static bool prices_changed = true;
 static bool servers_changed = false;
-static Oid	price_relids[4];
+static Oid	price_relids[5];
 
 /* --- lock and transactions ------------------------------------------------- */
 
@@ -494,13 +495,14 @@ call_function(Oid funcid, const char *option, Jsonb *whole, Datum *result,
 		MemoryContextSwitchTo(caller);
 		error = CopyErrorData();
 
+		FlushErrorState();
+		RollbackAndReleaseCurrentSubTransaction();
+		CurrentResourceOwner = owner;
+
 		/* A cancel, or the end of the session, is not the function's fault. */
 		if (error->sqlerrcode == ERRCODE_QUERY_CANCELED ||
 			error->sqlerrcode == ERRCODE_ADMIN_SHUTDOWN)
-			PG_RE_THROW();
-
-		FlushErrorState();
-		RollbackAndReleaseCurrentSubTransaction();
+			ReThrowError(error);
 		*reason = psprintf("%s failed: %s", option, error->message);
 	}
 	PG_END_TRY();
@@ -522,6 +524,12 @@ set_aside(Filling *filling, int64 id, const RowState *verdict)
 	entry->maybe_sent = filling->shipment->delivery.outcome_unknown;
 	entry->error = verdict->error == NULL ? NULL : pstrdup(verdict->error);
 	abp_idset_add(&entry->ids, id, id, filling->context);
+	if (verdict->state == OUTBOX_UNPRICED)
+	{
+		/* Its price may have come while it stood in another state. */
+		position_of(filling->table->relid)->look_for_prices = true;
+		due_at(DT_NOBEGIN);
+	}
 	filling->exceptions = lappend(filling->exceptions, entry);
 	MemoryContextSwitchTo(old);
 }
@@ -1288,6 +1296,7 @@ guarded(TableWork work, const UsageTable *table, const ServerOptions *server, vo
 		RollbackAndReleaseCurrentSubTransaction();
 		CurrentResourceOwner = owner;
 		position_of(table->relid)->cursor = PG_INT64_MIN;
+		position_of(table->relid)->unpriced_cursor = PG_INT64_MIN;
 		if (table->blocked_reason == NULL)
 			ereport(WARNING,
 					(errcode(error->sqlerrcode),
@@ -1671,6 +1680,7 @@ prepare_table(const UsageTable *table, const ServerOptions *server, List **depar
 	char	   *token;
 	ListCell   *lc;
 	int			capacity;
+	bool		built = false;
 
 	initStringInfo(&reason);
 	token = abp_server_token(server, table->owner, &reason);
@@ -1683,12 +1693,22 @@ prepare_table(const UsageTable *table, const ServerOptions *server, List **depar
 	capacity = lane_capacity(lane, server);
 	prepare_waiting(table, server, capacity, false);
 
+	/*
+	 * One new batch a turn: it departs before the next is built.  Requests
+	 * that were built together would also be answered together, and each slot
+	 * would stand empty while the batches of all others are built.
+	 */
 	while (lane_flying(lane) < capacity && lane->shipments < capacity * MAX_WAITING_SHARE)
 	{
 		NextBatch	next = {false, NULL};
 
 		CHECK_FOR_INTERRUPTS();
 
+		if (built)
+		{
+			more_to_build = true;
+			break;
+		}
 		if (!take_quota(lane, server))
 			break;
 		if (!guarded(prepare_next, table, server, &next))
@@ -1701,6 +1721,8 @@ prepare_table(const UsageTable *table, const ServerOptions *server, List **depar
 			abp_usage_table_unblock(table->relid);
 		if (next.shipment == NULL)
 			give_quota_back(lane, server);
+		else
+			built = true;
 		if (!next.found)
 		{
 			room_left = true;
@@ -1778,6 +1800,7 @@ work(const ShipScope *scope)
 	price_relids[1] = abp_extension_relation("model_alias");
 	price_relids[2] = abp_extension_relation("service_tier_rule");
 	price_relids[3] = abp_extension_relation("price_source");
+	price_relids[4] = abp_extension_relation("usage_table");	/* attached with rows */
 
 	MemoryContextSwitchTo(turn_context);
 	tables = abp_usage_tables(&armed);
@@ -1899,6 +1922,7 @@ abp_ship(const ShipScope *scope)
 	MemoryContextReset(turn_context);
 	next_due = DT_NOEND;
 
+	more_to_build = false;
 	room_left = false;
 	limit_work = !scope->in_procedure;
 	collect_answers();
@@ -1909,6 +1933,11 @@ abp_ship(const ShipScope *scope)
 	depart(departures);
 	MemoryContextSwitchTo(caller);
 
+	if (more_to_build)
+	{
+		(void) abp_http_wait(0);
+		return 0;
+	}
 	if (abp_http_in_flight() > 0)
 	{
 		/* A commit's wake-up is news only if another request could fly. */

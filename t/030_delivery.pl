@@ -4,7 +4,8 @@ use strict;
 use warnings;
 
 use AibillingNode;
-use JSON::PP;
+use File::Basename qw(dirname);
+use File::Spec;
 use PolarServer;
 use PostgreSQL::Test::Utils;
 use Test::More;
@@ -315,6 +316,31 @@ $node->safe_psql('postgres',
 $node->safe_psql('postgres', $node->rows_sql(20, prefix => 'sync_') . '; CALL aibilling.sync()');
 is(scalar(() = stored('sync_') =~ /\S+/g), 20, 'sync() returns when all is delivered');
 
+# The demo's data: a month of all kinds of usage.
+my $demo = PolarServer->new;
+my $csv = slurp_file(File::Spec->rel2abs(dirname(__FILE__)) . '/../dev/demo-usage.csv');
+my ($header) = $csv =~ /^seconds_ago,(.*)\n/;
+$node->create_server($demo, name => 'demo');
+$node->create_usage_table('demo', 'demo');
+$node->safe_psql(
+	'postgres', qq{SELECT aibilling.load_bundled_prices();
+CREATE TABLE sample AS SELECT 0::bigint AS seconds_ago, $header FROM demo;
+COPY sample FROM stdin (FORMAT csv, HEADER);
+$csv\\.
+INSERT INTO demo (occurred_at, $header)
+	SELECT now() - seconds_ago * interval '1 second', $header FROM sample;});
+$node->safe_psql('postgres', q{CALL aibilling.sync('demo')});
+my $undelivered = q{SELECT usage_id FROM aibilling.outbox WHERE usage_table = 'demo'::regclass};
+$node->sums_equal($demo, "the demo's data: Polar agrees to the last digit",
+	"(SELECT * FROM demo WHERE id NOT IN ($undelivered)) d");
+cmp_ok($demo->summary->{inserted}, '>', 1000, 'of more than a thousand rows');
+is( $node->safe_psql(
+		'postgres', q{SELECT count(*) FROM aibilling.outbox
+			WHERE usage_table = 'demo'::regclass AND state NOT IN ('unpriced', 'rejected')}),
+	'0',
+	'all but those without price or identity');
+
 $node->stop;
 $polar->stop;
+$demo->stop;
 done_testing();

@@ -16,6 +16,7 @@ OBJS = \
 	src/row.o \
 	src/server.o \
 	src/shipper.o \
+	src/sync.o \
 	src/usage.o \
 	src/wake.o \
 	src/worker.o
@@ -32,12 +33,15 @@ REGRESS = \
 	cost \
 	normalize \
 	catalogue \
-	server
+	server \
+	usage \
+	outbox
 REGRESS_OPTS = --temp-instance=tmp_check --temp-config=regress.conf \
 	--load-extension=$(EXTENSION) --encoding=UTF8 --no-locale
 
 ISOLATION = \
-	prices
+	prices \
+	delivery
 ISOLATION_OPTS = --temp-instance=tmp_check_iso --temp-config=regress.conf \
 	--load-extension=$(EXTENSION) --encoding=UTF8 --no-locale
 
@@ -71,7 +75,7 @@ check-indent:
 	@PG_CONFIG=$(PG_CONFIG) dev/indent --check
 
 bench:
-	@PG_CONFIG=$(PG_CONFIG) bench/run
+	@PG_CONFIG=$(PG_CONFIG) dev/bench
 
 dist:
 	git archive --format=tar.gz --prefix=$(EXTENSION)-$(EXTVERSION)/ \

@@ -8,7 +8,7 @@
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-cache=$root/.cache
+cache=${AIBILLING_CACHE:-$root/.cache}
 work=
 
 # Nothing of the caller's environment decides which server or which Polar is talked to.
@@ -149,6 +149,11 @@ copy_server() {
 		printf '%s\n' "$stamp" >"$cache/pg$major/stamp"
 	fi
 	pgxs_test=$(dirname "$("$pfx_bin/pg_config" --pgxs)")/../test
+	# dev/sanitize: servers start through this script, under the name that all tools call.
+	if [ -n "${AIBILLING_POSTGRES:-}" ]; then
+		[ -e "$pfx_bin/postgres.real" ] || mv "$pfx_bin/postgres" "$pfx_bin/postgres.real"
+		install -m 755 "$AIBILLING_POSTGRES" "$pfx_bin/postgres"
+	fi
 }
 
 # Copies what the Makefile reads to a directory of this major's own and builds there, so that
@@ -222,6 +227,9 @@ remove_work_directory() {
 		wait "$helper_pid" || true
 	fi
 	cd /
+	if mountpoint -q "$work/small-disk" 2>/dev/null; then
+		umount "$work/small-disk"
+	fi
 	rm -rf "$work"
 	exit "$status"
 }

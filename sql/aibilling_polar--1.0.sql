@@ -1362,6 +1362,7 @@ CREATE TABLE aibilling.usage_table (
 COMMENT ON TABLE aibilling.usage_table IS 'Attached usage tables and where their rows go';
 COMMENT ON COLUMN aibilling.usage_table.usage IS 'The table; of a partitioned one the root';
 COMMENT ON COLUMN aibilling.usage_table.server IS 'The foreign server that its rows are delivered to';
+COMMENT ON COLUMN aibilling.usage_table.serverid IS 'OID of that server: it may be renamed, and another of its name is another server';
 COMMENT ON COLUMN aibilling.usage_table.attached_at IS 'When it was attached first';
 COMMENT ON COLUMN aibilling.usage_table.blocked_until IS 'Its rows could not be read: they are tried again at this time; NULL: they can be';
 COMMENT ON COLUMN aibilling.usage_table.blocked_reason IS 'The error met when reading its rows';
@@ -1389,6 +1390,8 @@ COMMENT ON COLUMN aibilling.outbox_entry.usage_table IS 'The attached table';
 COMMENT ON COLUMN aibilling.outbox_entry.state IS
 'p: to be sent; w: to be sent, not before not_before; u: waits for a price; r: rejected, waits to be mended';
 COMMENT ON COLUMN aibilling.outbox_entry.attempts IS 'How often the rows have been sent in vain';
+COMMENT ON COLUMN aibilling.outbox_entry.maybe_sent IS
+'whether a server that this one descends from (failover, recovery, copy) may have sent the rows: duplicates of them are no surprise then';
 COMMENT ON COLUMN aibilling.outbox_entry.not_before IS 'Of state w: when the rows may be sent; -infinity in all others';
 COMMENT ON COLUMN aibilling.outbox_entry.first IS 'Lowest id';
 COMMENT ON COLUMN aibilling.outbox_entry.last IS 'Highest id';
@@ -1454,6 +1457,16 @@ CREATE TABLE aibilling.delivery_total (
 	vanished bigint NOT NULL
 );
 
+COMMENT ON TABLE aibilling.delivery_total IS
+'what the settled deliveries of a usage table add up to, up to one of them; the ledger''s rows up to it may be deleted without changing aibilling.status';
+COMMENT ON COLUMN aibilling.delivery_total.usage_table IS 'the usage table';
+COMMENT ON COLUMN aibilling.delivery_total.up_to IS 'id of the last delivery that is in the totals';
+COMMENT ON COLUMN aibilling.delivery_total.deliveries IS 'number of deliveries that Polar accepted';
+COMMENT ON COLUMN aibilling.delivery_total.delivered IS 'events in them';
+COMMENT ON COLUMN aibilling.delivery_total.duplicates IS 'events that Polar had already';
+COMMENT ON COLUMN aibilling.delivery_total.unexpected_duplicates IS 'of these, events that another producer had sent under the same external_id: this usage was not counted';
+COMMENT ON COLUMN aibilling.delivery_total.vanished IS 'rows that were gone before they were sent';
+
 CREATE TABLE aibilling.server_state (
 	server name COLLATE "C" PRIMARY KEY,
 	paused text COLLATE "C" CHECK (paused IN ('operator', 'answer')),
@@ -1480,6 +1493,7 @@ CREATE TABLE aibilling.database_identity (
 COMMENT ON TABLE aibilling.database_identity IS
 'Private: the database that may send, written when the first table is attached and by aibilling.arm(). A copy finds another identity here than its own, and does not send';
 COMMENT ON COLUMN aibilling.database_identity.system_identifier IS 'System identifier of its cluster';
+COMMENT ON COLUMN aibilling.database_identity.timeline IS 'timeline of the server when it last delivered; another one means a failover or a recovery to a point in time';
 COMMENT ON COLUMN aibilling.database_identity.database IS 'OID of the database';
 
 SELECT pg_extension_config_dump('aibilling.usage_table', '');

@@ -48,6 +48,7 @@
 #define MIN_BUFFER 8192			/* first buffer for an answer */
 #define MIN_MASKED 8			/* bytes of a token worth a search in success */
 #define KEPT_BUFFER 65536		/* a larger one is freed at release */
+#define MAX_UPLOAD_BUFFER (2 * 1024 * 1024) /* the most that libcurl takes */
 
 struct HttpRequest
 {
@@ -60,6 +61,7 @@ struct HttpRequest
 	size_t		body_len;		/* bytes to send */
 	bool		sent;			/* a byte of the request may have left */
 	bool		answering;		/* a status line has arrived */
+	bool		unanswered;		/* libcurl wanted to send it once more */
 	bool		out_of_memory;	/* for the answer's body */
 	bool		proxied;
 	int			timeout_ms;
@@ -196,14 +198,22 @@ keep_header(char *data, size_t size, size_t count, void *arg)
 #if CURL_AT_LEAST_VERSION(7, 80, 0)
 /*
  * libcurl is connected, certificates checked, and about to send.  The only
- * sure sign: error codes do not tell, since a request that failed on a kept
- * connection is silently sent again on a new one, which may be refused.
+ * sure sign: error codes do not tell, since libcurl silently sends a request
+ * again that failed on a kept connection.  The first may have been acted on,
+ * so that a second is for the caller to count and to decide.
  */
 static int
 note_sending(void *arg, char *remote_ip, char *local_ip, int remote_port,
 			 int local_port)
 {
-	((HttpRequest *) arg)->sent = true;
+	HttpRequest *request = arg;
+
+	if (request->sent)
+	{
+		request->unanswered = true;
+		return CURL_PREREQFUNC_ABORT;
+	}
+	request->sent = true;
 	return CURL_PREREQFUNC_OK;
 }
 #endif
@@ -337,6 +347,8 @@ describe_failure(HttpRequest *request, CURLcode code)
 				 request->max_reply);
 	else if (request->out_of_memory)
 		snprintf(error, size, "out of memory for the answer");
+	else if (request->unanswered)
+		snprintf(error, size, "%s failed: the connection was closed", stage);
 	else if (code != CURLE_OPERATION_TIMEDOUT)
 		snprintf(error, size, "%s failed: %s", stage,
 				 request->curl_error[0] != '\0' ? request->curl_error :
@@ -777,6 +789,7 @@ start(const HttpTarget *target, const char *token, const char *body,
 	request->body_len = body_len;
 	request->sent = false;
 	request->answering = false;
+	request->unanswered = false;
 	request->out_of_memory = false;
 	request->proxied = target->proxy != NULL;
 	request->timeout_ms = target->timeout_ms;
@@ -810,6 +823,9 @@ start(const HttpTarget *target, const char *token, const char *body,
 		SET(CURLOPT_POST, 1L);
 		SET(CURLOPT_POSTFIELDSIZE_LARGE, (curl_off_t) body_len);
 		SET(CURLOPT_POSTFIELDS, body);
+
+		/* How much is handed to the socket at a time; the default is 64 kB. */
+		SET(CURLOPT_UPLOAD_BUFFERSIZE, (long) Min(Max(body_len, 64 * 1024), MAX_UPLOAD_BUFFER));
 	}
 	SET(CURLOPT_TIMEOUT_MS, (long) request->timeout_ms);
 	SET(CURLOPT_CONNECTTIMEOUT_MS, (long) request->connect_ms);

@@ -1010,31 +1010,29 @@ abp_ledger_resend(Delivery *delivery)
 }
 
 /*
- * Note why a delivery is still unsettled, and when it is tried again.
+ * Note why a delivery is still unsettled, when it is tried again, and which
+ * ids are left to it.
  */
 void
 abp_ledger_note(Delivery *delivery, const char *error, TimestampTz not_before)
 {
 	static Statement note = {
 		"UPDATE aibilling.delivery SET error = $2, not_before = $3, outcome_unknown = $4,"
-		" http_status = nullif($5, 0)"
+		" http_status = nullif($5, 0), usage_ids = $6, events = $7"
 		" WHERE id = $1",
-		5, {INT8OID, TEXTOID, TIMESTAMPTZOID, BOOLOID, INT4OID}
+		7, {INT8OID, TEXTOID, TIMESTAMPTZOID, BOOLOID, INT4OID, INT8MULTIRANGEOID, INT4OID}
 	};
-	Datum		values[5] = {
+	Datum		values[7] = {
 		Int64GetDatum(delivery->id),
 		PointerGetDatum(error_text(error)),
 		TimestampTzGetDatum(not_before),
 		BoolGetDatum(delivery->outcome_unknown),
-		Int32GetDatum(delivery->http_status)
+		Int32GetDatum(delivery->http_status),
+		abp_idset_to_multirange(&delivery->ids),
+		Int32GetDatum(delivery->nevents)
 	};
-	SavedUser	saved;
 
-	abp_become_extension_owner(&saved);
-	SPI_connect();
-	run(&note, values, NULL);
-	SPI_finish();
-	abp_restore_user(&saved);
+	run_alone(&note, values);
 }
 
 /*

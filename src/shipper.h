@@ -26,11 +26,13 @@ extern bool abp_ship_lock(void);
 extern void abp_ship_unlock(void);
 extern void abp_ship_reset(void);
 extern long abp_ship(const ShipScope *scope);
+extern bool abp_ship_in_scope(const ShipScope *scope, const UsageTable *table);
 extern void abp_ship_begin(const ShipScope *scope);
 extern void abp_ship_commit(const ShipScope *scope);
 extern bool abp_ship_call_functions(const ServerOptions *server, Jsonb *whole,
 									EventOverrides *overrides, char **reason);
 extern int64 abp_ship_delivered(void);
 extern bool abp_ship_gave_up(const char *server);
+extern bool abp_ship_has_looked_for_prices(void);
 
 #endif							/* ABP_SHIPPER_H */

@@ -1,0 +1,379 @@
+-- The outbox: what is in it after any sequence of statements, what would be sent, and operating it.
+SET timezone = 'UTC';
+SELECT aibilling.convert_cost(1, 'base', 'nanos'); -- loads the library
+CREATE SERVER polar FOREIGN DATA WRAPPER polar OPTIONS (url 'http://127.0.0.1:1', event_name 'llm_usage');
+INSERT INTO aibilling.price (provider, model, input, output, cache_read) VALUES ('acme', 'm', 1, 10, 0.1);
+SELECT aibilling.create_usage_table('u', server => 'polar');
+CREATE VIEW waiting AS
+	SELECT usage_id, state, not_before, error FROM aibilling.outbox WHERE usage_table = 'u'::regclass;
+-- Inserts n rows, each with a customer.
+CREATE FUNCTION ins(VARIADIC keys text[]) RETURNS void LANGUAGE sql AS
+$$INSERT INTO u (external_id, occurred_at, provider, model, external_customer_id, input_tokens)
+	SELECT k, '2026-01-02 03:04:05+00', 'acme', 'm', 'c', 1000 FROM unnest(keys) k$$;
+CREATE FUNCTION keys() RETURNS text[] LANGUAGE sql AS
+$$SELECT array_agg(coalesce(external_id, 'phantom ' || usage_id) || CASE state WHEN 'pending' THEN '' ELSE ':' || state END
+	ORDER BY usage_id) FROM waiting LEFT JOIN u ON id = usage_id$$;
+-- In place of the shipper: a row goes from the outbox into a delivery, with all of its entry, so that
+-- rows to be shipped are inserted one by one.
+CREATE PROCEDURE ship(key text, new_state text) LANGUAGE sql AS
+$$DELETE FROM aibilling.outbox_entry e USING u WHERE external_id = key AND id BETWEEN first AND last;
+	INSERT INTO aibilling.delivery (server, usage_table, usage_ids, events, bytes, state, attempts, started_at)
+	SELECT 'polar', 'u', int8multirange(int8range(id, id, '[]')), 1, 100, new_state, 1, '2026-02-03 04:05:06+00'
+	FROM u WHERE external_id = key$$;
+
+--
+-- Transactions
+--
+SELECT ins('a');
+BEGIN;
+SELECT ins('rolled back');
+ROLLBACK;
+SELECT keys();
+BEGIN;
+SELECT ins('b');
+SAVEPOINT s;
+SELECT ins('in savepoint');
+ROLLBACK TO s;
+SELECT ins('c');
+SAVEPOINT t;
+SELECT ins('d');
+SAVEPOINT v;
+SELECT ins('e');
+RELEASE t;
+SELECT keys() AS not_before_commit;
+COMMIT;
+SELECT keys();
+DO $$
+BEGIN
+	PERFORM ins('f');
+	BEGIN
+		PERFORM ins('g');
+		PERFORM ins('g');
+	EXCEPTION WHEN unique_violation THEN
+		NULL;
+	END;
+END $$;
+SELECT keys();
+BEGIN;
+SELECT ins('prepared');
+PREPARE TRANSACTION 'usage_prepared';
+SELECT keys();
+COMMIT PREPARED 'usage_prepared';
+BEGIN;
+SELECT ins('never');
+PREPARE TRANSACTION 'usage_prepared';
+ROLLBACK PREPARED 'usage_prepared';
+SELECT keys();
+
+-- Changed and deleted within the same transaction.
+BEGIN;
+SELECT ins('h', 'i', 'j');
+DELETE FROM u WHERE external_id = 'h';
+UPDATE u SET external_customer_id = NULL WHERE external_id = 'i';
+COMMIT;
+SELECT keys();
+BEGIN;
+UPDATE u SET external_customer_id = 'c' WHERE external_id = 'i';
+DELETE FROM u WHERE external_id = 'j';
+DELETE FROM u WHERE external_id = 'a';
+ROLLBACK;
+SELECT keys();
+-- A deleted id that comes back.
+BEGIN;
+DELETE FROM u WHERE external_id = 'a';
+INSERT INTO u (id, external_id, provider, model, external_customer_id, input_tokens)
+VALUES (1, 'a again', 'acme', 'm', 'c', 10);
+COMMIT;
+BEGIN;
+INSERT INTO u (id, external_id, provider, model, external_customer_id, input_tokens)
+VALUES (1000, 'x', 'acme', 'm', 'c', 10);
+DELETE FROM u WHERE id = 1000;
+INSERT INTO u (id, external_id, provider, model, external_customer_id, input_tokens)
+VALUES (1000, 'y', 'acme', 'm', 'c', 10);
+SAVEPOINT s;
+DELETE FROM u WHERE id = 1000;
+ROLLBACK TO s;
+COMMIT;
+SELECT keys();
+DELETE FROM u WHERE external_id <> 'b';
+SELECT keys();
+
+-- ON CONFLICT.
+INSERT INTO u (external_id, provider, model, external_customer_id, input_tokens)
+VALUES ('b', 'acme', 'm', 'c', 5), ('k', 'acme', 'm', 'c', 5) ON CONFLICT (external_id) DO NOTHING;
+SELECT keys(), count(*) FROM waiting;
+INSERT INTO u (external_id, provider, model, external_customer_id, input_tokens)
+VALUES ('b', 'acme', 'm', 'c', 7), ('l', 'acme', 'm', 'c', 7)
+ON CONFLICT (external_id) DO UPDATE SET input_tokens = excluded.input_tokens
+RETURNING external_id, input_tokens, cost_nanos;
+SELECT keys(), count(*) FROM waiting;
+MERGE INTO u USING (VALUES ('b', 8), ('m', 8)) AS n (key, tokens) ON u.external_id = n.key
+WHEN MATCHED THEN UPDATE SET input_tokens = n.tokens
+WHEN NOT MATCHED THEN INSERT (external_id, provider, model, external_customer_id, input_tokens)
+	VALUES (n.key, 'acme', 'm', 'c', n.tokens);
+SELECT keys(), count(*) FROM waiting;
+COPY u (external_id, provider, model, external_customer_id, input_tokens) FROM stdin;
+n	acme	m	c	9
+\.
+SELECT keys();
+UPDATE u SET id = 5000 WHERE external_id = 'b';
+
+-- Loaded without being sent.
+SET aibilling_polar.enqueue = off;
+SELECT ins('history');
+RESET aibilling_polar.enqueue;
+SET session_replication_role = replica;
+SELECT ins('replica');
+RESET session_replication_role;
+SELECT external_id, cost_nanos, s.* FROM u, aibilling.usage_status('u', id) s
+WHERE external_id IN ('history', 'replica') ORDER BY id;
+UPDATE u SET input_tokens = 2000 WHERE external_id = 'history' RETURNING cost_nanos;
+SELECT keys();
+TRUNCATE u;
+
+--
+-- What has been sent is a fact
+--
+SELECT ins('flying');
+SELECT ins('arrived');
+SELECT ins('waits');
+CALL ship('flying', 'sending');
+CALL ship('arrived', 'delivered');
+SELECT external_id, s.* FROM u, aibilling.usage_status('u', id) s ORDER BY id;
+SELECT * FROM aibilling.usage_status('u', 424242);
+UPDATE u SET input_tokens = 1 WHERE external_id = 'flying';
+UPDATE u SET tags = '{"a": 1}' WHERE external_id = 'arrived';
+UPDATE u SET cost_nanos = 1 WHERE external_id = 'arrived' RETURNING cost_nanos;
+INSERT INTO u (external_id, provider, model, external_customer_id, input_tokens)
+VALUES ('arrived', 'acme', 'm', 'c', 7)
+ON CONFLICT (external_id) DO UPDATE SET input_tokens = excluded.input_tokens;
+DELETE FROM u WHERE external_id = 'flying';
+DELETE FROM u WHERE external_id = 'arrived';
+DELETE FROM u WHERE external_id = 'waits';
+SELECT external_id FROM u;
+SELECT pending, in_flight, delivered, status FROM aibilling.status;
+SELECT aibilling.detach('u');
+-- The correction that the hint asks for.
+INSERT INTO u (external_id, occurred_at, external_customer_id, provider_cost, parent_id)
+VALUES ('correction', '2026-01-03', 'c', -0.0004, 'arrived') RETURNING cost_nanos, cost_cents, cost_status;
+SELECT state, jsonb_pretty(event) FROM aibilling.preview('u');
+UPDATE aibilling.delivery SET state = 'delivered' WHERE state = 'sending';
+TRUNCATE u;
+
+--
+-- Rows that wait
+--
+INSERT INTO u (external_id, occurred_at, provider, model, external_customer_id, input_tokens)
+VALUES ('future', '2999-12-31 23:59:59.5', 'acme', 'm', 'c', 10);
+INSERT INTO u (external_id, provider, model, external_customer_id, input_tokens)
+VALUES ('unknown 1', 'acme', 'new', 'c', 10), ('unknown 2', 'acme', 'new', 'c', 20), ('other', 'acme', 'newer', 'c', 1);
+INSERT INTO u (external_id, provider, model, external_customer_id, input_tokens, web_search_count)
+VALUES ('incomplete', 'acme', 'm', 'c', 10, 2);
+INSERT INTO u (external_id, provider, model, external_customer_id) VALUES ('no counts', 'acme', 'm', 'c');
+INSERT INTO u (external_id, external_customer_id, input_tokens) VALUES ('no model', 'c', 5);
+-- Once per model and session.
+INSERT INTO u (external_id, provider, model, external_customer_id, input_tokens)
+VALUES ('unknown 3', 'acme', 'new', 'c', 30);
+SELECT external_id, cost_nanos, cost_status, w.state, not_before, error FROM u JOIN waiting w ON usage_id = id ORDER BY id;
+SELECT usage_table, reason, rows FROM aibilling.unpriced ORDER BY reason;
+SELECT pending, unpriced, rejected, status FROM aibilling.status;
+-- A price is not applied in the session that inserts it, but an UPDATE prices again.
+INSERT INTO aibilling.price (provider, model, input) VALUES ('acme', 'new', 2);
+SELECT external_id, cost_nanos FROM u WHERE model = 'new' ORDER BY id;
+UPDATE u SET input_tokens = 11 WHERE external_id = 'unknown 1' RETURNING cost_nanos, cost_status;
+SELECT usage_id, state FROM waiting JOIN u ON id = usage_id WHERE model = 'new' ORDER BY id;
+UPDATE u SET occurred_at = '2026-01-01' WHERE external_id = 'future';
+UPDATE u SET web_search_count = 0 WHERE external_id = 'incomplete';
+UPDATE u SET request_count = 0, input_tokens = 0 WHERE external_id = 'no counts';
+SELECT external_id, cost_nanos, cost_status, w.state, not_before, error FROM u JOIN waiting w ON usage_id = id ORDER BY id;
+
+-- With unpriced 'send' they go without a cost.
+ALTER SERVER polar OPTIONS (ADD unpriced 'send');
+INSERT INTO u (external_id, occurred_at, provider, model, external_customer_id, input_tokens)
+VALUES ('without cost', '2026-01-01', 'acme', 'newest', 'c', 10);
+SELECT w.state, event FROM waiting w JOIN u ON id = usage_id JOIN aibilling.preview('u', 100) p USING (usage_id)
+WHERE external_id = 'without cost';
+ALTER SERVER polar OPTIONS (DROP unpriced);
+TRUNCATE u;
+
+--
+-- Reprice
+--
+SELECT ins('r1');
+SELECT ins('r2');
+SELECT ins('r3');
+INSERT INTO u (external_id, occurred_at, provider, model, external_customer_id, input_tokens)
+VALUES ('r4', '2026-01-02', 'acme', 'newest', 'c', 10);
+CALL ship('r2', 'delivered');
+SELECT * FROM aibilling.reprice('u');
+UPDATE aibilling.price SET input = 3 WHERE provider = 'acme' AND model = 'm';
+INSERT INTO aibilling.price (provider, model, input) VALUES ('acme', 'newest', 4);
+SELECT external_id, r.state, old_cost_nanos, new_cost_nanos, difference_nanos, action
+FROM aibilling.reprice('u') r JOIN u ON id = usage_id ORDER BY id;
+SELECT external_id, cost_nanos FROM u ORDER BY id;
+SELECT count(*) FROM aibilling.reprice('u', from_time => '2026-01-03');
+SELECT external_id, r.state, old_cost_nanos, new_cost_nanos, difference_nanos, action
+FROM aibilling.reprice('u', dry_run => false) r JOIN u ON id = usage_id ORDER BY id;
+SELECT external_id, cost_nanos, cost_cents, cost_status, s.state FROM u, aibilling.usage_status('u', id) s ORDER BY id;
+SELECT external_id, action FROM aibilling.reprice('u') JOIN u ON id = usage_id;
+TRUNCATE u;
+
+--
+-- Pause, resume, arm
+--
+SELECT aibilling.pause('nobody');
+CREATE SERVER idle FOREIGN DATA WRAPPER polar OPTIONS (url 'http://127.0.0.1:1', event_name 'e');
+SELECT aibilling.pause('idle');
+SELECT aibilling.pause('polar');
+SELECT status = 'paused: paused by ' || current_user AS paused FROM aibilling.status;
+SELECT ins('paused');
+SELECT keys();
+SELECT aibilling.resume('polar');
+SELECT status FROM aibilling.status;
+SELECT aibilling.pause();
+SELECT status LIKE 'paused%' AS paused FROM aibilling.status;
+SELECT aibilling.resume();
+-- A copy: the identity is another's.
+UPDATE aibilling.database_identity SET database = database::bigint + 1;
+SELECT status FROM aibilling.status;
+CALL aibilling.sync();
+SELECT aibilling.arm();
+SELECT status FROM aibilling.status;
+BEGIN;
+CALL aibilling.sync();
+ROLLBACK;
+CALL aibilling.sync('nobody');
+TRUNCATE u;
+CALL aibilling.sync();
+
+--
+-- Partitions
+--
+CREATE TABLE p (LIKE u INCLUDING DEFAULTS, region text NOT NULL) PARTITION BY LIST (region);
+ALTER TABLE p ADD PRIMARY KEY (id, region), ALTER id ADD GENERATED BY DEFAULT AS IDENTITY;
+CREATE TABLE p_eu PARTITION OF p FOR VALUES IN ('eu');
+SELECT aibilling.attach('p', 'polar');
+CREATE TABLE p_us PARTITION OF p FOR VALUES IN ('us');
+INSERT INTO p (external_id, region, provider, model, external_customer_id, input_tokens)
+VALUES ('1', 'eu', 'acme', 'm', 'c', 1), ('2', 'us', 'acme', 'm', 'c', 2), ('3', 'eu', 'acme', 'm', 'c', 3);
+INSERT INTO p_us (id, external_id, region, provider, model, external_customer_id, input_tokens)
+VALUES (4, '4', 'us', 'acme', 'm', 'c', 4), (5, '5', 'us', 'acme', 'm', NULL, 5);
+SELECT usage_table, usage_id, state FROM aibilling.outbox ORDER BY usage_id;
+-- A row that moves is the same row.
+UPDATE p SET region = 'us' WHERE id = 1;
+UPDATE p SET region = 'us', input_tokens = 30 WHERE id = 3;
+UPDATE p SET region = 'eu' WHERE id = 5;
+SELECT tableoid::regclass, id, cost_nanos FROM p ORDER BY id;
+SELECT usage_table, usage_id, state FROM aibilling.outbox ORDER BY usage_id;
+DELETE FROM p WHERE id = 3;
+DELETE FROM p_us WHERE id = 4;
+UPDATE p SET region = 'us', external_customer_id = 'c' WHERE id = 5;
+SELECT usage_table, usage_id, state FROM aibilling.outbox ORDER BY usage_id;
+SELECT usage_id, state, event -> 'metadata' ->> 'input_tokens' AS input FROM aibilling.preview('p') ORDER BY usage_id;
+-- One that has been delivered may move, but not change, and is not sent again.
+INSERT INTO aibilling.delivery (server, usage_table, usage_ids, events, bytes, state, attempts, started_at)
+SELECT 'polar', 'p', '{[1,6)}', 3, 100, 'delivered', 1, now();
+DELETE FROM aibilling.outbox_entry WHERE usage_table = 'p'::regclass;
+UPDATE p SET region = 'eu' WHERE id = 1;
+UPDATE p SET region = 'eu', input_tokens = 7 WHERE id = 2;
+SELECT tableoid::regclass, id, cost_nanos FROM p ORDER BY id;
+SELECT usage_table, usage_id, state FROM aibilling.outbox;
+-- A partition that is taken off delivers no more.
+ALTER TABLE p DETACH PARTITION p_eu;
+INSERT INTO p_eu (id, external_id, region, provider, model, external_customer_id, input_tokens)
+VALUES (6, '6', 'eu', 'acme', 'm', 'c', 6);
+SELECT usage_table, usage_id, state FROM aibilling.outbox;
+DROP TABLE p_eu;
+DROP TABLE p;
+DELETE FROM aibilling.delivery;
+
+--
+-- What would be sent
+--
+\pset null -
+CREATE FUNCTION show_event(OUT key text, OUT state text, OUT event text, OUT error text) RETURNS SETOF record LANGUAGE sql AS
+$$SELECT external_id, p.state, jsonb_pretty(p.event), p.error FROM aibilling.preview('u', 100) p JOIN u ON id = usage_id
+	ORDER BY id$$;
+INSERT INTO u (external_id, occurred_at, provider, sub_provider, model, service_tier, generation_id, external_customer_id,
+	member_id, parent_id, input_tokens, cache_read_tokens, output_tokens, reasoning_tokens, web_search_count, tags)
+VALUES ('all', '2026-01-02 03:04:05.678901+02', 'acme', 'sub', 'm', 'default', 'gen-1', 'customer "1"',
+	'11111111-1111-4111-8111-111111111111', 'parent', 1200, 1024, 350, 0, NULL,
+	'{"org_name": "Acme Corp", "n": 1.50, "b": true, "list": [1, "a"], "empty": "", "null": null, "o": {"k": 1}}');
+INSERT INTO u (external_id, occurred_at, external_customer_id, provider_cost)
+VALUES ('digits', '2026-01-02', 'c', 12.3456789012345678);
+SELECT * FROM show_event();
+TRUNCATE u;
+
+-- Identity, first hit wins.
+CREATE FUNCTION ident(key text, tags jsonb, customer uuid DEFAULT NULL, external text DEFAULT NULL) RETURNS void LANGUAGE sql AS
+$$INSERT INTO u (external_id, occurred_at, provider, model, input_tokens, tags, customer_id, external_customer_id)
+	VALUES (key, '2026-01-02', 'acme', 'm', 1, tags, customer, external)$$;
+SET client_min_messages = error;
+\set uuid '''aaaaaaaa-aaaa-4aaa-8aaa-aaaaaaaaaaaa'''
+SELECT ident('both columns', '{"userId": "tag"}', :uuid, 'column');
+SELECT ident('column over tags', '{"customerId": "bbbbbbbb-bbbb-4bbb-8bbb-bbbbbbbbbbbb", "userId": "tag"}', NULL, 'column');
+SELECT ident('tag customerId', '{"customerId": "bbbbbbbb-bbbb-4bbb-8bbb-bbbbbbbbbbbb", "userId": "tag"}');
+SELECT ident('tag polarCustomerId', '{"polarCustomerId": "bbbbbbbb-bbbb-4bbb-8bbb-bbbbbbbbbbbb"}');
+SELECT ident('tag customer_id', '{"customer_id": "bbbbbbbb-bbbb-4bbb-8bbb-bbbbbbbbbbbb", "externalId": "e"}');
+SELECT ident('tag userId', '{"userId": "u", "externalId": "e", "user_id": "i"}');
+SELECT ident('tag externalId', '{"externalId": "e", "user_id": "i"}');
+SELECT ident('tag user_id', '{"user_id": 42}');
+SELECT ident('null is skipped', '{"customerId": null, "userId": null, "externalId": "e"}');
+SELECT ident('empty stops', '{"customerId": "", "polarCustomerId": "bbbbbbbb-bbbb-4bbb-8bbb-bbbbbbbbbbbb", "userId": "u"}');
+SELECT ident('zero stops', '{"userId": 0, "externalId": "e"}');
+SELECT ident('false stops', '{"userId": false, "externalId": "e"}');
+SELECT ident('no uuid', '{"customerId": "cus_123", "userId": "u"}');
+SELECT ident('nobody', '{"org": "acme"}');
+RESET client_min_messages;
+SELECT key, state, event::jsonb ->> 'customer_id' AS customer_id, event::jsonb ->> 'external_customer_id' AS external,
+	jsonb_path_query_array(event::jsonb -> 'metadata', '$.keyvalue() ? (@.key starts with "tag_")."key"') AS tags, error
+FROM show_event();
+TRUNCATE u;
+ALTER SERVER polar OPTIONS (ADD customer_id_key 'polar', ADD external_customer_id_key 'tenant', ADD tag_prefix 't.');
+SELECT ident('own key', '{"tenant": "t", "userId": "u"}'), ident('own id', '{"polar": "bbbbbbbb-bbbb-4bbb-8bbb-bbbbbbbbbbbb"}');
+SELECT key, state, event::jsonb ->> 'customer_id' AS customer_id, event::jsonb ->> 'external_customer_id' AS external,
+	event::jsonb -> 'metadata' ->> 't.tenant' AS tag FROM show_event();
+ALTER SERVER polar OPTIONS (DROP customer_id_key, DROP external_customer_id_key, DROP tag_prefix);
+TRUNCATE u;
+
+-- The event's name.
+ALTER SERVER polar OPTIONS (SET event_name 'usage_{provider}_{model}');
+SELECT ins('template');
+INSERT INTO u (external_id, provider, model, external_customer_id, event_name, input_tokens)
+VALUES ('column', 'acme', 'm', 'c', 'mine', 1);
+SELECT key, event::jsonb ->> 'name' AS name FROM show_event();
+CREATE FUNCTION public.event_name(r jsonb) RETURNS text LANGUAGE sql IMMUTABLE AS $$SELECT 'fn ' || (r ->> 'external_id')$$;
+ALTER SERVER polar OPTIONS (ADD event_name_function 'public.event_name');
+SELECT key, state, event::jsonb ->> 'name' AS name, error FROM show_event();
+CREATE OR REPLACE FUNCTION public.event_name(r jsonb) RETURNS text LANGUAGE sql IMMUTABLE AS $$SELECT repeat('x', 129)$$;
+SELECT key, state, event::jsonb ->> 'name' AS name, error FROM show_event();
+ALTER SERVER polar OPTIONS (DROP event_name_function);
+
+-- metadata_function: its object is the whole metadata.
+CREATE FUNCTION public.meta(r jsonb) RETURNS jsonb LANGUAGE plpgsql AS
+$$BEGIN RETURN jsonb_build_object('who', r -> 'external_customer_id', 'cents', r -> 'cost_cents', 'none', null, 'empty', ''); END$$;
+ALTER SERVER polar OPTIONS (ADD metadata_function 'public.meta');
+SELECT key, state, event::jsonb -> 'metadata' AS metadata, error FROM show_event();
+CREATE OR REPLACE FUNCTION public.meta(r jsonb) RETURNS jsonb LANGUAGE plpgsql AS $$BEGIN RETURN 1 / 0; END$$;
+SELECT key, state, event, error FROM show_event();
+CREATE OR REPLACE FUNCTION public.meta(r jsonb) RETURNS jsonb LANGUAGE plpgsql AS $$BEGIN RETURN '[1]'; END$$;
+SELECT key, state, event, error FROM show_event();
+CREATE OR REPLACE FUNCTION public.meta(r jsonb) RETURNS jsonb LANGUAGE plpgsql AS $$BEGIN RETURN '{"a": [1]}'; END$$;
+SELECT key, state, event, error FROM show_event();
+CREATE OR REPLACE FUNCTION public.meta(r jsonb) RETURNS jsonb LANGUAGE plpgsql AS $$BEGIN RETURN NULL; END$$;
+SELECT key, state, event::jsonb -> 'metadata' AS metadata, error FROM show_event();
+DROP FUNCTION public.meta;
+SELECT key, state, event, error FROM show_event();
+SELECT count(*) FROM aibilling.preview('u', 1);
+SELECT count(*) FROM aibilling.preview('u', 0);
+SELECT count(*) FROM aibilling.preview('u', -1);
+
+-- The server goes, the rows wait.
+SET client_min_messages = error;
+DROP TABLE u CASCADE;
+RESET client_min_messages;
+DROP FUNCTION event_name, show_event, ident, ins, keys;
+DROP PROCEDURE ship;
+DROP SERVER polar, idle;
+DELETE FROM aibilling.delivery;
+DELETE FROM aibilling.price WHERE source = 'user';

@@ -1,0 +1,315 @@
+/*-------------------------------------------------------------------------
+ *
+ * sync.c
+ *	  CALL aibilling.sync(): delivery at the caller's time, in his session.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/xact.h"
+#include "executor/spi.h"
+#include "fmgr.h"
+#include "foreign/foreign.h"
+#include "miscadmin.h"
+#include "nodes/parsenodes.h"
+#include "storage/latch.h"
+#include "utils/builtins.h"
+#include "utils/memutils.h"
+#include "utils/portal.h"
+#include "utils/timestamp.h"
+
+#include "compat.h"
+#include "http.h"
+#include "outbox.h"
+#include "shipper.h"
+#include "wake.h"
+
+/* How often to look while another process ships. */
+#define POLL_MS 100
+
+/* How often to say how far it is. */
+#define PROGRESS_MS 5000
+
+PG_FUNCTION_INFO_V1(abp_sql_sync);
+
+/* What has to be delivered of one table. */
+typedef struct Goal
+{
+	Oid			relid;
+	const char *server;
+	int64		last;			/* highest id waiting at the start */
+	TimestampTz start;
+} Goal;
+
+typedef struct Sync
+{
+	ShipScope	scope;
+	TimestampTz deadline;
+	TimestampTz report_at;
+	Goal	   *goals;
+	int			ngoals;
+	bool		shipper;		/* are we? */
+	int64		delivered;		/* before the shipper's role went to another */
+	const char *gave_up;		/* why not all is delivered, or NULL */
+} Sync;
+
+static void
+check_call(FunctionCallInfo fcinfo)
+{
+	CallContext *call = (CallContext *) fcinfo->context;
+
+	if (call == NULL || !IsA(call, CallContext) || call->atomic)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_TRANSACTION_TERMINATION),
+				 errmsg("aibilling.sync() cannot run inside a transaction block"),
+				 errhint("It commits as it goes; call it by itself: CALL aibilling.sync().")));
+}
+
+/* Note what waits now: in tables of the caller's, for the server he names. */
+static void
+set_goals(Sync *sync)
+{
+	bool		armed;
+	bool		mine = false;
+	List	   *tables = abp_usage_tables(&armed);
+	ListCell   *lc;
+
+	if (!armed)
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("this database is a copy and does not send"),
+				 errhint("If it is to bill customers from now on, run SELECT aibilling.arm().")));
+
+	sync->goals = palloc0(sizeof(Goal) * Max(1, list_length(tables)));
+	foreach(lc, tables)
+	{
+		UsageTable *table = lfirst(lc);
+		Goal	   *goal = &sync->goals[sync->ngoals];
+		int64		first;
+		int64		last;
+
+		if (!OidIsValid(table->owner) || !abp_ship_in_scope(&sync->scope, table))
+			continue;
+		mine = true;
+		if (!OidIsValid(table->serverid) || table->paused_by_operator)
+			continue;
+
+		goal->relid = table->relid;
+		goal->server = table->server;
+		goal->start = GetCurrentTimestamp();
+		goal->last = PG_INT64_MIN;
+		if (abp_outbox_bounds(table->relid, OUTBOX_READY, &first, &last))
+			goal->last = last;
+		if (abp_outbox_bounds(table->relid, OUTBOX_UNPRICED, &first, &last))
+			goal->last = Max(goal->last, last);
+		sync->ngoals++;
+	}
+
+	if (OidIsValid(sync->scope.owner) && !mine)
+		ereport(ERROR,
+				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+				 sync->scope.server == NULL ?
+				 errmsg("must be owner of a usage table") :
+				 errmsg("must be owner of a usage table attached to server \"%s\"",
+						sync->scope.server)));
+}
+
+/* Is what was pending at the start delivered, or set aside? */
+static bool
+goals_reached(const Sync *sync)
+{
+	if (sync->shipper && !abp_ship_has_looked_for_prices())
+		return false;
+
+	for (int i = 0; i < sync->ngoals; i++)
+	{
+		const Goal *goal = &sync->goals[i];
+		int64		first;
+		int64		last;
+
+		if (abp_outbox_bounds(goal->relid, OUTBOX_READY, &first, &last) && first <= goal->last)
+			return false;
+		if (abp_outbox_next_due(goal->relid) <= goal->start || abp_ledger_sending(goal->relid))
+			return false;
+	}
+	return true;
+}
+
+/*
+ * Take the shipper's role if it is free.  Whoever has it keeps others from
+ * it, and an owner ships only his own tables: he leaves it to the worker,
+ * which ships all.
+ */
+static void
+take_or_leave_role(Sync *sync)
+{
+	bool		leave = OidIsValid(sync->scope.owner) && abp_worker_pid() != 0;
+
+	if (sync->shipper && leave)
+	{
+		sync->delivered += abp_ship_delivered();
+		abp_ship_reset();
+		abp_ship_unlock();
+		sync->shipper = false;
+	}
+	else if (!sync->shipper && !leave && abp_ship_lock())
+	{
+		sync->shipper = true;
+		abp_ship_reset();
+	}
+}
+
+/* Does a table wait for somebody to mend it? */
+static bool
+goal_is_blocked(const Sync *sync)
+{
+	bool		armed;
+	List	   *tables = abp_usage_tables(&armed);
+	ListCell   *lc;
+
+	foreach(lc, tables)
+	{
+		UsageTable *table = lfirst(lc);
+
+		for (int i = 0; i < sync->ngoals; i++)
+		{
+			if (sync->goals[i].relid == table->relid &&
+				table->blocked_until > GetCurrentTimestamp())
+				return true;
+		}
+	}
+	return false;
+}
+
+/* Is it no use to go on?  Then sync->gave_up says why. */
+static bool
+must_give_up(Sync *sync, TimestampTz now)
+{
+	if (now >= sync->deadline)
+		sync->gave_up = "the timeout was reached";
+	else if (sync->shipper && abp_http_in_flight() == 0)
+	{
+		for (int i = 0; i < sync->ngoals; i++)
+		{
+			if (abp_ship_gave_up(sync->goals[i].server))
+				sync->gave_up = "the server does not accept events; see aibilling.status";
+		}
+	}
+	return sync->gave_up != NULL;
+}
+
+static void
+report_progress(Sync *sync, TimestampTz now)
+{
+	if (now < sync->report_at)
+		return;
+
+	ereport(INFO,
+			(errmsg("aibilling.sync(): " INT64_FORMAT " events delivered so far",
+					sync->delivered + (sync->shipper ? abp_ship_delivered() : 0))));
+	sync->report_at = now + PROGRESS_MS * INT64CONST(1000);
+}
+
+static void
+deliver(Sync *sync)
+{
+	for (;;)
+	{
+		long		due = POLL_MS;
+		bool		reached;
+		TimestampTz now;
+
+		CHECK_FOR_INTERRUPTS();
+
+		take_or_leave_role(sync);
+		if (sync->shipper)
+			due = abp_ship(&sync->scope);
+		else
+			abp_wake_worker();
+
+		abp_ship_begin(&sync->scope);
+		reached = goals_reached(sync);
+		if (!reached && sync->shipper && due != 0 && goal_is_blocked(sync))
+			sync->gave_up = "a usage table is blocked; see aibilling.status";
+		abp_ship_commit(&sync->scope);
+
+		now = GetCurrentTimestamp();
+		if (reached || must_give_up(sync, now))
+			return;
+		report_progress(sync, now);
+		if (due == 0)
+			continue;
+
+		due = due < 0 ? POLL_MS : Min(due, PROGRESS_MS);
+		if (sync->deadline != DT_NOEND)
+			due = Min(due, Max(1, TimestampDifferenceMilliseconds(now, sync->deadline)));
+		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
+						 due, PG_WAIT_EXTENSION);
+		ResetLatch(MyLatch);
+	}
+}
+
+/*
+ * CALL aibilling.sync(server, timeout): deliver what is pending now, and
+ * return when it is delivered or set aside.  While the worker ships, or
+ * another session does, wake it and wait.
+ */
+Datum
+abp_sql_sync(PG_FUNCTION_ARGS)
+{
+	Sync		sync = {
+		.scope = {true, superuser() ? InvalidOid : GetUserId(), NULL},
+		.deadline = DT_NOEND
+	};
+	MemoryContext context;
+
+	check_call(fcinfo);
+
+	/* Outlives the transactions that follow, and goes with the CALL. */
+	context = AllocSetContextCreate(PortalContext, "aibilling sync", ALLOCSET_DEFAULT_SIZES);
+	SPI_connect_ext(SPI_OPT_NONATOMIC);
+	MemoryContextSwitchTo(context);
+	if (!PG_ARGISNULL(0))
+	{
+		sync.scope.server = pstrdup(NameStr(*PG_GETARG_NAME(0)));
+		(void) GetForeignServerByName(sync.scope.server, false);
+	}
+	if (!PG_ARGISNULL(1))
+		sync.deadline =
+			DatumGetTimestampTz(DirectFunctionCall2(timestamptz_pl_interval,
+													TimestampTzGetDatum(GetCurrentTimestamp()),
+													PG_GETARG_DATUM(1)));
+	sync.report_at = GetCurrentTimestamp() + PROGRESS_MS * INT64CONST(1000);
+	set_goals(&sync);
+	SPI_commit();
+
+	PG_TRY();
+	{
+		deliver(&sync);
+	}
+	PG_CATCH();
+	{
+		/* The lock goes with the transaction; what was sent is settled later. */
+		abp_http_cancel_all();
+		PG_RE_THROW();
+	}
+	PG_END_TRY();
+
+	if (sync.gave_up != NULL)
+		ereport(WARNING,
+				(errcode(ERRCODE_WARNING),
+				 errmsg("aibilling.sync() stopped before everything was delivered: %s",
+						sync.gave_up)));
+	if (sync.shipper)
+	{
+		ereport(NOTICE,
+				(errmsg("aibilling.sync() delivered " INT64_FORMAT " events",
+						sync.delivered + abp_ship_delivered())));
+		abp_ship_reset();
+		abp_ship_unlock();
+		abp_wake_worker();
+	}
+	SPI_finish();
+	PG_RETURN_VOID();
+}

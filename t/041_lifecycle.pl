@@ -1,0 +1,720 @@
+# What a database goes through besides work: failover, dump and restore, copies, upgrade, recovery to a
+# point in time, and every DDL that touches what the extension relies on.
+
+use strict;
+use warnings;
+
+use FindBin;
+use lib $FindBin::Bin;
+use JSON::PP;
+use PolarServer;
+use PostgreSQL::Test::Cluster;
+use PostgreSQL::Test::Utils;
+use Test::More;
+
+my $copy_is_paused =
+  qr/^paused: this database is a copy; run SELECT aibilling\.arm\(\) if it is to send/;
+
+# A node with the library preloaded and workers for these databases, not started.
+sub new_node
+{
+	my ($name, $databases, %init) = @_;
+	my $node = PostgreSQL::Test::Cluster->new($name);
+
+	$node->init(%init);
+	$node->append_conf('postgresql.conf', <<CONF);
+shared_preload_libraries = 'aibilling_polar'
+aibilling_polar.databases = '$databases'
+aibilling_polar.poll_interval = 1
+max_prepared_transactions = 5
+CONF
+	return $node;
+}
+
+# The extension, a server that leads to $polar, and a usage table.
+sub set_up
+{
+	my ($node, $database, $polar, $options) = @_;
+	my $url = $polar->url;
+	my $token = $polar->token;
+
+	$options = defined $options ? ", $options" : '';
+	$node->safe_psql($database, <<SQL);
+CREATE EXTENSION aibilling_polar;
+CREATE SERVER polar FOREIGN DATA WRAPPER polar OPTIONS (url '$url', event_name 'llm_usage'$options);
+CREATE USER MAPPING FOR PUBLIC SERVER polar OPTIONS (access_token '$token');
+SELECT aibilling.create_usage_table('usage', server => 'polar');
+SQL
+	return;
+}
+
+# SQL that inserts rows whose external ids are $name-1, ...
+sub insert
+{
+	my ($name, $count, $table) = @_;
+
+	$table //= 'usage';
+	return "INSERT INTO $table (external_id, external_customer_id, provider_cost)"
+	  . " SELECT '$name-' || i, 'customer', 0.01 FROM generate_series(1, $count) i;\n";
+}
+
+sub value
+{
+	my ($node, $database, $sql) = @_;
+	return $node->safe_psql($database, $sql);
+}
+
+# Wait until nothing waits and nothing is in flight.
+sub wait_delivered
+{
+	my ($node, $database, $name) = @_;
+
+	ok( $node->poll_query_until(
+			$database,
+			"SELECT NOT EXISTS (SELECT FROM aibilling.outbox WHERE state = 'pending')"
+			  . " AND NOT EXISTS (SELECT FROM aibilling.delivery WHERE state = 'sending')"),
+		$name)
+	  or diag(value($node, $database, 'SELECT * FROM aibilling.status'));
+	return;
+}
+
+# Wait until the database's worker has made a turn that began after now.
+sub wait_for_turn
+{
+	my ($node, $database) = @_;
+	my $now = value($node, $database, 'SELECT clock_timestamp()');
+
+	$node->poll_query_until($database, <<SQL) or die "no turn of a worker in $database";
+SELECT EXISTS (SELECT FROM pg_stat_activity
+	WHERE backend_type = 'aibilling_polar worker' AND datname = current_database()
+	AND state = 'idle' AND state_change > '$now')
+SQL
+	return;
+}
+
+sub stored
+{
+	my ($polar) = @_;
+	my %stored;
+
+	$stored{ $_->{external_id} }++ foreach $polar->events(compact => 1);
+	return \%stored;
+}
+
+# Everything that a copy of a database must keep, as text.  Tables are named, not numbered.
+my $everything = <<'SQL';
+SELECT 'price', p::text FROM aibilling.price p
+UNION ALL SELECT 'alias', a::text FROM aibilling.model_alias a
+UNION ALL SELECT 'source', s::text FROM aibilling.price_source s
+UNION ALL SELECT 'rule', r::text FROM aibilling.service_tier_rule r
+UNION ALL SELECT 'quarantine', q::text FROM aibilling.price_quarantine q
+UNION ALL SELECT 'outbox', o::text FROM aibilling.outbox o
+UNION ALL SELECT 'delivery', d::text FROM aibilling.delivery d
+UNION ALL SELECT 'next delivery', last_value::text FROM aibilling.delivery_id_seq
+UNION ALL SELECT 'state', s::text FROM aibilling.server_state s
+UNION ALL SELECT 'usage', u::text FROM usage u
+UNION ALL SELECT 'table', t::text FROM aibilling.usage_table t
+UNION ALL SELECT 'trigger', tgname || pg_get_triggerdef(oid) FROM pg_trigger WHERE tgrelid = 'usage'::regclass
+UNION ALL SELECT 'server', srvname || (SELECT array_agg(o ORDER BY o)::text FROM unnest(srvoptions) o) FROM pg_foreign_server
+UNION ALL SELECT 'mapping', umoptions::text FROM pg_user_mapping
+ORDER BY 1, 2
+SQL
+
+# A database with something in each of those: 3 rows delivered, 2 pending, 1 rejected, 1 unpriced.
+sub fill
+{
+	my ($node, $database, $name) = @_;
+
+	$node->safe_psql($database, insert("$name-delivered", 3));
+	$node->safe_psql($database, 'CALL aibilling.sync()');
+	$node->psql(
+		$database, <<SQL
+INSERT INTO aibilling.price (provider, model, input, output) VALUES ('openai', 'gpt-5', 1.25, 10);
+INSERT INTO aibilling.price_source VALUES ('mine', 5, 'a note');
+INSERT INTO aibilling.model_alias (provider, pattern, to_provider, to_model) VALUES ('azure', 'five', 'openai', 'gpt-5');
+INSERT INTO aibilling.service_tier_rule (provider, service_tier, multiplier) VALUES ('openai', 'batch', 0.4);
+SET client_min_messages = error;
+INSERT INTO usage (external_id, provider_cost) VALUES ('$name-rejected', 1);
+INSERT INTO usage (external_id, external_customer_id, provider, model, input_tokens)
+	VALUES ('$name-unpriced', 'customer', 'nobody', 'nothing', 7);
+SQL
+		  . insert("$name-pending", 2), on_error_stop => 1) == 0
+	  or die 'could not fill the database';
+	return;
+}
+
+sub places
+{
+	my ($node, $database) = @_;
+
+	return value($node, $database,
+		"SELECT string_agg(state || ' ' || n, ', ' ORDER BY state) FROM"
+		  . ' (SELECT state, count(*) AS n FROM aibilling.outbox GROUP BY state) o');
+}
+
+# --- streaming replication -------------------------------------------------------
+
+{
+	my $polar = PolarServer->new;
+	my $primary = new_node('primary', 'app', allows_streaming => 1);
+
+	$primary->start;
+	$primary->safe_psql('postgres', 'CREATE DATABASE app');
+	set_up($primary, 'app', $polar, "batch_size '5', max_in_flight '1'");
+	is(value($primary, 'app', 'SELECT status FROM aibilling.status') =~ /^paused/ ? 'paused' : 'not paused',
+		'not paused', 'a fresh install is not paused');
+	$primary->safe_psql('app', insert('before', 3));
+	$polar->wait(events => 3);
+
+	$primary->backup('base');
+	my $standby = PostgreSQL::Test::Cluster->new('standby');
+	$standby->init_from_backup($primary, 'base', has_streaming => 1);
+	$standby->start;
+
+	# Stored, but the answer never comes; more rows wait behind.
+	$polar->fault(kind => 'hang', store => JSON::PP::true, times => 'always');
+	$primary->safe_psql('app', insert('hanging', 12));
+	my $arrived = $polar->wait(hung => 1)->{arrived};
+	$primary->wait_for_catchup($standby);
+
+	is(value($standby, 'app', "SELECT sum(events) FROM aibilling.delivery WHERE state = 'sending'"),
+		'5', 'the standby has what is in flight');
+	is(value($standby, 'app', 'SELECT count(*) FROM aibilling.outbox'), '7', 'and what waits');
+	is( value($standby, 'app', "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'aibilling_polar worker'"),
+		'0', 'but no worker');
+	like(value($standby, 'app', 'SELECT status FROM aibilling.status'),
+		qr/^no worker: this server is a standby/, 'and says why');
+	my ($status, undef, $stderr) = $standby->psql('app', 'CALL aibilling.sync()');
+	isnt($status, 0, 'sync() fails on a standby');
+	like($stderr, qr/recovery|standby|read-only/, 'for the reason that it is one');
+	is($polar->summary->{arrived}, $arrived, 'nothing was sent by it');
+
+	$primary->stop('immediate');
+	$polar->clear_faults;
+	$polar->release;
+	$standby->promote;
+	wait_delivered($standby, 'app', 'promotion starts sending');
+	is($polar->summary->{stored}, 15, 'every row is stored, once');
+	is( value($standby, 'app', 'SELECT sum(duplicates), sum(unexpected_duplicates) FROM aibilling.delivery'),
+		'5|0', 'those in flight were found to be there');
+	$standby->safe_psql('app', insert('after', 2));
+	$polar->wait(events => 17);
+	wait_delivered($standby, 'app', 'it goes on as primary');
+	$standby->stop;
+}
+
+# --- dump, restore, template, rename ------------------------------------------------
+
+{
+	my $polar = PolarServer->new;
+	my $node = new_node('copies', 'restored, copied');
+	my $dump = $node->basedir . '/source.dump';
+
+	$node->start;
+	$node->safe_psql('postgres', 'CREATE DATABASE source');
+	set_up($node, 'source', $polar);
+	fill($node, 'source', 'source');
+	is(places($node, 'source'), 'pending 2, rejected 1, unpriced 1', 'the source has something of everything');
+	my $had = value($node, 'source', $everything);
+	my $arrived = $polar->wait(events => 3)->{arrived};
+
+	my %copies = (
+		restored => sub {
+			$node->safe_psql('postgres', 'CREATE DATABASE restored TEMPLATE template0');
+			$node->command_ok([ 'pg_dump', '-Fc', '-d', $node->connstr('source'), '-f', $dump ],
+				'pg_dump');
+			$node->command_ok(
+				[ 'pg_restore', '--exit-on-error', '-d', $node->connstr('restored'), $dump ],
+				'pg_restore');
+		},
+		copied => sub { $node->safe_psql('postgres', 'CREATE DATABASE copied TEMPLATE source') });
+	my $expected = 3;
+	foreach my $name ('restored', 'copied')
+	{
+		$copies{$name}->();
+		is(value($node, $name, $everything), $had, "$name: everything is kept");
+		wait_for_turn($node, $name);
+		like(value($node, $name, 'SELECT status FROM aibilling.status'), $copy_is_paused, "$name: paused, and says so");
+		$node->safe_psql($name, insert($name, 1));
+		wait_for_turn($node, $name);
+		my ($status, undef, $stderr) = $node->psql($name, 'CALL aibilling.sync()');
+		isnt($status, 0, "$name: sync() refuses");
+		like($stderr, qr/this database is a copy and does not send.*SELECT aibilling\.arm\(\)/s, "$name: and says how to go on");
+		is($polar->summary->{arrived}, $arrived, "$name: nothing is sent");
+
+		$node->safe_psql($name, 'SELECT aibilling.arm()');
+		wait_delivered($node, $name, "$name: sends once armed");
+		is(places($node, $name), 'rejected 1, unpriced 1', "$name: the others wait as they did");
+		is(value($node, $name, 'SELECT status FROM aibilling.status') =~ /^idle/ ? 1 : 0, 1, "$name: idle");
+
+		# The second copy finds there what the first one has sent.  It may have been sent before it
+		# was copied, so that this is no surprise.
+		$expected += $name eq 'restored' ? 3 : 1;
+		is($polar->summary->{stored}, $expected, "$name: every row is stored, once");
+		is( value($node, $name, 'SELECT sum(duplicates), sum(unexpected_duplicates) FROM aibilling.delivery'),
+			$name eq 'restored' ? '0|0' : '2|0', "$name: what the original may have sent is told as duplicates");
+		$arrived = $polar->summary->{arrived};
+
+		# A price arrives in the copy too.
+		$node->safe_psql($name, "INSERT INTO aibilling.price (provider, model, input) VALUES ('nobody', 'nothing', 1)");
+		$expected++ if $name eq 'restored';
+		wait_for_turn($node, $name);
+		$node->poll_query_until($name, "SELECT NOT EXISTS (SELECT FROM aibilling.outbox WHERE state = 'unpriced')");
+		wait_delivered($node, $name, "$name: a price releases what waited for it");
+		$arrived = $polar->summary->{arrived};
+	}
+	is($polar->summary->{stored}, $expected, 'all copies together have stored each row once');
+
+	# A database that is only renamed is the same one.
+	$node->safe_psql('postgres', 'ALTER DATABASE source RENAME TO renamed');
+	$node->safe_psql('renamed', insert('renamed', 1));
+	$node->safe_psql('renamed', 'CALL aibilling.sync()');
+	is(stored($polar)->{'renamed-1'}, 1, 'a renamed database sends');
+
+	# Nor is one paused from which the extension was dropped: it is as good as new.
+	$node->safe_psql('postgres', 'CREATE DATABASE copy2 TEMPLATE renamed');
+	$node->safe_psql('copy2', 'SET client_min_messages = error; DROP EXTENSION aibilling_polar CASCADE; DROP TABLE usage');
+	set_up($node, 'copy2', $polar);
+	$node->safe_psql('copy2', insert('anew', 1));
+	$node->safe_psql('copy2', 'CALL aibilling.sync()');
+	is(stored($polar)->{'anew-1'}, 1, 'an extension installed anew in a copy sends');
+
+	$node->safe_psql('postgres', 'DROP DATABASE restored WITH (FORCE)');
+	is(value($node, 'postgres', "SELECT count(*) FROM pg_database WHERE datname = 'restored'"),
+		'0', 'a database with a worker can be dropped by force');
+	$node->stop;
+}
+
+# --- pg_upgrade -----------------------------------------------------------------------
+
+{
+	my $polar = PolarServer->new;
+	my $old = new_node('old', 'app');
+	my $new = new_node('new', 'app');
+
+	# A server delivers nothing by itself while there is no such database as its worker's.
+	$old->append_conf('postgresql.conf', "aibilling_polar.databases = ''");
+	$old->start;
+	$old->safe_psql('postgres', 'CREATE DATABASE app');
+	set_up($old, 'app', $polar);
+	fill($old, 'app', 'old');
+	my $had = value($old, 'app', $everything);
+	my $arrived = $polar->wait(events => 3)->{arrived};
+	$old->stop;
+
+	# To the same major version: what differs is the cluster, and its identity.
+	chdir $new->basedir or die "could not enter a directory: $!";
+	my $bindir = $new->config_data('--bindir');
+	command_ok(
+		[
+			'pg_upgrade', '--no-sync',
+			'--old-datadir', $old->data_dir, '--new-datadir', $new->data_dir,
+			'--old-bindir', $bindir, '--new-bindir', $bindir,
+			'--socketdir', $new->host, '--old-port', $old->port, '--new-port', $new->port
+		],
+		'pg_upgrade');
+	$new->start;
+	is(value($new, 'app', $everything), $had, 'pg_upgrade keeps everything');
+	wait_for_turn($new, 'app');
+	like(value($new, 'app', 'SELECT status FROM aibilling.status'), $copy_is_paused, 'it starts paused');
+	is($polar->summary->{arrived}, $arrived, 'nothing is sent, by pg_upgrade neither');
+	$new->safe_psql('app', 'SELECT aibilling.arm()');
+	wait_delivered($new, 'app', 'sends once armed');
+	is(places($new, 'app'), 'rejected 1, unpriced 1', 'what was rejected stays so');
+	is($polar->summary->{stored}, 5, 'every row is stored, once');
+	is(value($new, 'app', 'SELECT sum(duplicates) FROM aibilling.delivery'), '0', 'and was sent once');
+	$new->stop;
+}
+
+# --- recovery to a point in time ------------------------------------------------------
+
+{
+	my $polar = PolarServer->new;
+	my $node = new_node('archived', '', has_archiving => 1, allows_streaming => 1);
+
+	$node->start;
+	$node->safe_psql('postgres', 'CREATE DATABASE app');
+	set_up($node, 'app', $polar);
+	$node->safe_psql('app', insert('delivered', 4));
+	$node->safe_psql('app', 'CALL aibilling.sync()');
+	$node->backup('base');
+	$node->safe_psql('app', insert('pending', 3));
+	$node->safe_psql('app', "SELECT pg_create_restore_point('back')");
+
+	# All this is undone, but not at Polar.
+	$node->safe_psql('app', insert('undone', 40));
+	$node->safe_psql('app', 'CALL aibilling.sync()');
+	is($polar->summary->{stored}, 47, 'all rows are stored before the disaster');
+	my $last = value($node, 'app', "SELECT max(id) FROM usage WHERE external_id LIKE 'undone%'");
+	$node->safe_psql('app', 'SELECT pg_switch_wal()');
+	$node->stop;
+
+	my $back = PostgreSQL::Test::Cluster->new('back');
+	$back->init_from_backup($node, 'base', has_restoring => 1, standby => 0);
+	$back->append_conf('postgresql.conf', <<CONF);
+recovery_target_name = 'back'
+recovery_target_action = promote
+aibilling_polar.databases = 'app'
+CONF
+	$back->start;
+	$back->poll_query_until('app', 'SELECT NOT pg_is_in_recovery()') or die 'recovery does not end';
+	is(value($back, 'app', "SELECT count(*) FROM usage WHERE external_id LIKE 'undone%'"), '0', 'time is turned back');
+
+	# The same server goes on: it is not a copy.  Ids are given out again, external ids are not.
+	$back->safe_psql('app', "INSERT INTO usage (external_customer_id, provider_cost) SELECT 'customer', 1 FROM generate_series(1, 8)");
+	wait_delivered($back, 'app', 'delivery goes on by itself');
+	is(value($back, 'app', "SELECT count(*) FROM usage WHERE provider_cost = 1 AND id <= $last") > 0 ? 1 : 0,
+		1, 'ids are given out again');
+	my $stored = stored($polar);
+	is(scalar(grep { $_ > 1 } values %$stored), 0, 'nothing is billed twice');
+	is($polar->summary->{stored}, 55, 'all that is new is billed');
+	is( value($back, 'app', <<'SQL'),
+SELECT sum(inserted), sum(duplicates) FROM aibilling.delivery d
+WHERE EXISTS (SELECT FROM usage u WHERE d.usage_ids @> u.id AND u.provider_cost = 1 AND d.state = 'delivered')
+	AND NOT EXISTS (SELECT FROM usage u WHERE d.usage_ids @> u.id AND u.external_id LIKE 'pending%')
+SQL
+		value($back, 'app', <<'SQL'),
+SELECT count(*), 0 FROM usage u WHERE u.provider_cost = 1 AND NOT EXISTS (
+	SELECT FROM aibilling.delivery d, usage v
+	WHERE d.usage_ids @> u.id AND d.usage_ids @> v.id AND v.external_id LIKE 'pending%')
+SQL
+		'nothing new is swallowed as a duplicate');
+	is(value($back, 'app', 'SELECT sum(inserted), sum(duplicates) FROM aibilling.delivery'),
+		'12|3', 'what the lost time had delivered is found to be there');
+	is(value($back, 'app', 'SELECT sum(unexpected_duplicates) FROM aibilling.delivery'),
+		'0', 'which is no surprise');
+
+	# What comes after the recovery is not excused: an application that repeats what was undone,
+	# under its own external ids, is told that it had been billed.
+	$back->safe_psql('app', insert('undone', 2));
+	wait_delivered($back, 'app', 'the application repeats what was undone');
+	is($polar->summary->{stored}, 55, 'that is not billed twice either');
+	is(value($back, 'app', 'SELECT sum(duplicates), sum(unexpected_duplicates) FROM aibilling.delivery'),
+		'5|2', 'and is told from what was expected');
+	like(value($back, 'app', 'SELECT status FROM aibilling.status'),
+		qr/2 events were not counted/, 'status warns');
+	$back->stop;
+}
+
+# --- DDL during delivery ----------------------------------------------------------------
+
+my $polar = PolarServer->new;
+my $node = new_node('ddl', 'app');
+$node->start;
+$node->safe_psql('postgres', 'CREATE DATABASE app');
+set_up($node, 'app', $polar, "batch_size '2', max_in_flight '1'");
+$node->poll_query_until('app', 'SELECT worker_pid IS NOT NULL FROM aibilling.status') or die 'no worker';
+
+# Run SQL while two rows of the table hang in a request and three wait, and check its WARNING.
+sub while_hanging
+{
+	my ($table, $name, $sql, $warning) = @_;
+
+	$polar->fault(kind => 'hang', store => JSON::PP::true, times => 'always');
+	$node->safe_psql('app', insert($name, 5, $table));
+	$polar->wait(hung => 1);
+	my ($status, undef, $stderr) = $node->psql('app', $sql, on_error_stop => 1);
+	is($status, 0, "$name: done while a request hangs") or diag($stderr);
+	like($stderr, $warning, "$name: warns") if defined $warning;
+	unlike($stderr, qr/WARNING/, "$name: no warning") if !defined $warning;
+	$polar->clear_faults;
+	$polar->release;
+	return;
+}
+
+sub ledger_of
+{
+	my ($condition) = @_;
+	return value($node, 'app',
+		"SELECT state, sum(events), sum(coalesce(inserted, 0)), sum(vanished) FROM aibilling.delivery WHERE $condition GROUP BY state ORDER BY state");
+}
+
+my $pid = value($node, 'app', 'SELECT worker_pid FROM aibilling.status');
+
+# What is renamed is still the same table.
+while_hanging('usage', 'renamed', <<SQL);
+ALTER TABLE usage RENAME TO calls;
+CREATE SCHEMA billing;
+ALTER TABLE calls SET SCHEMA billing;
+ALTER SCHEMA billing RENAME TO invoices;
+SQL
+wait_delivered($node, 'app', 'a renamed table in a renamed schema is delivered');
+is(ledger_of("usage_table = 'invoices.calls'::regclass"), 'delivered|5|5|0', 'as one table');
+$node->safe_psql('app', 'ALTER TABLE invoices.calls SET SCHEMA public; ALTER TABLE calls RENAME TO usage');
+
+# A server is not dropped under its tables.
+foreach my $how ('', ' CASCADE')
+{
+	my ($status, undef, $stderr) = $node->psql('app', "DROP SERVER polar$how");
+
+	isnt($status, 0, "DROP SERVER$how is refused");
+	like($stderr, $how eq ''
+		? qr/cannot drop server polar because other objects depend on it|usage table public\.usage is attached to it/
+		: qr/cannot drop server "polar": usage table public\.usage is attached to it/, 'and says why');
+}
+$node->safe_psql('app', insert('served', 1));
+wait_delivered($node, 'app', 'the server is still there');
+
+# Detach
+while_hanging('usage', 'detach', 'SELECT 1');
+wait_delivered($node, 'app', 'everything is delivered before it is detached');
+$polar->fault(kind => 'hang', store => JSON::PP::true, times => 'always');
+$node->safe_psql('app', insert('flying', 3));
+$polar->wait(hung => 1);
+foreach my $pending ('refuse', 'discard')
+{
+	my ($status, undef, $stderr) = $node->psql('app', "SELECT aibilling.detach('usage', '$pending')");
+	like($stderr, qr/cannot detach table public\.usage: rows of it are being sent/, "detach '$pending' refuses while rows are in flight");
+}
+$polar->clear_faults;
+$polar->release;
+wait_delivered($node, 'app', 'they arrive');
+$node->safe_psql('app', 'SELECT aibilling.pause()');
+$node->safe_psql('app', insert('waiting', 3));
+my ($ret, undef, $stderr) = $node->psql('app', "SELECT aibilling.detach('usage')");
+like($stderr, qr/cannot detach table public\.usage: 3 rows of it are not delivered/, "detach 'refuse' refuses while rows wait");
+is(value($node, 'app', 'SELECT count(*) FROM aibilling.outbox'), '3', 'and leaves them');
+($ret, undef, $stderr) = $node->psql('app', "SELECT aibilling.detach('usage', 'anything')");
+like($stderr, qr/invalid value for parameter "pending"/, 'there is no third way');
+$node->safe_psql('app', "SELECT aibilling.detach('usage', 'discard')");
+is(value($node, 'app', 'SELECT count(*) FROM aibilling.outbox'), '0', "detach 'discard' drops them");
+is(value($node, 'app', "SELECT count(*) FROM pg_trigger WHERE tgrelid = 'usage'::regclass"), '0', 'and the triggers');
+$node->safe_psql('app', insert('ordinary', 1));
+is(value($node, 'app', "SELECT cost_nanos IS NULL FROM usage WHERE external_id = 'ordinary-1'"), 't', 'the table is an ordinary one');
+
+# Attach again: what was delivered is known, what was discarded can be sent.
+$node->safe_psql('app', "SELECT aibilling.attach('usage', 'polar', existing => 'send'); SELECT aibilling.resume()");
+wait_delivered($node, 'app', "attach 'send' delivers");
+is(scalar(grep { stored($polar)->{$_} } map { "waiting-$_" } 1 .. 3), 3, 'what was discarded');
+is(value($node, 'app', 'SELECT sum(duplicates) FROM aibilling.delivery'), '0', 'and only what was not sent before');
+is( value($node, 'app', "SELECT cost_nanos, cost_status, (aibilling.usage_status('usage', id)).state FROM usage WHERE external_id = 'ordinary-1'"),
+	'10000000|reported|delivered', 'priced, where it was not');
+
+# A row that was refused for another reason before its price came.
+$node->psql('app', "INSERT INTO usage (external_id, tags, provider, model, input_tokens)"
+	  . " VALUES ('late', '{\"account\": \"customer\"}', 'nobody', 'nothing', 1)");
+is(places($node, 'app'), 'rejected 1', 'a row without customer and price is rejected');
+$node->safe_psql('app', "INSERT INTO aibilling.price (provider, model, input) VALUES ('nobody', 'nothing', 1)");
+wait_for_turn($node, 'app');
+$node->safe_psql('app', "ALTER SERVER polar OPTIONS (ADD external_customer_id_key 'account')");
+is(value($node, 'app', "SELECT aibilling.retry('usage')"), '1', 'and tried again');
+ok($node->poll_query_until('app', "SELECT (aibilling.usage_status('usage', max(id))).state = 'delivered' FROM usage"),
+	'it is priced and delivered then');
+
+# Rewriting and reindexing
+$polar->fault(kind => 'slow', delay => 20, times => 'always');
+$node->safe_psql('app', insert('rewritten', 60));
+foreach my $sql (
+	'VACUUM FULL usage', 'VACUUM FULL aibilling.outbox_entry', 'REINDEX TABLE aibilling.outbox_entry',
+	'VACUUM FULL aibilling.delivery', 'REINDEX TABLE usage', 'REINDEX TABLE CONCURRENTLY usage',
+	'REINDEX TABLE CONCURRENTLY aibilling.delivery', 'CLUSTER usage USING usage_pkey',
+	'VACUUM FULL aibilling.outbox_entry', 'REINDEX INDEX CONCURRENTLY aibilling.outbox_entry_key',
+	'VACUUM (FREEZE) aibilling.outbox_entry', 'ALTER TABLE usage ADD COLUMN mine text',
+	'ALTER TABLE usage DROP COLUMN mine', 'ANALYZE')
+{
+	my ($status, undef, $err) = $node->psql('app', $sql);
+	is($status, 0, "$sql during delivery") or diag($err);
+}
+cmp_ok(value($node, 'app', "SELECT count(*) FROM aibilling.delivery WHERE state = 'delivered' AND finished_at > clock_timestamp() - interval '1 minute'"),
+	'>', 0, 'delivery went on meanwhile');
+wait_delivered($node, 'app', 'everything is delivered all the same');
+$polar->clear_faults;
+is(scalar(grep { (stored($polar)->{"rewritten-$_"} // 0) != 1 } 1 .. 60), 0, 'each row once');
+is(value($node, 'app', 'SELECT sum(duplicates), sum(vanished) FROM aibilling.delivery'), '0|0', 'none was sent again, none missed');
+
+# TRUNCATE
+while_hanging('usage', 'truncated', 'TRUNCATE usage', qr/WARNING:  truncating "usage" drops 3 usage rows that were not delivered/);
+wait_delivered($node, 'app', 'after TRUNCATE nothing is left');
+is(stored($polar)->{'truncated-2'}, 1, 'what was in flight arrives');
+is(stored($polar)->{'truncated-3'}, undef, 'what waited does not');
+
+# The answer is lost, and the rows are gone when they are to be sent again.
+$polar->fault(kind => 'hang', store => JSON::PP::true);
+$node->safe_psql('app', insert('lost', 2));
+$polar->wait(hung => 1);
+$node->safe_psql('app', 'TRUNCATE usage');
+$polar->restart;
+$polar->wait_for(sub { value($node, 'app', "SELECT count(*) FROM aibilling.delivery WHERE state = 'sending'") eq '0' }, 'the delivery to be settled');
+is( value($node, 'app', 'SELECT state, vanished, error IS NOT NULL FROM aibilling.delivery ORDER BY id DESC LIMIT 1'),
+	'failed|2|t', 'rows that are gone with their answer are counted as vanished');
+is(value($node, 'app', 'SELECT vanished FROM aibilling.status'), '2', 'status counts them');
+
+# DROP TABLE
+while_hanging('usage', 'dropped', 'DROP TABLE usage', qr/WARNING:  dropping a usage table drops 3 rows that were not delivered/);
+$polar->wait_for(sub { value($node, 'app', "SELECT count(*) FROM aibilling.delivery WHERE state = 'sending'") eq '0' }, 'the last request to be settled');
+is(value($node, 'app', 'SELECT count(*) FROM aibilling.outbox_entry'), '0', 'the outbox forgets a dropped table');
+is(value($node, 'app', 'SELECT count(*) FROM aibilling.usage_table'), '0', 'it is no longer attached');
+is( value($node, 'app', 'SELECT state, events, inserted FROM aibilling.delivery ORDER BY id DESC LIMIT 1'),
+	'delivered|2|2', 'the ledger tells what became of those in flight');
+cmp_ok(value($node, 'app', 'SELECT count(*) FROM aibilling.delivery'), '>', 10, 'the ledger stays');
+
+# Partitions
+$node->safe_psql('app', <<'SQL');
+SELECT aibilling.create_usage_table('model_table', server => 'polar');
+CREATE SEQUENCE parts_id;
+CREATE TABLE parts (LIKE model_table INCLUDING DEFAULTS INCLUDING CONSTRAINTS, region text NOT NULL DEFAULT 'a')
+	PARTITION BY LIST (region);
+ALTER TABLE parts ALTER id SET DEFAULT nextval('parts_id'), ADD PRIMARY KEY (id, region);
+CREATE TABLE part_a PARTITION OF parts FOR VALUES IN ('a');
+CREATE TABLE part_b PARTITION OF parts FOR VALUES IN ('b');
+CREATE TABLE part_c PARTITION OF parts FOR VALUES IN ('c');
+SELECT aibilling.attach('parts', 'polar');
+SQL
+$node->safe_psql('app', insert('part', 3, 'parts'));
+wait_delivered($node, 'app', 'rows of a partitioned table are delivered');
+my $stored = $polar->summary->{stored};
+$node->safe_psql('app', "UPDATE parts SET region = 'b' WHERE external_id IN ('part-1', 'part-2')");
+is(value($node, 'app', 'SELECT count(*) FROM part_b'), '2', 'rows move between partitions after their delivery');
+is(value($node, 'app', 'SELECT count(*) FROM aibilling.outbox'), '0', 'and are not enqueued again');
+$node->safe_psql('app', 'SELECT aibilling.pause()');
+$node->safe_psql('app', insert('moved', 2, 'parts'));
+$node->safe_psql('app', "UPDATE parts SET region = 'b', provider_cost = 2 WHERE external_id = 'moved-1'");
+$node->safe_psql('app', "BEGIN; " . insert('both', 1, 'parts') . "UPDATE parts SET region = 'b' WHERE external_id = 'both-1'; COMMIT");
+is(places($node, 'app'), 'pending 3', 'nor while they wait');
+$node->safe_psql('app', "DELETE FROM parts WHERE external_id = 'moved-2'; SELECT aibilling.resume()");
+wait_delivered($node, 'app', 'they are delivered where they are');
+is($polar->summary->{stored}, $stored + 2, 'once');
+is((grep { $_->{external_id} eq 'moved-1' } $polar->events(compact => 1))[0]{cost_amount}, '200', 'as they were changed on the way');
+
+$node->safe_psql('app', 'SELECT aibilling.pause()');
+$node->safe_psql('app', "INSERT INTO part_b (external_id, external_customer_id, provider_cost, region)"
+	  . " SELECT 'straight-' || i, 'customer', 1, 'b' FROM generate_series(1, 2) i;"
+	  . " INSERT INTO parts (external_id, external_customer_id, provider_cost, region)"
+	  . " SELECT 'gone-' || i, 'customer', 1, 'c' FROM generate_series(1, 3) i");
+is(places($node, 'app'), 'pending 5', 'rows inserted straight into a partition are enqueued');
+my $log = -s $node->logfile;
+$node->safe_psql('app', 'ALTER TABLE parts DETACH PARTITION part_b; DROP TABLE part_c; SELECT aibilling.resume()');
+wait_delivered($node, 'app', 'the rows of a detached and of a dropped partition do not hold delivery up');
+is(value($node, 'app', "SELECT vanished FROM aibilling.status WHERE usage_table = 'parts'::regclass"), '5', 'they are counted as vanished');
+my $reported = 0;
+my $written = slurp_file($node->logfile, $log);
+$reported += $1 while $written =~ /WARNING:  (\d+) usage rows of public\.parts were gone before they were sent/g;
+is($reported, 5, 'and reported once');
+is(value($node, 'app', "SELECT count(*) FROM pg_trigger WHERE tgrelid = 'part_b'::regclass"), '0', 'a detached partition has no triggers');
+$node->safe_psql('app', 'ALTER TABLE parts ATTACH PARTITION part_b FOR VALUES IN (\'b\')');
+$node->safe_psql('app', "INSERT INTO part_b (external_id, external_customer_id, provider_cost, region) VALUES ('again', 'customer', 1, 'b')");
+wait_delivered($node, 'app', 'once attached again');
+is(stored($polar)->{'again'}, 1, 'its rows are sent');
+
+# DROP OWNED
+$node->safe_psql('app', <<'SQL');
+CREATE ROLE tenant;
+GRANT USAGE ON FOREIGN SERVER polar TO tenant;
+CREATE SCHEMA tenant AUTHORIZATION tenant;
+GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA aibilling TO tenant;
+SET ROLE tenant;
+SELECT aibilling.create_usage_table('tenant.usage', server => 'polar');
+RESET ROLE;
+SQL
+while_hanging('tenant.usage', 'owned', 'DROP OWNED BY tenant', qr/WARNING:  dropping a usage table drops 3 rows that were not delivered/);
+$polar->wait_for(sub { value($node, 'app', "SELECT count(*) FROM aibilling.delivery WHERE state = 'sending'") eq '0' }, 'the last request to be settled');
+is(value($node, 'app', 'SELECT count(*) FROM aibilling.outbox_entry'), '0', 'the outbox forgets what DROP OWNED drops');
+is(stored($polar)->{'owned-1'}, 1, 'what was in flight arrives');
+$node->safe_psql('app', 'CREATE SCHEMA doomed');
+$node->safe_psql('app', "SELECT aibilling.create_usage_table('doomed.usage', server => 'polar')");
+while_hanging('doomed.usage', 'schema', 'DROP SCHEMA doomed CASCADE', qr/WARNING:  dropping a usage table drops 3 rows that were not delivered/);
+wait_delivered($node, 'app', 'after DROP SCHEMA nothing is left');
+
+# DROP and CREATE EXTENSION
+$node->safe_psql('app', "SELECT aibilling.create_usage_table('usage', server => 'polar')");
+while_hanging('usage', 'without', 'SET client_min_messages = warning; DROP EXTENSION aibilling_polar CASCADE');
+is(value($node, 'app', 'SELECT count(*) FROM usage'), '5', 'DROP EXTENSION leaves the usage table');
+is(value($node, 'app', "SELECT count(*) FROM pg_trigger WHERE tgrelid = 'usage'::regclass"), '0', 'without triggers');
+$node->safe_psql('app', insert('meanwhile', 1));
+$polar->wait(hung => 0);
+wait_for_turn($node, 'app');
+my $url = $polar->url;
+my $token = $polar->token;
+$node->safe_psql('app', <<SQL);
+CREATE EXTENSION aibilling_polar;
+CREATE SERVER polar FOREIGN DATA WRAPPER polar OPTIONS (url '$url', event_name 'llm_usage');
+CREATE USER MAPPING FOR PUBLIC SERVER polar OPTIONS (access_token '$token');
+SELECT aibilling.attach('usage', server => 'polar');
+SQL
+$node->safe_psql('app', insert('anew', 2));
+wait_delivered($node, 'app', 'after CREATE EXTENSION the worker delivers again');
+is(stored($polar)->{'anew-2'}, 1, 'what is new');
+is(stored($polar)->{'meanwhile-1'}, undef, 'and nothing else');
+is(value($node, 'app', 'SELECT worker_pid FROM aibilling.status'), $pid, 'all this was one worker, which never failed');
+$node->safe_psql('app', 'DROP TABLE usage; DROP SERVER polar CASCADE');
+is(value($node, 'app', 'SELECT count(*) FROM pg_foreign_server'), '0', 'a server without tables can be dropped');
+$node->stop;
+
+# --- no worker to be had ----------------------------------------------------------------
+
+$node->append_conf('postgresql.conf', "max_worker_processes = 1\naibilling_polar.databases = 'postgres, app, template1'");
+$node->start;
+set_up($node, 'postgres', $polar);
+is( value($node, 'app', 'SELECT worker_pid IS NULL FROM aibilling.status'),
+	't', 'without max_worker_processes there is no worker');
+like(value($node, 'app', 'SELECT status FROM aibilling.status'), qr/no worker: .*max_worker_processes is exhausted/, 'and status says so');
+$node->stop;
+
+# --- versions ------------------------------------------------------------------------------
+
+# What an extension consists of, in words.
+my $anatomy = <<'SQL';
+SELECT i.type, i.identity, coalesce(
+	CASE d.classid
+		WHEN 'pg_proc'::regclass THEN (SELECT row(p.*)::text FROM
+			(SELECT prosrc, probin, provolatile, proparallel, proisstrict, prosecdef, proretset, proconfig,
+				proacl, proargnames, pg_get_function_result(oid), pg_get_function_arguments(oid),
+				pg_get_function_sqlbody(oid) FROM pg_proc WHERE oid = d.objid) p)
+		WHEN 'pg_class'::regclass THEN (SELECT row(c.relkind, c.relacl, c.reloptions, c.relrowsecurity,
+				pg_get_viewdef(c.oid),
+				(SELECT array_agg(row(attname, format_type(atttypid, atttypmod), attnotnull, attidentity, attgenerated,
+					attcollation::regcollation, pg_get_expr(adbin, adrelid), attacl)::text ORDER BY attnum)
+				 FROM pg_attribute a LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum
+				 WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped),
+				(SELECT array_agg(conname || pg_get_constraintdef(o.oid) ORDER BY conname) FROM pg_constraint o WHERE conrelid = c.oid),
+				(SELECT array_agg(pg_get_indexdef(indexrelid) ORDER BY indexrelid::regclass::text) FROM pg_index WHERE indrelid = c.oid),
+				(SELECT array_agg(pg_get_triggerdef(t.oid) || tgenabled ORDER BY tgname) FROM pg_trigger t WHERE tgrelid = c.oid),
+				(SELECT array_agg(row(polname, polcmd, pg_get_expr(polqual, polrelid))::text ORDER BY polname) FROM pg_policy WHERE polrelid = c.oid)
+			)::text FROM pg_class c WHERE c.oid = d.objid)
+	END, ''), obj_description(d.objid, d.classid::regclass::name)
+FROM pg_depend d, pg_identify_object(d.classid, d.objid, d.objsubid) i
+WHERE d.refclassid = 'pg_extension'::regclass AND d.deptype = 'e'
+	AND d.refobjid = (SELECT oid FROM pg_extension WHERE extname = 'aibilling_polar')
+UNION ALL SELECT 'dumped', c::regclass::text, coalesce(w, ''), ''
+FROM pg_extension, unnest(extconfig, extcondition) AS t (c, w) WHERE extname = 'aibilling_polar'
+ORDER BY 1, 2, 3
+SQL
+
+SKIP:
+{
+	my $versions = new_node('versions', '');
+	$versions->start;
+	my ($current, @old) = split /\n/, value($versions, 'postgres', <<'SQL');
+SELECT version FROM pg_available_extension_versions v JOIN pg_available_extensions e USING (name)
+WHERE name = 'aibilling_polar' ORDER BY version <> default_version, version
+SQL
+	skip 'there is only one version', 1 if !@old;
+
+	$versions->safe_psql('postgres', 'CREATE EXTENSION aibilling_polar');
+	my $fresh = value($versions, 'postgres', $anatomy);
+	cmp_ok(length $fresh, '>', 10_000, 'an extension has an anatomy');
+	my $arrived = $polar->summary->{stored};
+	foreach my $old (@old)
+	{
+		my $database = "from_$old" =~ tr/./_/r;
+
+		# The library of today serves the SQL of then.
+		$versions->safe_psql('postgres', "CREATE DATABASE $database");
+		$url = $polar->url;
+		$versions->safe_psql($database, <<SQL);
+CREATE EXTENSION aibilling_polar VERSION '$old';
+CREATE SERVER polar FOREIGN DATA WRAPPER polar OPTIONS (url '$url', event_name 'llm_usage');
+CREATE USER MAPPING FOR PUBLIC SERVER polar OPTIONS (access_token '$token');
+SELECT aibilling.create_usage_table('usage', server => 'polar');
+SQL
+		$versions->safe_psql($database, insert("old-$old", 1));
+		$versions->safe_psql($database, 'CALL aibilling.sync()');
+		$versions->safe_psql($database, insert("pending-$old", 1));
+		$versions->safe_psql($database, 'ALTER EXTENSION aibilling_polar UPDATE');
+		is(value($versions, $database, $anatomy), $fresh, "an update from $old equals a fresh install");
+		$versions->safe_psql($database, 'CALL aibilling.sync()');
+		is($polar->summary->{stored}, $arrived += 2, "$old: delivers before and after");
+	}
+}
+
+done_testing();

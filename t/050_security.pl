@@ -292,9 +292,7 @@ for my $function ('price_usage', 'enqueue_usage', 'guard_usage', 'truncate_usage
 	}
 }
 refused('stranger', 'SELECT aibilling.price_usage()', qr/can only be called as|trigger functions can only be called as triggers/);
-is($node->safe_psql('postgres', 'SELECT pg_postmaster_start_time() = min(pg_postmaster_start_time()) FROM pg_database'),
-	't', 'the server is alive');
-unlike(slurp_file($node->logfile), qr/terminated by signal/, 'and no backend has crashed');
+unlike(slurp_file($node->logfile), qr/terminated by signal/, 'no backend has crashed');
 
 # Attaching needs the table and the server.
 refused('stranger', "SELECT aibilling.attach('forged', 'polar')", qr/permission denied for foreign server polar/,
@@ -619,7 +617,7 @@ SKIP:
 			  . " && openssl x509 -req -in $dir/$name.csr -CA $dir/right.pem -CAkey $dir/right.key -CAcreateserial"
 			  . " -days 2 -extfile $dir/$name.ext -out $dir/$name.pem 2>/dev/null") == 0;
 	}
-	skip 'openssl is not there, or too old', 9 unless $ok;
+	skip 'openssl is not there, or too old', 8 unless $ok;
 	chmod 0755, $dir;
 
 	my %secure = map {
@@ -650,6 +648,7 @@ SKIP:
 	$try->('wrong_host', 'DNS_api_example_com', 'right', 'TLS handshake failed');
 	$try->('right_ca', 'IP_127_0_0_1', 'right');
 	is($secure{DNS_api_example_com}->summary->{stored}, 0, 'the wrong host has nothing');
+	$node->safe_psql('postgres', "SELECT aibilling.detach('$_', 'discard')") for ('no_ca', 'wrong_ca', 'wrong_host');
 }
 
 # ---------------------------------------------------------------------------
@@ -663,6 +662,7 @@ $node->safe_psql('postgres', qq{
 CREATE SERVER mapped FOREIGN DATA WRAPPER polar OPTIONS (url '$url', event_name 'llm_usage');
 ALTER SERVER mapped OWNER TO eve;
 GRANT USAGE ON FOREIGN SERVER mapped TO owner, stranger;
+SET pg_stat_statements.track_utility = off;
 CREATE USER MAPPING FOR owner SERVER mapped OPTIONS (access_token '$mapped');});
 for my $role ('stranger', 'app', 'eve', 'monitor', 'mallory')
 {
@@ -697,6 +697,15 @@ my $words = $node->status;
 $polar->clear_faults;
 $node->safe_psql('postgres', 'SELECT aibilling.resume(); CALL aibilling.sync()');
 $polar->wait(events => 28);
+$echo = JSON::PP->new->encode(
+	{
+		detail => [
+			{ type => 'value_error', loc => [ 'body', 'events', 0, 'name' ], msg => "not in $token" } ]
+	});
+$polar->fault(kind => 'status', status => 422, body => $echo, headers => { 'Content-Type' => 'application/json' });
+$node->insert_rows(1, prefix => 'echoed_again_');
+ok($node->poll_query_until('postgres', "SELECT EXISTS (SELECT FROM aibilling.outbox WHERE state = 'rejected')"),
+	'a reason that quotes the token');
 $node->write_token($token_file, $token, 0644);
 $node->safe_psql('postgres', q{ALTER SERVER eves OPTIONS (SET requests_per_minute '1000')});
 allowed('eve', q{INSERT INTO eve.usage (external_id, provider, model, external_customer_id, input_tokens)

@@ -40,7 +40,8 @@ REGRESS_OPTS = --temp-instance=tmp_check --temp-config=regress.conf \
 	--load-extension=$(EXTENSION) --encoding=UTF8 --no-locale
 
 ISOLATION = \
-	prices
+	prices \
+	delivery
 ISOLATION_OPTS = --temp-instance=tmp_check_iso --temp-config=regress.conf \
 	--load-extension=$(EXTENSION) --encoding=UTF8 --no-locale
 
@@ -74,7 +75,7 @@ check-indent:
 	@PG_CONFIG=$(PG_CONFIG) dev/indent --check
 
 bench:
-	@PG_CONFIG=$(PG_CONFIG) bench/run
+	@PG_CONFIG=$(PG_CONFIG) dev/bench
 
 dist:
 	git archive --format=tar.gz --prefix=$(EXTENSION)-$(EXTVERSION)/ \

@@ -396,7 +396,7 @@ receive(Connection *c)
 	}
 }
 
-/* Send the answers that are due; returns for how long to wait, in milliseconds. */
+/* Send the answers that are due; returns for how long to wait, in microseconds. */
 static int
 send_due_answers(void)
 {
@@ -406,7 +406,7 @@ send_due_answers(void)
 		int64_t		left = c->answer_at - clock_us(CLOCK_MONOTONIC);
 
 		if (left > 0)
-			return (int) ((left + 999) / 1000);
+			return (int) left;
 		waiting_first = c->next;
 		if (waiting_first == NULL)
 			waiting_last = NULL;
@@ -447,7 +447,9 @@ main(int argc, char **argv)
 			  &(struct epoll_event) {.events = EPOLLIN,.data.ptr = NULL});
 	for (;;)
 	{
-		int			n = epoll_wait(epoll_fd, ready, 64, send_due_answers());
+		int			wait_us = send_due_answers();
+		struct timespec wait = {wait_us / 1000000, wait_us % 1000000 * 1000};
+		int			n = epoll_pwait2(epoll_fd, ready, 64, wait_us < 0 ? NULL : &wait, NULL);
 
 		for (int i = 0; i < n; i++)
 		{

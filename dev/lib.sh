@@ -227,6 +227,9 @@ remove_work_directory() {
 		wait "$helper_pid" || true
 	fi
 	cd /
+	if mountpoint -q "$work/small-disk" 2>/dev/null; then
+		umount "$work/small-disk"
+	fi
 	rm -rf "$work"
 	exit "$status"
 }

@@ -1362,6 +1362,7 @@ CREATE TABLE aibilling.usage_table (
 COMMENT ON TABLE aibilling.usage_table IS 'Attached usage tables and where their rows go';
 COMMENT ON COLUMN aibilling.usage_table.usage IS 'The table; of a partitioned one the root';
 COMMENT ON COLUMN aibilling.usage_table.server IS 'The foreign server that its rows are delivered to';
+COMMENT ON COLUMN aibilling.usage_table.serverid IS 'OID of that server: it may be renamed, and another of its name is another server';
 COMMENT ON COLUMN aibilling.usage_table.attached_at IS 'When it was attached first';
 COMMENT ON COLUMN aibilling.usage_table.blocked_until IS 'Its rows could not be read: they are tried again at this time; NULL: they can be';
 COMMENT ON COLUMN aibilling.usage_table.blocked_reason IS 'The error met when reading its rows';

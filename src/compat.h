@@ -63,6 +63,13 @@
 	make_range((type), (lower), (upper), false)
 #endif
 
+/* 17 can ask for stronger locks too. */
+#if PG_VERSION_NUM >= 170000
+#define abp_lock_held(tag, mode) LockHeldByMe((tag), (mode), false)
+#else
+#define abp_lock_held(tag, mode) LockHeldByMe((tag), (mode))
+#endif
+
 /* 16 added a soft-error argument here too. */
 #if PG_VERSION_NUM >= 160000
 #define ABP_NO_SOFT_ERROR , NULL

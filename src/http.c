@@ -48,6 +48,7 @@
 #define MIN_BUFFER 8192			/* first buffer for an answer */
 #define MIN_MASKED 8			/* bytes of a token worth a search in success */
 #define KEPT_BUFFER 65536		/* a larger one is freed at release */
+#define MAX_UPLOAD_BUFFER (2 * 1024 * 1024) /* the most that libcurl takes */
 
 struct HttpRequest
 {
@@ -822,6 +823,9 @@ start(const HttpTarget *target, const char *token, const char *body,
 		SET(CURLOPT_POST, 1L);
 		SET(CURLOPT_POSTFIELDSIZE_LARGE, (curl_off_t) body_len);
 		SET(CURLOPT_POSTFIELDS, body);
+
+		/* How much is handed to the socket at a time; the default is 64 kB. */
+		SET(CURLOPT_UPLOAD_BUFFERSIZE, (long) Min(Max(body_len, 64 * 1024), MAX_UPLOAD_BUFFER));
 	}
 	SET(CURLOPT_TIMEOUT_MS, (long) request->timeout_ms);
 	SET(CURLOPT_CONNECTTIMEOUT_MS, (long) request->connect_ms);

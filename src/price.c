@@ -1269,7 +1269,7 @@ abp_price_cost(const PriceRequest *request, ExactCost *cost, char **missing)
 			cost->usd_numeric = usd;
 		}
 		else if (missing != NULL)
-			*missing = psprintf("no price for %s", dimensions);
+			*missing = unpriced_reason(request, dimensions);
 	}
 
 	if (!known)

@@ -20,6 +20,7 @@
 #include "access/htup_details.h"
 #include "access/xact.h"
 #include "catalog/namespace.h"
+#include "catalog/pg_extension.h"
 #include "catalog/pg_proc.h"
 #include "catalog/pg_type.h"
 #include "commands/extension.h"
@@ -28,6 +29,7 @@
 #include "executor/spi.h"
 #include "miscadmin.h"
 #include "pgstat.h"
+#include "storage/ipc.h"
 #include "storage/lmgr.h"
 #include "storage/lock.h"
 #include "utils/acl.h"
@@ -80,6 +82,9 @@
 
 /* After so many deliveries the ledger is summed up. */
 #define SUM_UP_EVERY 1000
+
+/* When to look again at an extension that is being dropped. */
+#define DROP_WAIT_MS 1000
 
 /* How many unpriced entries are looked at in one turn. */
 #define UNPRICED_PER_TURN 32
@@ -158,6 +163,7 @@ static List *shipments = NIL;
 static Oid	known_extension = InvalidOid;
 static bool recovered = false;	/* have unsettled deliveries been taken over? */
 static TimestampTz next_due;
+static bool more_to_build = false;	/* can another batch be built at once? */
 static bool room_left = true;	/* could more requests fly, if there were more? */
 static int64 delivered = 0;		/* events */
 static int	settled = 0;		/* deliveries since the ledger was summed up */
@@ -185,26 +191,38 @@ ship_lock_tag(void)
 }
 
 /*
- * Become this database's shipper.  Returns false if another process is.  The
- * role ends with abp_ship_unlock, with an error, or with the process.
- */
-bool
-abp_ship_lock(void)
-{
-	LOCKTAG		tag = ship_lock_tag();
-
-	return LockAcquire(&tag, ExclusiveLock, true, true) != LOCKACQUIRE_NOT_AVAIL;
-}
-
-/*
- * Give the shipper's role up.
+ * Give the shipper's role up, if this process has it.
  */
 void
 abp_ship_unlock(void)
 {
 	LOCKTAG		tag = ship_lock_tag();
 
-	LockRelease(&tag, ExclusiveLock, true);
+	if (abp_lock_held(&tag, ExclusiveLock))
+		LockRelease(&tag, ExclusiveLock, true);
+}
+
+/* A process that ends outside a transaction aborts none: nobody else unlocks. */
+static void
+unlock_at_exit(int code, Datum arg)
+{
+	abp_ship_unlock();
+}
+
+/*
+ * Become this database's shipper.  Returns false if another process is.  The
+ * role ends with abp_ship_unlock, with an error, or with the process.
+ */
+bool
+abp_ship_lock(void)
+{
+	static bool registered = false;
+	LOCKTAG		tag = ship_lock_tag();
+
+	if (!registered)
+		before_shmem_exit(unlock_at_exit, (Datum) 0);
+	registered = true;
+	return LockAcquire(&tag, ExclusiveLock, true, true) != LOCKACQUIRE_NOT_AVAIL;
 }
 
 /*
@@ -477,13 +495,14 @@ call_function(Oid funcid, const char *option, Jsonb *whole, Datum *result,
 		MemoryContextSwitchTo(caller);
 		error = CopyErrorData();
 
+		FlushErrorState();
+		RollbackAndReleaseCurrentSubTransaction();
+		CurrentResourceOwner = owner;
+
 		/* A cancel, or the end of the session, is not the function's fault. */
 		if (error->sqlerrcode == ERRCODE_QUERY_CANCELED ||
 			error->sqlerrcode == ERRCODE_ADMIN_SHUTDOWN)
-			PG_RE_THROW();
-
-		FlushErrorState();
-		RollbackAndReleaseCurrentSubTransaction();
+			ReThrowError(error);
 		*reason = psprintf("%s failed: %s", option, error->message);
 	}
 	PG_END_TRY();
@@ -1126,7 +1145,8 @@ lane_is_closed(Lane *lane, const UsageTable *table, const ServerOptions *server,
 
 	if (token == NULL)
 	{
-		if (!lane->paused_by_answer || lane->refused_token != 0)
+		if (!lane->paused_by_answer || lane->refused_token != 0 ||
+			table->pause_reason == NULL || strcmp(table->pause_reason, token_problem) != 0)
 		{
 			lane->refused_token = 0;
 			pause_lane(lane, token_problem);
@@ -1276,6 +1296,7 @@ guarded(TableWork work, const UsageTable *table, const ServerOptions *server, vo
 		RollbackAndReleaseCurrentSubTransaction();
 		CurrentResourceOwner = owner;
 		position_of(table->relid)->cursor = PG_INT64_MIN;
+		position_of(table->relid)->unpriced_cursor = PG_INT64_MIN;
 		if (table->blocked_reason == NULL)
 			ereport(WARNING,
 					(errcode(error->sqlerrcode),
@@ -1608,6 +1629,48 @@ typedef struct Departure
 	char	   *token;
 } Departure;
 
+static int
+fewest_errors_first(const ListCell *a, const ListCell *b)
+{
+	const Shipment *one = lfirst(a);
+	const Shipment *other = lfirst(b);
+
+	if (one->server_errors != other->server_errors)
+		return one->server_errors < other->server_errors ? -1 : 1;
+	return one->delivery.id < other->delivery.id ? -1 : 1;
+}
+
+/*
+ * Prepare deliveries of a table whose time to be sent again has come.  While
+ * it is uncertain that any request gets through, those that have met server
+ * errors are suspect: they come after all others, because only the success
+ * of another tells whether a row of theirs is to blame.
+ */
+static void
+prepare_waiting(const UsageTable *table, const ServerOptions *server, int capacity,
+				bool suspects)
+{
+	Lane	   *lane = lane_of(table->server);
+	List	   *all = list_copy(shipments);
+	ListCell   *lc;
+
+	list_sort(all, fewest_errors_first);
+	foreach(lc, all)
+	{
+		Shipment   *shipment = lfirst(lc);
+
+		if (shipment->lane != lane || shipment->stage != SHIPMENT_WAITING ||
+			shipment->delivery.usage_table != table->relid ||
+			(lane->failures > 0 && shipment->server_errors > 0) != suspects)
+			continue;
+		if (shipment->retry_at > GetCurrentTimestamp())
+			due_at(shipment->retry_at);
+		else if (lane_flying(lane) < capacity && take_quota(lane, server) &&
+				 !guarded(prepare_again, table, server, shipment))
+			shipment->retry_at = in_ms(PROBE_MS);
+	}
+}
+
 /* Prepare what one table has to send.  Appends to *departures. */
 static void
 prepare_table(const UsageTable *table, const ServerOptions *server, List **departures)
@@ -1616,8 +1679,8 @@ prepare_table(const UsageTable *table, const ServerOptions *server, List **depar
 	StringInfoData reason;
 	char	   *token;
 	ListCell   *lc;
-	List	   *all;
 	int			capacity;
+	bool		built = false;
 
 	initStringInfo(&reason);
 	token = abp_server_token(server, table->owner, &reason);
@@ -1628,27 +1691,24 @@ prepare_table(const UsageTable *table, const ServerOptions *server, List **depar
 	}
 
 	capacity = lane_capacity(lane, server);
-	all = list_copy(shipments);
-	foreach(lc, all)
-	{
-		Shipment   *shipment = lfirst(lc);
+	prepare_waiting(table, server, capacity, false);
 
-		if (shipment->lane != lane || shipment->stage != SHIPMENT_WAITING ||
-			shipment->delivery.usage_table != table->relid)
-			continue;
-		if (shipment->retry_at > GetCurrentTimestamp())
-			due_at(shipment->retry_at);
-		else if (lane_flying(lane) < capacity && take_quota(lane, server) &&
-				 !guarded(prepare_again, table, server, shipment))
-			shipment->retry_at = in_ms(PROBE_MS);
-	}
-
+	/*
+	 * One new batch a turn: it departs before the next is built.  Requests
+	 * that were built together would also be answered together, and each slot
+	 * would stand empty while the batches of all others are built.
+	 */
 	while (lane_flying(lane) < capacity && lane->shipments < capacity * MAX_WAITING_SHARE)
 	{
 		NextBatch	next = {false, NULL};
 
 		CHECK_FOR_INTERRUPTS();
 
+		if (built)
+		{
+			more_to_build = true;
+			break;
+		}
 		if (!take_quota(lane, server))
 			break;
 		if (!guarded(prepare_next, table, server, &next))
@@ -1661,12 +1721,15 @@ prepare_table(const UsageTable *table, const ServerOptions *server, List **depar
 			abp_usage_table_unblock(table->relid);
 		if (next.shipment == NULL)
 			give_quota_back(lane, server);
+		else
+			built = true;
 		if (!next.found)
 		{
 			room_left = true;
 			break;
 		}
 	}
+	prepare_waiting(table, server, capacity, true);
 
 	foreach(lc, shipments)
 	{
@@ -1689,6 +1752,22 @@ prepare_table(const UsageTable *table, const ServerOptions *server, List **depar
 }
 
 /*
+ * Keep the extension from being dropped until the transaction ends.  Returns
+ * false if that is under way, or done: then its tables may go at any moment.
+ */
+static bool
+keep_extension(Oid extension)
+{
+	LOCKTAG		tag;
+
+	SET_LOCKTAG_OBJECT(tag, MyDatabaseId, ExtensionRelationId, extension, 0);
+	if (LockAcquire(&tag, AccessShareLock, false, true) == LOCKACQUIRE_NOT_AVAIL)
+		return false;
+	AcceptInvalidationMessages();
+	return get_extension_oid("aibilling_polar", true) == extension;
+}
+
+/*
  * A turn's transaction: settle what has ended, prepare what is next.  Returns
  * the requests to make, in turn_context.
  */
@@ -1698,6 +1777,7 @@ work(const ShipScope *scope)
 	List	   *departures = NIL;
 	List	   *tables;
 	bool		armed;
+	bool		fresh = !recovered;
 	ListCell   *lc;
 	Oid			extension = get_extension_oid("aibilling_polar", true);
 
@@ -1706,6 +1786,13 @@ work(const ShipScope *scope)
 		abp_ship_reset();
 		known_extension = extension;
 	}
+	if (!OidIsValid(extension))
+		return NIL;
+	if (!keep_extension(extension))
+	{
+		due_at(in_ms(DROP_WAIT_MS));
+		return NIL;
+	}
 	if (!abp_extension_installed())
 		return NIL;
 
@@ -1713,6 +1800,7 @@ work(const ShipScope *scope)
 	price_relids[1] = abp_extension_relation("model_alias");
 	price_relids[2] = abp_extension_relation("service_tier_rule");
 	price_relids[3] = abp_extension_relation("price_source");
+	price_relids[4] = abp_extension_relation("usage_table");	/* attached with rows */
 	price_relids[4] = abp_extension_relation("usage_table");	/* attached with rows */
 
 	MemoryContextSwitchTo(turn_context);
@@ -1751,7 +1839,9 @@ work(const ShipScope *scope)
 		server = options_of(table);
 		if (server == NULL)
 			continue;
-		if (table->blocked_until > GetCurrentTimestamp() && !servers_changed)
+
+		/* Who has just become the shipper tries again: somebody may be waiting. */
+		if (table->blocked_until > GetCurrentTimestamp() && !servers_changed && !fresh)
 		{
 			due_at(table->blocked_until);
 			continue;
@@ -1833,6 +1923,7 @@ abp_ship(const ShipScope *scope)
 	MemoryContextReset(turn_context);
 	next_due = DT_NOEND;
 
+	more_to_build = false;
 	room_left = false;
 	limit_work = !scope->in_procedure;
 	collect_answers();
@@ -1843,6 +1934,11 @@ abp_ship(const ShipScope *scope)
 	depart(departures);
 	MemoryContextSwitchTo(caller);
 
+	if (more_to_build)
+	{
+		(void) abp_http_wait(0);
+		return 0;
+	}
 	if (abp_http_in_flight() > 0)
 	{
 		/* A commit's wake-up is news only if another request could fly. */

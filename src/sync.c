@@ -26,7 +26,7 @@
 #include "wake.h"
 
 /* How often to look while another process ships. */
-#define POLL_MS 100
+#define POLL_MS 20
 
 /* How often to say how far it is. */
 #define PROGRESS_MS 5000
@@ -50,6 +50,8 @@ typedef struct Sync
 	Goal	   *goals;
 	int			ngoals;
 	bool		shipper;		/* are we? */
+	int			worker_pid;		/* else the worker, since worker_rests */
+	uint64		worker_rests;
 	int64		delivered;		/* before the shipper's role went to another */
 	const char *gave_up;		/* why not all is delivered, or NULL */
 } Sync;
@@ -115,11 +117,22 @@ set_goals(Sync *sync)
 						sync->scope.server)));
 }
 
+/*
+ * Has the worker, if it ships, been through all there is to do since we woke
+ * it?  It may have rested just then: the second rest counts.
+ */
+static bool
+worker_has_looked(const Sync *sync)
+{
+	return sync->worker_pid == 0 || abp_worker_pid() != sync->worker_pid ||
+		abp_worker_rest_count() >= sync->worker_rests + 2;
+}
+
 /* Is what was pending at the start delivered, or set aside? */
 static bool
 goals_reached(const Sync *sync)
 {
-	if (sync->shipper && !abp_ship_has_looked_for_prices())
+	if (sync->shipper ? !abp_ship_has_looked_for_prices() : !worker_has_looked(sync))
 		return false;
 
 	for (int i = 0; i < sync->ngoals; i++)
@@ -158,6 +171,28 @@ take_or_leave_role(Sync *sync)
 		sync->shipper = true;
 		abp_ship_reset();
 	}
+}
+
+/* Does a table wait for somebody to mend it? */
+static bool
+goal_is_blocked(const Sync *sync)
+{
+	bool		armed;
+	List	   *tables = abp_usage_tables(&armed);
+	ListCell   *lc;
+
+	foreach(lc, tables)
+	{
+		UsageTable *table = lfirst(lc);
+
+		for (int i = 0; i < sync->ngoals; i++)
+		{
+			if (sync->goals[i].relid == table->relid &&
+				table->blocked_until > GetCurrentTimestamp())
+				return true;
+		}
+	}
+	return false;
 }
 
 /* Is it no use to go on?  Then sync->gave_up says why. */
@@ -208,6 +243,8 @@ deliver(Sync *sync)
 
 		abp_ship_begin(&sync->scope);
 		reached = goals_reached(sync);
+		if (!reached && sync->shipper && due != 0 && goal_is_blocked(sync))
+			sync->gave_up = "a usage table is blocked; see aibilling.status";
 		abp_ship_commit(&sync->scope);
 
 		now = GetCurrentTimestamp();
@@ -258,6 +295,8 @@ abp_sql_sync(PG_FUNCTION_ARGS)
 													PG_GETARG_DATUM(1)));
 	sync.report_at = GetCurrentTimestamp() + PROGRESS_MS * INT64CONST(1000);
 	set_goals(&sync);
+	sync.worker_pid = abp_worker_pid();
+	sync.worker_rests = abp_worker_rest_count();
 	SPI_commit();
 
 	PG_TRY();

@@ -25,6 +25,7 @@ typedef struct WorkerSlot
 	Oid			database;		/* InvalidOid: free */
 	int			pid;
 	Latch	   *latch;			/* in the worker's PGPROC */
+	uint64		rests;			/* how often it had nothing left to do */
 } WorkerSlot;
 
 typedef struct WakeState
@@ -115,7 +116,7 @@ abp_wake_register(void)
 	if (my_slot != NULL)
 		*my_slot = (WorkerSlot)
 	{
-		MyDatabaseId, MyProcPid, MyLatch
+		MyDatabaseId, MyProcPid, MyLatch, 0
 	};
 	LWLockRelease(state->lock);
 
@@ -191,4 +192,38 @@ int
 abp_worker_pid(void)
 {
 	return signal_worker(false);
+}
+
+/*
+ * The worker says that it has nothing left to do.
+ */
+void
+abp_worker_rests(void)
+{
+	if (my_slot == NULL)
+		return;
+	LWLockAcquire(state->lock, LW_EXCLUSIVE);
+	my_slot->rests++;
+	LWLockRelease(state->lock);
+}
+
+/*
+ * How often has this database's worker had nothing left to do?  0 without one.
+ */
+uint64
+abp_worker_rest_count(void)
+{
+	uint64		rests = 0;
+
+	if (state == NULL)
+		return 0;
+
+	LWLockAcquire(state->lock, LW_SHARED);
+	for (int i = 0; i < state->nslots; i++)
+	{
+		if (state->slots[i].database == MyDatabaseId)
+			rests = state->slots[i].rests;
+	}
+	LWLockRelease(state->lock);
+	return rests;
 }

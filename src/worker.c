@@ -150,6 +150,7 @@ aibilling_polar_worker_main(Datum arg)
 				continue;
 			if (due > 0)
 				timeout = Min(timeout, due);
+			abp_worker_rests();
 		}
 		sleep_until_woken(timeout);
 	}

@@ -1,4 +1,5 @@
-# Every SQL example of README.md runs, in its order, and what it inserts arrives.
+# Every SQL example of README.md and of the pages that go on from it runs, in its order, returns what
+# is written behind "-- =>", and what it inserts arrives.
 
 use strict;
 use warnings;
@@ -25,8 +26,13 @@ my $token_file = $node->basedir . '/polar.token';
 append_to_file($token_file, $polar->token . "\n");
 chmod(0600, $token_file) or die "could not chmod $token_file: $!";
 
-my @blocks = slurp_file("$FindBin::Bin/../README.md") =~ /^```sql\n(.*?)^```$/msg;
-cmp_ok(scalar(@blocks), '>', 10, 'README.md has SQL examples');
+my @blocks;
+for my $page (qw(README.md doc/reporting.md doc/differences.md doc/delivery.md))
+{
+	my @of_page = slurp_file("$FindBin::Bin/../$page") =~ /^```sql\n(.*?)^```$/msg;
+	cmp_ok(scalar(@of_page), '>', 2, "$page has SQL examples");
+	push @blocks, @of_page;
+}
 
 # What differs here from the reader's machine: where events go, and where the token is.
 my $adapted = 0;
@@ -42,6 +48,10 @@ for my $block (@blocks)
 	my ($first_line) = $block =~ /\A(.*)/;
 	my ($status, $stdout, $stderr) = $node->psql('postgres', $block, on_error_stop => 1);
 	is($status, 0, "runs: $first_line") or diag($stderr);
+	if ($block =~ /^-- => (.*)$/m)
+	{
+		is($stdout, $1, "returns what is written: $first_line");
+	}
 	if ($block =~ /RETURNING cost_nanos, cost_cents, cost_status/)
 	{
 		is($stdout, '5000000|0.5|priced', 'the first row costs what README.md says') or diag($stdout);

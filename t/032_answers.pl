@@ -1,0 +1,382 @@
+# What becomes of the rows of a request, for every answer and for none.
+use strict;
+use warnings;
+
+use AibillingNode;
+use POSIX qw(strftime);
+use PolarServer;
+use PostgreSQL::Test::Utils;
+use Test::More;
+
+plan skip_all => 'needs python3' unless PolarServer->python;
+
+my $polar = PolarServer->new;
+my $node = AibillingNode->new('main', conf => "aibilling_polar.poll_interval = 1\nlog_statement = none\n");
+my $token_file = $node->token_file($polar->token);
+$node->create_server($polar,
+	batch_size => 100, max_in_flight => 1, timeout => '10min', access_token_file => $token_file);
+$node->create_usage_table;
+
+# Searches that take a while run on a server of their own meanwhile.
+my $poisoned = PolarServer->new;
+$node->create_server($poisoned, name => 'poisoned', batch_size => 4, max_in_flight => 2);
+$node->create_usage_table('bad', 'poisoned');
+$poisoned->fault(kind => 'poison', external_ids => ['bad_3'], status => 500);
+$node->insert_rows(4, table => 'bad', prefix => 'bad_');
+
+# --- helpers ---------------------------------------------------------------------
+
+my $rounds = 0;
+
+# The newest delivery of a table.
+sub newest
+{
+	my ($columns, $table) = @_;
+	$table //= 'usage';
+	return $node->ledger($columns,
+		"id = (SELECT max(id) FROM aibilling.delivery WHERE usage_table = '$table'::regclass)");
+}
+
+# Wait until the newest delivery has come to something.
+sub wait_newest
+{
+	my ($condition, $table) = @_;
+	$table //= 'usage';
+	return $node->poll_query_until('postgres',
+		"SELECT coalesce((SELECT $condition FROM aibilling.delivery WHERE usage_table = '$table'::regclass "
+		  . "ORDER BY id DESC LIMIT 1), false)")
+	  || diag($node->diagnosis) && 0;
+}
+
+# What the outbox holds of a table.
+sub outbox
+{
+	my ($columns, $table) = @_;
+	$table //= 'usage';
+	return $node->safe_psql('postgres',
+		"SELECT $columns FROM aibilling.outbox WHERE usage_table = '$table'::regclass");
+}
+
+# Deliver what is left, without waiting for a backoff to end.
+sub resume_and_settle
+{
+	$polar->clear_faults;
+	$polar->release;
+	$node->safe_psql('postgres', "SELECT aibilling.resume('polar')");
+	$node->poll_query_until(
+		'postgres', q{SELECT NOT EXISTS (SELECT FROM aibilling.outbox
+	WHERE usage_table = 'usage'::regclass AND state = 'pending')
+AND NOT EXISTS (SELECT FROM aibilling.delivery WHERE usage_table = 'usage'::regclass AND state = 'sending')})
+	  or diag($node->diagnosis);
+	return;
+}
+
+# One fault, ten rows: what the ledger says, and that all is well in the end.
+sub round_of
+{
+	my ($what, $fault, %expect) = @_;
+	my $before = $polar->summary;
+
+	$rounds++;
+	$polar->fault(%$fault);
+	$node->insert_rows(10, prefix => "round_${rounds}_");
+	wait_newest("error ~ '$expect{error}' AND state <> 'delivered' "
+		  . "AND usage_ids \@> (SELECT max(id) FROM usage)");
+	is(newest("state || ' ' || coalesce(http_status, 0)"),
+		$expect{ledger}, "$what: in the ledger");
+	like($node->status, $expect{status}, "$what: in the status");
+	is(outbox("count(*) || ' ' || coalesce(max(attempts), 0)"),
+		$expect{outbox} // '0 0', "$what: in the outbox");
+	$expect{meanwhile}->() if $expect{meanwhile};
+	resume_and_settle();
+
+	my $after = $polar->summary;
+	is( join(' ', map { $after->{$_} - $before->{$_} } qw(inserted duplicates)),
+		$expect{stored} ? '10 10' : '10 0',
+		"$what: every row is stored once in the end");
+	is( newest("state || ' ' || duplicates || ' ' || unexpected_duplicates"),
+		$expect{stored} ? 'delivered 10 0' : 'delivered 0 0',
+		"$what: duplicates are accounted for, and expected");
+	return;
+}
+
+# When the server may be asked again, in seconds after the answer.
+sub seconds_held
+{
+	return $node->safe_psql('postgres',
+		"SELECT round(extract(epoch FROM not_before - changed_at)) FROM aibilling.server_state WHERE server = 'polar'");
+}
+
+# --- tokens ----------------------------------------------------------------------
+
+chmod 0644, $token_file;
+$node->safe_psql('postgres', 'ALTER SERVER polar OPTIONS (ADD tag_prefix \'t_\')');
+$node->insert_rows(1, prefix => 'token_');
+ok($node->wait_status('^paused: .*(group|others|mode|permission|0600)'), 'token file that others can read');
+unlink $token_file;
+$node->safe_psql('postgres', q{SELECT aibilling.resume('polar')});
+ok($node->wait_status('^paused: .*(No such file|does not exist)'), 'token file that is missing');
+$node->write_token($token_file, "\n");
+$node->safe_psql('postgres', q{SELECT aibilling.resume('polar')});
+ok($node->wait_status('^paused: .*empty'), 'token file that is empty');
+$node->write_token($token_file, $polar->token);
+$node->safe_psql('postgres',
+	"CREATE USER MAPPING FOR PUBLIC SERVER polar OPTIONS (access_token 'mapped_token')");
+ok($node->wait_status('^paused: .*given twice'), 'token given twice');
+is($polar->summary->{arrived}, 0, 'no request was made with any of them');
+$node->safe_psql('postgres', 'DROP USER MAPPING FOR PUBLIC SERVER polar');
+$polar->wait(events => 1);
+pass('once mended, delivery resumes by itself');
+$node->wait_status('^idle');
+is(newest('attempts'), '1', 'and no attempt was burnt');
+
+# --- answers that prove nothing, or that the server is ill ---------------------------
+
+round_of($_, { kind => $_ },
+	error => '.', ledger => "sending $_", status => qr/^waiting until .* after 1 failures/)
+  foreach qw(500 502 503 504);
+round_of('503 with Retry-After',
+	{ kind => 'status', status => 503, headers => { 'Retry-After' => '77' }, body => 'later' },
+	error => '.', ledger => 'sending 503', status => qr/^waiting until/,
+	meanwhile => sub { is(seconds_held(), '77', '503: Retry-After is obeyed') });
+round_of('a connection closed before the request was read', { kind => 'drop_before_read' },
+	error => '.', ledger => 'sending 0', status => qr/^waiting until/);
+round_of('a connection closed after storing', { kind => 'drop_after_store' },
+	error => '.', ledger => 'sending 0', status => qr/^waiting until/, stored => 1);
+round_of('an answer cut short', { kind => 'truncated' },
+	error => '.', ledger => 'sending 200', status => qr/^waiting until/, stored => 1);
+round_of("garbage: $_", { kind => 'garbage', what => $_, store => \1 },
+	error => 'not Polar', ledger => 'sending 200', status => qr/^waiting until .*not Polar/, stored => 1)
+  foreach qw(html text empty);
+round_of('wrong counts', { kind => 'garbage', what => 'wrong_counts', store => \1 },
+	error => 'of 10 events Polar counts', ledger => 'sending 200', status => qr/^waiting until/, stored => 1);
+round_of('an answer of 100 MB', { kind => 'garbage', what => 'huge', store => \1 },
+	error => 'longer than', ledger => 'sending 200', status => qr/^waiting until/, stored => 1);
+round_of("status $_", { kind => 'status', status => $_ + 0, body => '{}' },
+	error => '.', ledger => "sending $_", status => qr/^waiting until/)
+  foreach qw(201 204 599);
+
+# The counts decide, not the type that a proxy gives the answer.
+$rounds++;
+$polar->fault(kind => 'garbage', what => 'content_type', store => \1);
+$node->insert_rows(10, prefix => "round_${rounds}_");
+resume_and_settle();
+is(newest("state || ' ' || inserted + duplicates || ' ' || unexpected_duplicates"),
+	'delivered 10 0', 'an answer of another content type');
+
+# --- too many requests ----------------------------------------------------------------
+
+my $in_100_s = strftime('%a, %d %b %Y %H:%M:%S GMT', gmtime(time + 100));
+round_of('429 with seconds', { kind => '429', retry_after => 33 },
+	error => 'too many', ledger => 'failed 429', outbox => '10 0', status => qr/^waiting until .*too many/,
+	meanwhile => sub { is(seconds_held(), '33', '429: Retry-After in seconds is obeyed') });
+round_of('429 with a date', { kind => '429', retry_after => $in_100_s },
+	error => 'too many', ledger => 'failed 429', outbox => '10 0', status => qr/^waiting until/,
+	meanwhile => sub {
+		is( $node->safe_psql(
+				'postgres', "SELECT abs(extract(epoch FROM not_before - '$in_100_s')) <= 1 FROM aibilling.server_state WHERE server = 'polar'"),
+			't', '429: Retry-After as a date is obeyed');
+	});
+round_of('429 without Retry-After', { kind => '429', retry_after => undef },
+	error => 'too many', ledger => 'failed 429', outbox => '10 0', status => qr/^waiting until/,
+	meanwhile => sub { is(seconds_held(), '60', '429 without Retry-After: a minute') });
+
+# --- refused by the server as such ------------------------------------------------------
+
+round_of($_, { kind => 'status', status => $_ + 0, body => '{"detail": "no"}' },
+	error => '.', ledger => "failed $_", outbox => '10 0', status => qr/^paused: /)
+  foreach qw(401 403 404 405 407);
+round_of('a redirect', { kind => 'redirect', location => $poisoned->url },
+	error => '.', ledger => 'failed 307', outbox => '10 0', status => qr/^paused: /);
+
+# Nothing is sent while it is paused; what ends the pause.
+sub pause_by_401
+{
+	my ($what, $mend) = @_;
+
+	$rounds++;
+	$polar->fault(kind => '401');
+	$node->insert_rows(3, prefix => "round_${rounds}_");
+	ok($node->wait_status('^paused: '), "paused, $what");
+	my $arrived = $polar->summary->{arrived};
+	$node->insert_rows(3, prefix => "round_${rounds}_more_");
+	$node->worker_waits;
+	is($polar->summary->{arrived}, $arrived, "no request while paused, $what");
+	$mend->();
+	$polar->wait(arrived => $arrived + 1);
+	$node->wait_status('^idle');
+	is(outbox('count(*)'), '0', "resumed by $what");
+	return;
+}
+
+pause_by_401('resume()', sub { $node->safe_psql('postgres', q{SELECT aibilling.resume('polar')}) });
+pause_by_401('ALTER SERVER',
+	sub { $node->safe_psql('postgres', q{ALTER SERVER polar OPTIONS (SET event_name 'renamed')}) });
+$polar->tokens(token => 'renewed');
+pause_by_401('a changed token file', sub { $node->write_token($token_file, "renewed\n"); });
+$polar->tokens(token => 'renewed', status => 'revoked');
+$node->insert_rows(3, prefix => 'revoked_');
+ok($node->wait_status('^paused: .*401'), 'a token that is revoked');
+$node->write_token($token_file, $polar->token);
+$node->wait_status('^idle');
+pass('and renewed');
+
+# --- rows that Polar refuses --------------------------------------------------------------
+
+# Requests made for the last batch, and the events each one had.
+sub batches
+{
+	my ($since) = @_;
+	my @requests = $polar->requests;
+	return map { $_->{events} // '?' } @requests[ $since .. $#requests ];
+}
+
+my $arrived = $polar->summary->{arrived};
+$polar->fault(kind => 'poison', external_ids => [ 'indexed_7', 'indexed_50' ], status => 422, index => \1);
+$node->insert_rows(100, prefix => 'indexed_');
+wait_newest("state = 'delivered' AND usage_ids \@> (SELECT max(id) FROM usage)");
+is($polar->summary->{arrived} - $arrived, 2, 'poison with an index costs one request more');
+is( outbox("count(*) || ' ' || min(state) || ' ' || bool_and(error <> '')"),
+	'2 rejected true', 'the named rows are rejected with a reason');
+is( $node->safe_psql(
+		'postgres', q{SELECT string_agg(external_id, ' ' ORDER BY u.id) FROM usage u JOIN aibilling.outbox o
+			ON o.usage_table = 'usage'::regclass AND o.usage_id = u.id}),
+	'indexed_7 indexed_50',
+	'and no others');
+is((grep { $_->{external_id} =~ /^indexed_/ } $polar->events) + 0, 98, 'the rest is delivered');
+
+# Mended and released.
+$polar->reset(keep => ['events']);
+is($node->safe_psql('postgres', q{SELECT aibilling.retry('usage')}), '2', 'retry() releases them');
+$node->wait_status('^idle');
+is((grep { $_->{external_id} =~ /^indexed_/ } $polar->events) + 0, 100, 'and they are delivered');
+
+$polar->fault(kind => 'poison', external_ids => ['blind_37'], status => 422, index => \0);
+$arrived = $polar->summary->{arrived};
+$node->insert_rows(64, prefix => 'blind_');
+$node->poll_query_until('postgres',
+	"SELECT count(*) = 1 FROM aibilling.outbox WHERE usage_table = 'usage'::regclass AND state = 'rejected'")
+  or diag($node->diagnosis);
+$node->wait_status('^idle');
+is((grep { $_->{external_id} =~ /^blind_/ } $polar->events) + 0, 63,
+	'poison without an index: the others are delivered');
+is( $node->safe_psql(
+		'postgres', q{SELECT external_id FROM usage WHERE id = (SELECT usage_id FROM aibilling.outbox
+			WHERE usage_table = 'usage'::regclass AND state = 'rejected')}),
+	'blind_37',
+	'the row is found');
+cmp_ok($polar->summary->{arrived} - $arrived, '<=', 1 + 2 * 6, 'by halving');
+is($polar->summary->{duplicates},
+	$node->ledger("sum(duplicates)", "usage_table = 'usage'::regclass"), 'nothing is sent twice for that');
+$node->safe_psql('postgres', q{DELETE FROM usage WHERE external_id = 'blind_37'});
+is(outbox('count(*)'), '0', 'a rejected row can be deleted');
+$polar->reset(keep => ['events']);
+
+$polar->fault(kind => '413', min_events => 30, times => 'always');
+$arrived = $polar->summary->{arrived};
+$node->insert_rows(100, prefix => 'large_');
+$polar->wait_for(sub { (grep { $_->{external_id} =~ /^large_/ } $polar->events) == 100 }, '413');
+$node->wait_status('^idle');
+is($polar->summary->{arrived} - $arrived, 3 + 4, '413: 100, then 50 and 50, then four times 25');
+is($node->ledger("count(*)", "state <> 'delivered' AND error IS NULL AND usage_table = 'usage'::regclass"),
+	'0', 'the ledger accounts for each');
+$polar->clear_faults;
+
+$polar->fault(kind => '413', times => 'always');
+$node->insert_rows(1, prefix => 'single_');
+$node->poll_query_until('postgres',
+	q{SELECT count(*) = 1 FROM aibilling.outbox WHERE usage_table = 'usage'::regclass AND state = 'rejected' AND error ~ 'too large'});
+is(outbox('state'), 'rejected', '413 of a single row rejects it');
+$polar->clear_faults;
+$node->safe_psql('postgres', q{SELECT aibilling.retry('usage')});
+$node->wait_status('^idle');
+
+# --- clocks ---------------------------------------------------------------------------------
+
+$polar->fault(kind => 'clock_skew', seconds => 3600);
+$node->safe_psql(
+	'postgres', q{INSERT INTO usage (external_id, occurred_at, external_customer_id, provider_cost)
+VALUES ('skewed', now(), 'c', 1), ('old', now() - interval '1 day', 'c', 1)});
+$node->poll_query_until('postgres',
+	q{SELECT count(*) = 1 FROM aibilling.outbox WHERE usage_table = 'usage'::regclass AND error ~ 'in the past'})
+  or diag($node->diagnosis);
+is(outbox("state || ' ' || (not_before > now() - interval '1 minute')"),
+	'pending true', 'a row that is in the future for Polar is held, not rejected');
+$polar->wait_for(sub { grep { $_->{external_id} eq 'old' } $polar->events }, 'old row');
+ok(!grep({ $_->{external_id} eq 'skewed' } $polar->events), 'the other of its batch is delivered');
+$polar->fault(kind => 'clock_skew', seconds => 0);
+$polar->wait_for(sub { grep { $_->{external_id} eq 'skewed' } $polar->events }, 'held row');
+pass('and the held one once the clocks agree');
+$node->wait_status('^idle');
+
+# --- duplicates -------------------------------------------------------------------------------
+
+is($node->ledger('sum(unexpected_duplicates)'), '0', 'all duplicates so far were expected');
+is( $polar->ingest(
+		[ map { {
+			name => 'other', timestamp => '2026-01-01T00:00:00Z', external_id => "foreign_$_",
+			external_customer_id => 'other', metadata => {} } } 1 .. 2 ])->{status},
+	200, 'another producer uses our external ids');
+$node->insert_rows(5, prefix => 'foreign_');
+ok($node->wait_status('warning: 2 events were not counted'), 'status warns of them');
+is(newest("state || ' ' || inserted || ' ' || duplicates || ' ' || unexpected_duplicates"),
+	'delivered 3 2 2', 'the ledger tells them from expected ones');
+
+# --- slow answers ---------------------------------------------------------------------------------
+
+$node->safe_psql('postgres', q{ALTER SERVER polar OPTIONS (SET timeout '300ms')});
+$polar->fault(kind => 'slow', delay => 60000, times => 1);
+$node->insert_rows(100, prefix => 'slow_');
+wait_newest("error ~ 'timed out' AND usage_ids \@> (SELECT max(id) FROM usage)");
+is(newest("state || ' ' || outcome_unknown"), 'sending true', 'a timeout: the outcome is not known');
+$node->safe_psql('postgres', q{ALTER SERVER polar OPTIONS (SET timeout '10min')});
+resume_and_settle();
+is(newest("state || ' ' || duplicates || ' ' || unexpected_duplicates"),
+	'delivered 100 0', 'and it turns out that all was stored');
+$node->safe_psql('postgres', q{ALTER SERVER polar OPTIONS (SET timeout '1500ms')});
+$polar->fault(kind => 'slow', delay => 600, times => 2);
+$arrived = $polar->summary->{arrived};
+$node->insert_rows(300, prefix => 'smaller_');
+$node->wait_status('^idle');
+my @sizes = batches($arrived);
+is($sizes[0], 100, 'a batch of full size is answered slowly');
+cmp_ok($sizes[1], '<=', 50, 'the next is smaller');
+
+# --- requests per minute ----------------------------------------------------------------------------
+
+my $limited = PolarServer->new;
+$node->create_server($limited, name => 'limited', batch_size => 1, requests_per_minute => 1);
+$node->create_usage_table('few', 'limited');
+$node->insert_rows(3, table => 'few', prefix => 'few_');
+$limited->wait(requests => 1);
+wait_newest("state = 'delivered'", 'few');
+$node->restart;
+$node->worker_waits;
+$node->insert_rows(1, prefix => 'afterwards_');
+$polar->wait_for(sub { grep { $_->{external_id} eq 'afterwards_1' } $polar->events }, 'the other server');
+$node->worker_waits;
+is($limited->summary->{arrived}, 1, 'the limit of requests per minute survives a restart');
+is($node->ledger('count(*)', "usage_table = 'few'::regclass"), '1', 'by the ledger, too');
+is(outbox('count(*)', 'few'), '2', 'the others wait');
+$node->safe_psql('postgres', q{ALTER SERVER limited OPTIONS (SET requests_per_minute '0')});
+$limited->wait(events => 3);
+pass('a lifted limit is noticed');
+
+# --- poison that makes the server fail ------------------------------------------------------------------
+
+$node->insert_rows(20, table => 'bad', prefix => 'good_');
+$node->poll_query_until('postgres',
+	q{SELECT count(*) = 1 FROM aibilling.outbox WHERE usage_table = 'bad'::regclass AND state = 'rejected'})
+  or diag($node->diagnosis);
+is( $node->safe_psql(
+		'postgres', q{SELECT external_id FROM bad WHERE id = (SELECT usage_id FROM aibilling.outbox WHERE usage_table = 'bad'::regclass)}),
+	'bad_3',
+	'a row that makes Polar fail is found by halving');
+$poisoned->wait(events => 23);
+pass('and the others are delivered');
+is($poisoned->summary->{duplicates}, $node->ledger('sum(duplicates)', "usage_table = 'bad'::regclass"),
+	'the ledger accounts for duplicates');
+
+$node->stop;
+$_->stop foreach $polar, $poisoned, $limited;
+done_testing();

@@ -668,7 +668,7 @@ SELECT i.type, i.identity, coalesce(
 				 WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped),
 				(SELECT array_agg(conname || pg_get_constraintdef(o.oid) ORDER BY conname) FROM pg_constraint o WHERE conrelid = c.oid),
 				(SELECT array_agg(pg_get_indexdef(indexrelid) ORDER BY indexrelid::regclass::text) FROM pg_index WHERE indrelid = c.oid),
-				(SELECT array_agg(pg_get_triggerdef(t.oid) || tgenabled ORDER BY tgname) FROM pg_trigger t WHERE tgrelid = c.oid),
+				(SELECT array_agg(pg_get_triggerdef(t.oid) || tgenabled::text ORDER BY tgname) FROM pg_trigger t WHERE tgrelid = c.oid),
 				(SELECT array_agg(row(polname, polcmd, pg_get_expr(polqual, polrelid))::text ORDER BY polname) FROM pg_policy WHERE polrelid = c.oid)
 			)::text FROM pg_class c WHERE c.oid = d.objid)
 	END, ''), obj_description(d.objid, d.classid::regclass::name)
@@ -688,11 +688,11 @@ SKIP:
 SELECT version FROM pg_available_extension_versions v JOIN pg_available_extensions e USING (name)
 WHERE name = 'aibilling_polar' ORDER BY version <> default_version, version
 SQL
-	skip 'there is only one version', 1 if !@old;
-
 	$versions->safe_psql('postgres', 'CREATE EXTENSION aibilling_polar');
 	my $fresh = value($versions, 'postgres', $anatomy);
 	cmp_ok(length $fresh, '>', 10_000, 'an extension has an anatomy');
+	skip 'there is only one version to update from', 1 if !@old;
+
 	my $arrived = $polar->summary->{stored};
 	foreach my $old (@old)
 	{

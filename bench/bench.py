@@ -314,7 +314,7 @@ class Bench:
         for name in ("usage_parts", "plain_parts"):
             self.sql(f"""CREATE TABLE {name} (LIKE usage INCLUDING ALL EXCLUDING INDEXES,
                     PRIMARY KEY (id, occurred_at), UNIQUE (external_id, occurred_at)) PARTITION BY RANGE (occurred_at)""",
-                     *(f"""CREATE TABLE {name}_{i} PARTITION OF {name}
+                     *(f"""CREATE TABLE {name}_{i + 1} PARTITION OF {name}
                        FOR VALUES FROM (date_trunc('month', now()) + interval '{i} month')
                        TO (date_trunc('month', now()) + interval '{i + 1} month')""" for i in (-1, 0, 1)))
         self.sql("SELECT aibilling.attach('usage_parts', server => 'polar')")

@@ -314,7 +314,7 @@ class Bench:
         for name in ("usage_parts", "plain_parts"):
             self.sql(f"""CREATE TABLE {name} (LIKE usage INCLUDING ALL EXCLUDING INDEXES,
                     PRIMARY KEY (id, occurred_at), UNIQUE (external_id, occurred_at)) PARTITION BY RANGE (occurred_at)""",
-                     *(f"""CREATE TABLE {name}_{i} PARTITION OF {name}
+                     *(f"""CREATE TABLE {name}_{i + 1} PARTITION OF {name}
                        FOR VALUES FROM (date_trunc('month', now()) + interval '{i} month')
                        TO (date_trunc('month', now()) + interval '{i + 1} month')""" for i in (-1, 0, 1)))
         self.sql("SELECT aibilling.attach('usage_parts', server => 'polar')")
@@ -428,7 +428,9 @@ class Bench:
     def growth(self):
         self.use(self.sink, 1000)
         few = 10000
-        part = min(self.options.rows, 200000)
+        part = max(self.options.backlog // 50, few)
+        if self.options.backlog < 4 * self.options.runs * part:
+            sys.exit("the backlog would not last for so many rounds")
 
         def small():
             """The same number of events in backlogs of ten thousand."""
@@ -626,7 +628,7 @@ def main():
     parser.add_argument("--poll", type=int, default=60, help="its poll_interval in seconds (%(default)s)")
     parser.add_argument("--port", type=int, default=5790, help="the sink's; the two above are used too (%(default)s)")
     parser.add_argument("--modules", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     for name in options.sections:
         if name not in SECTIONS:
             parser.error(f"no section {name}: there are {', '.join(SECTIONS)}")

@@ -86,6 +86,12 @@
 /* When to look again at an extension that is being dropped. */
 #define DROP_WAIT_MS 1000
 
+/*
+ * The least time from the start of a turn that sent a small batch to the next
+ * turn: under a stream of commits, rows gather for a few milliseconds.
+ */
+#define GATHER_MS 10
+
 /* How many unpriced entries are looked at in one turn. */
 #define UNPRICED_PER_TURN 32
 
@@ -164,6 +170,7 @@ static Oid	known_extension = InvalidOid;
 static bool recovered = false;	/* have unsettled deliveries been taken over? */
 static TimestampTz next_due;
 static bool more_to_build = false;	/* can another batch be built at once? */
+static TimestampTz gather_until = 0;	/* no turn before this */
 static bool room_left = true;	/* could more requests fly, if there were more? */
 static int64 delivered = 0;		/* events */
 static int	settled = 0;		/* deliveries since the ledger was summed up */
@@ -1722,7 +1729,11 @@ prepare_table(const UsageTable *table, const ServerOptions *server, List **depar
 		if (next.shipment == NULL)
 			give_quota_back(lane, server);
 		else
+		{
 			built = true;
+			if (next.shipment->delivery.nevents < server->batch_size / 2)
+				gather_until = in_ms(GATHER_MS);
+		}
 		if (!next.found)
 		{
 			room_left = true;
@@ -1905,6 +1916,25 @@ collect_answers(void)
 }
 
 /*
+ * After a small batch, let more rows gather: a turn for each of many small
+ * commits would take the machine's time and its disk's from those who commit.
+ */
+static void
+gather(void)
+{
+	for (;;)
+	{
+		TimestampTz now = GetCurrentTimestamp();
+
+		/* a clock that was set back must not stop us */
+		if (now >= gather_until || gather_until - now > GATHER_MS * 1000)
+			return;
+		(void) abp_http_wait(TimestampDifferenceMilliseconds(now, gather_until));
+		collect_answers();
+	}
+}
+
+/*
  * One turn: settle, prepare, commit, send, and wait until an answer comes,
  * something else wakes us, or it is time for more.
  *
@@ -1926,6 +1956,7 @@ abp_ship(const ShipScope *scope)
 	more_to_build = false;
 	room_left = false;
 	limit_work = !scope->in_procedure;
+	gather();
 	collect_answers();
 	abp_ship_begin(scope);
 	departures = work(scope);

@@ -1687,8 +1687,8 @@ LANGUAGE c AS 'MODULE_PATHNAME', 'abp_sql_on_server_ddl';
 COMMENT ON FUNCTION aibilling.on_server_ddl() IS
 'Event trigger: the worker looks at once at a changed server or user mapping';
 
+-- At every DROP: a typed table goes with its type, any table with an extension.
 CREATE EVENT TRIGGER aibilling_on_sql_drop ON sql_drop
-	WHEN TAG IN ('DROP TABLE', 'DROP SCHEMA', 'DROP OWNED', 'DROP SERVER')
 	EXECUTE FUNCTION aibilling.on_sql_drop();
 COMMENT ON EVENT TRIGGER aibilling_on_sql_drop IS
 'Keeps outbox and usage tables in step with DROP (extension aibilling_polar)';

@@ -1000,7 +1000,8 @@ status_words(const UsageTable *table, bool armed, int worker_pid, int64 ready,
 						 timestamptz_to_str(table->not_before), table->failures,
 						 table->pause_reason);
 	else if (worker_pid == 0)
-		appendStringInfo(&words, "%s; deliver with CALL aibilling.sync()", no_worker_words());
+		appendStringInfo(&words, "%s%s", no_worker_words(),
+						 RecoveryInProgress() ? "" : "; deliver with CALL aibilling.sync()");
 	else if (ready > 0 || totals->in_flight > 0)
 		appendStringInfoString(&words, "delivering");
 	else

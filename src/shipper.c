@@ -73,6 +73,7 @@
 /* After so many server errors a batch is halved, and a single row suspected. */
 #define ERRORS_BEFORE_HALVING 3
 #define ERRORS_BEFORE_REJECTING 5
+#define TIMEOUTS_BEFORE_HALVING 3
 
 /* Deliveries to a server, those that wait for a retry included, per request in flight. */
 #define MAX_WAITING_SHARE 4
@@ -146,6 +147,7 @@ typedef struct Shipment
 	TimestampTz retry_at;
 	int			server_errors;	/* in a row */
 	TimestampTz first_error_at;
+	int			timeouts;
 } Shipment;
 
 /* While a batch is filled from usage rows. */
@@ -256,6 +258,7 @@ void
 abp_ship_commit(const ShipScope *scope)
 {
 	PopActiveSnapshot();
+	ForceSyncCommit();			/* what is sent must stand in the ledger first */
 	if (scope->in_procedure)
 		SPI_commit();
 	else
@@ -868,6 +871,7 @@ halve(Shipment *shipment, const char *error)
 
 	delivery->nevents /= 2;
 	shipment->server_errors = 0;
+	shipment->timeouts = 0;
 	keep_for_retry(shipment, DT_NOBEGIN, error);
 }
 
@@ -1017,11 +1021,19 @@ settle(Shipment *shipment, const ServerOptions *server)
 	{
 		char	   *error = pstrdup(reply->error);
 
+		bool		timed_out = server != NULL && reply->elapsed_ms >= server->timeout_ms;
+
 		delivery->outcome_unknown = true;
-		if (server != NULL && reply->elapsed_ms >= server->timeout_ms)
-			lane->batch_size = Max(1, delivery->nevents / 2);
 		back_off(lane, backoff_ms(lane->failures + 1), error);
-		keep_for_retry(shipment, lane->not_before, error);
+		if (timed_out)
+			lane->batch_size = Max(1, delivery->nevents / 2);
+
+		/* What never is answered in time may be too much at once. */
+		if (timed_out && delivery->nevents > 1 &&
+			++shipment->timeouts >= TIMEOUTS_BEFORE_HALVING)
+			halve(shipment, error);
+		else
+			keep_for_retry(shipment, lane->not_before, error);
 		return;
 	}
 
@@ -1674,7 +1686,10 @@ prepare_waiting(const UsageTable *table, const ServerOptions *server, int capaci
 			due_at(shipment->retry_at);
 		else if (lane_flying(lane) < capacity && take_quota(lane, server) &&
 				 !guarded(prepare_again, table, server, shipment))
+		{
+			give_quota_back(lane, server);
 			shipment->retry_at = in_ms(PROBE_MS);
+		}
 	}
 }
 

@@ -3,6 +3,7 @@
 MODULE_big = aibilling_polar
 OBJS = \
 	src/aibilling_polar.o \
+	src/attach.o \
 	src/config.o \
 	src/cost.o \
 	src/functions.o \
@@ -16,6 +17,7 @@ OBJS = \
 	src/row.o \
 	src/server.o \
 	src/shipper.o \
+	src/status.o \
 	src/sync.o \
 	src/usage.o \
 	src/wake.o \

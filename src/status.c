@@ -1,0 +1,346 @@
+/*-------------------------------------------------------------------------
+ *
+ * status.c
+ *	  SQL functions that watch delivery: status and usage_status.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/htup_details.h"
+#include "access/xact.h"
+#include "access/xlog.h"
+#include "catalog/pg_authid.h"
+#include "catalog/pg_type.h"
+#include "commands/dbcommands.h"
+#include "executor/spi.h"
+#include "fmgr.h"
+#include "funcapi.h"
+#include "miscadmin.h"
+#include "utils/builtins.h"
+#include "utils/datum.h"
+#include "utils/guc.h"
+#include "utils/lsyscache.h"
+#include "utils/memutils.h"
+#include "utils/resowner.h"
+#include "utils/timestamp.h"
+#include "utils/varlena.h"
+
+#include "compat.h"
+#include "config.h"
+#include "outbox.h"
+#include "wake.h"
+
+/* How many waiting rows status counts one by one. */
+#define STATUS_EXACT_LIMIT 100000
+
+PG_FUNCTION_INFO_V1(abp_sql_usage_status);
+PG_FUNCTION_INFO_V1(abp_sql_status);
+
+/* May the caller see this table's outbox, ledger and status? */
+static bool
+may_see(Oid relid)
+{
+	return has_privs_of_role(GetUserId(), ROLE_PG_MONITOR) || abp_owns_table(relid, GetUserId());
+}
+
+/* Is this database named in aibilling_polar.databases? */
+static bool
+database_is_listed(void)
+{
+	List	   *names;
+	ListCell   *lc;
+	char	   *mine = get_database_name(MyDatabaseId);
+
+	if (abp_databases == NULL || !SplitIdentifierString(pstrdup(abp_databases), ',', &names))
+		return false;
+	foreach(lc, names)
+	{
+		if (strcmp(lfirst(lc), mine) == 0)
+			return true;
+	}
+	return false;
+}
+
+/* --- watching --------------------------------------------------------------------- */
+
+/*
+ * aibilling.usage_status(usage, id): where a row stands.
+ */
+Datum
+abp_sql_usage_status(PG_FUNCTION_ARGS)
+{
+	Oid			argtypes[2] = {REGCLASSOID, INT8OID};
+	Datum		args[2] = {PG_GETARG_DATUM(0), PG_GETARG_DATUM(1)};
+	TupleDesc	desc;
+	Datum		values[5] = {0};
+	bool		nulls[5] = {true, true, true, true, true};
+	SavedUser	saved;
+	MemoryContext caller = CurrentMemoryContext;
+
+	if (get_call_result_type(fcinfo, NULL, &desc) != TYPEFUNC_COMPOSITE)
+		elog(ERROR, "return type must be a row type");
+	if (!may_see(PG_GETARG_OID(0)))
+		aclcheck_error(ACLCHECK_NOT_OWNER, OBJECT_TABLE, get_rel_name(PG_GETARG_OID(0)));
+
+	abp_become_extension_owner(&saved);
+	SPI_connect();
+	SPI_execute_with_args("SELECT CASE e.state WHEN 'u' THEN 'unpriced' WHEN 'r' THEN 'rejected'"
+						  " ELSE 'pending' END, NULL::int8, NULL::timestamptz, e.attempts, e.error"
+						  " FROM aibilling.outbox_entry e WHERE e.usage_table = $1"
+						  " AND e.state = ANY ('{p,w,u,r}'::\"char\"[])"
+						  " AND e.first BETWEEN ($2 & -1024) AND $2 AND e.last >= $2"
+						  " AND (e.ids IS NULL OR e.ids @> $2)"
+						  " UNION ALL (SELECT d.state, d.id, d.started_at, d.attempts, d.error"
+						  " FROM aibilling.delivery d WHERE d.usage_ids @> $2 AND d.usage_table = $1"
+						  " AND d.state IN ('sending', 'delivered') ORDER BY d.id DESC LIMIT 1)"
+						  " LIMIT 1",
+						  2, argtypes, args, NULL, true, 0);
+	if (SPI_processed > 0)
+	{
+		for (int i = 0; i < 5; i++)
+		{
+			Datum		value = SPI_getbinval(SPI_tuptable->vals[0], SPI_tuptable->tupdesc,
+											  i + 1, &nulls[i]);
+
+			if (!nulls[i])
+			{
+				Form_pg_attribute att = TupleDescAttr(SPI_tuptable->tupdesc, i);
+				MemoryContext old = MemoryContextSwitchTo(caller);
+
+				values[i] = datumCopy(value, att->attbyval, att->attlen);
+				MemoryContextSwitchTo(old);
+			}
+		}
+	}
+	SPI_finish();
+	abp_restore_user(&saved);
+
+	if (nulls[0])
+	{
+		values[0] = CStringGetTextDatum("not_sent");
+		nulls[0] = false;
+	}
+	PG_RETURN_DATUM(HeapTupleGetDatum(heap_form_tuple(BlessTupleDesc(desc), values, nulls)));
+}
+
+/* Columns of aibilling.status. */
+enum
+{
+	STATUS_USAGE_TABLE,
+	STATUS_SERVER,
+	STATUS_PENDING,
+	STATUS_PENDING_ESTIMATED,
+	STATUS_UNPRICED,
+	STATUS_REJECTED,
+	STATUS_IN_FLIGHT,
+	STATUS_OLDEST,
+	STATUS_LAST_DELIVERY,
+	STATUS_LAST_ERROR,
+	STATUS_DELIVERIES,
+	STATUS_DELIVERED,
+	STATUS_DUPLICATES,
+	STATUS_UNEXPECTED,
+	STATUS_VANISHED,
+	STATUS_WORKER_PID,
+	STATUS_WORDS,
+	NUM_STATUS
+};
+
+/* Why is there no worker here? */
+static char *
+no_worker_words(void)
+{
+	if (GetConfigOption("aibilling_polar.databases", true, false) == NULL)
+		return "no worker: the library is not preloaded (shared_preload_libraries)";
+	if (!database_is_listed())
+		return psprintf("no worker: aibilling_polar.databases does not name \"%s\"",
+						get_database_name(MyDatabaseId));
+	if (RecoveryInProgress())
+		return "no worker: this server is a standby";
+	return "no worker: it is starting, or max_worker_processes is exhausted; see the server log";
+}
+
+/* What happens now with a table, and why. */
+static char *
+status_words(const UsageTable *table, bool armed, int worker_pid, int64 ready,
+			 int64 unpriced, int64 rejected, const LedgerTotals *totals)
+{
+	StringInfoData words;
+
+	initStringInfo(&words);
+	if (!armed)
+		appendStringInfoString(&words, "paused: this database is a copy; run SELECT aibilling.arm() if it is to send");
+	else if (!OidIsValid(table->serverid))
+		appendStringInfo(&words, "waiting: the server \"%s\" that it was attached to does not exist; attach the table again", table->server);
+	else if (table->paused_by_operator)
+		appendStringInfo(&words, "paused: %s", table->pause_reason);
+	else if (table->paused_by_answer)
+		appendStringInfo(&words, "paused: %s", table->pause_reason);
+	else if (table->blocked_reason != NULL)
+		appendStringInfo(&words, "blocked: %s", table->blocked_reason);
+	else if (table->not_before > GetCurrentTimestamp())
+		appendStringInfo(&words, "waiting until %s after %d failures: %s",
+						 timestamptz_to_str(table->not_before), table->failures,
+						 table->pause_reason);
+	else if (worker_pid == 0)
+		appendStringInfo(&words, "%s%s", no_worker_words(),
+						 RecoveryInProgress() ? "" : "; deliver with CALL aibilling.sync()");
+	else if (ready > 0 || totals->in_flight > 0)
+		appendStringInfoString(&words, "delivering");
+	else
+		appendStringInfoString(&words, "idle: everything that can be sent is delivered");
+	if (unpriced > 0)
+		appendStringInfo(&words, "; " INT64_FORMAT " rows wait for a price (aibilling.unpriced)",
+						 unpriced);
+	if (rejected > 0)
+		appendStringInfo(&words, "; " INT64_FORMAT " rows are rejected (aibilling.outbox)",
+						 rejected);
+	if (totals->unexpected_duplicates > 0)
+		appendStringInfo(&words, "; warning: " INT64_FORMAT " events were not counted, Polar had their external_id before",
+						 totals->unexpected_duplicates);
+	return words.data;
+}
+
+static void
+note_oldest(const UsageRow *row, Jsonb *whole, void *arg)
+{
+	*(TimestampTz *) arg = row->occurred_at;
+}
+
+/*
+ * When did the oldest waiting row occur?  DT_NOEND if its table cannot be read.
+ */
+static TimestampTz
+oldest_time(const UsageTable *table, int64 id)
+{
+	TimestampTz oldest = DT_NOEND;
+	IdSet		one = {0};
+	MemoryContext caller = CurrentMemoryContext;
+	ResourceOwner owner = CurrentResourceOwner;
+
+	abp_idset_add(&one, id, id, CurrentMemoryContext);
+	BeginInternalSubTransaction(NULL);
+	MemoryContextSwitchTo(caller);
+	PG_TRY();
+	{
+		abp_usage_read(table, &one, false, note_oldest, &oldest);
+		ReleaseCurrentSubTransaction();
+	}
+	PG_CATCH();
+	{
+		ErrorData  *error;
+
+		MemoryContextSwitchTo(caller);
+		error = CopyErrorData();
+		if (error->sqlerrcode == ERRCODE_QUERY_CANCELED ||
+			error->sqlerrcode == ERRCODE_ADMIN_SHUTDOWN)
+			PG_RE_THROW();
+		FlushErrorState();
+		RollbackAndReleaseCurrentSubTransaction();
+	}
+	PG_END_TRY();
+	MemoryContextSwitchTo(caller);
+	CurrentResourceOwner = owner;
+	return oldest;
+}
+
+static void
+status_of_table(const UsageTable *table, bool armed, ReturnSetInfo *result)
+{
+	Datum		values[NUM_STATUS] = {0};
+	bool		nulls[NUM_STATUS] = {false};
+	LedgerTotals totals;
+	bool		estimated;
+	bool		estimated_waiting;
+	bool		ignored;
+	int64		first = 0;
+	int64		unused = 0;
+	int64		ready;
+	int64		waiting;
+	int64		unpriced;
+	int64		rejected;
+	int			worker_pid = abp_worker_pid();
+
+	ready = abp_outbox_count(table->relid, OUTBOX_READY, STATUS_EXACT_LIMIT, &estimated, &first);
+	waiting = abp_outbox_count(table->relid, OUTBOX_WAITING, STATUS_EXACT_LIMIT,
+							   &estimated_waiting, &unused);
+	unpriced = abp_outbox_count(table->relid, OUTBOX_UNPRICED, STATUS_EXACT_LIMIT,
+								&ignored, &unused);
+	rejected = abp_outbox_count(table->relid, OUTBOX_REJECTED, STATUS_EXACT_LIMIT,
+								&ignored, &unused);
+	abp_ledger_totals(table->relid, &totals);
+
+	values[STATUS_USAGE_TABLE] = ObjectIdGetDatum(table->relid);
+	values[STATUS_SERVER] = DirectFunctionCall1(namein, CStringGetDatum(table->server));
+	values[STATUS_PENDING] = Int64GetDatum(ready + waiting);
+	values[STATUS_PENDING_ESTIMATED] = BoolGetDatum(estimated || estimated_waiting);
+	values[STATUS_UNPRICED] = Int64GetDatum(unpriced);
+	values[STATUS_REJECTED] = Int64GetDatum(rejected);
+	values[STATUS_IN_FLIGHT] = Int64GetDatum(totals.in_flight);
+
+	nulls[STATUS_OLDEST] = true;
+	if (ready > 0 && OidIsValid(table->owner))
+	{
+		TimestampTz oldest = oldest_time(table, first);
+
+		nulls[STATUS_OLDEST] = oldest == DT_NOEND;
+		values[STATUS_OLDEST] = TimestampTzGetDatum(oldest);
+	}
+	nulls[STATUS_LAST_DELIVERY] = TIMESTAMP_NOT_FINITE(totals.last_delivery);
+	values[STATUS_LAST_DELIVERY] = TimestampTzGetDatum(totals.last_delivery);
+	nulls[STATUS_LAST_ERROR] = totals.last_error == NULL;
+	if (totals.last_error != NULL)
+		values[STATUS_LAST_ERROR] = CStringGetTextDatum(totals.last_error);
+	values[STATUS_DELIVERIES] = Int64GetDatum(totals.deliveries);
+	values[STATUS_DELIVERED] = Int64GetDatum(totals.delivered);
+	values[STATUS_DUPLICATES] = Int64GetDatum(totals.duplicates);
+	values[STATUS_UNEXPECTED] = Int64GetDatum(totals.unexpected_duplicates);
+	values[STATUS_VANISHED] = Int64GetDatum(totals.vanished);
+	nulls[STATUS_WORKER_PID] = worker_pid == 0;
+	values[STATUS_WORKER_PID] = Int32GetDatum(worker_pid);
+	values[STATUS_WORDS] = CStringGetTextDatum(status_words(table, armed, worker_pid, ready,
+															unpriced, rejected, &totals));
+	tuplestore_putvalues(result->setResult, result->setDesc, values, nulls);
+}
+
+/*
+ * aibilling.status_rows(): one row a usage table that the caller may see.
+ */
+Datum
+abp_sql_status(PG_FUNCTION_ARGS)
+{
+	ReturnSetInfo *result = (ReturnSetInfo *) fcinfo->resultinfo;
+	bool		armed;
+	List	   *tables;
+	ListCell   *lc;
+
+	InitMaterializedSRF(fcinfo, 0);
+	tables = abp_usage_tables(&armed);
+	foreach(lc, tables)
+	{
+		UsageTable *table = lfirst(lc);
+
+		CHECK_FOR_INTERRUPTS();
+		if (OidIsValid(table->owner) && may_see(table->relid))
+			status_of_table(table, armed, result);
+	}
+
+	if (tables == NIL)
+	{
+		Datum		values[NUM_STATUS] = {0};
+		bool		nulls[NUM_STATUS];
+		int			worker_pid = abp_worker_pid();
+
+		memset(nulls, true, sizeof(nulls));
+		nulls[STATUS_WORDS] = false;
+		nulls[STATUS_WORKER_PID] = worker_pid == 0;
+		values[STATUS_WORKER_PID] = Int32GetDatum(worker_pid);
+		values[STATUS_WORDS] =
+			CStringGetTextDatum(psprintf("no usage table is attached; create one with aibilling.create_usage_table%s%s",
+										 worker_pid == 0 ? "; " : "",
+										 worker_pid == 0 ? no_worker_words() : ""));
+		tuplestore_putvalues(result->setResult, result->setDesc, values, nulls);
+	}
+	return (Datum) 0;
+}

@@ -513,6 +513,7 @@ abp_sql_bundled_prices(PG_FUNCTION_ARGS)
 						   (long long) st.st_size, MAX_BUNDLE_BYTES)));
 
 	text = palloc(st.st_size + 1);
+
 	if (fread(text, 1, st.st_size, file) != st.st_size)
 	{
 		if (ferror(file))
@@ -523,7 +524,8 @@ abp_sql_bundled_prices(PG_FUNCTION_ARGS)
 				(errcode(ERRCODE_DATA_CORRUPTED),
 				 errmsg("file \"%s\" has become shorter while being read", path)));
 	}
-	text[st.st_size] = '\0';
+	text[		st.st_size] = '\0';
+
 	FreeFile(file);
 
 	catalogue = DirectFunctionCall1(jsonb_in,

@@ -75,6 +75,7 @@ static const struct
 	Field		field;
 	const char *key;
 }			unit_keys[] =
+
 {
 	{FIELD_INPUT_AUDIO, "input_audio_tokens"},
 	{FIELD_INPUT_IMAGE, "input_image_tokens"},
@@ -566,7 +567,7 @@ static const UsageFormat ai_sdk_nested = {
  * Append to a reason; returns false for the caller to pass on.
  */
 static bool
-refuse(StringInfo reason, const char *fmt,...) pg_attribute_printf(2, 3);
+			refuse(StringInfo reason, const char *fmt,...) pg_attribute_printf(2, 3);
 
 static bool
 refuse(StringInfo reason, const char *fmt,...)
@@ -607,13 +608,13 @@ path_name(const char *path)
 static char *
 value_text(const JsonbValue *value)
 {
-	char	   *text;
+	char	   *str;
 
 	switch (value->type)
 	{
 		case jbvNumeric:
-			text = DatumGetCString(DirectFunctionCall1(numeric_out,
-													   NumericGetDatum(value->val.numeric)));
+			str = DatumGetCString(DirectFunctionCall1(numeric_out,
+													  NumericGetDatum(value->val.numeric)));
 			break;
 		case jbvString:
 			{
@@ -628,9 +629,9 @@ value_text(const JsonbValue *value)
 			return pstrdup("a list or an object");
 	}
 
-	if (strlen(text) > 40)
-		strcpy(text + 37, "...");
-	return text;
+	if (strlen(str) > 40)
+		strcpy(str + 37, "...");
+	return str;
 }
 
 /*
@@ -638,10 +639,10 @@ value_text(const JsonbValue *value)
  * It would also take "NaN" and "infinity", and raises on the rest.
  */
 static bool
-is_decimal(const char *text, int len)
+is_decimal(const char *str, int len)
 {
-	const char *p = text;
-	const char *end = text + len;
+	const char *p = str;
+	const char *end = str + len;
 	int			digits = 0;
 
 	if (len > 100)
@@ -675,10 +676,10 @@ is_decimal(const char *text, int len)
 }
 
 static Numeric
-decimal_to_numeric(const char *text, int len)
+decimal_to_numeric(const char *str, int len)
 {
 	return DatumGetNumeric(DirectFunctionCall3(numeric_in,
-											   CStringGetDatum(pnstrdup(text, len)),
+											   CStringGetDatum(pnstrdup(str, len)),
 											   ObjectIdGetDatum(InvalidOid),
 											   Int32GetDatum(-1)));
 }
@@ -881,12 +882,12 @@ find_string(JsonbContainer *container, const char *const *paths, bool snake_case
 
 static bool
 string_is(JsonbContainer *container, const char *path, bool snake_case,
-		  const char *text)
+		  const char *str)
 {
 	const char *paths[MAX_PATHS] = {path};
 	char	   *found = find_string(container, paths, snake_case);
 
-	return found && strcmp(found, text) == 0;
+	return found && strcmp(found, str) == 0;
 }
 
 /*
@@ -1183,8 +1184,8 @@ extra_openai(Reading *r)
 	}
 
 	/*
-	 * The images API first reported its output without details: all of it
-	 * is image tokens.
+	 * The images API first reported its output without details: all of it is
+	 * image tokens.
 	 */
 	if (count[FIELD_OUTPUT].given && !count[FIELD_OUTPUT_IMAGE].given &&
 		!has_key(r->usage, "output_tokens_details") &&
@@ -1773,7 +1774,7 @@ nest_output(Reading *r, int64 plain_input)
 	Count		reported = *output;
 	ReasoningMode mode = r->format->reasoning;
 	bool		separate = mode == REASONING_SEPARATE ||
-		mode == REASONING_BY_TOTAL_SEPARATE;
+	mode == REASONING_BY_TOTAL_SEPARATE;
 	int64		sum;
 	bool		fits;
 
@@ -1951,7 +1952,7 @@ abp_usage_format_known(TextView format)
  * A hint for an unknown format, palloc'd: the name that was probably meant,
  * if one is near, and all names.
  */
-char *
+char	   *
 abp_usage_format_hint(TextView format)
 {
 	StringInfoData hint;
@@ -2148,13 +2149,14 @@ abp_normalize_usage(TextView format, Jsonb *raw, NormalizedUsage *usage,
 
 	if (anthropic)
 	{
+		TextView	anthropic_name = {"anthropic", strlen("anthropic")};
 		UsageFormat *mixed = palloc(sizeof(UsageFormat));
 		Count		flat[NUM_FIELDS] = {0};
 
 		if (!read_counts(&r, r.usage, flat) || !check_single_step(&r, flat))
 			return false;
 
-		*mixed = *find_format((TextView) {"anthropic", strlen("anthropic")});
+		*mixed = *find_format(anthropic_name);
 		memcpy(mixed->model, r.format->model, sizeof(mixed->model));
 		memcpy(mixed->generation_id, r.format->generation_id,
 			   sizeof(mixed->generation_id));
@@ -2194,7 +2196,7 @@ abp_normalize_usage(TextView format, Jsonb *raw, NormalizedUsage *usage,
 	if (r.cost == NULL)
 	{
 		bool		tokens = count[FIELD_OUTPUT].given || count[FIELD_TOTAL].given ||
-			count[FIELD_OUTPUT_TEXT].given;
+		count[FIELD_OUTPUT_TEXT].given;
 		const char *missing = NULL;
 
 		for (int i = 0; i < r.format->nrules && missing == NULL; i++)

@@ -1078,7 +1078,7 @@ abp_ledger_finish(Delivery *delivery, const char *state, const char *error)
  * The deliveries whose fate an earlier shipper left open, as a list of
  * Delivery in the current memory context.
  */
-List *
+List	   *
 abp_ledger_unsettled(void)
 {
 	static Statement unsettled = {
@@ -1257,7 +1257,7 @@ abp_ledger_recent_requests(const char *server, int limit)
  * *armed: is this the database that was armed, rather than a copy of it?  A
  * copy has another system identifier or another OID.
  */
-List *
+List	   *
 abp_usage_tables(bool *armed)
 {
 	static Statement tables = {

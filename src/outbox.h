@@ -89,7 +89,8 @@ typedef struct Delivery
 	IdSet		ids;
 	int			attempts;		/* requests begun, this one included */
 	int			prior_attempts; /* of its ids, in earlier deliveries */
-	bool		outcome_unknown;	/* may an earlier attempt have been stored? */
+	bool		outcome_unknown;	/* may an earlier attempt have been
+									 * stored? */
 	int64		vanished;
 	int			nevents;
 	int64	   *event_ids;		/* the row of each event */

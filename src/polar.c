@@ -396,8 +396,8 @@ static void
 put_uuid(EventWriter *w, const pg_uuid_t *uuid)
 {
 	static const char hex[] = "0123456789abcdef";
-	char		text[38];
-	char	   *p = text;
+	char		str[38];
+	char	   *p = str;
 
 	*p++ = '"';
 	for (int i = 0; i < UUID_LEN; i++)
@@ -408,7 +408,7 @@ put_uuid(EventWriter *w, const pg_uuid_t *uuid)
 		*p++ = hex[uuid->data[i] & 0x0f];
 	}
 	*p++ = '"';
-	put_bytes(w, text, p - text);
+	put_bytes(w, str, p - str);
 }
 
 static inline bool
@@ -422,10 +422,10 @@ is_uuid_v4(const pg_uuid_t *uuid)
  * without, either with "urn:uuid:" before it or in braces.
  */
 static bool
-read_uuid(TextView text, pg_uuid_t *uuid)
+read_uuid(TextView str, pg_uuid_t *uuid)
 {
-	const char *p = text.data;
-	int			len = text.len;
+	const char *p = str.data;
+	int			len = str.len;
 	bool		hyphens;
 
 	if (len > 9 && memcmp(p, "urn:uuid:", 9) == 0)
@@ -619,10 +619,10 @@ typedef struct DecimalText
  * palloc'd.
  */
 static bool
-read_decimal(const char *text, int len, DecimalText *decimal)
+read_decimal(const char *str, int len, DecimalText *decimal)
 {
-	const char *p = text;
-	const char *end = text + len;
+	const char *p = str;
+	const char *end = str + len;
 	bool		any = false;
 	int			start = 0;
 
@@ -727,22 +727,22 @@ round_decimal(DecimalText *decimal)
 static char *
 decimal_text(const DecimalText *decimal)
 {
-	StringInfoData text;
+	StringInfoData str;
 
-	initStringInfo(&text);
+	initStringInfo(&str);
 	if (decimal->negative && decimal->ndigits > 0)
-		appendStringInfoChar(&text, '-');
+		appendStringInfoChar(&str, '-');
 	if (decimal->point <= 0)
-		appendStringInfoString(&text, decimal->ndigits > 0 ? "0." : "0");
+		appendStringInfoString(&str, decimal->ndigits > 0 ? "0." : "0");
 	for (int i = decimal->point; i < 0; i++)
-		appendStringInfoChar(&text, '0');
+		appendStringInfoChar(&str, '0');
 	for (int i = 0; i < Max(decimal->ndigits, decimal->point); i++)
 	{
 		if (i > 0 && i == decimal->point)
-			appendStringInfoChar(&text, '.');
-		appendStringInfoChar(&text, i < decimal->ndigits ? decimal->digits[i] : '0');
+			appendStringInfoChar(&str, '.');
+		appendStringInfoChar(&str, i < decimal->ndigits ? decimal->digits[i] : '0');
 	}
-	return text.data;
+	return str.data;
 }
 
 /*
@@ -751,24 +751,24 @@ decimal_text(const DecimalText *decimal)
  * and 12 decimals are kept, rounded half away from zero.  The result is
  * palloc'd.  cost_cents must be finite.
  */
-char *
+char	   *
 abp_polar_amount(Numeric cost_cents)
 {
-	char	   *text = numeric_normalize(cost_cents);
-	int			len = strlen(text);
-	DecimalText		decimal;
+	char	   *str = numeric_normalize(cost_cents);
+	int			len = strlen(str);
+	DecimalText decimal;
 
 	/* "0." and 12 decimals: nothing shorter can be too precise */
 	if (len <= MAX_AMOUNT_DECIMALS + 2)
-		return text;
+		return str;
 
-	if (!read_decimal(text, len, &decimal))
+	if (!read_decimal(str, len, &decimal))
 		elog(ERROR, "unexpected cost: it is not finite");
 	round_decimal(&decimal);
-	pfree(text);
-	text = decimal_text(&decimal);
+	pfree(str);
+	str = decimal_text(&decimal);
 	pfree(decimal.digits);
-	return text;
+	return str;
 }
 
 /* Are there too many digits before the point of an amount? */
@@ -787,16 +787,16 @@ amount_too_large(const char *amount)
 static bool
 put_number(EventWriter *w, Numeric number, const char *what, TextView key)
 {
-	char	   *text = DatumGetCString(DirectFunctionCall1(numeric_out,
-														   NumericGetDatum(number)));
-	int			len = strlen(text);
+	char	   *str = DatumGetCString(DirectFunctionCall1(numeric_out,
+														  NumericGetDatum(number)));
+	int			len = strlen(str);
 
 	if (numeric_is_nan(number) || numeric_is_inf(number) ||
-		(len > 300 && isinf(strtod(text, NULL))))
+		(len > 300 && isinf(strtod(str, NULL))))
 		return refuse(w, "%s \"%.*s\" must be within the range of double precision",
 					  what, quoted_len(key.data, key.len), key.data);
-	put_bytes(w, text, len);
-	pfree(text);
+	put_bytes(w, str, len);
+	pfree(str);
 	return true;
 }
 
@@ -817,21 +817,21 @@ put_number(EventWriter *w, Numeric number, const char *what, TextView key)
 /* A string column as metadata; NULL and '' are left out. */
 static inline bool
 put_text_entry(EventWriter *w, const char *json_key, int json_key_len,
-			   const char *column, TextView text)
+			   const char *column, TextView str)
 {
-	if (text.data == NULL || text.len == 0)
+	if (str.data == NULL || str.len == 0)
 		return true;
-	if (longer_than(text.data, text.len, MAX_VALUE_CHARS))
+	if (longer_than(str.data, str.len, MAX_VALUE_CHARS))
 		return refuse(w, "%s must not exceed %d characters", column, MAX_VALUE_CHARS);
 
 	put_bytes(w, json_key, json_key_len);
-	put_string(w, text.data, text.len);
+	put_string(w, str.data, str.len);
 	w->nkeys++;
 	return true;
 }
 
-#define put_text(w, key, column, text) \
-	put_text_entry(w, ",\"" key "\":", sizeof(",\"" key "\":") - 1, column, text)
+#define put_text(w, key, column, str) \
+	put_text_entry(w, ",\"" key "\":", sizeof(",\"" key "\":") - 1, column, str)
 
 /* Would this tag, its prefix before it, be one of our own keys? */
 static bool
@@ -848,9 +848,9 @@ is_own_key(const char *prefix, int prefix_len, TextView key)
 }
 
 static bool
-same_text(TextView text, const char *other)
+same_text(TextView str, const char *other)
 {
-	return text.len == strlen(other) && memcmp(text.data, other, text.len) == 0;
+	return str.len == strlen(other) && memcmp(str.data, other, str.len) == 0;
 }
 
 /* The key of an entry whose name the user chose, prefix and all. */
@@ -1141,26 +1141,26 @@ put_row_metadata(EventWriter *w, const UsageRow *row, const EventFormat *format,
 static bool
 put_own_amount(EventWriter *w, const JsonbValue *value)
 {
-	DecimalText		decimal;
-	char	   *text;
+	DecimalText decimal;
+	char	   *str;
 	int			len;
 	bool		valid;
 
 	if (value->type == jbvNumeric)
 	{
-		text = DatumGetCString(DirectFunctionCall1(numeric_out,
-												   NumericGetDatum(value->val.numeric)));
-		len = strlen(text);
+		str = DatumGetCString(DirectFunctionCall1(numeric_out,
+												  NumericGetDatum(value->val.numeric)));
+		len = strlen(str);
 	}
 	else if (value->type == jbvString)
 	{
-		text = value->val.string.val;
+		str = value->val.string.val;
 		len = value->val.string.len;
 	}
 	else
 		return refuse(w, "metadata \"_cost\" must have an amount, a number or a string");
 
-	valid = read_decimal(text, len, &decimal);
+	valid = read_decimal(str, len, &decimal);
 	if (valid && decimal.ndigits - decimal.point > MAX_AMOUNT_DECIMALS)
 		return refuse(w, "metadata \"_cost\" must have an amount of at most %d decimals",
 					  MAX_AMOUNT_DECIMALS);
@@ -1171,11 +1171,11 @@ put_own_amount(EventWriter *w, const JsonbValue *value)
 	if (decimal.point > MAX_AMOUNT_WHOLE)
 		return refuse(w, "metadata \"_cost\" must have an amount below 100,000 cents in magnitude");
 
-	text = decimal_text(&decimal);
+	str = decimal_text(&decimal);
 	put_literal(w, "\"");
-	put_bytes(w, text, strlen(text));
+	put_bytes(w, str, strlen(str));
 	put_literal(w, "\"");
-	pfree(text);
+	pfree(str);
 	pfree(decimal.digits);
 	return true;
 }
@@ -1203,36 +1203,36 @@ put_own_cost(EventWriter *w, JsonbContainer *cost)
 static bool
 put_own_count(EventWriter *w, const char *key, const JsonbValue *value)
 {
-	DecimalText		decimal;
-	char	   *text = NULL;
+	DecimalText decimal;
+	char	   *str = NULL;
 	int			len = 0;
 	bool		valid;
 
 	if (value->type == jbvNumeric)
 	{
-		text = DatumGetCString(DirectFunctionCall1(numeric_out,
-												   NumericGetDatum(value->val.numeric)));
-		len = strlen(text);
+		str = DatumGetCString(DirectFunctionCall1(numeric_out,
+												  NumericGetDatum(value->val.numeric)));
+		len = strlen(str);
 	}
 	else if (value->type == jbvString)
 	{
-		text = value->val.string.val;
+		str = value->val.string.val;
 		len = value->val.string.len;
 	}
 
 	/* Below 10^18 is safely within Polar's 64-bit column. */
-	valid = text != NULL && memchr(text, 'e', len) == NULL &&
-		memchr(text, 'E', len) == NULL && read_decimal(text, len, &decimal) &&
+	valid = str != NULL && memchr(str, 'e', len) == NULL &&
+		memchr(str, 'E', len) == NULL && read_decimal(str, len, &decimal) &&
 		decimal.ndigits <= decimal.point && decimal.point <= 18;
 	if (!valid)
 		return refuse(w, "metadata \"_llm\" must have %s, an integer", key);
 
-	text = decimal_text(&decimal);
+	str = decimal_text(&decimal);
 	put_literal(w, ",\"");
 	put_bytes(w, key, strlen(key));
 	put_literal(w, "\":");
-	put_bytes(w, text, strlen(text));
-	pfree(text);
+	put_bytes(w, str, strlen(str));
+	pfree(str);
 	pfree(decimal.digits);
 	return true;
 }
@@ -1344,7 +1344,7 @@ find_identity_tag(EventWriter *w, JsonbContainer *tags, const char *key,
 	const char *const single[] = {key, NULL};
 	const char *const *keys = key != NULL ? single : default_keys;
 	JsonbValue	value;
-	char	   *text;
+	char	   *str;
 
 	for (;; keys++)
 	{
@@ -1367,13 +1367,13 @@ find_identity_tag(EventWriter *w, JsonbContainer *tags, const char *key,
 			identity->external.len = value.val.boolean ? 4 : 0;
 			break;
 		case jbvNumeric:
-			text = numeric_normalize(value.val.numeric);
-			if (strlen(text) > MAX_ID_BYTES)
+			str = numeric_normalize(value.val.numeric);
+			if (strlen(str) > MAX_ID_BYTES)
 				return refuse(w, "tag \"%s\" must not exceed %d bytes", key, MAX_ID_BYTES);
-			strcpy(identity->number, text);
+			strcpy(identity->number, str);
 			identity->external.data = identity->number;
-			identity->external.len = strcmp(text, "0") == 0 ? 0 : strlen(text);
-			pfree(text);
+			identity->external.len = strcmp(str, "0") == 0 ? 0 : strlen(str);
+			pfree(str);
 			break;
 		default:
 			return refuse(w, "tag \"%.*s\" must be a string or a number to identify the customer",
@@ -2246,7 +2246,7 @@ pause_advice(long http_status)
  * raises an error.  retry_after is that header's text or NULL.  The verdict is
  * palloc'd.
  */
-Verdict *
+Verdict    *
 abp_polar_judge(long http_status, const char *body, size_t len, bool truncated,
 				const char *retry_after, int nevents, TimestampTz now)
 {

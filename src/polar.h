@@ -40,8 +40,8 @@ typedef enum VerdictKind
 	VERDICT_BATCH_REFUSED,		/* 422 that names none, 400: halve */
 	VERDICT_TOO_LARGE,			/* 413: halve */
 	VERDICT_RATE_LIMITED,		/* 429: see retry_after_ms */
-	VERDICT_PAUSE,				/* 401, 403, 404, redirects ...: nobody's fault but
-								 * the configuration's */
+	VERDICT_PAUSE,				/* 401, 403, 404, redirects ...: nobody's
+								 * fault but the configuration's */
 	VERDICT_SERVER_ERROR,		/* 5xx */
 	VERDICT_UNKNOWN				/* an answer that proves nothing: 200 with the
 								 * wrong counts, garbage, truncated */
@@ -62,8 +62,8 @@ typedef struct Verdict
 	int			nrefused;
 	RefusedEvent *refused;		/* ascending by index, one entry an event */
 	int64		retry_after_ms; /* -1: not given */
-	char	   *error;			/* for ledger and status; no secret, no customer
-								 * data; NULL when delivered */
+	char	   *error;			/* for ledger and status; no secret, no
+								 * customer data; NULL when delivered */
 } Verdict;
 
 #define POLAR_INGEST_PATH "/v1/events/ingest"

@@ -145,7 +145,7 @@ static const char *const price_tables[] = {
 };
 
 static MemoryContext cache_context = NULL;
-static modelhash_hash *models = NULL;
+static modelhash_hash * models = NULL;
 static ModelKey last_key;		/* the last hit, if last_model is set */
 static PriceModel *last_model = NULL;
 

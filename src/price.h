@@ -19,7 +19,8 @@ typedef struct PriceRequest
 {
 	TextView	provider;
 	TextView	model;
-	TextView	service_tier;	/* NULL, '', default, auto, on_demand: standard */
+	TextView	service_tier;	/* NULL, '', default, auto, on_demand:
+								 * standard */
 	TimestampTz at;				/* the price in force then applies */
 	const UsageCounts *counts;
 	Numeric		provider_cost;	/* USD as the provider reported it, or NULL */
@@ -32,8 +33,8 @@ typedef struct PricedCost
 	int64		cost_nanos;		/* USD x 10^9, rounded once, half away from 0 */
 	Numeric		cost_cents;		/* exact cents rounded to 12 decimals; NULL if
 								 * !known */
-	char	   *missing;		/* COST_INCOMPLETE: what has no price; COST_UNPRICED:
-								 * which model; else NULL */
+	char	   *missing;		/* COST_INCOMPLETE: what has no price;
+								 * COST_UNPRICED: which model; else NULL */
 } PricedCost;
 
 /* Why a request costs what it costs; see abp_price_explain(). */

@@ -1256,7 +1256,7 @@ end_of_transaction(XactEvent event, void *arg)
  * Must be called in a transaction, and for no longer than needed: release the
  * token with abp_forget_token.
  */
-char *
+char	   *
 abp_server_token(const ServerOptions *server, Oid usage_owner,
 				 StringInfo reason)
 {

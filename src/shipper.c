@@ -173,7 +173,8 @@ static bool recovered = false;	/* have unsettled deliveries been taken over? */
 static TimestampTz next_due;
 static bool more_to_build = false;	/* can another batch be built at once? */
 static TimestampTz gather_until = 0;	/* no turn before this */
-static bool room_left = true;	/* could more requests fly, if there were more? */
+static bool room_left = true;	/* could more requests fly, if there were
+								 * more? */
 static int64 delivered = 0;		/* events */
 static int	settled = 0;		/* deliveries since the ledger was summed up */
 
@@ -989,7 +990,7 @@ settle_server_error(Shipment *shipment, const Verdict *verdict)
 	else
 	{
 		int64		ms = verdict->retry_after_ms >= 0 ? verdict->retry_after_ms :
-			backoff_ms(others_pass ? shipment->server_errors : lane->failures + 1);
+		backoff_ms(others_pass ? shipment->server_errors : lane->failures + 1);
 
 		if (!others_pass)
 			back_off(lane, ms, verdict->error);
@@ -1157,7 +1158,7 @@ lane_is_closed(Lane *lane, const UsageTable *table, const ServerOptions *server,
 			   const char *token, const char *token_problem)
 {
 	uint32		hash = token == NULL ? 0 :
-		DatumGetUInt32(hash_any((const unsigned char *) token, strlen(token)));
+	DatumGetUInt32(hash_any((const unsigned char *) token, strlen(token)));
 
 	if (table->paused_by_operator)
 		return true;
@@ -1347,7 +1348,7 @@ prepare_next(const UsageTable *table, const ServerOptions *server, void *arg)
 	Delivery   *delivery;
 	TakenEntries entries;
 	int			size = lane->batch_size > 0 ? Min(lane->batch_size, server->batch_size) :
-		server->batch_size;
+	server->batch_size;
 	IdSet		ids = take_ids(table, position_of(table->relid), size, &entries);
 
 	if (ids.nranges == 0)
@@ -1866,14 +1867,20 @@ work(const ShipScope *scope)
 		if (server == NULL)
 			continue;
 
-		/* Who has just become the shipper tries again: somebody may be waiting. */
+		/*
+		 * Who has just become the shipper tries again: somebody may be
+		 * waiting.
+		 */
 		if (table->blocked_until > GetCurrentTimestamp() && !servers_changed && !fresh)
 		{
 			due_at(table->blocked_until);
 			continue;
 		}
 
-		/* What was needed to attach is needed still: rights can be taken back. */
+		/*
+		 * What was needed to attach is needed still: rights can be taken
+		 * back.
+		 */
 		if (abp_server_aclcheck(table->serverid, table->owner) != ACLCHECK_OK)
 		{
 			refuse_table(table, psprintf("its owner has no USAGE on server \"%s\"",

@@ -17,8 +17,8 @@
 typedef struct ShipScope
 {
 	bool		in_procedure;	/* commits through SPI, as CALL allows */
-	Oid			owner;			/* only tables that this role owns; InvalidOid:
-								 * all */
+	Oid			owner;			/* only tables that this role owns;
+								 * InvalidOid: all */
 	const char *server;			/* only this server's tables; NULL: all */
 } ShipScope;
 

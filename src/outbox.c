@@ -228,13 +228,13 @@ run(Statement *statement, Datum *values, const char *nulls)
 
 /* Run a statement without a result, with the rights of the extension's owner. */
 static void
-run_alone(Statement *statement, Datum *values)
+run_alone(Statement *statement, Datum *values, const char *nulls)
 {
 	SavedUser	saved;
 
 	abp_become_extension_owner(&saved);
 	SPI_connect();
-	run(statement, values, NULL);
+	run(statement, values, nulls);
 	SPI_finish();
 	abp_restore_user(&saved);
 }
@@ -1032,7 +1032,7 @@ abp_ledger_note(Delivery *delivery, const char *error, TimestampTz not_before)
 		Int32GetDatum(delivery->nevents)
 	};
 
-	run_alone(&note, values);
+	run_alone(&note, values, NULL);
 }
 
 /*
@@ -1058,7 +1058,6 @@ abp_ledger_finish(Delivery *delivery, const char *state, const char *error)
 		Int64GetDatum(delivery->vanished)
 	};
 	char		nulls[9] = "        ";
-	SavedUser	saved;
 
 	if (strcmp(state, "delivered") != 0)
 		nulls[3] = nulls[4] = 'n';
@@ -1067,11 +1066,7 @@ abp_ledger_finish(Delivery *delivery, const char *state, const char *error)
 	else
 		values[7] = PointerGetDatum(error_text(error));
 
-	abp_become_extension_owner(&saved);
-	SPI_connect();
-	run(&finish, values, nulls);
-	SPI_finish();
-	abp_restore_user(&saved);
+	run_alone(&finish, values, nulls);
 }
 
 /*
@@ -1218,7 +1213,7 @@ abp_ledger_sum_up(void)
 		0, {0}
 	};
 
-	run_alone(&sum_up, NULL);
+	run_alone(&sum_up, NULL, NULL);
 }
 
 /*
@@ -1398,13 +1393,8 @@ abp_usage_table_forget(Oid relid)
 		"DELETE FROM aibilling.usage_table t WHERE t.usage = $1", 1, {REGCLASSOID}
 	};
 	Datum		values[1] = {ObjectIdGetDatum(relid)};
-	SavedUser	saved;
 
-	abp_become_extension_owner(&saved);
-	SPI_connect();
-	run(&forget, values, NULL);
-	SPI_finish();
-	abp_restore_user(&saved);
+	run_alone(&forget, values, NULL);
 }
 
 /*
@@ -1422,13 +1412,8 @@ abp_usage_table_block(Oid relid, const char *reason, TimestampTz until)
 		ObjectIdGetDatum(relid), PointerGetDatum(error_text(reason)),
 		TimestampTzGetDatum(until)
 	};
-	SavedUser	saved;
 
-	abp_become_extension_owner(&saved);
-	SPI_connect();
-	run(&block, values, NULL);
-	SPI_finish();
-	abp_restore_user(&saved);
+	run_alone(&block, values, NULL);
 }
 
 /*
@@ -1443,13 +1428,8 @@ abp_usage_table_unblock(Oid relid)
 		1, {REGCLASSOID}
 	};
 	Datum		values[1] = {ObjectIdGetDatum(relid)};
-	SavedUser	saved;
 
-	abp_become_extension_owner(&saved);
-	SPI_connect();
-	run(&unblock, values, NULL);
-	SPI_finish();
-	abp_restore_user(&saved);
+	run_alone(&unblock, values, NULL);
 }
 
 /*
@@ -1480,7 +1460,6 @@ abp_server_state_save(const char *server, const char *paused, const char *reason
 		TimestampTzGetDatum(not_before)
 	};
 	char		nulls[6] = "     ";
-	SavedUser	saved;
 
 	if (paused == NULL)
 		nulls[1] = 'n';
@@ -1489,11 +1468,7 @@ abp_server_state_save(const char *server, const char *paused, const char *reason
 	if (TIMESTAMP_NOT_FINITE(not_before))
 		nulls[4] = 'n';
 
-	abp_become_extension_owner(&saved);
-	SPI_connect();
-	run(&save, values, nulls);
-	SPI_finish();
-	abp_restore_user(&saved);
+	run_alone(&save, values, nulls);
 }
 
 /*
@@ -1532,7 +1507,7 @@ mark_maybe_sent(void)
 		"UPDATE aibilling.outbox_entry SET maybe_sent = true WHERE NOT maybe_sent", 0, {0}
 	};
 
-	run_alone(&mark, NULL);
+	run_alone(&mark, NULL, NULL);
 }
 
 /*
@@ -1565,11 +1540,11 @@ abp_database_arm(bool only_first)
 
 	if (!only_first)
 	{
-		run_alone(&forget, NULL);
-		run_alone(&bind, NULL);
+		run_alone(&forget, NULL, NULL);
+		run_alone(&bind, NULL, NULL);
 		mark_maybe_sent();
 	}
-	run_alone(&arm, values);
+	run_alone(&arm, values, NULL);
 }
 
 /*

@@ -304,7 +304,7 @@ check_row(const UsageRow *row, const bool *nulls)
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg("unknown usage format \"%.*s\"",
 						row->usage_format.len, row->usage_format.data),
-				 errhint("Formats are openai, anthropic, gemini, bedrock, openrouter, groq, xai, deepseek, mistral, ai_sdk, litellm and otel.")));
+				 errhint("%s", abp_usage_format_hint(row->usage_format))));
 }
 
 static bool

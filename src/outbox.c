@@ -30,6 +30,7 @@
 #include "utils/builtins.h"
 #include "utils/fmgroids.h"
 #include "utils/guc.h"
+#include "utils/inval.h"
 #include "utils/jsonb.h"
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
@@ -1397,6 +1398,13 @@ abp_usage_table_forget(Oid relid)
 	run_alone(&forget, values, NULL);
 }
 
+/* What abp_usage_tables returns has changed: a shipper elsewhere reads it again. */
+static void
+tell_shipper(void)
+{
+	CacheInvalidateRelcacheByRelid(abp_extension_relation("server_state"));
+}
+
 /*
  * Note why a table's rows cannot be read, and when to try again.
  */
@@ -1414,6 +1422,7 @@ abp_usage_table_block(Oid relid, const char *reason, TimestampTz until)
 	};
 
 	run_alone(&block, values, NULL);
+	tell_shipper();
 }
 
 /*
@@ -1430,6 +1439,7 @@ abp_usage_table_unblock(Oid relid)
 	Datum		values[1] = {ObjectIdGetDatum(relid)};
 
 	run_alone(&unblock, values, NULL);
+	tell_shipper();
 }
 
 /*
@@ -1469,6 +1479,7 @@ abp_server_state_save(const char *server, const char *paused, const char *reason
 		nulls[4] = 'n';
 
 	run_alone(&save, values, nulls);
+	tell_shipper();
 }
 
 /*
@@ -1494,6 +1505,7 @@ abp_server_resume(const char *server)
 	run(&unblock, values, NULL);
 	SPI_finish();
 	abp_restore_user(&saved);
+	tell_shipper();
 }
 
 /*
@@ -1545,6 +1557,7 @@ abp_database_arm(bool only_first)
 		mark_maybe_sent();
 	}
 	run_alone(&arm, values, NULL);
+	tell_shipper();
 }
 
 /*

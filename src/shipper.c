@@ -93,6 +93,9 @@
  */
 #define GATHER_MS 10
 
+/* How long a list of the attached tables is believed. */
+#define TABLES_MS 1000
+
 /* How many unpriced entries are looked at in one turn. */
 #define UNPRICED_PER_TURN 32
 
@@ -178,7 +181,14 @@ static bool room_left = true;	/* could more requests fly, if there were
 static int64 delivered = 0;		/* events */
 static int	settled = 0;		/* deliveries since the ledger was summed up */
 
+/* What abp_usage_tables last said, in tables_context. */
+static MemoryContext tables_context = NULL;
+static List *known_tables = NIL;
+static bool known_armed = false;
+static TimestampTz tables_read_at = 0;
+
 /* set by invalidation callbacks */
+static bool tables_stale = true;
 static bool prices_changed = true;
 static bool servers_changed = false;
 static Oid	price_relids[5];
@@ -274,6 +284,7 @@ abp_ship_commit(const ShipScope *scope)
 static void
 on_relcache_change(Datum arg, Oid relid)
 {
+	tables_stale = true;
 	for (int i = 0; i < lengthof(price_relids); i++)
 	{
 		if (relid == price_relids[i] || relid == InvalidOid)
@@ -285,6 +296,7 @@ static void
 on_server_change(Datum arg, int cacheid, uint32 hashvalue)
 {
 	servers_changed = true;
+	tables_stale = true;
 }
 
 static void
@@ -297,6 +309,8 @@ init_ship(void)
 										 ALLOCSET_DEFAULT_SIZES);
 	turn_context = AllocSetContextCreate(TopMemoryContext, "aibilling shipper turn",
 										 ALLOCSET_DEFAULT_SIZES);
+	tables_context = AllocSetContextCreate(TopMemoryContext, "aibilling shipper tables",
+										   ALLOCSET_DEFAULT_SIZES);
 	abp_server_init();
 	CacheRegisterRelcacheCallback(on_relcache_change, (Datum) 0);
 	CacheRegisterSyscacheCallback(FOREIGNSERVEROID, on_server_change, (Datum) 0);
@@ -318,6 +332,7 @@ abp_ship_reset(void)
 	shipments = NIL;
 	recovered = false;
 	prices_changed = true;
+	tables_stale = true;
 	delivered = 0;
 }
 
@@ -1795,6 +1810,33 @@ keep_extension(Oid extension)
 }
 
 /*
+ * The attached tables.  Read again when something has changed, and now and
+ * then in case it went unnoticed.
+ */
+static List *
+current_tables(bool *armed)
+{
+	TimestampTz now = GetCurrentTimestamp();
+
+	if (tables_stale || now < tables_read_at ||
+		now > tables_read_at + TABLES_MS * INT64CONST(1000))
+	{
+		MemoryContext old = MemoryContextSwitchTo(tables_context);
+
+		/* What changes while we read is read the next time. */
+		tables_stale = false;
+		tables_read_at = 0;
+		known_tables = NIL;
+		MemoryContextReset(tables_context);
+		known_tables = abp_usage_tables(&known_armed);
+		tables_read_at = now;
+		MemoryContextSwitchTo(old);
+	}
+	*armed = known_armed;
+	return known_tables;
+}
+
+/*
  * A turn's transaction: settle what has ended, prepare what is next.  Returns
  * the requests to make, in turn_context.
  */
@@ -1830,8 +1872,8 @@ work(const ShipScope *scope)
 	price_relids[4] = abp_extension_relation("usage_table");	/* attached with rows */
 	price_relids[4] = abp_extension_relation("usage_table");	/* attached with rows */
 
+	tables = current_tables(&armed);
 	MemoryContextSwitchTo(turn_context);
-	tables = abp_usage_tables(&armed);
 	if (!recovered)
 		recover(tables);
 	notice_resumed(tables);
@@ -1897,6 +1939,10 @@ work(const ShipScope *scope)
 			due_at(due);
 	}
 	servers_changed = false;
+
+	/* Every commit wakes us: not for nothing while nothing may be sent. */
+	if (departures == NIL && shipments == NIL && !room_left)
+		gather_until = in_ms(GATHER_MS);
 	return departures;
 }
 

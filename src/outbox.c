@@ -1668,6 +1668,7 @@ settings_for_ids(void)
 {
 	set_locally("enable_seqscan", "off");
 	set_locally("enable_bitmapscan", "off");
+	set_locally("jit", "off");	/* costs of what is off are in the billions */
 }
 
 static Datum
@@ -1706,6 +1707,7 @@ abp_usage_read(const UsageTable *table, IdSet *ids, bool whole,
 	ReadPlans  *plans;
 	SPIPlanPtr *plan;
 	Datum		args[2];
+	int			guc_level;
 	Portal		portal;
 	SPITupleTable *rows;
 	uint64		n;
@@ -1721,7 +1723,6 @@ abp_usage_read(const UsageTable *table, IdSet *ids, bool whole,
 	by_range = ids->nranges == 1;
 
 	abp_become_table_owner(table, &saved);
-	settings_for_ids();
 	SPI_connect();
 
 	plans = plans_of(table);
@@ -1736,7 +1737,12 @@ abp_usage_read(const UsageTable *table, IdSet *ids, bool whole,
 	else
 		args[0] = ids_as_array(ids);
 
+	/* The settings are for this plan, not for those in users' functions. */
+	guc_level = NewGUCNestLevel();
+	settings_for_ids();
 	portal = SPI_cursor_open(NULL, *plan, args, NULL, false);
+	AtEOXact_GUC(true, guc_level);
+
 	for (int i = 0; i < NUM_USAGE_COLUMNS; i++)
 	{
 		if (SPI_gettypeid(portal->tupDesc, i + 1) != abp_usage_columns[i].type)

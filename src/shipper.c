@@ -53,6 +53,7 @@
 #include "server.h"
 #include "shipper.h"
 #include "usage.h"
+#include "wake.h"
 
 /* Advisory locks of SQL have 1 or 2 here: no session can name ours. */
 #define SHIP_LOCK_FIELD 3
@@ -1870,7 +1871,6 @@ work(const ShipScope *scope)
 	price_relids[2] = abp_extension_relation("service_tier_rule");
 	price_relids[3] = abp_extension_relation("price_source");
 	price_relids[4] = abp_extension_relation("usage_table");	/* attached with rows */
-	price_relids[4] = abp_extension_relation("usage_table");	/* attached with rows */
 
 	tables = current_tables(&armed);
 	MemoryContextSwitchTo(turn_context);
@@ -2026,6 +2026,7 @@ abp_ship(const ShipScope *scope)
 	limit_work = !scope->in_procedure;
 	gather();
 	collect_answers();
+	abp_wake_listen();
 	abp_ship_begin(scope);
 	departures = work(scope);
 	abp_ship_commit(scope);

@@ -446,15 +446,16 @@ abp_usage_judge(const UsageRow *row, const ServerOptions *server, RowState *verd
 }
 
 /*
- * Does a held row have a price by now?
+ * What keeps a held row from being priced by now, in the words of its outbox
+ * entry, palloc'd; NULL if nothing does.
  */
-bool
-abp_usage_has_price(const UsageRow *row)
+const char *
+abp_usage_missing_price(const UsageRow *row)
 {
 	PricedCost	cost;
 
 	price_row(row, &cost);
-	return cost.known;
+	return cost.known ? NULL : cost.missing;
 }
 
 /* --- collecting ids until the transaction commits -------------------------- */

@@ -53,6 +53,7 @@
 #include "server.h"
 #include "shipper.h"
 #include "usage.h"
+#include "wake.h"
 
 /* Advisory locks of SQL have 1 or 2 here: no session can name ours. */
 #define SHIP_LOCK_FIELD 3
@@ -1441,10 +1442,13 @@ rebuild(const UsageTable *table, const ServerOptions *server, void *arg)
 		abp_ledger_finish(delivery, "failed", "none of the rows could be sent again");
 }
 
-/* The rows of an unpriced entry that have a price by now. */
+/* The rows of an unpriced entry, looked at again. */
 typedef struct PriceLook
 {
-	IdSet		priced;
+	const OutboxEntry *entry;
+	IdSet		priced;			/* have a price by now */
+	List	   *others;			/* OutboxEntry *, of rows that have another
+								 * reason by now to wait */
 	MemoryContext context;
 } PriceLook;
 
@@ -1452,14 +1456,42 @@ static bool
 look_for_price(const UsageRow *row, Jsonb *whole, void *arg)
 {
 	PriceLook  *look = arg;
+	const char *missing = row->has_cost_nanos ? NULL : abp_usage_missing_price(row);
+	OutboxEntry *other = NULL;
+	MemoryContext old;
+	ListCell   *lc;
 
-	if (row->has_cost_nanos || abp_usage_has_price(row))
+	if (missing == NULL)
+	{
 		abp_idset_add(&look->priced, row->id, row->id, look->context);
+		return true;
+	}
+	if (look->entry->error != NULL && strcmp(missing, look->entry->error) == 0)
+		return true;
+
+	foreach(lc, look->others)
+	{
+		other = lfirst(lc);
+		if (strcmp(other->error, missing) == 0)
+			break;
+	}
+	old = MemoryContextSwitchTo(look->context);
+	if (lc == NULL)
+	{
+		other = palloc(sizeof(OutboxEntry));
+		*other = *look->entry;
+		memset(&other->ids, 0, sizeof(other->ids));
+		other->error = pstrdup(missing);
+		look->others = lappend(look->others, other);
+	}
+	abp_idset_add(&other->ids, row->id, row->id, look->context);
+	MemoryContextSwitchTo(old);
 	return true;
 }
 
 /*
- * Rows that wait for a price: price and release those that have one by now.
+ * Rows that wait for a price: price and release those that have one by now,
+ * and have the others say what they lack by now.
  */
 static void
 release_unpriced(const UsageTable *table, const ServerOptions *server, void *arg)
@@ -1469,11 +1501,13 @@ release_unpriced(const UsageTable *table, const ServerOptions *server, void *arg
 	for (int i = 0; i < UNPRICED_PER_TURN; i++)
 	{
 		OutboxEntry *entry = abp_outbox_next_unpriced(table->relid, &position->unpriced_cursor);
-		PriceLook	look = {.context = CurrentMemoryContext};
-		OutboxEntry out[2];
+		PriceLook	look = {.entry = entry,.context = CurrentMemoryContext};
+		OutboxEntry *out;
+		int			nout = 0;
 		int64		cursor;
 		TakenEntries entries;
-		IdSet		taken;
+		IdSet		rest;
+		ListCell   *lc;
 
 		CHECK_FOR_INTERRUPTS();
 
@@ -1488,24 +1522,39 @@ release_unpriced(const UsageTable *table, const ServerOptions *server, void *arg
 			look.priced = entry->ids;
 		else
 			abp_usage_read(table, &entry->ids, false, look_for_price, &look);
-		if (look.priced.nranges == 0)
+		if (look.priced.nranges == 0 && look.others == NIL)
 			continue;
 
 		cursor = entry->ids.ranges[0].first;
-		taken = abp_outbox_take(table->relid, OUTBOX_UNPRICED, DT_NOEND, &cursor,
-								abp_idset_count(&entry->ids), &entries);
-		if (!server->send_unpriced)
-			abp_usage_price_again(table, &look.priced);
+		rest = abp_outbox_take(table->relid, OUTBOX_UNPRICED, DT_NOEND, &cursor,
+							   abp_idset_count(&entry->ids), &entries);
 
-		out[0] = *entry;
-		out[0].ids = abp_idset_subtract(&taken, &look.priced);
-		out[1] = *entry;
-		out[1].ids = abp_idset_subtract(&taken, &out[0].ids);
-		out[1].state = OUTBOX_READY;
-		out[1].error = NULL;
-		abp_outbox_put(out, 2);
-		position->cursor = PG_INT64_MIN;
-		start_work_limit();
+		/* What has left the outbox meanwhile, deleted, stays out of it. */
+		out = palloc((2 + list_length(look.others)) * sizeof(OutboxEntry));
+		foreach(lc, look.others)
+		{
+			IdSet	   *ids = &((OutboxEntry *) lfirst(lc))->ids;
+			IdSet		without = abp_idset_subtract(&rest, ids);
+
+			out[nout] = *(OutboxEntry *) lfirst(lc);
+			out[nout++].ids = abp_idset_subtract(&rest, &without);
+			rest = without;
+		}
+		out[nout] = *entry;
+		out[nout++].ids = abp_idset_subtract(&rest, &look.priced);
+
+		if (look.priced.nranges > 0)
+		{
+			if (!server->send_unpriced)
+				abp_usage_price_again(table, &look.priced);
+			out[nout] = *entry;
+			out[nout].ids = abp_idset_subtract(&rest, &out[nout - 1].ids);
+			out[nout].state = OUTBOX_READY;
+			out[nout++].error = NULL;
+			position->cursor = PG_INT64_MIN;
+			start_work_limit();
+		}
+		abp_outbox_put(out, nout);
 	}
 	due_at(DT_NOBEGIN);
 }
@@ -1929,7 +1978,6 @@ work(const ShipScope *scope)
 	price_relids[2] = abp_extension_relation("service_tier_rule");
 	price_relids[3] = abp_extension_relation("price_source");
 	price_relids[4] = abp_extension_relation("usage_table");	/* attached with rows */
-	price_relids[4] = abp_extension_relation("usage_table");	/* attached with rows */
 
 	tables = current_tables(&armed);
 	MemoryContextSwitchTo(turn_context);
@@ -2085,6 +2133,7 @@ abp_ship(const ShipScope *scope)
 	limit_work = !scope->in_procedure;
 	gather();
 	collect_answers();
+	abp_wake_listen();
 	abp_ship_begin(scope);
 	departures = work(scope);
 	abp_ship_commit(scope);

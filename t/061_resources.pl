@@ -54,6 +54,18 @@ sub own_kb
 	return proc_kb('smaps_rollup', 'Pss_Anon');
 }
 
+# The most there has been of it since reset_peak.
+sub peak_kb
+{
+	return proc_kb('status', 'VmHWM') - proc_kb('status', 'RssShmem') - proc_kb('status', 'RssFile');
+}
+
+sub reset_peak
+{
+	append_to_file("/proc/$worker/clear_refs", '5');
+	return;
+}
+
 # What the worker has open.  Files of the database are kept open by PostgreSQL
 # up to max_files_per_process.  Connections to Polar are kept for reuse, at most
 # as many as requests are in flight.
@@ -267,8 +279,7 @@ for (my $left = $backlog; $left > 0; $left -= 1_000_000)
 }
 $node->worker_waits;
 
-# From here on the peak counts.
-append_to_file("/proc/$worker/clear_refs", '5');
+reset_peak();
 my $rest = own_kb();
 my $most = $rest;
 $node->safe_psql('postgres', 'SELECT aibilling.resume()');
@@ -284,7 +295,7 @@ while ($node->safe_psql('postgres', $settled) eq 'f')
 	  if $long && $samples++ % 50 == 0;
 	sleep 1 if $long;
 }
-my $peak = proc_kb('status', 'VmHWM') - proc_kb('status', 'RssShmem') - proc_kb('status', 'RssFile');
+my $peak = peak_kb();
 note "own memory: $rest kB, sampled up to $most kB, at its peak $peak kB";
 is($node->worker_pid, $worker, 'the same worker delivered the backlog');
 is($node->ledger('sum(inserted)::bigint + sum(duplicates)::bigint') - $delivered, $backlog, 'all of it');
@@ -297,6 +308,32 @@ SKIP:
 	cmp_ok(($peak - $rest) * 1024, '<', 3 * $batch_bytes * ($in_flight + 1) + 1024 * 1024,
 		'memory is bounded by what is in flight, not by what waits');
 }
+
+# Rows that are far wider than their events, all of it handed to a function.
+my $width = 100_000;
+$node->safe_psql('postgres', q{
+SELECT aibilling.pause();
+CREATE FUNCTION public.metadata(r jsonb) RETURNS jsonb LANGUAGE sql AS
+	$$SELECT jsonb_build_object('length', length(r->>'prompt'))$$;
+ALTER TABLE usage ADD prompt text;
+ALTER SERVER polar OPTIONS (ADD metadata_function 'public.metadata')});
+$node->insert_rows(300, prefix => 'wide_');
+$node->safe_psql('postgres',
+	"UPDATE usage SET prompt = repeat('x', $width) WHERE external_id LIKE 'wide%'");
+$node->worker_waits;
+$rest = own_kb();
+reset_peak();
+$node->safe_psql('postgres', 'SELECT aibilling.resume()');
+$node->wait_settled;
+$peak = peak_kb();
+note "own memory: $rest kB, with wide rows at its peak $peak kB";
+is($node->ledger('max(events)', 'id = (SELECT max(id) FROM aibilling.delivery)'), 300, 'one batch');
+SKIP:
+{
+	skip 'the process is not all its own', 1 unless $measurable;
+	cmp_ok(($peak - $rest) * 1024, '<', 150 * $width, 'of which few rows are in memory at a time');
+}
+$node->safe_psql('postgres', 'ALTER SERVER polar OPTIONS (DROP metadata_function)');
 $sink->kill_kill if $sink;
 
 #
@@ -319,6 +356,7 @@ SKIP:
 	mkdir "$disk/space";
 	$node->safe_psql('postgres', "CREATE TABLESPACE small LOCATION '$disk/space'");
 	$node->safe_psql('postgres', 'DELETE FROM aibilling.delivery');
+	$node->safe_psql('postgres', 'VACUUM FULL aibilling.delivery');
 	$node->safe_psql('postgres', "ALTER TABLE $_ SET TABLESPACE small")
 	  foreach 'aibilling.delivery', 'usage';
 	$node->insert_rows($rows, prefix => 'full_');

@@ -1828,13 +1828,8 @@ prepare_waiting(const UsageTable *table, const ServerOptions *server, bool suspe
 			continue;
 		if (shipment->retry_at > GetCurrentTimestamp())
 			due_at(shipment->retry_at);
-<<<<<<< HEAD
-		else if (lane_flying(lane) < capacity && take_quota(lane, server) &&
-				 !prepare_again(table, server, shipment))
-=======
 		else if (lane_has_room(lane, server) && take_quota(server) &&
-				 !guarded(prepare_again, table, server, shipment))
->>>>>>> e30a517d06046bc3126f58e84336bdd47a6d6686
+				 !prepare_again(table, server, shipment))
 		{
 			give_quota_back(server);
 			shipment->retry_at = in_ms(PROBE_MS);

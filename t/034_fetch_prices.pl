@@ -269,7 +269,7 @@ is( fetched("SELECT action, model, price_column, new_price, reason FROM aibillin
 # The network
 $polar->fault(kind => 'hang', times => 'always');
 $node->safe_psql('postgres', "ALTER SERVER narev OPTIONS (ADD timeout '200ms')");
-fails($fetch, qr/could not fetch prices from server "narev": timed out/, 'a timeout');
+fails($fetch, qr/could not fetch prices from server "narev": waiting for the answer timed out/, 'a timeout');
 $polar->clear_faults;
 my $closed = PolarServer->new;
 my $dead = $closed->url;

@@ -1396,7 +1396,7 @@ guarded(TableWork work, const UsageTable *table, const ServerOptions *server, vo
 							table->name, error->message),
 					 errhint("Mend the cause; delivery of the table resumes by itself.")));
 		if (error->sqlerrcode == ERRCODE_OUT_OF_MEMORY)
-			shrink_batches(lane_of(table->server), server);
+			shrink_batches(lane_of_table(table), server);
 		until = in_ms(is_transient(error->sqlerrcode) ? TRANSIENT_MS : PROBE_MS);
 		abp_usage_table_block(table->relid, error->message, until);
 		due_at(until);

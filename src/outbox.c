@@ -1280,6 +1280,45 @@ abp_server_state_by_role(void)
 	" LEFT JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace" \
 	" LEFT JOIN pg_catalog.pg_foreign_server s ON s.oid = t.serverid AND s.srvname = t.server"
 
+static void
+free_plans(ReadPlans *plans)
+{
+	SPIPlanPtr *all[4] = {&plans->by_range[0], &plans->by_range[1],
+	&plans->by_array[0], &plans->by_array[1]};
+
+	for (int i = 0; i < lengthof(all); i++)
+	{
+		if (*all[i] != NULL)
+			SPI_freeplan(*all[i]);
+		*all[i] = NULL;
+	}
+	if (plans->name != NULL)
+		pfree(plans->name);
+	plans->name = NULL;
+}
+
+/* Keep no plans for tables that are not attached any more. */
+static void
+forget_plans_except(List *tables)
+{
+	ListCell   *lc;
+
+	foreach(lc, read_plans)
+	{
+		ReadPlans  *plans = lfirst(lc);
+		bool		attached = false;
+		ListCell   *t;
+
+		foreach(t, tables)
+			attached |= ((UsageTable *) lfirst(t))->relid == plans->relid;
+		if (attached)
+			continue;
+		free_plans(plans);
+		pfree(plans);
+		read_plans = foreach_delete_current(read_plans, lc);
+	}
+}
+
 /*
  * All attached tables, as a list of UsageTable in the current memory context.
  * *armed: is this the database that was armed, rather than a copy of it?  A
@@ -1349,6 +1388,7 @@ abp_usage_tables(bool *armed)
 	}
 	SPI_finish();
 	abp_restore_user(&saved);
+	forget_plans_except(list);
 	return list;
 }
 
@@ -1664,17 +1704,7 @@ plans_of(const UsageTable *table)
 
 	if (plans->name == NULL || strcmp(plans->name, table->name) != 0)
 	{
-		SPIPlanPtr *stale[4] = {&plans->by_range[0], &plans->by_range[1],
-		&plans->by_array[0], &plans->by_array[1]};
-
-		for (int i = 0; i < lengthof(stale); i++)
-		{
-			if (*stale[i] != NULL)
-				SPI_freeplan(*stale[i]);
-			*stale[i] = NULL;
-		}
-		if (plans->name != NULL)
-			pfree(plans->name);
+		free_plans(plans);
 		plans->name = MemoryContextStrdup(TopMemoryContext, table->name);
 	}
 	return plans;

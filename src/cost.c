@@ -306,9 +306,8 @@ divide_rounded(int128 digits, int power)
 static inline int64
 count_value(const UsageCounts *counts, UsageCount count)
 {
-	if (counts->given[count])
-		return counts->value[count];
-	return count == COUNT_REQUEST ? 1 : 0;
+	return counts->value[count] +
+		(count == COUNT_REQUEST && !counts->given[count] ? 1 : 0);
 }
 
 /*
@@ -482,7 +481,7 @@ abp_cost_check(const UsageCounts *counts)
 	int64		signs = 0;
 
 	for (int i = 0; i < NUM_USAGE_COUNTS; i++)
-		signs |= count_value(counts, i);
+		signs |= counts->value[i];
 
 	if (signs >= 0 && counts->units == NULL &&
 		cached_tokens(counts) <= count_value(counts, COUNT_INPUT) &&

@@ -43,7 +43,7 @@ typedef enum UsageCount
 
 typedef struct UsageCounts
 {
-	int64		value[NUM_USAGE_COUNTS];
+	int64		value[NUM_USAGE_COUNTS];	/* 0 where not given */
 	bool		given[NUM_USAGE_COUNTS];	/* false: the column is NULL */
 	Jsonb	   *units;			/* further quantities by name, or NULL */
 } UsageCounts;

@@ -90,24 +90,22 @@ static void
 get_cost_arguments(FunctionCallInfo fcinfo, PriceRequest *request,
 				   UsageCounts *counts)
 {
-	static const uint8 count_args[NUM_USAGE_COUNTS] = {
-		[COUNT_INPUT] = COST_ARG_INPUT,
-		[COUNT_CACHE_READ] = COST_ARG_CACHE_READ,
-		[COUNT_CACHE_WRITE] = COST_ARG_CACHE_WRITE,
-		[COUNT_CACHE_WRITE_1H] = COST_ARG_CACHE_WRITE_1H,
-		[COUNT_OUTPUT] = COST_ARG_OUTPUT,
-		[COUNT_REASONING] = COST_ARG_REASONING,
-		[COUNT_REQUEST] = COST_ARG_REQUEST,
-		[COUNT_WEB_SEARCH] = COST_ARG_WEB_SEARCH
-	};
+#define SET_COUNT(count, n) \
+	do { \
+		counts->given[count] = !PG_ARGISNULL(n); \
+		counts->value[count] = PG_ARGISNULL(n) ? 0 : PG_GETARG_INT64(n); \
+	} while (0)
 
-	for (int i = 0; i < NUM_USAGE_COUNTS; i++)
-	{
-		int			n = count_args[i];
+	SET_COUNT(COUNT_INPUT, COST_ARG_INPUT);
+	SET_COUNT(COUNT_CACHE_READ, COST_ARG_CACHE_READ);
+	SET_COUNT(COUNT_CACHE_WRITE, COST_ARG_CACHE_WRITE);
+	SET_COUNT(COUNT_CACHE_WRITE_1H, COST_ARG_CACHE_WRITE_1H);
+	SET_COUNT(COUNT_OUTPUT, COST_ARG_OUTPUT);
+	SET_COUNT(COUNT_REASONING, COST_ARG_REASONING);
+	SET_COUNT(COUNT_REQUEST, COST_ARG_REQUEST);
+	SET_COUNT(COUNT_WEB_SEARCH, COST_ARG_WEB_SEARCH);
+#undef SET_COUNT
 
-		counts->given[i] = !PG_ARGISNULL(n);
-		counts->value[i] = counts->given[i] ? PG_GETARG_INT64(n) : 0;
-	}
 	counts->units = PG_ARGISNULL(COST_ARG_UNITS) ? NULL :
 		PG_GETARG_JSONB_P(COST_ARG_UNITS);
 

@@ -53,6 +53,7 @@
 #include "server.h"
 #include "shipper.h"
 #include "usage.h"
+#include "wake.h"
 
 /* Advisory locks of SQL have 1 or 2 here: no session can name ours. */
 #define SHIP_LOCK_FIELD 3
@@ -470,10 +471,20 @@ find_function(const char *name, Oid result, const ServerOptions *server, char **
 	return funcid;
 }
 
+/* Does waiting help: a lock, a deadlock, a full disk, too little memory? */
+static bool
+is_transient(int sqlerrcode)
+{
+	return sqlerrcode == ERRCODE_LOCK_NOT_AVAILABLE ||
+		ERRCODE_TO_CATEGORY(sqlerrcode) == ERRCODE_TRANSACTION_ROLLBACK ||
+		ERRCODE_TO_CATEGORY(sqlerrcode) == ERRCODE_INSUFFICIENT_RESOURCES;
+}
+
 /*
  * Call a user's function as its own owner.  Returns false, with the reason,
  * if it fails; its effects are rolled back then.  The result is copied to
- * the current memory context; NULL is (Datum) 0.
+ * the current memory context; NULL is (Datum) 0.  What passes by itself is
+ * raised: the row is not to blame.
  */
 static bool
 call_function(Oid funcid, const char *option, Jsonb *whole, Datum *result,
@@ -527,7 +538,8 @@ call_function(Oid funcid, const char *option, Jsonb *whole, Datum *result,
 
 		/* A cancel, or the end of the session, is not the function's fault. */
 		if (error->sqlerrcode == ERRCODE_QUERY_CANCELED ||
-			error->sqlerrcode == ERRCODE_ADMIN_SHUTDOWN)
+			error->sqlerrcode == ERRCODE_ADMIN_SHUTDOWN ||
+			is_transient(error->sqlerrcode))
 			ReThrowError(error);
 		*reason = psprintf("%s failed: %s", option, error->message);
 	}
@@ -613,8 +625,11 @@ abp_ship_call_functions(const ServerOptions *server, Jsonb *whole,
 	return true;
 }
 
-/* Append one row's event to the request, or set the row aside. */
-static void
+/*
+ * Append one row's event to the request, or set the row aside.  Returns
+ * whether there is room for more.
+ */
+static bool
 add_event(const UsageRow *row, Jsonb *whole, void *arg)
 {
 	Filling    *filling = arg;
@@ -627,23 +642,17 @@ add_event(const UsageRow *row, Jsonb *whole, void *arg)
 	char	   *failure = NULL;
 
 	abp_idset_add(&filling->seen, row->id, row->id, filling->context);
-	if (filling->left.nranges > 0)
-	{
-		abp_idset_add(&filling->left, row->id, row->id, filling->context);
-		return;
-	}
-
 	abp_usage_judge(row, filling->server, &verdict);
 	if (verdict.state != OUTBOX_READY)
 	{
 		set_aside(filling, row->id, &verdict);
-		return;
+		return true;
 	}
 	if (whole != NULL &&
 		!abp_ship_call_functions(filling->server, whole, &overrides, &failure))
 	{
 		reject(filling, row->id, failure);
-		return;
+		return true;
 	}
 
 	initStringInfo(&reason);
@@ -658,12 +667,14 @@ add_event(const UsageRow *row, Jsonb *whole, void *arg)
 	{
 		body->len = before;
 		abp_idset_add(&filling->left, row->id, row->id, filling->context);
+		return false;
 	}
 	else
 	{
 		delivery->event_ids[delivery->nevents++] = row->id;
 		abp_idset_add(&filling->sent, row->id, row->id, filling->context);
 	}
+	return true;
 }
 
 /*
@@ -685,19 +696,15 @@ fill_shipment(Shipment *shipment, const UsageTable *table,
 	OutboxEntry *back;
 	int			nback = 0;
 	ListCell   *lc;
-	IdSet		gone;
+	IdSet		unseen;
 	bool		whole;
 	MemoryContext old;
 
 	whole = server->event_name_function != NULL || server->metadata_function != NULL;
 
 	old = MemoryContextSwitchTo(shipment->context);
-	if (delivery->body.data == NULL)
-		initStringInfo(&delivery->body);
-	resetStringInfo(&delivery->body);
+	initStringInfo(&delivery->body);
 	delivery->nevents = 0;
-	if (delivery->event_ids != NULL)
-		pfree(delivery->event_ids);
 	delivery->event_ids = palloc(sizeof(int64) * Max(1, abp_idset_count(ids)));
 	MemoryContextSwitchTo(old);
 
@@ -705,8 +712,15 @@ fill_shipment(Shipment *shipment, const UsageTable *table,
 	abp_usage_read(table, ids, whole, add_event, &filling);
 	appendStringInfoString(&delivery->body, "]}");
 
-	gone = abp_idset_subtract(ids, &filling.seen);
-	delivery->vanished += abp_idset_count(&gone);
+	unseen = abp_idset_subtract(ids, &filling.seen);
+	if (filling.left.nranges == 0)
+		delivery->vanished += abp_idset_count(&unseen);
+	else
+	{
+		for (int i = 0; i < unseen.nranges; i++)
+			abp_idset_add(&filling.left, unseen.ranges[i].first,
+						  unseen.ranges[i].last, CurrentMemoryContext);
+	}
 
 	back = palloc0(sizeof(OutboxEntry) * (list_length(filling.exceptions) + 1));
 	foreach(lc, filling.exceptions)
@@ -842,6 +856,23 @@ give_back(Shipment *shipment, const char *error, bool burn_attempt)
 	drop_shipment(shipment);
 }
 
+/* Free a shipment's request, which is built anew before it is sent again. */
+static void
+forget_request(Shipment *shipment)
+{
+	Delivery   *delivery = &shipment->delivery;
+
+	if (shipment->request != NULL)
+		abp_http_release(shipment->request);
+	shipment->request = NULL;
+	if (delivery->body.data != NULL)
+		pfree(delivery->body.data);
+	delivery->body.data = NULL;
+	if (delivery->event_ids != NULL)
+		pfree(delivery->event_ids);
+	delivery->event_ids = NULL;
+}
+
 /*
  * Keep a delivery whose rows may have been stored, or are to be sent again:
  * at retry_at, not before its server allows it.
@@ -851,9 +882,7 @@ keep_for_retry(Shipment *shipment, TimestampTz retry_at, const char *error)
 {
 	shipment->stage = SHIPMENT_WAITING;
 	shipment->retry_at = retry_at;
-	if (shipment->request != NULL)
-		abp_http_release(shipment->request);
-	shipment->request = NULL;
+	forget_request(shipment);
 	abp_ledger_note(&shipment->delivery, error, retry_at);
 }
 
@@ -1253,15 +1282,6 @@ take_ids(const UsageTable *table, Position *position, int64 max_ids,
 	}
 }
 
-/* Does waiting help: a lock, a deadlock, a full disk, too little memory? */
-static bool
-is_transient(int sqlerrcode)
-{
-	return sqlerrcode == ERRCODE_LOCK_NOT_AVAILABLE ||
-		ERRCODE_TO_CATEGORY(sqlerrcode) == ERRCODE_TRANSACTION_ROLLBACK ||
-		ERRCODE_TO_CATEGORY(sqlerrcode) == ERRCODE_INSUFFICIENT_RESOURCES;
-}
-
 /*
  * Work of the worker on one table, which may run code of the owner's, ends
  * after WORK_MS.  A session in CALL sync() has its statement_timeout.
@@ -1390,9 +1410,12 @@ prepare_next(const UsageTable *table, const ServerOptions *server, void *arg)
 	}
 }
 
-/* Build a waiting shipment's request anew and enter another attempt. */
+/*
+ * Build a waiting shipment's request anew and enter another attempt, unless
+ * none of its rows is left.
+ */
 static void
-prepare_again(const UsageTable *table, const ServerOptions *server, void *arg)
+rebuild(const UsageTable *table, const ServerOptions *server, void *arg)
 {
 	Shipment   *shipment = arg;
 	Delivery   *delivery = &shipment->delivery;
@@ -1407,10 +1430,7 @@ prepare_again(const UsageTable *table, const ServerOptions *server, void *arg)
 		shipment->stage = SHIPMENT_PREPARED;
 	}
 	else
-	{
 		abp_ledger_finish(delivery, "failed", "none of the rows could be sent again");
-		drop_shipment(shipment);
-	}
 }
 
 /* The rows of an unpriced entry, looked at again. */
@@ -1423,7 +1443,7 @@ typedef struct PriceLook
 	MemoryContext context;
 } PriceLook;
 
-static void
+static bool
 look_for_price(const UsageRow *row, Jsonb *whole, void *arg)
 {
 	PriceLook  *look = arg;
@@ -1435,10 +1455,10 @@ look_for_price(const UsageRow *row, Jsonb *whole, void *arg)
 	if (missing == NULL)
 	{
 		abp_idset_add(&look->priced, row->id, row->id, look->context);
-		return;
+		return true;
 	}
 	if (look->entry->error != NULL && strcmp(missing, look->entry->error) == 0)
-		return;
+		return true;
 
 	foreach(lc, look->others)
 	{
@@ -1457,6 +1477,7 @@ look_for_price(const UsageRow *row, Jsonb *whole, void *arg)
 	}
 	abp_idset_add(&other->ids, row->id, row->id, look->context);
 	MemoryContextSwitchTo(old);
+	return true;
 }
 
 /*
@@ -1724,6 +1745,34 @@ fewest_errors_first(const ListCell *a, const ListCell *b)
 }
 
 /*
+ * The same, guarded.  What an error undoes in the tables must be as it was
+ * here, too: rows that went back to the outbox are the shipment's again.
+ */
+static bool
+prepare_again(const UsageTable *table, const ServerOptions *server, Shipment *shipment)
+{
+	Delivery   *delivery = &shipment->delivery;
+	Delivery	before = *delivery;
+
+	if (!guarded(rebuild, table, server, shipment))
+	{
+		shipment->stage = SHIPMENT_WAITING;
+		forget_request(shipment);
+		delivery->ids = before.ids;
+		delivery->nevents = before.nevents;
+		delivery->vanished = before.vanished;
+		delivery->attempts = before.attempts;
+		return false;
+	}
+
+	if (delivery->nevents == 0)
+		drop_shipment(shipment);
+	else if (before.ids.ranges != NULL)
+		pfree(before.ids.ranges);
+	return true;
+}
+
+/*
  * Prepare deliveries of a table whose time to be sent again has come.  While
  * it is uncertain that any request gets through, those that have met server
  * errors are suspect: they come after all others, because only the success
@@ -1749,7 +1798,7 @@ prepare_waiting(const UsageTable *table, const ServerOptions *server, int capaci
 		if (shipment->retry_at > GetCurrentTimestamp())
 			due_at(shipment->retry_at);
 		else if (lane_flying(lane) < capacity && take_quota(lane, server) &&
-				 !guarded(prepare_again, table, server, shipment))
+				 !prepare_again(table, server, shipment))
 		{
 			give_quota_back(lane, server);
 			shipment->retry_at = in_ms(PROBE_MS);
@@ -2073,6 +2122,7 @@ abp_ship(const ShipScope *scope)
 	limit_work = !scope->in_procedure;
 	gather();
 	collect_answers();
+	abp_wake_listen();
 	abp_ship_begin(scope);
 	departures = work(scope);
 	abp_ship_commit(scope);

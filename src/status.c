@@ -242,10 +242,11 @@ status_words(const UsageTable *table, bool armed, int worker_pid, int64 ready,
 	return words.data;
 }
 
-static void
+static bool
 note_oldest(const UsageRow *row, Jsonb *whole, void *arg)
 {
 	*(TimestampTz *) arg = row->occurred_at;
+	return true;
 }
 
 /*

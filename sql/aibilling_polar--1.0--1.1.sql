@@ -101,3 +101,6 @@ AS $$
 		CASE jsonb_typeof(m.value -> 'pricing') WHEN 'object'
 			THEN aibilling.catalogue_units(catalogue, m.value) || (m.value -> 'pricing') END, true) r
 $$;
+
+COMMENT ON FUNCTION aibilling.explain_cost(regclass, bigint) IS
+'How the cost of a stored usage row comes about by the prices of now, read with the rights of the caller. The amounts add up to the cost that is stored: if prices have been corrected since, bucket difference says by how much';

@@ -1,11 +1,21 @@
 \echo Use "ALTER EXTENSION aibilling_polar UPDATE TO '1.1'" to load this file. \quit
 
--- A role's own token is its own: what a server says to it is kept apart.
+-- What a server says to a role's own token is kept apart from what it says to
+-- the token that all share; and each pauses the delivery of his own tables.
 
 ALTER TABLE aibilling.server_state
-	ADD COLUMN role oid NOT NULL DEFAULT 0;
+	ADD COLUMN role oid NOT NULL DEFAULT 0,
+	DROP CONSTRAINT server_state_pkey,
+	ADD CONSTRAINT server_state_pkey PRIMARY KEY (server, role);
+COMMENT ON TABLE aibilling.server_state IS
+'Private: servers that are paused or wait after failures, for all or for one role, so that a restart does not forget it; shown by aibilling.status';
 COMMENT ON COLUMN aibilling.server_state.role IS
-'0: the state holds for all usage tables of the server; a role: for its usage tables, because it has a user mapping, or a pause, of its own';
+'The owner of usage tables, if the state is of the token in its own user mapping, or of its own pause; 0: of all others together';
+
+COMMENT ON FUNCTION aibilling.pause(name) IS
+'Sends nothing to the foreign server until aibilling.resume(); requests in flight end. NULL: all servers. By the owner of the server: nothing of anyone''s; by others: nothing from the usage tables that they own';
+COMMENT ON FUNCTION aibilling.resume(name) IS
+'Ends a pause, whether aibilling.pause() or the server''s answer began it, and every wait after failures, and tries at once. NULL: all servers. A pause of the whole server is ended by its owner only, one of usage tables by their owner';
 
 -- A list in another currency, or by other units, is not taken for one in USD by the token.
 

@@ -111,10 +111,14 @@ SELECT aibilling.resume('polar');
 SELECT aibilling.arm();
 SELECT * FROM aibilling.outbox_entry;
 SELECT * FROM aibilling.server_state;
--- Another table shares the server.
+-- Another table shares the server: its owner is not paused.
 SET ROLE regress_usage_owner;
 SELECT aibilling.pause('polar');
 SELECT aibilling.pause();
+RESET ROLE;
+SELECT usage_table, status LIKE 'paused: paused by regress_usage_owner%' AS paused FROM aibilling.status;
+SET ROLE regress_usage_owner;
+SELECT aibilling.resume('polar');
 SELECT usage_table, usage_id, state FROM aibilling.outbox;
 SET ROLE regress_usage_other;
 RESET ROLE;

@@ -86,6 +86,8 @@
 #include "utils/acl.h"
 #define abp_owns_table(relid, roleid) \
 	object_ownercheck(RelationRelationId, (relid), (roleid))
+#define abp_owns_server(serverid, roleid) \
+	object_ownercheck(ForeignServerRelationId, (serverid), (roleid))
 #define abp_owns_database(dbid, roleid) \
 	object_ownercheck(DatabaseRelationId, (dbid), (roleid))
 #define abp_may_execute(funcid, roleid) \
@@ -95,6 +97,7 @@
 #else
 #include "utils/acl.h"
 #define abp_owns_table(relid, roleid) pg_class_ownercheck((relid), (roleid))
+#define abp_owns_server(serverid, roleid) pg_foreign_server_ownercheck((serverid), (roleid))
 #define abp_owns_database(dbid, roleid) pg_database_ownercheck((dbid), (roleid))
 #define abp_server_aclcheck(serverid, roleid) \
 	pg_foreign_server_aclcheck((serverid), (roleid), ACL_USAGE)

@@ -132,18 +132,71 @@ abp_sql_preview(PG_FUNCTION_ARGS)
 
 /* --- pause, resume, retry, arm -------------------------------------------------- */
 
+/* What a caller may pause and resume of a server. */
+typedef struct ServerShare
+{
+	const char *server;
+	bool		whole;			/* all of it */
+	List	   *tables;			/* of UsageTable: those that he owns */
+	List	   *owners;			/* of these tables, as OIDs */
+} ServerShare;
+
 /*
- * Call "action" for a server, or for all of the caller's: the caller must own
- * every table attached to it.
+ * Whole servers are their owner's to operate.  Everybody else operates the
+ * delivery of his own tables: others that share the server go on.
+ */
+static ServerShare *
+share_of(const char *server, List *tables)
+{
+	ServerShare *share = palloc0(sizeof(ServerShare));
+	bool		owns_all = true;
+	ListCell   *lc;
+
+	share->server = server;
+	share->whole = superuser();
+	foreach(lc, tables)
+	{
+		UsageTable *table = lfirst(lc);
+
+		if (strcmp(table->server, server) != 0)
+			continue;
+		if (OidIsValid(table->serverid) && abp_owns_server(table->serverid, GetUserId()))
+			share->whole = true;
+		if (!OidIsValid(table->owner))
+			continue;
+		if (abp_owns_table(table->relid, GetUserId()))
+		{
+			share->tables = lappend(share->tables, table);
+			share->owners = list_append_unique_oid(share->owners, table->owner);
+		}
+		else
+			owns_all = false;
+	}
+
+	/* Before 1.1 a pause can only be one of all tables. */
+	if (!share->whole && share->tables != NIL && !abp_server_state_by_role())
+	{
+		if (!owns_all)
+			ereport(ERROR,
+					(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+					 errmsg("others have usage tables attached to server \"%s\" too", server),
+					 errhint("To pause and resume your own ones, the extension must be updated: ALTER EXTENSION aibilling_polar UPDATE.")));
+		share->whole = true;
+	}
+	return share;
+}
+
+/*
+ * Call "action" for a server, or for all that have tables attached: for what
+ * the caller may operate of them.
  */
 static void
-for_servers(FunctionCallInfo fcinfo, void (*action) (const char *server))
+for_servers(FunctionCallInfo fcinfo, void (*action) (const ServerShare *share))
 {
 	const char *wanted = PG_ARGISNULL(0) ? NULL : NameStr(*PG_GETARG_NAME(0));
 	bool		armed;
 	List	   *tables = abp_usage_tables(&armed);
 	List	   *done = NIL;
-	bool		found = false;
 	bool		acted = false;
 	ListCell   *lc;
 
@@ -153,50 +206,73 @@ for_servers(FunctionCallInfo fcinfo, void (*action) (const char *server))
 	foreach(lc, tables)
 	{
 		UsageTable *table = lfirst(lc);
-		bool		mine = true;
-		ListCell   *other;
+		ServerShare *share;
 
 		if ((wanted != NULL && strcmp(wanted, table->server) != 0) ||
 			list_member(done, makeString(table->server)))
 			continue;
-		found = true;
-		foreach(other, tables)
-		{
-			UsageTable *sharing = lfirst(other);
-
-			if (strcmp(sharing->server, table->server) == 0 && OidIsValid(sharing->owner) &&
-				!abp_owns_table(sharing->relid, GetUserId()))
-				mine = false;
-		}
-		if (mine)
-		{
-			action(table->server);
-			acted = true;
-		}
-		else if (wanted != NULL)
-			ereport(ERROR,
-					(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
-					 errmsg("must be owner of every usage table attached to server \"%s\"", wanted)));
 		done = lappend(done, makeString(table->server));
+		share = share_of(table->server, tables);
+		if (!share->whole && share->tables == NIL)
+			continue;
+		action(share);
+		acted = true;
 	}
 
-	if (found && !acted)
-		ereport(ERROR,
-				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
-				 errmsg("must be owner of every usage table attached to a server")));
-	if (wanted != NULL && !found)
+	if (wanted != NULL && done == NIL)
 		ereport(ERROR,
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 				 errmsg("no usage table is attached to server \"%s\"", wanted)));
+	if (done != NIL && !acted)
+		ereport(ERROR,
+				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+				 wanted == NULL ?
+				 errmsg("must be owner of a server or of a usage table attached to one") :
+				 errmsg("must be owner of server \"%s\" or of a usage table attached to it",
+						wanted)));
 	abp_wake_at_commit();
 }
 
 static void
-pause_server(const char *server)
+pause_server(const ServerShare *share)
 {
-	abp_server_state_save(server, "operator",
-						  psprintf("paused by %s", GetUserNameFromId(GetUserId(), false)),
-						  0, DT_NOBEGIN);
+	const char *reason = psprintf("paused by %s", GetUserNameFromId(GetUserId(), false));
+	ListCell   *lc;
+
+	if (share->whole)
+		abp_server_state_save(share->server, InvalidOid, "operator", reason, 0, DT_NOBEGIN);
+	else
+		foreach(lc, share->owners)
+			abp_server_state_save(share->server, lfirst_oid(lc), "operator", reason, 0, DT_NOBEGIN);
+}
+
+static void
+resume_server(const ServerShare *share)
+{
+	bool		armed;
+	ListCell   *lc;
+
+	/* The server may be tried again by all that use it. */
+	abp_server_resume(share->server, InvalidOid, share->whole);
+	foreach(lc, share->owners)
+		abp_server_resume(share->server, lfirst_oid(lc), true);
+	foreach(lc, share->tables)
+		abp_usage_table_unblock(((UsageTable *) lfirst(lc))->relid);
+
+	foreach(lc, abp_usage_tables(&armed))
+	{
+		UsageTable *table = lfirst(lc);
+
+		if (table->paused_by_operator && strcmp(table->server, share->server) == 0 &&
+			list_member_oid(share->owners, table->owner))
+		{
+			ereport(WARNING,
+					(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+					 errmsg("server \"%s\" stays paused: %s", share->server, table->pause_reason),
+					 errhint("That pause is one of the whole server; only its owner or a superuser can end it.")));
+			break;
+		}
+	}
 }
 
 /*
@@ -215,7 +291,7 @@ abp_sql_pause(PG_FUNCTION_ARGS)
 Datum
 abp_sql_resume(PG_FUNCTION_ARGS)
 {
-	for_servers(fcinfo, abp_server_resume);
+	for_servers(fcinfo, resume_server);
 	PG_RETURN_VOID();
 }
 

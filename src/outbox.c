@@ -1253,6 +1253,34 @@ abp_ledger_recent_requests(const char *server, int limit)
 /* --- usage tables and servers --------------------------------------------- */
 
 /*
+ * Is the state of a server kept by role?  Not before the extension's 1.1,
+ * whose update waits for transactions that have asked.
+ */
+bool
+abp_server_state_by_role(void)
+{
+	Relation	rel = table_open(abp_extension_relation("server_state"), AccessShareLock);
+	bool		by_role = get_attnum(RelationGetRelid(rel), "role") != InvalidAttrNumber;
+
+	table_close(rel, NoLock);
+	return by_role;
+}
+
+/* The attached tables, with the state "st" of their server, and who "o" has paused it. */
+#define USAGE_TABLES(role) \
+	"SELECT t.usage::pg_catalog.oid, c.relowner," \
+	" pg_catalog.quote_ident(n.nspname) || '.' || pg_catalog.quote_ident(c.relname)," \
+	" t.server, s.oid, o.reason, st.paused, st.reason, st.failures::pg_catalog.int8," \
+	" st.not_before, t.blocked_until, t.blocked_reason," \
+	" NOT EXISTS (SELECT FROM aibilling.database_identity) OR EXISTS" \
+	" (SELECT FROM aibilling.database_identity i" \
+	" WHERE i.system_identifier = $1 AND i.database = $2), " role \
+	" FROM aibilling.usage_table t" \
+	" LEFT JOIN pg_catalog.pg_class c ON c.oid = t.usage::pg_catalog.oid" \
+	" LEFT JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace" \
+	" LEFT JOIN pg_catalog.pg_foreign_server s ON s.oid = t.serverid AND s.srvname = t.server"
+
+/*
  * All attached tables, as a list of UsageTable in the current memory context.
  * *armed: is this the database that was armed, rather than a copy of it?  A
  * copy has another system identifier or another OID.
@@ -1260,21 +1288,25 @@ abp_ledger_recent_requests(const char *server, int limit)
 List	   *
 abp_usage_tables(bool *armed)
 {
-	static Statement tables = {
-		"SELECT t.usage::pg_catalog.oid, c.relowner,"
-		" pg_catalog.quote_ident(n.nspname) || '.' || pg_catalog.quote_ident(c.relname),"
-		" t.server, s.oid, st.paused, st.reason, st.failures::pg_catalog.int8,"
-		" st.not_before, t.blocked_until, t.blocked_reason,"
-		" NOT EXISTS (SELECT FROM aibilling.database_identity) OR EXISTS"
-		" (SELECT FROM aibilling.database_identity i"
-		" WHERE i.system_identifier = $1 AND i.database = $2)"
-		" FROM aibilling.usage_table t"
-		" LEFT JOIN pg_catalog.pg_class c ON c.oid = t.usage::pg_catalog.oid"
-		" LEFT JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace"
-		" LEFT JOIN pg_catalog.pg_foreign_server s ON s.oid = t.serverid AND s.srvname = t.server"
-		" LEFT JOIN aibilling.server_state st ON st.server = t.server"
-		" ORDER BY t.usage::pg_catalog.oid",
-		2, {INT8OID, OIDOID}
+	static Statement tables[2] = {
+		{
+			USAGE_TABLES("0::pg_catalog.oid")
+			" LEFT JOIN aibilling.server_state st ON st.server = t.server"
+			" LEFT JOIN aibilling.server_state o ON o.server = t.server AND o.paused = 'operator'"
+			" ORDER BY t.usage::pg_catalog.oid",
+			2, {INT8OID, OIDOID}
+		},
+		{
+			USAGE_TABLES("coalesce(m.umuser, 0)")
+			" LEFT JOIN pg_catalog.pg_user_mappings m ON m.srvid = s.oid AND m.umuser = c.relowner"
+			" LEFT JOIN aibilling.server_state st ON st.server = t.server"
+			" AND st.role = coalesce(m.umuser, 0)"
+			" LEFT JOIN LATERAL (SELECT o.paused, o.reason FROM aibilling.server_state o"
+			" WHERE o.server = t.server AND o.role IN (0, c.relowner) AND o.paused = 'operator'"
+			" ORDER BY o.role LIMIT 1) o ON true"
+			" ORDER BY t.usage::pg_catalog.oid",
+			2, {INT8OID, OIDOID}
+		}
 	};
 	Datum		values[2] = {
 		Int64GetDatum((int64) GetSystemIdentifier()), ObjectIdGetDatum(MyDatabaseId)
@@ -1286,28 +1318,30 @@ abp_usage_tables(bool *armed)
 
 	abp_become_extension_owner(&saved);
 	SPI_connect();
-	n = run(&tables, values, NULL);
+	n = run(&tables[abp_server_state_by_role()], values, NULL);
 	*armed = true;
 	for (uint64 i = 0; i < n; i++)
 	{
 		UsageTable *table = MemoryContextAllocZero(caller, sizeof(UsageTable));
-		char	   *paused = result_string(i, 6, caller);
+		char	   *paused_by = result_string(i, 6, caller);
+		char	   *paused = result_string(i, 7, caller);
 		MemoryContext spi;
 		bool		isnull;
 
-		*armed = DatumGetBool(result_datum(i, 12, &isnull));
 		table->relid = result_oid(i, 1);
 		table->owner = result_oid(i, 2);
 		table->name = result_string(i, 3, caller);
 		table->server = result_string(i, 4, caller);
 		table->serverid = result_oid(i, 5);
-		table->paused_by_operator = paused != NULL && strcmp(paused, "operator") == 0;
+		table->paused_by_operator = paused_by != NULL;
 		table->paused_by_answer = paused != NULL && strcmp(paused, "answer") == 0;
-		table->pause_reason = result_string(i, 7, caller);
-		table->failures = result_int64(i, 8, 0);
-		table->not_before = result_int64(i, 9, DT_NOBEGIN);
-		table->blocked_until = result_int64(i, 10, DT_NOBEGIN);
-		table->blocked_reason = result_string(i, 11, caller);
+		table->pause_reason = paused_by != NULL ? paused_by : result_string(i, 8, caller);
+		table->failures = result_int64(i, 9, 0);
+		table->not_before = result_int64(i, 10, DT_NOBEGIN);
+		table->blocked_until = result_int64(i, 11, DT_NOBEGIN);
+		table->blocked_reason = result_string(i, 12, caller);
+		*armed = DatumGetBool(result_datum(i, 13, &isnull));
+		table->role = result_oid(i, 14);
 
 		spi = MemoryContextSwitchTo(caller);
 		list = lappend(list, table);
@@ -1446,34 +1480,45 @@ abp_usage_table_unblock(Oid relid)
 	tell_shipper();
 }
 
+#define SAVE_STATE(column, value, key) \
+	"INSERT INTO aibilling.server_state AS st" \
+	" (server, paused, reason, failures, not_before, changed_at" column ")" \
+	" VALUES ($1, $2, $3, $4, $5, pg_catalog.clock_timestamp()" value ")" \
+	" ON CONFLICT (" key ") DO UPDATE SET" \
+	" paused = CASE WHEN st.paused = 'operator' THEN st.paused ELSE excluded.paused END," \
+	" reason = CASE WHEN st.paused = 'operator' THEN st.reason ELSE excluded.reason END," \
+	" failures = excluded.failures," \
+	" not_before = excluded.not_before, changed_at = excluded.changed_at"
+
 /*
- * Keep a server's state: paused (NULL, "operator", "answer"), why, how many
- * failures in a row, and when to try again (DT_NOBEGIN: at once).  An
- * operator's pause stays until abp_server_resume.
+ * Keep a server's state, of one role or InvalidOid: paused (NULL, "operator",
+ * "answer"), why, how many failures in a row, and when to try again
+ * (DT_NOBEGIN: at once).  An operator's pause stays until abp_server_resume.
+ * Without abp_server_state_by_role there is InvalidOid only.
  */
 void
-abp_server_state_save(const char *server, const char *paused, const char *reason,
+abp_server_state_save(const char *server, Oid role, const char *paused, const char *reason,
 					  int failures, TimestampTz not_before)
 {
-	static Statement save = {
-		"INSERT INTO aibilling.server_state AS st"
-		" (server, paused, reason, failures, not_before, changed_at)"
-		" VALUES ($1, $2, $3, $4, $5, pg_catalog.clock_timestamp())"
-		" ON CONFLICT (server) DO UPDATE SET"
-		" paused = CASE WHEN st.paused = 'operator' THEN st.paused ELSE excluded.paused END,"
-		" reason = CASE WHEN st.paused = 'operator' THEN st.reason ELSE excluded.reason END,"
-		" failures = excluded.failures,"
-		" not_before = excluded.not_before, changed_at = excluded.changed_at",
-		5, {NAMEOID, TEXTOID, TEXTOID, INT4OID, TIMESTAMPTZOID}
+	static Statement save[2] = {
+		{
+			SAVE_STATE("", "", "server"),
+			5, {NAMEOID, TEXTOID, TEXTOID, INT4OID, TIMESTAMPTZOID}
+		},
+		{
+			SAVE_STATE(", role", ", $6", "server, role"),
+			6, {NAMEOID, TEXTOID, TEXTOID, INT4OID, TIMESTAMPTZOID, OIDOID}
+		}
 	};
-	Datum		values[5] = {
+	Datum		values[6] = {
 		DirectFunctionCall1(namein, CStringGetDatum(server)),
 		paused == NULL ? (Datum) 0 : CStringGetTextDatum(paused),
 		reason == NULL ? (Datum) 0 : PointerGetDatum(error_text(reason)),
 		Int32GetDatum(failures),
-		TimestampTzGetDatum(not_before)
+		TimestampTzGetDatum(not_before),
+		ObjectIdGetDatum(role)
 	};
-	char		nulls[6] = "     ";
+	char		nulls[7] = "      ";
 
 	if (paused == NULL)
 		nulls[1] = 'n';
@@ -1482,33 +1527,36 @@ abp_server_state_save(const char *server, const char *paused, const char *reason
 	if (TIMESTAMP_NOT_FINITE(not_before))
 		nulls[4] = 'n';
 
-	run_alone(&save, values, nulls);
+	run_alone(&save[abp_server_state_by_role()], values, nulls);
 	tell_shipper();
 }
 
+#define RESUME \
+	"DELETE FROM aibilling.server_state st WHERE st.server = $1" \
+	" AND ($2 OR st.paused IS DISTINCT FROM 'operator')"
+
 /*
- * Clear a server's pause and its waits, and those of its tables.
+ * Clear a server's waits and the pause that its answer began, of one role or
+ * InvalidOid; by_operator: an operator's pause too.
  */
 void
-abp_server_resume(const char *server)
+abp_server_resume(const char *server, Oid role, bool by_operator)
 {
-	static Statement resume = {
-		"DELETE FROM aibilling.server_state st WHERE st.server = $1", 1, {NAMEOID}
+	static Statement resume[2] = {
+		{
+			RESUME, 2, {NAMEOID, BOOLOID}
+		},
+		{
+			RESUME " AND st.role = $3", 3, {NAMEOID, BOOLOID, OIDOID}
+		}
 	};
-	static Statement unblock = {
-		"UPDATE aibilling.usage_table SET blocked_reason = NULL, blocked_until = NULL"
-		" WHERE server = $1 AND blocked_reason IS NOT NULL",
-		1, {NAMEOID}
+	Datum		values[3] = {
+		DirectFunctionCall1(namein, CStringGetDatum(server)),
+		BoolGetDatum(by_operator),
+		ObjectIdGetDatum(role)
 	};
-	Datum		values[1] = {DirectFunctionCall1(namein, CStringGetDatum(server))};
-	SavedUser	saved;
 
-	abp_become_extension_owner(&saved);
-	SPI_connect();
-	run(&resume, values, NULL);
-	run(&unblock, values, NULL);
-	SPI_finish();
-	abp_restore_user(&saved);
+	run_alone(&resume[abp_server_state_by_role()], values, NULL);
 	tell_shipper();
 }
 

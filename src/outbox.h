@@ -58,6 +58,8 @@ typedef struct UsageTable
 	char	   *name;			/* schema-qualified and quoted */
 	char	   *server;
 	Oid			serverid;		/* InvalidOid: no such server */
+	Oid			role;			/* the owner, if it has a user mapping of its
+								 * own there, else InvalidOid */
 	bool		paused_by_operator;
 	bool		paused_by_answer;
 	char	   *pause_reason;
@@ -145,10 +147,11 @@ extern void abp_usage_table_forget(Oid relid);
 extern void abp_usage_table_block(Oid relid, const char *reason,
 								  TimestampTz until);
 extern void abp_usage_table_unblock(Oid relid);
-extern void abp_server_state_save(const char *server, const char *paused,
+extern bool abp_server_state_by_role(void);
+extern void abp_server_state_save(const char *server, Oid role, const char *paused,
 								  const char *reason, int failures,
 								  TimestampTz not_before);
-extern void abp_server_resume(const char *server);
+extern void abp_server_resume(const char *server, Oid role, bool by_operator);
 extern void abp_database_arm(bool only_first);
 extern void abp_database_check_timeline(void);
 

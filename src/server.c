@@ -1309,6 +1309,17 @@ abp_forget_token(char *token)
 }
 
 /*
+ * Has a role a user mapping of its own on a server?
+ */
+bool
+abp_server_is_mapped(Oid serverid, Oid role)
+{
+	return SearchSysCacheExists2(USERMAPPINGUSERSERVER,
+								 ObjectIdGetDatum(role),
+								 ObjectIdGetDatum(serverid));
+}
+
+/*
  * Returns the token of the user mapping that holds for usage_owner, NULL if
  * there is none.  GetUserMapping() would raise where there is no mapping.
  */

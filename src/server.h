@@ -49,5 +49,6 @@ extern const ServerOptions *abp_server_options(Oid serverid);
 extern char *abp_server_token(const ServerOptions *server, Oid usage_owner,
 							  StringInfo reason);
 extern void abp_forget_token(char *token);
+extern bool abp_server_is_mapped(Oid serverid, Oid role);
 
 #endif							/* ABP_SERVER_H */

@@ -107,10 +107,15 @@
 #define RESTART_SHARE 20
 #define RESTART_MS (10 * 1000)	/* at the latest, when there is always more */
 
-/* What is known of a server, for the life of the process. */
+/*
+ * What is known of a server, for the life of the process: of what it says to
+ * the token that all share and, apart from that, to each role's own.
+ */
 typedef struct Lane
 {
 	char		server[NAMEDATALEN];
+	Oid			role;			/* with a user mapping of its own; InvalidOid:
+								 * the others together */
 	int			shipments;		/* unsettled, in flight or waiting */
 	int			failures;		/* in a row */
 	TimestampTz not_before;
@@ -118,7 +123,9 @@ typedef struct Lane
 	uint32		refused_token;	/* hash of the token that was refused, 0: none */
 	TimestampTz last_success;
 	int			batch_size;		/* adapted to slow answers; 0: as configured */
-	int64		tokens;			/* request quota, in thousandths */
+
+	/* the server's request quota, with role InvalidOid only */
+	int64		tokens;			/* in thousandths */
 	TimestampTz tokens_at;		/* 0: not read from the ledger yet */
 } Lane;
 
@@ -338,7 +345,7 @@ abp_ship_reset(void)
 }
 
 static Lane *
-lane_of(const char *server)
+lane_of(const char *server, Oid role)
 {
 	MemoryContext old;
 	ListCell   *lc;
@@ -347,17 +354,34 @@ lane_of(const char *server)
 	foreach(lc, lanes)
 	{
 		lane = lfirst(lc);
-		if (strcmp(lane->server, server) == 0)
+		if (lane->role == role && strcmp(lane->server, server) == 0)
 			return lane;
 	}
 
 	old = MemoryContextSwitchTo(ship_context);
 	lane = palloc0(sizeof(Lane));
 	strlcpy(lane->server, server, NAMEDATALEN);
+	lane->role = role;
 	lane->not_before = DT_NOBEGIN;
 	lanes = lappend(lanes, lane);
 	MemoryContextSwitchTo(old);
 	return lane;
+}
+
+static Lane *
+lane_of_table(const UsageTable *table)
+{
+	return lane_of(table->server, table->role);
+}
+
+/* A lane in messages. */
+static const char *
+lane_name(const Lane *lane)
+{
+	const char *role = OidIsValid(lane->role) ? GetUserNameFromId(lane->role, true) : NULL;
+
+	return role == NULL ? psprintf("server \"%s\"", lane->server) :
+		psprintf("server \"%s\" by the user mapping for %s", lane->server, quote_identifier(role));
 }
 
 static Position *
@@ -386,7 +410,7 @@ position_of(Oid usage_table)
 }
 
 static Shipment *
-new_shipment(const char *server)
+new_shipment(Lane *lane)
 {
 	MemoryContext context = AllocSetContextCreate(ship_context, "aibilling shipment",
 												  ALLOCSET_DEFAULT_SIZES);
@@ -394,8 +418,8 @@ new_shipment(const char *server)
 	MemoryContext old = MemoryContextSwitchTo(ship_context);
 
 	shipment->context = context;
-	shipment->lane = lane_of(server);
-	shipment->delivery.server = MemoryContextStrdup(context, server);
+	shipment->lane = lane;
+	shipment->delivery.server = MemoryContextStrdup(context, lane->server);
 	shipments = lappend(shipments, shipment);
 	shipment->lane->shipments++;
 	MemoryContextSwitchTo(old);
@@ -785,7 +809,7 @@ put_back(Shipment *shipment, IdSet ids, char state, TimestampTz not_before,
 static void
 save_lane(Lane *lane, const char *reason)
 {
-	abp_server_state_save(lane->server, lane->paused_by_answer ? "answer" : NULL,
+	abp_server_state_save(lane->server, lane->role, lane->paused_by_answer ? "answer" : NULL,
 						  reason, lane->failures, lane->not_before);
 }
 
@@ -808,7 +832,7 @@ back_off(Lane *lane, int64 ms, const char *reason)
 	if (lane->failures == 0 && !lane->paused_by_answer)
 		ereport(WARNING,
 				(errcode(ERRCODE_CONNECTION_EXCEPTION),
-				 errmsg("could not deliver usage to server \"%s\": %s", lane->server, reason),
+				 errmsg("could not deliver usage to %s: %s", lane_name(lane), reason),
 				 errdetail("Delivery is tried again in %d seconds, and then more and more rarely.",
 						   (int) ((ms + 999) / 1000))));
 	lane->failures++;
@@ -823,7 +847,7 @@ pause_lane(Lane *lane, const char *reason)
 	if (!lane->paused_by_answer)
 		ereport(WARNING,
 				(errcode(ERRCODE_CONNECTION_EXCEPTION),
-				 errmsg("delivery to server \"%s\" is paused: %s", lane->server, reason),
+				 errmsg("delivery to %s is paused: %s", lane_name(lane), reason),
 				 errhint("Mend the server's options or its access token; delivery resumes by itself then, or with aibilling.resume().")));
 	lane->paused_by_answer = true;
 	lane->not_before = in_ms(PROBE_MS);
@@ -839,7 +863,7 @@ lane_succeeded(Lane *lane)
 		return;
 
 	ereport(LOG,
-			(errmsg("delivery to server \"%s\" works again", lane->server)));
+			(errmsg("delivery to %s works again", lane_name(lane))));
 	lane->failures = 0;
 	lane->paused_by_answer = false;
 	lane->refused_token = 0;
@@ -901,7 +925,7 @@ static void
 halve(Shipment *shipment, const char *error)
 {
 	Delivery   *delivery = &shipment->delivery;
-	Shipment   *half = new_shipment(delivery->server);
+	Shipment   *half = new_shipment(shipment->lane);
 	MemoryContext old = MemoryContextSwitchTo(half->context);
 
 	half->delivery.usage_table = delivery->usage_table;
@@ -1128,10 +1152,11 @@ settle(Shipment *shipment, const ServerOptions *server)
 
 /* --- what is to be sent ------------------------------------------------------ */
 
-/* May a request be made now, by the limit of requests per minute? */
+/* May a request be made now, by the server's limit of requests per minute? */
 static bool
-take_quota(Lane *lane, const ServerOptions *server)
+take_quota(const ServerOptions *server)
 {
+	Lane	   *lane = lane_of(server->name, InvalidOid);
 	int64		full = (int64) server->requests_per_minute * 1000;
 	TimestampTz now = GetCurrentTimestamp();
 
@@ -1155,27 +1180,10 @@ take_quota(Lane *lane, const ServerOptions *server)
 }
 
 static void
-give_quota_back(Lane *lane, const ServerOptions *server)
+give_quota_back(const ServerOptions *server)
 {
 	if (server->requests_per_minute > 0)
-		lane->tokens += 1000;
-}
-
-/* How many requests to this server are in flight, or about to be? */
-static int
-lane_flying(const Lane *lane)
-{
-	int			flying = 0;
-	ListCell   *lc;
-
-	foreach(lc, shipments)
-	{
-		Shipment   *shipment = lfirst(lc);
-
-		if (shipment->lane == lane && shipment->stage != SHIPMENT_WAITING)
-			flying++;
-	}
-	return flying;
+		lane_of(server->name, InvalidOid)->tokens += 1000;
 }
 
 /* Wait no longer for a server, nor for the retries of its deliveries. */
@@ -1237,6 +1245,28 @@ static int
 lane_capacity(const Lane *lane, const ServerOptions *server)
 {
 	return lane->failures > 0 || lane->paused_by_answer ? 1 : server->max_in_flight;
+}
+
+/* Could another request fly?  Those about to fly count. */
+static bool
+lane_has_room(const Lane *lane, const ServerOptions *server)
+{
+	int			in_lane = 0;
+	int			to_server = 0;
+	ListCell   *lc;
+
+	foreach(lc, shipments)
+	{
+		Shipment   *shipment = lfirst(lc);
+
+		if (shipment->stage == SHIPMENT_WAITING)
+			continue;
+		if (shipment->lane == lane)
+			in_lane++;
+		if (strcmp(shipment->lane->server, lane->server) == 0)
+			to_server++;
+	}
+	return in_lane < lane_capacity(lane, server) && to_server < server->max_in_flight;
 }
 
 /*
@@ -1379,7 +1409,7 @@ static void
 prepare_next(const UsageTable *table, const ServerOptions *server, void *arg)
 {
 	NextBatch  *next = arg;
-	Lane	   *lane = lane_of(table->server);
+	Lane	   *lane = lane_of_table(table);
 	Delivery   *delivery;
 	TakenEntries entries;
 	int			size = lane->batch_size > 0 ? Min(lane->batch_size, server->batch_size) :
@@ -1390,7 +1420,7 @@ prepare_next(const UsageTable *table, const ServerOptions *server, void *arg)
 		return;
 
 	next->found = true;
-	next->shipment = new_shipment(table->server);
+	next->shipment = new_shipment(lane);
 	delivery = &next->shipment->delivery;
 	delivery->usage_table = table->relid;
 	delivery->prior_attempts = entries.attempts;
@@ -1550,6 +1580,21 @@ release_unpriced(const UsageTable *table, const ServerOptions *server, void *arg
 	due_at(DT_NOBEGIN);
 }
 
+static UsageTable *
+find_table(List *tables, Oid relid)
+{
+	ListCell   *lc;
+
+	foreach(lc, tables)
+	{
+		UsageTable *table = lfirst(lc);
+
+		if (table->relid == relid)
+			return table;
+	}
+	return NULL;
+}
+
 /* Take over what an earlier shipper has left unsettled. */
 static void
 recover(List *tables)
@@ -1562,7 +1607,9 @@ recover(List *tables)
 	foreach(lc, unsettled)
 	{
 		Delivery   *left = lfirst(lc);
-		Shipment   *shipment = new_shipment(left->server);
+		UsageTable *table = find_table(tables, left->usage_table);
+		Shipment   *shipment =
+		new_shipment(lane_of(left->server, table == NULL ? InvalidOid : table->role));
 		char	   *server = shipment->delivery.server;
 
 		shipment->delivery = *left;
@@ -1582,7 +1629,7 @@ recover(List *tables)
 	foreach(lc, tables)
 	{
 		UsageTable *table = lfirst(lc);
-		Lane	   *lane = lane_of(table->server);
+		Lane	   *lane = lane_of_table(table);
 
 		lane->failures = table->failures;
 		lane->not_before = table->not_before;
@@ -1600,7 +1647,7 @@ notice_resumed(List *tables)
 	foreach(lc, tables)
 	{
 		UsageTable *table = lfirst(lc);
-		Lane	   *lane = lane_of(table->server);
+		Lane	   *lane = lane_of_table(table);
 
 		if (TIMESTAMP_NOT_FINITE(table->not_before) && !TIMESTAMP_NOT_FINITE(lane->not_before))
 		{
@@ -1609,21 +1656,6 @@ notice_resumed(List *tables)
 			try_now(lane);
 		}
 	}
-}
-
-static UsageTable *
-find_table(List *tables, Oid relid)
-{
-	ListCell   *lc;
-
-	foreach(lc, tables)
-	{
-		UsageTable *table = lfirst(lc);
-
-		if (table->relid == relid)
-			return table;
-	}
-	return NULL;
 }
 
 /* Options of a table's server; NULL without a server to deliver to. */
@@ -1689,7 +1721,7 @@ settle_orphans(List *tables)
 	}
 }
 
-/* Shipments go with their table, should its server be renamed or exchanged. */
+/* Shipments go with their table, should its server or its token become another. */
 static void
 change_lanes(List *tables)
 {
@@ -1701,10 +1733,10 @@ change_lanes(List *tables)
 		UsageTable *table = find_table(tables, shipment->delivery.usage_table);
 
 		if (shipment->stage != SHIPMENT_WAITING || table == NULL ||
-			strcmp(table->server, shipment->lane->server) == 0)
+			lane_of_table(table) == shipment->lane)
 			continue;
 		shipment->lane->shipments--;
-		shipment->lane = lane_of(table->server);
+		shipment->lane = lane_of_table(table);
 		shipment->lane->shipments++;
 		shipment->delivery.server = MemoryContextStrdup(shipment->context, table->server);
 	}
@@ -1779,10 +1811,9 @@ prepare_again(const UsageTable *table, const ServerOptions *server, Shipment *sh
  * of another tells whether a row of theirs is to blame.
  */
 static void
-prepare_waiting(const UsageTable *table, const ServerOptions *server, int capacity,
-				bool suspects)
+prepare_waiting(const UsageTable *table, const ServerOptions *server, bool suspects)
 {
-	Lane	   *lane = lane_of(table->server);
+	Lane	   *lane = lane_of_table(table);
 	List	   *all = list_copy(shipments);
 	ListCell   *lc;
 
@@ -1797,10 +1828,10 @@ prepare_waiting(const UsageTable *table, const ServerOptions *server, int capaci
 			continue;
 		if (shipment->retry_at > GetCurrentTimestamp())
 			due_at(shipment->retry_at);
-		else if (lane_flying(lane) < capacity && take_quota(lane, server) &&
+		else if (lane_has_room(lane, server) && take_quota(server) &&
 				 !prepare_again(table, server, shipment))
 		{
-			give_quota_back(lane, server);
+			give_quota_back(server);
 			shipment->retry_at = in_ms(PROBE_MS);
 		}
 	}
@@ -1810,30 +1841,42 @@ prepare_waiting(const UsageTable *table, const ServerOptions *server, int capaci
 static void
 prepare_table(const UsageTable *table, const ServerOptions *server, List **departures)
 {
-	Lane	   *lane = lane_of(table->server);
+	Lane	   *lane = lane_of_table(table);
 	StringInfoData reason;
 	char	   *token;
 	ListCell   *lc;
-	int			capacity;
 	bool		built = false;
 
 	initStringInfo(&reason);
 	token = abp_server_token(server, table->owner, &reason);
+
+	/*
+	 * A role whose mapping has come or gone since the tables were read waits
+	 * a turn.
+	 */
+	if (OidIsValid(table->role) !=
+		(abp_server_state_by_role() && abp_server_is_mapped(server->serverid, table->owner)))
+	{
+		abp_forget_token(token);
+		tables_stale = true;
+		due_at(DT_NOBEGIN);
+		return;
+	}
 	if (lane_is_closed(lane, table, server, token, reason.data))
 	{
 		abp_forget_token(token);
 		return;
 	}
 
-	capacity = lane_capacity(lane, server);
-	prepare_waiting(table, server, capacity, false);
+	prepare_waiting(table, server, false);
 
 	/*
 	 * One new batch a turn: it departs before the next is built.  Requests
 	 * that were built together would also be answered together, and each slot
 	 * would stand empty while the batches of all others are built.
 	 */
-	while (lane_flying(lane) < capacity && lane->shipments < capacity * MAX_WAITING_SHARE)
+	while (lane_has_room(lane, server) &&
+		   lane->shipments < lane_capacity(lane, server) * MAX_WAITING_SHARE)
 	{
 		NextBatch	next = {false, NULL};
 
@@ -1844,7 +1887,7 @@ prepare_table(const UsageTable *table, const ServerOptions *server, List **depar
 			more_to_build = true;
 			break;
 		}
-		if (!take_quota(lane, server))
+		if (!take_quota(server))
 			break;
 		if (!guarded(prepare_next, table, server, &next))
 		{
@@ -1855,7 +1898,7 @@ prepare_table(const UsageTable *table, const ServerOptions *server, List **depar
 		if (next.found && table->blocked_reason != NULL)
 			abp_usage_table_unblock(table->relid);
 		if (next.shipment == NULL)
-			give_quota_back(lane, server);
+			give_quota_back(server);
 		else
 		{
 			built = true;
@@ -1868,7 +1911,7 @@ prepare_table(const UsageTable *table, const ServerOptions *server, List **depar
 			break;
 		}
 	}
-	prepare_waiting(table, server, capacity, true);
+	prepare_waiting(table, server, true);
 
 	foreach(lc, shipments)
 	{
@@ -2165,14 +2208,13 @@ abp_ship_delivered(void)
 }
 
 /*
- * Has a server failed so often, or refused us, that waiting for it is idle?
+ * Has a table's server failed so often, or refused us, that waiting for it is
+ * idle?
  */
 bool
-abp_ship_gave_up(const char *server)
+abp_ship_gave_up(const UsageTable *table)
 {
-	Lane	   *lane = lane_of(server);
-
-	return lane->paused_by_answer || lane->failures >= ERRORS_BEFORE_REJECTING;
+	return table->paused_by_answer || table->failures >= ERRORS_BEFORE_REJECTING;
 }
 
 /*

@@ -32,7 +32,7 @@ extern void abp_ship_commit(const ShipScope *scope);
 extern bool abp_ship_call_functions(const ServerOptions *server, Jsonb *whole,
 									EventOverrides *overrides, char **reason);
 extern int64 abp_ship_delivered(void);
-extern bool abp_ship_gave_up(const char *server);
+extern bool abp_ship_gave_up(const UsageTable *table);
 extern bool abp_ship_has_looked_for_prices(void);
 
 #endif							/* ABP_SHIPPER_H */

@@ -37,7 +37,6 @@ PG_FUNCTION_INFO_V1(abp_sql_sync);
 typedef struct Goal
 {
 	Oid			relid;
-	const char *server;
 	int64		last;			/* highest id waiting at the start */
 	TimestampTz start;
 } Goal;
@@ -98,7 +97,6 @@ set_goals(Sync *sync)
 			continue;
 
 		goal->relid = table->relid;
-		goal->server = table->server;
 		goal->start = GetCurrentTimestamp();
 		goal->last = PG_INT64_MIN;
 		if (abp_outbox_bounds(table->relid, OUTBOX_READY, &first, &last))
@@ -128,23 +126,67 @@ worker_has_looked(const Sync *sync)
 		abp_worker_rest_count() >= sync->worker_rests + 2;
 }
 
-/* Is what was pending at the start delivered, or set aside? */
+/* Is what was pending of a table at the start delivered, or set aside? */
 static bool
-goals_reached(const Sync *sync)
+goal_is_reached(const Goal *goal)
 {
+	int64		first;
+	int64		last;
+
+	return !(abp_outbox_bounds(goal->relid, OUTBOX_READY, &first, &last) && first <= goal->last) &&
+		abp_outbox_next_due(goal->relid) > goal->start && !abp_ledger_sending(goal->relid);
+}
+
+/* What keeps a table from being delivered until somebody does something, or NULL. */
+static const char *
+obstacle(Oid relid, List *tables)
+{
+	ListCell   *lc;
+
+	foreach(lc, tables)
+	{
+		UsageTable *table = lfirst(lc);
+
+		if (table->relid != relid)
+			continue;
+		if (table->paused_by_operator)
+			return "the server is paused; see aibilling.status";
+		if (abp_ship_gave_up(table))
+			return "the server does not accept events; see aibilling.status";
+		if (table->blocked_until > GetCurrentTimestamp())
+			return "a usage table is blocked; see aibilling.status";
+	}
+	return NULL;
+}
+
+/*
+ * Is nothing left to wait for?  "idle": whoever ships has nothing to do at
+ * once.  Then sync->gave_up says why something is not delivered all the same.
+ */
+static bool
+is_done(Sync *sync, bool idle)
+{
+	List	   *tables = NIL;
+	bool		armed;
+
 	if (sync->shipper ? !abp_ship_has_looked_for_prices() : !worker_has_looked(sync))
 		return false;
 
+	sync->gave_up = NULL;
 	for (int i = 0; i < sync->ngoals; i++)
 	{
-		const Goal *goal = &sync->goals[i];
-		int64		first;
-		int64		last;
+		const char *why;
 
-		if (abp_outbox_bounds(goal->relid, OUTBOX_READY, &first, &last) && first <= goal->last)
+		if (goal_is_reached(&sync->goals[i]))
+			continue;
+		if (!idle)
 			return false;
-		if (abp_outbox_next_due(goal->relid) <= goal->start || abp_ledger_sending(goal->relid))
+		if (tables == NIL)
+			tables = abp_usage_tables(&armed);
+		why = obstacle(sync->goals[i].relid, tables);
+		if (why == NULL)
 			return false;
+		sync->gave_up = why;
 	}
 	return true;
 }
@@ -173,45 +215,6 @@ take_or_leave_role(Sync *sync)
 	}
 }
 
-/* Does a table wait for somebody to mend it? */
-static bool
-goal_is_blocked(const Sync *sync)
-{
-	bool		armed;
-	List	   *tables = abp_usage_tables(&armed);
-	ListCell   *lc;
-
-	foreach(lc, tables)
-	{
-		UsageTable *table = lfirst(lc);
-
-		for (int i = 0; i < sync->ngoals; i++)
-		{
-			if (sync->goals[i].relid == table->relid &&
-				table->blocked_until > GetCurrentTimestamp())
-				return true;
-		}
-	}
-	return false;
-}
-
-/* Is it no use to go on?  Then sync->gave_up says why. */
-static bool
-must_give_up(Sync *sync, TimestampTz now)
-{
-	if (now >= sync->deadline)
-		sync->gave_up = "the timeout was reached";
-	else if (sync->shipper && abp_http_in_flight() == 0)
-	{
-		for (int i = 0; i < sync->ngoals; i++)
-		{
-			if (abp_ship_gave_up(sync->goals[i].server))
-				sync->gave_up = "the server does not accept events; see aibilling.status";
-		}
-	}
-	return sync->gave_up != NULL;
-}
-
 static void
 report_progress(Sync *sync, TimestampTz now)
 {
@@ -230,7 +233,7 @@ deliver(Sync *sync)
 	for (;;)
 	{
 		long		due = POLL_MS;
-		bool		reached;
+		bool		done;
 		TimestampTz now;
 
 		CHECK_FOR_INTERRUPTS();
@@ -242,14 +245,17 @@ deliver(Sync *sync)
 			abp_wake_worker();
 
 		abp_ship_begin(&sync->scope);
-		reached = goals_reached(sync);
-		if (!reached && sync->shipper && due != 0 && goal_is_blocked(sync))
-			sync->gave_up = "a usage table is blocked; see aibilling.status";
+		done = is_done(sync, !sync->shipper || due != 0);
 		abp_ship_commit(&sync->scope);
+		if (done)
+			return;
 
 		now = GetCurrentTimestamp();
-		if (reached || must_give_up(sync, now))
+		if (now >= sync->deadline)
+		{
+			sync->gave_up = "the timeout was reached";
 			return;
+		}
 		report_progress(sync, now);
 		if (due == 0)
 			continue;

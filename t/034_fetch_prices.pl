@@ -279,7 +279,7 @@ is($node->safe_psql('postgres', "SELECT model, input FROM aibilling.price WHERE 
 # The network
 $polar->fault(kind => 'hang', times => 'always');
 $node->safe_psql('postgres', "ALTER SERVER narev OPTIONS (ADD timeout '200ms')");
-fails($fetch, qr/could not fetch prices from server "narev": .*timed out/, 'a timeout');
+fails($fetch, qr/could not fetch prices from server "narev": .* timed out/, 'a timeout');
 $polar->clear_faults;
 my $closed = PolarServer->new;
 my $dead = $closed->url;

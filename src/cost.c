@@ -306,9 +306,8 @@ divide_rounded(int128 digits, int power)
 static inline int64
 count_value(const UsageCounts *counts, UsageCount count)
 {
-	if (counts->given[count])
-		return counts->value[count];
-	return count == COUNT_REQUEST ? 1 : 0;
+	return counts->value[count] +
+		(count == COUNT_REQUEST && !counts->given[count] ? 1 : 0);
 }
 
 /*
@@ -482,7 +481,7 @@ abp_cost_check(const UsageCounts *counts)
 	int64		signs = 0;
 
 	for (int i = 0; i < NUM_USAGE_COUNTS; i++)
-		signs |= count_value(counts, i);
+		signs |= counts->value[i];
 
 	if (signs >= 0 && counts->units == NULL &&
 		cached_tokens(counts) <= count_value(counts, COUNT_INPUT) &&
@@ -851,19 +850,19 @@ abp_cost_reported(Numeric provider_cost, ExactCost *cost)
 /* --- the one rounding ----------------------------------------------------- */
 
 /*
- * USD x 10^9, rounded once, half away from zero.  An error if it does not fit
- * bigint.
+ * USD x 10^9, rounded once, half away from zero.  Returns false if that does
+ * not fit bigint.
  */
-int64
-abp_cost_nanos(const ExactCost *cost)
+bool
+abp_cost_fits_nanos(const ExactCost *cost, int64 *result)
 {
 	if (cost->usd_numeric == NULL)
 	{
 		int128		nanos = divide_rounded(cost->usd.digits,
 										   cost->usd.scale - NANOS_SCALE);
 
-		if (nanos <= PG_INT64_MAX)
-			return (int64) nanos;
+		*result = (int64) nanos;
+		return nanos <= PG_INT64_MAX;
 	}
 	else
 	{
@@ -872,17 +871,27 @@ abp_cost_nanos(const ExactCost *cost)
 		nanos = numeric_times(cost->usd_numeric,
 							  int64_to_numeric(powers_of_ten[NANOS_SCALE]));
 		nanos = numeric_rounded(nanos, 0);
-		if (numeric_compare(nanos, int64_to_numeric(PG_INT64_MAX)) <= 0 &&
-			numeric_compare(nanos, int64_to_numeric(PG_INT64_MIN)) >= 0)
-			return DatumGetInt64(DirectFunctionCall1(numeric_int8,
-													 NumericGetDatum(nanos)));
+		if (numeric_compare(nanos, int64_to_numeric(PG_INT64_MAX)) > 0 ||
+			numeric_compare(nanos, int64_to_numeric(PG_INT64_MIN)) < 0)
+			return false;
+		*result = DatumGetInt64(DirectFunctionCall1(numeric_int8,
+													NumericGetDatum(nanos)));
+		return true;
 	}
+}
 
-	ereport(ERROR,
-			(errcode(ERRCODE_NUMERIC_VALUE_OUT_OF_RANGE),
-			 errmsg("cost_nanos out of range for type bigint"),
-			 errdetail("The cost is %s USD.", numeric_text(abp_cost_usd(cost)))));
-	return 0;					/* keep compiler quiet */
+/* As abp_cost_fits_nanos(), but raises an error if it does not fit. */
+int64
+abp_cost_nanos(const ExactCost *cost)
+{
+	int64		nanos;
+
+	if (!abp_cost_fits_nanos(cost, &nanos))
+		ereport(ERROR,
+				(errcode(ERRCODE_NUMERIC_VALUE_OUT_OF_RANGE),
+				 errmsg("cost_nanos out of range for type bigint"),
+				 errdetail("The cost is %s USD.", numeric_text(abp_cost_usd(cost)))));
+	return nanos;
 }
 
 /* The exact cost in USD, without trailing zeros; palloc'd. */

@@ -43,7 +43,7 @@ typedef enum UsageCount
 
 typedef struct UsageCounts
 {
-	int64		value[NUM_USAGE_COUNTS];
+	int64		value[NUM_USAGE_COUNTS];	/* 0 where not given */
 	bool		given[NUM_USAGE_COUNTS];	/* false: the column is NULL */
 	Jsonb	   *units;			/* further quantities by name, or NULL */
 } UsageCounts;
@@ -139,6 +139,7 @@ extern CostBucket *abp_cost_buckets(const UsageCounts *counts,
 extern void abp_cost_reported(Numeric provider_cost, ExactCost *cost);
 extern ExactDecimal abp_decimal_multiply(ExactDecimal a, ExactDecimal b);
 extern Numeric abp_decimal_to_numeric(ExactDecimal value);
+extern bool abp_cost_fits_nanos(const ExactCost *cost, int64 *result);
 extern int64 abp_cost_nanos(const ExactCost *cost);
 extern Numeric abp_cost_usd(const ExactCost *cost);
 extern Numeric abp_cost_cents(const ExactCost *cost);

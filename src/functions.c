@@ -18,7 +18,6 @@
 #include "lib/stringinfo.h"
 #include "mb/pg_wchar.h"
 #include "miscadmin.h"
-#include "utils/array.h"
 #include "storage/fd.h"
 #include "utils/builtins.h"
 #include "utils/date.h"
@@ -91,24 +90,22 @@ static void
 get_cost_arguments(FunctionCallInfo fcinfo, PriceRequest *request,
 				   UsageCounts *counts)
 {
-	static const uint8 count_args[NUM_USAGE_COUNTS] = {
-		[COUNT_INPUT] = COST_ARG_INPUT,
-		[COUNT_CACHE_READ] = COST_ARG_CACHE_READ,
-		[COUNT_CACHE_WRITE] = COST_ARG_CACHE_WRITE,
-		[COUNT_CACHE_WRITE_1H] = COST_ARG_CACHE_WRITE_1H,
-		[COUNT_OUTPUT] = COST_ARG_OUTPUT,
-		[COUNT_REASONING] = COST_ARG_REASONING,
-		[COUNT_REQUEST] = COST_ARG_REQUEST,
-		[COUNT_WEB_SEARCH] = COST_ARG_WEB_SEARCH
-	};
+#define SET_COUNT(count, n) \
+	do { \
+		counts->given[count] = !PG_ARGISNULL(n); \
+		counts->value[count] = PG_ARGISNULL(n) ? 0 : PG_GETARG_INT64(n); \
+	} while (0)
 
-	for (int i = 0; i < NUM_USAGE_COUNTS; i++)
-	{
-		int			n = count_args[i];
+	SET_COUNT(COUNT_INPUT, COST_ARG_INPUT);
+	SET_COUNT(COUNT_CACHE_READ, COST_ARG_CACHE_READ);
+	SET_COUNT(COUNT_CACHE_WRITE, COST_ARG_CACHE_WRITE);
+	SET_COUNT(COUNT_CACHE_WRITE_1H, COST_ARG_CACHE_WRITE_1H);
+	SET_COUNT(COUNT_OUTPUT, COST_ARG_OUTPUT);
+	SET_COUNT(COUNT_REASONING, COST_ARG_REASONING);
+	SET_COUNT(COUNT_REQUEST, COST_ARG_REQUEST);
+	SET_COUNT(COUNT_WEB_SEARCH, COST_ARG_WEB_SEARCH);
+#undef SET_COUNT
 
-		counts->given[i] = !PG_ARGISNULL(n);
-		counts->value[i] = counts->given[i] ? PG_GETARG_INT64(n) : 0;
-	}
 	counts->units = PG_ARGISNULL(COST_ARG_UNITS) ? NULL :
 		PG_GETARG_JSONB_P(COST_ARG_UNITS);
 
@@ -538,13 +535,31 @@ abp_sql_bundled_prices(PG_FUNCTION_ARGS)
 
 PG_FUNCTION_INFO_V1(abp_sql_fetch_prices);
 
+/* A price list while it is fetched. */
+typedef struct PriceList
+{
+	const ServerOptions *server;
+	const char *token;			/* NULL: none */
+	int			page;			/* the one at hand, from 1 */
+	size_t		bytes;			/* of all pages so far */
+} PriceList;
+
+static void
+price_list_context(void *arg)
+{
+	PriceList  *list = arg;
+
+	errcontext("page %d of the prices of server \"%s\"", list->page, list->server->name);
+}
+
 /*
- * GET one document of a price service.  Raises an error unless it answers
+ * GET the page at hand of a price service.  Raises an error unless it answers
  * with JSON.
  */
 static Jsonb *
-fetch_document(const ServerOptions *server, const char *token, int page)
+fetch_page(PriceList *list)
 {
+	const ServerOptions *server = list->server;
 	HttpTarget	target = {
 		.url = server->url,
 		.ca_file = server->ca_file,
@@ -553,13 +568,15 @@ fetch_document(const ServerOptions *server, const char *token, int page)
 	};
 	HttpRequest *request;
 	const HttpReply *reply;
+	size_t		len;
+	char	   *body;
 	Jsonb	   *document;
 
-	if (page > 1)
+	if (list->page > 1)
 		target.url = psprintf("%s%cpage=%d", server->url,
-							  strchr(server->url, '?') != NULL ? '&' : '?', page);
+							  strchr(server->url, '?') != NULL ? '&' : '?', list->page);
 
-	request = abp_http_get(&target, token);
+	request = abp_http_get(&target, list->token);
 	while (abp_http_next_finished() != request)
 		(void) abp_http_wait(-1);
 
@@ -578,11 +595,22 @@ fetch_document(const ServerOptions *server, const char *token, int page)
 				 errdetail("The prices in force are unchanged."),
 				 reply->status == 401 || reply->status == 403 ?
 				 errhint("Check the server's access token.") : 0));
+	list->bytes += reply->body_len;
+	if (list->bytes > HTTP_MAX_DOCUMENT)
+		ereport(ERROR,
+				(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
+				 errmsg("the prices of server \"%s\" are longer than %d bytes",
+						server->name, HTTP_MAX_DOCUMENT),
+				 errdetail("The prices in force are unchanged.")));
 
-	document = DatumGetJsonbP(DirectFunctionCall1(jsonb_in,
-												  CStringGetDatum(pg_any_to_server(pnstrdup(reply->body, reply->body_len),
-																				   reply->body_len, PG_UTF8))));
+	len = reply->body_len;
+	body = palloc(len + 1);
+	memcpy(body, reply->body, len);
+	body[len] = '\0';
 	abp_http_release(request);
+	document = DatumGetJsonbP(DirectFunctionCall1(jsonb_in,
+												  CStringGetDatum(pg_any_to_server(body, len, PG_UTF8))));
+	pfree(body);
 	return document;
 }
 
@@ -600,48 +628,84 @@ member(Jsonb *object, const char *key)
 
 /* How many pages does the service say there are? */
 static int
-page_count(Jsonb *document)
+page_count(const PriceList *list, Jsonb *document)
 {
 	Jsonb	   *meta = member(document, "meta");
-	Jsonb	   *pages = meta == NULL ? NULL : member(meta, "total_pages");
+	Jsonb	   *value = meta == NULL ? NULL : member(meta, "total_pages");
+	int			pages = value == NULL ? 1 :
+	DatumGetInt32(DirectFunctionCall1(jsonb_int4, JsonbPGetDatum(value)));
 
-	return pages == NULL ? 1 :
-		DatumGetInt32(DirectFunctionCall1(jsonb_int4, JsonbPGetDatum(pages)));
-}
-
-/* All pages of a price service as one document. */
-static Jsonb *
-fetch_catalogue(const ServerOptions *server, const char *token)
-{
-	Jsonb	   *catalogue = fetch_document(server, token, 1);
-	int			pages = page_count(catalogue);
-	Jsonb	   *data = pages > 1 ? member(catalogue, "data") : NULL;
-	Datum		path[1] = {CStringGetTextDatum("data")};
-
-	if (data == NULL)
-		return catalogue;
 	if (pages > MAX_PRICE_PAGES)
 		ereport(ERROR,
 				(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
 				 errmsg("server \"%s\" offers %d pages of prices, more than %d",
-						server->name, pages, MAX_PRICE_PAGES)));
+						list->server->name, pages, MAX_PRICE_PAGES),
+				 errdetail("The prices in force are unchanged.")));
+	return pages;
+}
 
-	for (int page = 2; page <= pages; page++)
+/* Add the list of prices in a page to those of the pages before it. */
+static void
+add_prices(JsonbParseState **state, const PriceList *list, Jsonb *page)
+{
+	Jsonb	   *data = member(page, "data");
+	JsonbIterator *it;
+	JsonbIteratorToken token;
+	JsonbValue	value;
+
+	if (data == NULL || !JB_ROOT_IS_ARRAY(data) || JB_ROOT_IS_SCALAR(data))
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("page %d of server \"%s\" has no list of prices",
+						list->page, list->server->name),
+				 errdetail("The prices in force are unchanged.")));
+
+	it = JsonbIteratorInit(&data->root);
+	while ((token = JsonbIteratorNext(&it, &value, true)) != WJB_DONE)
 	{
-		Jsonb	   *more = member(fetch_document(server, token, page), "data");
-
-		if (more == NULL)
-			ereport(ERROR,
-					(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
-					 errmsg("page %d of server \"%s\" has no prices", page, server->name),
-					 errdetail("The prices in force are unchanged.")));
-		data = DatumGetJsonbP(DirectFunctionCall2(jsonb_concat, JsonbPGetDatum(data),
-												  JsonbPGetDatum(more)));
+		CHECK_FOR_INTERRUPTS();
+		if (token == WJB_ELEM)
+			(void) pushJsonbValue(state, WJB_ELEM, &value);
 	}
-	return DatumGetJsonbP(DirectFunctionCall4(jsonb_set, JsonbPGetDatum(catalogue),
-											  PointerGetDatum(construct_array(path, 1, TEXTOID, -1,
-																			  false, TYPALIGN_INT)),
-											  JsonbPGetDatum(data), BoolGetDatum(true)));
+}
+
+/*
+ * All pages of a price service as one document.  Nothing is locked and
+ * nothing is read but the network, which may take long.
+ */
+static Jsonb *
+fetch_catalogue(const ServerOptions *server, const char *token)
+{
+	PriceList	list = {.server = server,.token = token,.page = 1};
+	ErrorContextCallback callback = {
+		.callback = price_list_context,
+		.arg = &list,
+		.previous = error_context_stack
+	};
+	Jsonb	   *catalogue;
+	int			pages;
+
+	error_context_stack = &callback;
+	catalogue = fetch_page(&list);
+	pages = page_count(&list, catalogue);
+	if (pages > 1)
+	{
+		JsonbParseState *state = NULL;
+		JsonbValue	key = {.type = jbvString};
+
+		key.val.string.val = "data";
+		key.val.string.len = strlen("data");
+		(void) pushJsonbValue(&state, WJB_BEGIN_OBJECT, NULL);
+		(void) pushJsonbValue(&state, WJB_KEY, &key);
+		(void) pushJsonbValue(&state, WJB_BEGIN_ARRAY, NULL);
+		add_prices(&state, &list, catalogue);
+		while (++list.page <= pages)
+			add_prices(&state, &list, fetch_page(&list));
+		(void) pushJsonbValue(&state, WJB_END_ARRAY, NULL);
+		catalogue = JsonbValueToJsonb(pushJsonbValue(&state, WJB_END_OBJECT, NULL));
+	}
+	error_context_stack = callback.previous;
+	return catalogue;
 }
 
 /*
@@ -677,6 +741,11 @@ abp_sql_fetch_prices(PG_FUNCTION_ARGS)
 				(errcode(ERRCODE_WRONG_OBJECT_TYPE),
 				 errmsg("server \"%s\" is no price service", server->name),
 				 errhint("Create one with the options kind 'prices', format and url.")));
+	if (!PG_GETARG_BOOL(1))
+	{
+		PreventCommandIfReadOnly("fetch_prices()");
+		PreventCommandDuringRecovery("fetch_prices()");
+	}
 	InitMaterializedSRF(fcinfo, 0);
 
 	initStringInfo(&problem);

@@ -298,12 +298,24 @@ set_timer(CURLM *handle, long timeout_ms, void *arg)
  * ----------------------------------------------------------------
  */
 
+/* Is this what libcurl calls a failure of TLS? */
+static bool
+is_tls_failure(CURLcode code)
+{
+	return code == CURLE_PEER_FAILED_VERIFICATION ||
+		code == CURLE_SSL_CONNECT_ERROR || code == CURLE_SSL_CACERT_BADFILE ||
+		code == CURLE_SSL_CERTPROBLEM || code == CURLE_SSL_CIPHER ||
+		code == CURLE_SSL_ISSUER_ERROR || code == CURLE_SSL_INVALIDCERTSTATUS ||
+		code == CURLE_SSL_PINNEDPUBKEYNOTMATCH;
+}
+
 /* What a request that failed was doing. */
 static const char *
 describe_stage(HttpRequest *request, CURLcode code)
 {
 	CURL	   *easy = request->easy;
 	curl_off_t	looked_up = 0;
+	curl_off_t	connected = 0;
 	curl_off_t	uploaded = 0;
 	long		local_port = 0;
 	long		proxy_status = 0;
@@ -324,9 +336,14 @@ describe_stage(HttpRequest *request, CURLcode code)
 		code == CURLE_COULDNT_RESOLVE_PROXY)
 		return "name look-up";
 
-	/* up to 7.88 the time of the connect is only set after the TLS handshake */
+	/*
+	 * Up to 7.88 the time of the connect is only set after the TLS handshake,
+	 * in later versions the port.
+	 */
 	curl_easy_getinfo(easy, CURLINFO_LOCAL_PORT, &local_port);
-	if (local_port <= 0 || code == CURLE_COULDNT_CONNECT)
+	curl_easy_getinfo(easy, CURLINFO_CONNECT_TIME_T, &connected);
+	if ((local_port <= 0 && connected == 0 && !is_tls_failure(code)) ||
+		code == CURLE_COULDNT_CONNECT)
 		return "connecting";
 	curl_easy_getinfo(easy, CURLINFO_HTTP_CONNECTCODE, &proxy_status);
 	if (request->proxied && proxy_status / 100 != 2)
@@ -882,7 +899,8 @@ start(const HttpTarget *target, const char *token, const char *body,
 	{
 		recycle(request);
 		ereport(ERROR,
-				(errcode(ERRCODE_SYSTEM_ERROR),
+				(errcode(failure == CURLE_OUT_OF_MEMORY ?
+						 ERRCODE_OUT_OF_MEMORY : ERRCODE_SYSTEM_ERROR),
 				 errmsg("could not set libcurl's option %s: %s",
 						failed_option, curl_easy_strerror(failure))));
 	}
@@ -894,7 +912,8 @@ start(const HttpTarget *target, const char *token, const char *body,
 	{
 		recycle(request);
 		ereport(ERROR,
-				(errcode(ERRCODE_SYSTEM_ERROR),
+				(errcode(code == CURLM_OUT_OF_MEMORY ?
+						 ERRCODE_OUT_OF_MEMORY : ERRCODE_SYSTEM_ERROR),
 				 errmsg("could not start an HTTP request: %s",
 						curl_multi_strerror(code))));
 	}

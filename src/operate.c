@@ -48,7 +48,7 @@ typedef struct Preview
 	MemoryContext context;
 } Preview;
 
-static void
+static bool
 preview_row(const UsageRow *row, Jsonb *whole, void *arg)
 {
 	Preview    *preview = arg;
@@ -83,6 +83,7 @@ preview_row(const UsageRow *row, Jsonb *whole, void *arg)
 	if (!nulls[3])
 		values[3] = CStringGetTextDatum(problem);
 	tuplestore_putvalues(preview->result->setResult, preview->result->setDesc, values, nulls);
+	return true;
 }
 
 /*
@@ -357,7 +358,7 @@ typedef struct Repricing
 	MemoryContext context;
 } Repricing;
 
-static void
+static bool
 reprice_row(const UsageRow *row, Jsonb *whole, void *arg)
 {
 	Repricing  *repricing = arg;
@@ -383,7 +384,7 @@ reprice_row(const UsageRow *row, Jsonb *whole, void *arg)
 		 (cost.cost_nanos == row->cost_nanos && row->cost_cents != NULL &&
 		  DatumGetBool(DirectFunctionCall2(numeric_eq, NumericGetDatum(cost.cost_cents),
 										   NumericGetDatum(row->cost_cents))))))
-		return;
+		return true;
 
 	place = abp_outbox_find(repricing->relid, row->id, false, &state);
 	may_change = place == ROW_IN_OUTBOX || place == ROW_NOT_SENT;
@@ -410,6 +411,7 @@ reprice_row(const UsageRow *row, Jsonb *whole, void *arg)
 
 	if (may_change && !repricing->dry_run)
 		abp_idset_add(&repricing->changed, row->id, row->id, repricing->context);
+	return true;
 }
 
 /*

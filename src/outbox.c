@@ -35,6 +35,7 @@
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
 #include "utils/multirangetypes.h"
+#include "utils/portal.h"
 #include "utils/rel.h"
 #include "utils/snapmgr.h"
 #include "utils/timestamp.h"
@@ -50,6 +51,9 @@
 
 /* How many entries are written to the table at a time. */
 #define PUT_CHUNK 64
+
+/* How many usage rows are read at a time. */
+#define READ_CHUNK 50
 
 /* The longest reason kept with an entry or a delivery, in bytes. */
 #define MAX_ERROR_LEN 1000
@@ -1735,9 +1739,10 @@ ids_as_array(IdSet *ids)
 }
 
 /*
- * Read usage rows, as the table's owner, and hand each to the callback; with
- * "whole", also as jsonb.  The rows live until the callback returns.  Ids
- * without a row are passed over.  Returns the number of rows.
+ * Read usage rows, as the table's owner, and hand each to the callback, until
+ * it returns false; with "whole", also as jsonb.  The rows live until the
+ * callback returns; few are in memory at a time.  Ids without a row are passed
+ * over.  Returns the number of rows handed over.
  *
  * Raises what reading raises: a policy, a column that changed its type.
  */
@@ -1749,7 +1754,11 @@ abp_usage_read(const UsageTable *table, IdSet *ids, bool whole,
 	ReadPlans  *plans;
 	SPIPlanPtr *plan;
 	Datum		args[2];
-	uint64		nrows;
+	Portal		portal;
+	SPITupleTable *rows;
+	uint64		n;
+	uint64		nrows = 0;
+	bool		more = true;
 	SavedUser	saved;
 	MemoryContext context;
 	MemoryContext old;
@@ -1775,13 +1784,10 @@ abp_usage_read(const UsageTable *table, IdSet *ids, bool whole,
 	else
 		args[0] = ids_as_array(ids);
 
-	if (SPI_execute_plan(*plan, args, NULL, false, 0) != SPI_OK_SELECT)
-		elog(ERROR, "unexpected result of reading usage rows");
-	nrows = SPI_processed;
-
+	portal = SPI_cursor_open(NULL, *plan, args, NULL, false);
 	for (int i = 0; i < NUM_USAGE_COLUMNS; i++)
 	{
-		if (SPI_gettypeid(SPI_tuptable->tupdesc, i + 1) != abp_usage_columns[i].type)
+		if (SPI_gettypeid(portal->tupDesc, i + 1) != abp_usage_columns[i].type)
 			ereport(ERROR,
 					(errcode(ERRCODE_DATATYPE_MISMATCH),
 					 errmsg("column \"%s\" of usage table %s is not of type %s",
@@ -1793,21 +1799,30 @@ abp_usage_read(const UsageTable *table, IdSet *ids, bool whole,
 	/* One context for what a row needs, emptied after each. */
 	context = AllocSetContextCreate(CurrentMemoryContext, "aibilling usage row",
 									ALLOCSET_DEFAULT_SIZES);
-	old = MemoryContextSwitchTo(context);
-	for (uint64 i = 0; i < nrows; i++)
+	do
 	{
-		Datum		values[NUM_USAGE_COLUMNS + 1];
-		bool		nulls[NUM_USAGE_COLUMNS + 1];
-		UsageRow	row;
+		SPI_cursor_fetch(portal, true, READ_CHUNK);
+		n = SPI_processed;
+		rows = SPI_tuptable;
+		old = MemoryContextSwitchTo(context);
+		for (uint64 i = 0; i < n && more; i++)
+		{
+			Datum		values[NUM_USAGE_COLUMNS + 1];
+			bool		nulls[NUM_USAGE_COLUMNS + 1];
+			UsageRow	row;
 
-		CHECK_FOR_INTERRUPTS();
+			CHECK_FOR_INTERRUPTS();
 
-		heap_deform_tuple(SPI_tuptable->vals[i], SPI_tuptable->tupdesc, values, nulls);
-		abp_usage_row_read(values, nulls, &row);
-		callback(&row, whole ? DatumGetJsonbP(values[NUM_USAGE_COLUMNS]) : NULL, arg);
-		MemoryContextReset(context);
-	}
-	MemoryContextSwitchTo(old);
+			heap_deform_tuple(rows->vals[i], rows->tupdesc, values, nulls);
+			abp_usage_row_read(values, nulls, &row);
+			more = callback(&row, whole ? DatumGetJsonbP(values[NUM_USAGE_COLUMNS]) : NULL, arg);
+			nrows++;
+			MemoryContextReset(context);
+		}
+		MemoryContextSwitchTo(old);
+		SPI_freetuptable(rows);
+	} while (n == READ_CHUNK && more);
+	SPI_cursor_close(portal);
 
 	SPI_finish();
 	abp_restore_user(&saved);

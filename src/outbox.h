@@ -103,7 +103,8 @@ typedef struct Delivery
 	int			http_status;
 } Delivery;
 
-typedef void (*UsageRowCallback) (const UsageRow *row, Jsonb *whole, void *arg);
+/* Returns whether to go on. */
+typedef bool (*UsageRowCallback) (const UsageRow *row, Jsonb *whole, void *arg);
 
 /* the outbox */
 extern bool abp_extension_installed(void);

@@ -101,7 +101,8 @@ typedef struct ModelEntry
 static inline bool
 text_view_equal(TextView a, TextView b)
 {
-	return a.len == b.len && memcmp(a.data, b.data, a.len) == 0;
+	return a.len == b.len &&
+		(a.data == b.data || memcmp(a.data, b.data, a.len) == 0);
 }
 
 static inline bool
@@ -146,8 +147,10 @@ static const char *const price_tables[] = {
 
 static MemoryContext cache_context = NULL;
 static modelhash_hash * models = NULL;
-static ModelKey last_key;		/* the last hit, if last_model is set */
-static PriceModel *last_model = NULL;
+
+/* The models found last, each where recent_model() looks for its key. */
+#define RECENT_MODELS 256
+static ModelEntry recent_models[RECENT_MODELS];
 
 static bool cache_stale = true;
 static bool cache_until_xact_end = false;
@@ -226,6 +229,32 @@ enum
 	" ORDER BY r.provider OPERATOR(pg_catalog.=) $1 DESC," \
 	" r.provider OPERATOR(pg_catalog.=) '*', r.shipped"
 
+/* --- service tiers -------------------------------------------------------- */
+
+static const TextView standard_tier = {"standard", 8};
+
+/*
+ * A service tier as the price table spells it; the standard tier by whatever
+ * name is always standard_tier itself, so that comparing it is quick.
+ */
+static inline TextView
+canonical_tier(TextView tier)
+{
+	static const TextView other_names[] = {
+		{"", 0}, {"default", 7}, {"auto", 4}, {"on_demand", 9}
+	};
+
+	if (tier.data == NULL ||
+		(tier.len == 8 && memcmp(tier.data, standard_tier.data, 8) == 0))
+		return standard_tier;
+	for (int i = 0; i < lengthof(other_names); i++)
+	{
+		if (text_view_equal(other_names[i], tier))
+			return standard_tier;
+	}
+	return tier;
+}
+
 /* --- when the cache ends -------------------------------------------------- */
 
 static void
@@ -291,7 +320,7 @@ reset_cache(void)
 {
 	Oid			schema;
 
-	last_model = NULL;
+	memset(recent_models, 0, sizeof(recent_models));
 	MemoryContextReset(cache_context);
 	models = modelhash_create(cache_context, 64, NULL);
 
@@ -697,7 +726,9 @@ load_cards(PriceModel *model, ModelKey key, Snapshot snapshot)
 		if (tier == NULL || !text_view_equal(tier->name, name))
 		{
 			tier = &model->tiers[model->ntiers++];
-			tier->name = copy_text_view(model->context, name);
+			tier->name = canonical_tier(name);
+			if (tier->name.data != standard_tier.data)
+				tier->name = copy_text_view(model->context, name);
 			tier->cards = MemoryContextAllocZero(model->context,
 												 sizeof(PriceCard) * (nrows - row));
 		}
@@ -960,6 +991,23 @@ read_model(ModelKey key)
 }
 
 /*
+ * The place of a key among the recent models.  A few of its bytes choose it:
+ * most rows name one of a few models, and hashing their names would take
+ * longer than pricing them.
+ */
+static inline ModelEntry *
+recent_model(ModelKey key)
+{
+	const unsigned char *name = (const unsigned char *) key.model.data;
+	uint32		place = key.model.len + key.provider.len;
+
+	if (key.model.len > 0)
+		place = ((place * 31 + name[0]) * 31 + name[key.model.len / 2]) * 31 +
+			name[key.model.len - 1];
+	return &recent_models[place % RECENT_MODELS];
+}
+
+/*
  * The model that (provider, model) names, with its cards: never NULL, but
  * without tiers if there are none.  It stays valid until the next call.
  */
@@ -967,6 +1015,7 @@ static PriceModel *
 find_model(ModelKey key)
 {
 	static TimestampTz last_statement = 0;
+	ModelEntry *recent;
 	ModelEntry *entry;
 	PriceModel *model;
 	bool		found;
@@ -985,8 +1034,9 @@ find_model(ModelKey key)
 	if (unlikely(cache_stale) && loads_running == 0)
 		reset_cache();
 
-	if (last_model != NULL && model_key_equal(last_key, key))
-		return last_model;
+	recent = recent_model(key);
+	if (recent->model != NULL && model_key_equal(recent->key, key))
+		return recent->model;
 
 	entry = modelhash_lookup(models, key);
 	if (entry == NULL)
@@ -1012,32 +1062,12 @@ find_model(ModelKey key)
 		entry->model = model;
 	}
 
-	last_key = entry->key;
-	last_model = entry->model;
-	return last_model;
+	*recent = *entry;
+	return entry->model;
 }
 
 /* --- the card in force ---------------------------------------------------- */
 
-static const TextView standard_tier = {"standard", 8};
-
-/* A service tier as the price table spells it. */
-static TextView
-canonical_tier(TextView tier)
-{
-	static const TextView other_names[] = {
-		{"", 0}, {"default", 7}, {"auto", 4}, {"on_demand", 9}
-	};
-
-	if (tier.data == NULL || text_view_equal(tier, standard_tier))
-		return standard_tier;
-	for (int i = 0; i < lengthof(other_names); i++)
-	{
-		if (text_view_equal(other_names[i], tier))
-			return standard_tier;
-	}
-	return tier;
-}
 
 static bool
 window_contains(const PriceWindow *window, TimestampTz at)

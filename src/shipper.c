@@ -53,6 +53,7 @@
 #include "server.h"
 #include "shipper.h"
 #include "usage.h"
+#include "wake.h"
 
 /* Advisory locks of SQL have 1 or 2 here: no session can name ours. */
 #define SHIP_LOCK_FIELD 3
@@ -495,10 +496,20 @@ find_function(const char *name, Oid result, const ServerOptions *server, char **
 	return funcid;
 }
 
+/* Does waiting help: a lock, a deadlock, a full disk, too little memory? */
+static bool
+is_transient(int sqlerrcode)
+{
+	return sqlerrcode == ERRCODE_LOCK_NOT_AVAILABLE ||
+		ERRCODE_TO_CATEGORY(sqlerrcode) == ERRCODE_TRANSACTION_ROLLBACK ||
+		ERRCODE_TO_CATEGORY(sqlerrcode) == ERRCODE_INSUFFICIENT_RESOURCES;
+}
+
 /*
  * Call a user's function as its own owner.  Returns false, with the reason,
  * if it fails; its effects are rolled back then.  The result is copied to
- * the current memory context; NULL is (Datum) 0.
+ * the current memory context; NULL is (Datum) 0.  What passes by itself is
+ * raised: the row is not to blame.
  */
 static bool
 call_function(Oid funcid, const char *option, Jsonb *whole, Datum *result,
@@ -552,7 +563,8 @@ call_function(Oid funcid, const char *option, Jsonb *whole, Datum *result,
 
 		/* A cancel, or the end of the session, is not the function's fault. */
 		if (error->sqlerrcode == ERRCODE_QUERY_CANCELED ||
-			error->sqlerrcode == ERRCODE_ADMIN_SHUTDOWN)
+			error->sqlerrcode == ERRCODE_ADMIN_SHUTDOWN ||
+			is_transient(error->sqlerrcode))
 			ReThrowError(error);
 		*reason = psprintf("%s failed: %s", option, error->message);
 	}
@@ -638,8 +650,11 @@ abp_ship_call_functions(const ServerOptions *server, Jsonb *whole,
 	return true;
 }
 
-/* Append one row's event to the request, or set the row aside. */
-static void
+/*
+ * Append one row's event to the request, or set the row aside.  Returns
+ * whether there is room for more.
+ */
+static bool
 add_event(const UsageRow *row, Jsonb *whole, void *arg)
 {
 	Filling    *filling = arg;
@@ -652,23 +667,17 @@ add_event(const UsageRow *row, Jsonb *whole, void *arg)
 	char	   *failure = NULL;
 
 	abp_idset_add(&filling->seen, row->id, row->id, filling->context);
-	if (filling->left.nranges > 0)
-	{
-		abp_idset_add(&filling->left, row->id, row->id, filling->context);
-		return;
-	}
-
 	abp_usage_judge(row, filling->server, &verdict);
 	if (verdict.state != OUTBOX_READY)
 	{
 		set_aside(filling, row->id, &verdict);
-		return;
+		return true;
 	}
 	if (whole != NULL &&
 		!abp_ship_call_functions(filling->server, whole, &overrides, &failure))
 	{
 		reject(filling, row->id, failure);
-		return;
+		return true;
 	}
 
 	initStringInfo(&reason);
@@ -683,12 +692,14 @@ add_event(const UsageRow *row, Jsonb *whole, void *arg)
 	{
 		body->len = before;
 		abp_idset_add(&filling->left, row->id, row->id, filling->context);
+		return false;
 	}
 	else
 	{
 		delivery->event_ids[delivery->nevents++] = row->id;
 		abp_idset_add(&filling->sent, row->id, row->id, filling->context);
 	}
+	return true;
 }
 
 /*
@@ -710,19 +721,15 @@ fill_shipment(Shipment *shipment, const UsageTable *table,
 	OutboxEntry *back;
 	int			nback = 0;
 	ListCell   *lc;
-	IdSet		gone;
+	IdSet		unseen;
 	bool		whole;
 	MemoryContext old;
 
 	whole = server->event_name_function != NULL || server->metadata_function != NULL;
 
 	old = MemoryContextSwitchTo(shipment->context);
-	if (delivery->body.data == NULL)
-		initStringInfo(&delivery->body);
-	resetStringInfo(&delivery->body);
+	initStringInfo(&delivery->body);
 	delivery->nevents = 0;
-	if (delivery->event_ids != NULL)
-		pfree(delivery->event_ids);
 	delivery->event_ids = palloc(sizeof(int64) * Max(1, abp_idset_count(ids)));
 	MemoryContextSwitchTo(old);
 
@@ -730,8 +737,15 @@ fill_shipment(Shipment *shipment, const UsageTable *table,
 	abp_usage_read(table, ids, whole, add_event, &filling);
 	appendStringInfoString(&delivery->body, "]}");
 
-	gone = abp_idset_subtract(ids, &filling.seen);
-	delivery->vanished += abp_idset_count(&gone);
+	unseen = abp_idset_subtract(ids, &filling.seen);
+	if (filling.left.nranges == 0)
+		delivery->vanished += abp_idset_count(&unseen);
+	else
+	{
+		for (int i = 0; i < unseen.nranges; i++)
+			abp_idset_add(&filling.left, unseen.ranges[i].first,
+						  unseen.ranges[i].last, CurrentMemoryContext);
+	}
 
 	back = palloc0(sizeof(OutboxEntry) * (list_length(filling.exceptions) + 1));
 	foreach(lc, filling.exceptions)
@@ -867,6 +881,23 @@ give_back(Shipment *shipment, const char *error, bool burn_attempt)
 	drop_shipment(shipment);
 }
 
+/* Free a shipment's request, which is built anew before it is sent again. */
+static void
+forget_request(Shipment *shipment)
+{
+	Delivery   *delivery = &shipment->delivery;
+
+	if (shipment->request != NULL)
+		abp_http_release(shipment->request);
+	shipment->request = NULL;
+	if (delivery->body.data != NULL)
+		pfree(delivery->body.data);
+	delivery->body.data = NULL;
+	if (delivery->event_ids != NULL)
+		pfree(delivery->event_ids);
+	delivery->event_ids = NULL;
+}
+
 /*
  * Keep a delivery whose rows may have been stored, or are to be sent again:
  * at retry_at, not before its server allows it.
@@ -876,9 +907,7 @@ keep_for_retry(Shipment *shipment, TimestampTz retry_at, const char *error)
 {
 	shipment->stage = SHIPMENT_WAITING;
 	shipment->retry_at = retry_at;
-	if (shipment->request != NULL)
-		abp_http_release(shipment->request);
-	shipment->request = NULL;
+	forget_request(shipment);
 	abp_ledger_note(&shipment->delivery, error, retry_at);
 }
 
@@ -1284,15 +1313,6 @@ take_ids(const UsageTable *table, Position *position, int64 max_ids,
 	}
 }
 
-/* Does waiting help: a lock, a deadlock, a full disk, too little memory? */
-static bool
-is_transient(int sqlerrcode)
-{
-	return sqlerrcode == ERRCODE_LOCK_NOT_AVAILABLE ||
-		ERRCODE_TO_CATEGORY(sqlerrcode) == ERRCODE_TRANSACTION_ROLLBACK ||
-		ERRCODE_TO_CATEGORY(sqlerrcode) == ERRCODE_INSUFFICIENT_RESOURCES;
-}
-
 /*
  * Work of the worker on one table, which may run code of the owner's, is
  * cancelled after WORK_MS.  Code that catches the cancel ends with the worker,
@@ -1475,9 +1495,12 @@ prepare_next(const UsageTable *table, const ServerOptions *server, void *arg)
 	}
 }
 
-/* Build a waiting shipment's request anew and enter another attempt. */
+/*
+ * Build a waiting shipment's request anew and enter another attempt, unless
+ * none of its rows is left.
+ */
 static void
-prepare_again(const UsageTable *table, const ServerOptions *server, void *arg)
+rebuild(const UsageTable *table, const ServerOptions *server, void *arg)
 {
 	Shipment   *shipment = arg;
 	Delivery   *delivery = &shipment->delivery;
@@ -1492,30 +1515,59 @@ prepare_again(const UsageTable *table, const ServerOptions *server, void *arg)
 		shipment->stage = SHIPMENT_PREPARED;
 	}
 	else
-	{
 		abp_ledger_finish(delivery, "failed", "none of the rows could be sent again");
-		drop_shipment(shipment);
-	}
 }
 
-/* The rows of an unpriced entry that have a price by now. */
+/* The rows of an unpriced entry, looked at again. */
 typedef struct PriceLook
 {
-	IdSet		priced;
+	const OutboxEntry *entry;
+	IdSet		priced;			/* have a price by now */
+	List	   *others;			/* OutboxEntry *, of rows that have another
+								 * reason by now to wait */
 	MemoryContext context;
 } PriceLook;
 
-static void
+static bool
 look_for_price(const UsageRow *row, Jsonb *whole, void *arg)
 {
 	PriceLook  *look = arg;
+	const char *missing = row->has_cost_nanos ? NULL : abp_usage_missing_price(row);
+	OutboxEntry *other = NULL;
+	MemoryContext old;
+	ListCell   *lc;
 
-	if (row->has_cost_nanos || abp_usage_has_price(row))
+	if (missing == NULL)
+	{
 		abp_idset_add(&look->priced, row->id, row->id, look->context);
+		return true;
+	}
+	if (look->entry->error != NULL && strcmp(missing, look->entry->error) == 0)
+		return true;
+
+	foreach(lc, look->others)
+	{
+		other = lfirst(lc);
+		if (strcmp(other->error, missing) == 0)
+			break;
+	}
+	old = MemoryContextSwitchTo(look->context);
+	if (lc == NULL)
+	{
+		other = palloc(sizeof(OutboxEntry));
+		*other = *look->entry;
+		memset(&other->ids, 0, sizeof(other->ids));
+		other->error = pstrdup(missing);
+		look->others = lappend(look->others, other);
+	}
+	abp_idset_add(&other->ids, row->id, row->id, look->context);
+	MemoryContextSwitchTo(old);
+	return true;
 }
 
 /*
- * Rows that wait for a price: price and release those that have one by now.
+ * Rows that wait for a price: price and release those that have one by now,
+ * and have the others say what they lack by now.
  */
 static void
 release_unpriced(const UsageTable *table, const ServerOptions *server, void *arg)
@@ -1525,11 +1577,13 @@ release_unpriced(const UsageTable *table, const ServerOptions *server, void *arg
 	for (int i = 0; i < UNPRICED_PER_TURN; i++)
 	{
 		OutboxEntry *entry = abp_outbox_next_unpriced(table->relid, &position->unpriced_cursor);
-		PriceLook	look = {.context = CurrentMemoryContext};
-		OutboxEntry out[2];
+		PriceLook	look = {.entry = entry,.context = CurrentMemoryContext};
+		OutboxEntry *out;
+		int			nout = 0;
 		int64		cursor;
 		TakenEntries entries;
-		IdSet		taken;
+		IdSet		rest;
+		ListCell   *lc;
 
 		CHECK_FOR_INTERRUPTS();
 
@@ -1544,24 +1598,39 @@ release_unpriced(const UsageTable *table, const ServerOptions *server, void *arg
 			look.priced = entry->ids;
 		else
 			abp_usage_read(table, &entry->ids, false, look_for_price, &look);
-		if (look.priced.nranges == 0)
+		if (look.priced.nranges == 0 && look.others == NIL)
 			continue;
 
 		cursor = entry->ids.ranges[0].first;
-		taken = abp_outbox_take(table->relid, OUTBOX_UNPRICED, DT_NOEND, &cursor,
-								abp_idset_count(&entry->ids), &entries);
-		if (!server->send_unpriced)
-			abp_usage_price_again(table, &look.priced);
+		rest = abp_outbox_take(table->relid, OUTBOX_UNPRICED, DT_NOEND, &cursor,
+							   abp_idset_count(&entry->ids), &entries);
 
-		out[0] = *entry;
-		out[0].ids = abp_idset_subtract(&taken, &look.priced);
-		out[1] = *entry;
-		out[1].ids = abp_idset_subtract(&taken, &out[0].ids);
-		out[1].state = OUTBOX_READY;
-		out[1].error = NULL;
-		abp_outbox_put(out, 2);
-		position->cursor = PG_INT64_MIN;
-		start_work_limit();
+		/* What has left the outbox meanwhile, deleted, stays out of it. */
+		out = palloc((2 + list_length(look.others)) * sizeof(OutboxEntry));
+		foreach(lc, look.others)
+		{
+			IdSet	   *ids = &((OutboxEntry *) lfirst(lc))->ids;
+			IdSet		without = abp_idset_subtract(&rest, ids);
+
+			out[nout] = *(OutboxEntry *) lfirst(lc);
+			out[nout++].ids = abp_idset_subtract(&rest, &without);
+			rest = without;
+		}
+		out[nout] = *entry;
+		out[nout++].ids = abp_idset_subtract(&rest, &look.priced);
+
+		if (look.priced.nranges > 0)
+		{
+			if (!server->send_unpriced)
+				abp_usage_price_again(table, &look.priced);
+			out[nout] = *entry;
+			out[nout].ids = abp_idset_subtract(&rest, &out[nout - 1].ids);
+			out[nout].state = OUTBOX_READY;
+			out[nout++].error = NULL;
+			position->cursor = PG_INT64_MIN;
+			start_work_limit();
+		}
+		abp_outbox_put(out, nout);
 	}
 	due_at(DT_NOBEGIN);
 }
@@ -1763,6 +1832,34 @@ fewest_errors_first(const ListCell *a, const ListCell *b)
 }
 
 /*
+ * The same, guarded.  What an error undoes in the tables must be as it was
+ * here, too: rows that went back to the outbox are the shipment's again.
+ */
+static bool
+prepare_again(const UsageTable *table, const ServerOptions *server, Shipment *shipment)
+{
+	Delivery   *delivery = &shipment->delivery;
+	Delivery	before = *delivery;
+
+	if (!guarded(rebuild, table, server, shipment))
+	{
+		shipment->stage = SHIPMENT_WAITING;
+		forget_request(shipment);
+		delivery->ids = before.ids;
+		delivery->nevents = before.nevents;
+		delivery->vanished = before.vanished;
+		delivery->attempts = before.attempts;
+		return false;
+	}
+
+	if (delivery->nevents == 0)
+		drop_shipment(shipment);
+	else if (before.ids.ranges != NULL)
+		pfree(before.ids.ranges);
+	return true;
+}
+
+/*
  * Prepare deliveries of a table whose time to be sent again has come.  While
  * it is uncertain that any request gets through, those that have met server
  * errors are suspect: they come after all others, because only the success
@@ -1787,7 +1884,7 @@ prepare_waiting(const UsageTable *table, const ServerOptions *server, bool suspe
 		if (shipment->retry_at > GetCurrentTimestamp())
 			due_at(shipment->retry_at);
 		else if (lane_has_room(lane, server) && take_quota(server) &&
-				 !guarded(prepare_again, table, server, shipment))
+				 !prepare_again(table, server, shipment))
 		{
 			give_quota_back(server);
 			shipment->retry_at = in_ms(PROBE_MS);
@@ -2124,6 +2221,7 @@ abp_ship(const ShipScope *scope)
 	limit_work = !scope->in_procedure;
 	gather();
 	collect_answers();
+	abp_wake_listen();
 	abp_ship_begin(scope);
 	departures = work(scope);
 	abp_ship_commit(scope);

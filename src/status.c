@@ -34,6 +34,10 @@
 /* How many waiting rows status counts one by one. */
 #define STATUS_EXACT_LIMIT 100000
 
+/* How many missing prices it names, found in how many entries of the outbox. */
+#define STATUS_REASONS 3
+#define STATUS_ENTRIES 100
+
 PG_FUNCTION_INFO_V1(abp_sql_usage_status);
 PG_FUNCTION_INFO_V1(abp_sql_status);
 
@@ -161,6 +165,39 @@ no_worker_words(void)
 	return "no worker: it is starting, or max_worker_processes is exhausted; see the server log";
 }
 
+/* The first few things that rows wait for. */
+static void
+append_missing_prices(StringInfo words, const UsageTable *table)
+{
+	List	   *reasons = NIL;
+	int64		cursor = PG_INT64_MIN;
+	ListCell   *lc;
+
+	for (int i = 0; i < STATUS_ENTRIES; i++)
+	{
+		OutboxEntry *entry = abp_outbox_next_unpriced(table->relid, &cursor);
+		bool		known = false;
+
+		CHECK_FOR_INTERRUPTS();
+
+		if (entry == NULL)
+			break;
+		if (entry->error == NULL)
+			continue;
+		foreach(lc, reasons)
+			known |= strcmp(lfirst(lc), entry->error) == 0;
+		if (known)
+			continue;
+		if (list_length(reasons) == STATUS_REASONS)
+		{
+			appendStringInfoString(words, ", and others");
+			break;
+		}
+		appendStringInfo(words, "%s%s", reasons == NIL ? ": " : ", ", entry->error);
+		reasons = lappend(reasons, unconstify(char *, entry->error));
+	}
+}
+
 /* What happens now with a table, and why. */
 static char *
 status_words(const UsageTable *table, bool armed, int worker_pid, int64 ready,
@@ -191,8 +228,11 @@ status_words(const UsageTable *table, bool armed, int worker_pid, int64 ready,
 	else
 		appendStringInfoString(&words, "idle: everything that can be sent is delivered");
 	if (unpriced > 0)
+	{
 		appendStringInfo(&words, "; " INT64_FORMAT " rows wait for a price (aibilling.unpriced)",
 						 unpriced);
+		append_missing_prices(&words, table);
+	}
 	if (rejected > 0)
 		appendStringInfo(&words, "; " INT64_FORMAT " rows are rejected (aibilling.outbox)",
 						 rejected);
@@ -202,10 +242,11 @@ status_words(const UsageTable *table, bool armed, int worker_pid, int64 ready,
 	return words.data;
 }
 
-static void
+static bool
 note_oldest(const UsageRow *row, Jsonb *whole, void *arg)
 {
 	*(TimestampTz *) arg = row->occurred_at;
+	return true;
 }
 
 /*

@@ -372,9 +372,9 @@ normalize_row(UsageRow *row, StringInfo reason)
 	return true;
 }
 
-/* Price a row whose raw usage object, if any, has been read. */
-static void
-price_row(const UsageRow *row, PricedCost *cost)
+/* What a row whose raw usage object, if any, has been read asks of prices. */
+static PriceRequest
+price_request(const UsageRow *row)
 {
 	PriceRequest request = {
 		.provider = row->provider,
@@ -385,7 +385,34 @@ price_row(const UsageRow *row, PricedCost *cost)
 		.provider_cost = row->provider_cost
 	};
 
-	abp_price_usage(&request, cost);
+	return request;
+}
+
+/*
+ * What keeps a row from being priced, in the words of its outbox entry,
+ * palloc'd; NULL if nothing does.
+ *
+ * A cost beyond cost_nanos is an error when the row is inserted.  When it
+ * comes of a price that has come since, that price is a mistake: the row
+ * waits for another one, and keeps nobody else from being sent.
+ */
+char	   *
+abp_usage_missing_price(const UsageRow *row)
+{
+	PriceRequest request = price_request(row);
+	ExactCost	cost;
+	CostStatus	status;
+	char	   *missing = NULL;
+	int64		nanos;
+
+	status = abp_price_cost(&request, &cost, &missing);
+	if (status == COST_UNPRICED || status == COST_INCOMPLETE)
+		return missing;
+	if (!abp_cost_fits_nanos(&cost, &nanos))
+		return psprintf("no possible price: the cost is beyond the range of cost_nanos (provider \"%.*s\", model \"%.*s\")",
+						row->provider.len, row->provider.data ? row->provider.data : "",
+						row->model.len, row->model.data ? row->model.data : "");
+	return NULL;
 }
 
 /*
@@ -429,11 +456,10 @@ abp_usage_judge(const UsageRow *row, const ServerOptions *server, RowState *verd
 	}
 	else if (!row->has_cost_nanos && !server->send_unpriced)
 	{
-		PricedCost	cost;
+		char	   *missing = abp_usage_missing_price(row);
 
-		price_row(row, &cost);
 		verdict->state = OUTBOX_UNPRICED;
-		verdict->error = cost.missing != NULL ? cost.missing :
+		verdict->error = missing != NULL ? missing :
 			pstrdup("a price has arrived; the row waits for its cost");
 	}
 	else if (row->occurred_at > GetCurrentTransactionStartTimestamp() &&
@@ -443,18 +469,6 @@ abp_usage_judge(const UsageRow *row, const ServerOptions *server, RowState *verd
 		verdict->state = OUTBOX_WAITING;
 		verdict->not_before = row->occurred_at - row->occurred_at % USECS_PER_SEC + USECS_PER_SEC;
 	}
-}
-
-/*
- * Does a held row have a price by now?
- */
-bool
-abp_usage_has_price(const UsageRow *row)
-{
-	PricedCost	cost;
-
-	price_row(row, &cost);
-	return cost.known;
 }
 
 /* --- collecting ids until the transaction commits -------------------------- */
@@ -1033,7 +1047,11 @@ abp_sql_price_usage(PG_FUNCTION_ARGS)
 
 	/* A raw usage object that cannot be read leaves the row without a cost. */
 	if (row.raw_usage == NULL || normalized)
-		price_row(&row, &cost);
+	{
+		PriceRequest request = price_request(&row);
+
+		abp_price_usage(&request, &cost);
+	}
 	tuple = priced_tuple(known, desc, &row, normalized, &cost);
 
 	if (update && OidIsValid(known->usage_table) && server != NULL)

@@ -25,7 +25,7 @@ typedef struct RowState
 
 extern void abp_usage_judge(const UsageRow *row, const ServerOptions *server,
 							RowState *verdict);
-extern bool abp_usage_has_price(const UsageRow *row);
+extern char *abp_usage_missing_price(const UsageRow *row);
 extern IdSet abp_usage_price_again(const UsageTable *table, IdSet *ids);
 extern void abp_usage_forget_relations(void);
 

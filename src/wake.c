@@ -12,6 +12,7 @@
 
 #include "access/xact.h"
 #include "miscadmin.h"
+#include "port/atomics.h"
 #include "storage/ipc.h"
 #include "storage/lwlock.h"
 #include "storage/proc.h"
@@ -26,6 +27,7 @@ typedef struct WorkerSlot
 	int			pid;
 	Latch	   *latch;			/* in the worker's PGPROC */
 	uint64		rests;			/* how often it had nothing left to do */
+	pg_atomic_uint32 listens;	/* has not been woken since it last looked */
 } WorkerSlot;
 
 typedef struct WakeState
@@ -75,6 +77,8 @@ startup_shmem(void)
 		memset(state, 0, state_size());
 		state->lock = &GetNamedLWLockTranche(WAKE_TRANCHE)->lock;
 		state->nslots = wanted_slots;
+		for (int i = 0; i < state->nslots; i++)
+			pg_atomic_init_u32(&state->slots[i].listens, 0);
 	}
 	LWLockRelease(AddinShmemInitLock);
 }
@@ -97,7 +101,8 @@ static void
 forget_worker(int code, Datum arg)
 {
 	LWLockAcquire(state->lock, LW_EXCLUSIVE);
-	memset(my_slot, 0, sizeof(WorkerSlot));
+	my_slot->database = InvalidOid;
+	my_slot->latch = NULL;
 	LWLockRelease(state->lock);
 }
 
@@ -114,10 +119,12 @@ abp_wake_register(void)
 			my_slot = &state->slots[i];
 	}
 	if (my_slot != NULL)
-		*my_slot = (WorkerSlot)
 	{
-		MyDatabaseId, MyProcPid, MyLatch, 0
-	};
+		my_slot->database = MyDatabaseId;
+		my_slot->pid = MyProcPid;
+		my_slot->latch = MyLatch;
+		my_slot->rests = 0;
+	}
 	LWLockRelease(state->lock);
 
 	if (my_slot != NULL)
@@ -139,11 +146,35 @@ signal_worker(bool wake)
 		{
 			pid = state->slots[i].pid;
 			if (wake)
+			{
+				pg_atomic_write_u32(&state->slots[i].listens, 0);
 				SetLatch(state->slots[i].latch);
+			}
 		}
 	}
 	LWLockRelease(state->lock);
 	return pid;
+}
+
+/*
+ * Does this database's worker listen?  Asked by every commit, so without the
+ * lock: a worker that registers this moment has not looked yet.
+ */
+static bool
+worker_listens(void)
+{
+	if (state == NULL)
+		return false;
+
+	/* Our commit comes before this look; see abp_wake_listen. */
+	pg_memory_barrier();
+	for (int i = 0; i < state->nslots; i++)
+	{
+		if (state->slots[i].database == MyDatabaseId &&
+			pg_atomic_read_u32(&state->slots[i].listens) != 0)
+			return true;
+	}
+	return false;
 }
 
 static void
@@ -152,7 +183,7 @@ wake_callback(XactEvent event, void *arg)
 	if (!wake_pending)
 		return;
 
-	if (event == XACT_EVENT_COMMIT)
+	if (event == XACT_EVENT_COMMIT && worker_listens())
 		signal_worker(true);
 	if (event == XACT_EVENT_COMMIT || event == XACT_EVENT_ABORT ||
 		event == XACT_EVENT_PREPARE)
@@ -192,6 +223,20 @@ int
 abp_worker_pid(void)
 {
 	return signal_worker(false);
+}
+
+/*
+ * The worker is about to look at what there is to do: the next commit is news.
+ * One wake-up is enough until it looks again, so the other commits up to then
+ * spare themselves and the worker theirs.
+ */
+void
+abp_wake_listen(void)
+{
+	if (my_slot == NULL)
+		return;
+	pg_atomic_write_u32(&my_slot->listens, 1);
+	pg_memory_barrier();
 }
 
 /*

@@ -15,6 +15,7 @@ extern void abp_wake_register(void);
 extern void abp_wake_at_commit(void);
 extern void abp_wake_worker(void);
 extern int	abp_worker_pid(void);
+extern void abp_wake_listen(void);
 extern void abp_worker_rests(void);
 extern uint64 abp_worker_rest_count(void);
 

@@ -139,7 +139,10 @@ aibilling_polar_worker_main(Datum arg)
 		CHECK_FOR_INTERRUPTS();
 
 		if (!shipper)
+		{
+			abp_wake_listen();
 			shipper = become_shipper();
+		}
 		if (shipper)
 		{
 			long		due;

@@ -119,10 +119,10 @@ ok($node->wait_status('^paused: .*(No such file|does not exist)'), 'token file t
 $node->write_token($token_file, "\n");
 $node->safe_psql('postgres', q{SELECT aibilling.resume('polar')});
 ok($node->wait_status('^paused: .*empty'), 'token file that is empty');
-$node->write_token($token_file, $polar->token);
 $node->safe_psql('postgres',
 	"CREATE USER MAPPING FOR PUBLIC SERVER polar OPTIONS (access_token 'mapped_token')");
 ok($node->wait_status('^paused: .*given twice'), 'token given twice');
+$node->write_token($token_file, $polar->token);
 is($polar->summary->{arrived}, 0, 'no request was made with any of them');
 $node->safe_psql('postgres', 'DROP USER MAPPING FOR PUBLIC SERVER polar');
 $polar->wait(events => 1);

@@ -62,7 +62,8 @@ sub new
 	my $self = bless PostgreSQL::Test::Cluster->new($name), $class;
 	my $databases = $options{databases} // $db;
 
-	$self->init;
+	# By default newer servers' tests take what fits the locale, SQL_ASCII.
+	$self->init(extra => [ '--encoding=UTF8', '--locale=C' ]);
 	$self->append_conf('postgresql.conf', "fsync = off\n");
 	$self->append_conf('postgresql.conf', <<"EOC") if $options{preload} // 1;
 shared_preload_libraries = 'aibilling_polar'
@@ -77,6 +78,23 @@ EOC
 		  if $options{extension} // 1;
 	}
 	return $self;
+}
+
+=pod
+
+=item $node->restart
+
+Stop and start it. pg_ctl's restart would start the program that ran, without
+the tool that dev/sanitize has put around it.
+
+=cut
+
+sub restart
+{
+	my ($self) = @_;
+
+	$self->stop;
+	return $self->start;
 }
 
 =pod

@@ -1,0 +1,227 @@
+# Rows without a price: held, listed, and priced and delivered by themselves once their price comes,
+# whichever way it comes; by the worker, or by sync() where there is none.
+use strict;
+use warnings;
+
+use FindBin;
+use lib $FindBin::Bin;
+use AibillingNode;
+use PolarServer;
+use PostgreSQL::Test::Utils;
+use Test::More;
+
+plan skip_all => 'needs python3' unless PolarServer->python;
+
+my $polar = PolarServer->new;
+my $node = AibillingNode->new('main');
+my $columns = 'external_id, provider, model, external_customer_id, input_tokens';
+
+# The database "postgres" has a worker, "plain" has none.
+$node->safe_psql('postgres', 'CREATE DATABASE plain');
+my %token = map { $_ => $node->token_file($polar->token) } 'postgres', 'plain';
+foreach my $db ('postgres', 'plain')
+{
+	$node->safe_psql('plain', 'CREATE EXTENSION aibilling_polar') if $db eq 'plain';
+	$node->safe_psql($db, "CREATE SERVER polar FOREIGN DATA WRAPPER polar OPTIONS (url '"
+		  . $polar->url
+		  . "', event_name 'llm_usage', access_token_file '$token{$db}');
+		SELECT aibilling.create_usage_table('usage', 'polar')");
+}
+
+# Run SQL in one session; returns what it said beside its output.
+sub said
+{
+	my ($db, $sql) = @_;
+	my ($rc, $out, $err) = $node->psql($db, $sql);
+
+	is($rc, 0, 'no error') || diag($err);
+	return $err;
+}
+
+sub place
+{
+	my ($db, $external_id) = @_;
+
+	return $node->safe_psql($db, "SELECT state FROM usage u, aibilling.usage_status('usage', u.id) WHERE external_id = '$external_id'");
+}
+
+sub wait_place
+{
+	my ($db, $external_id, $state) = @_;
+
+	return $node->poll_query_until($db,
+		"SELECT state = '$state' FROM usage u, aibilling.usage_status('usage', u.id) WHERE external_id = '$external_id'")
+	  || diag($node->diagnosis);
+}
+
+sub listed
+{
+	my ($db) = @_;
+
+	return $node->safe_psql($db, 'SELECT reason, rows FROM aibilling.unpriced ORDER BY reason COLLATE "C"');
+}
+
+sub event
+{
+	my ($external_id) = @_;
+
+	my ($found) = grep { $_->{event}{external_id} eq $external_id } $polar->events;
+	return $found->{event};
+}
+
+# ---------------------------------------------------------------------------
+# Held, with one warning a model and session, and listed
+# ---------------------------------------------------------------------------
+
+my $warnings = said('postgres', "
+INSERT INTO usage ($columns) VALUES ('a1', 'acme', 'a', 'c', 1);
+INSERT INTO usage ($columns) VALUES ('a2', 'acme', 'a', 'c', 2), ('b1', 'acme', 'b', 'c', 1);
+INSERT INTO usage ($columns) SELECT 'many' || i, 'acme', CASE WHEN i % 2 = 0 THEN 'a' ELSE 'b' END, 'c', i FROM generate_series(1, 10) i;");
+my $reason = sub { 'no price for this model (provider "acme", model "' . shift() . '", service tier "standard")' };
+is(scalar(() = $warnings =~ /WARNING/g), 2, 'two models: two warnings, however many rows');
+like($warnings, qr/WARNING:  usage is held until it can be priced: \Q@{[$reason->($_)]}\E/, "a warning names model $_") foreach 'a', 'b';
+$warnings = said('postgres', "INSERT INTO usage ($columns) VALUES ('a3', 'acme', 'a', 'c', 3), ('a4', 'acme', 'a', 'c', 4)");
+is(scalar(() = $warnings =~ /WARNING/g), 1, 'another session is warned too');
+is(listed('postgres'), $reason->('a') . "|9\n" . $reason->('b') . '|6', 'listed by model');
+is($node->safe_psql('postgres', 'SELECT pending, unpriced, rejected FROM aibilling.status'), '0|15|0', 'counted in status');
+like($node->status, qr/; 15 rows wait for a price \(aibilling\.unpriced\): no price for this model \(provider "acme", model "a".*, no price for this model \(provider "acme", model "b"/,
+	'and named there');
+is($node->safe_psql('postgres', "SELECT count(*), min(cost_status), count(cost_nanos) FROM usage"), '15|unpriced|0', 'the rows have no cost');
+is($polar->summary->{stored}, 0, 'nothing is sent');
+
+# A price that never comes to be releases nothing.  Without a worker, nobody looks until sync().
+$node->worker_waits;
+$node->safe_psql('postgres', "BEGIN; INSERT INTO aibilling.price (provider, model, input) VALUES ('acme', 'a', 1); ROLLBACK");
+$node->safe_psql('postgres', "INSERT INTO aibilling.price (provider, model, input) VALUES ('acme', 'b', 1)");
+wait_place('postgres', 'many9', 'delivered');
+is(listed('postgres'), $reason->('a') . '|9', 'the price of b releases b');
+is($node->safe_psql('postgres', "SELECT count(*), min(cost_nanos), max(cost_nanos), min(cost_status) FROM usage WHERE model = 'b'"),
+	'6|1000|9000|priced', 'each row at its cost');
+$node->safe_psql('postgres', "INSERT INTO aibilling.price (provider, model, input) VALUES ('acme', 'a', 2)");
+$node->poll_query_until('postgres', "SELECT delivered = 15 AND unpriced = 0 FROM aibilling.status") or diag($node->diagnosis);
+unlike($node->status, qr/wait for a price/, 'none waits any more');
+is(event('a4')->{metadata}{_cost}{amount}, '0.0008', 'the event has the cost');
+
+# ---------------------------------------------------------------------------
+# Whichever way the price comes
+# ---------------------------------------------------------------------------
+
+my %ways = (
+	price => [ 'standard', "INSERT INTO aibilling.price (provider, model, input) VALUES ('way', 'price', 1)" ],
+	update => [ 'standard', "UPDATE aibilling.price SET input = 1 WHERE model = 'update'" ],
+	alias => [ 'standard', "INSERT INTO aibilling.model_alias (provider, pattern, to_provider, to_model) VALUES ('way', 'alias', 'acme', 'b')" ],
+	glob => [ 'standard', "INSERT INTO aibilling.model_alias (provider, kind, pattern, to_provider, to_model) VALUES ('way', 'glob', 'gl*', 'acme', 'b')" ],
+	rule => [ 'slow', "INSERT INTO aibilling.service_tier_rule (provider, service_tier, multiplier) VALUES ('way', 'slow', 0.1)" ],
+	import => [ 'standard', q{SELECT count(*) FROM aibilling.import_prices('{"way/import": {"litellm_provider": "way", "input_cost_per_token": 1e-6}}', 'litellm', false)} ],
+	release => [ 'standard', q{SELECT count(*) FROM aibilling.import_prices('{"way/release": {"litellm_provider": "way", "input_cost_per_token": 1}}', 'litellm', false);
+		UPDATE aibilling.price_quarantine SET input = 1 WHERE model = 'release'; SELECT aibilling.release_price('litellm', 'way', 'release')} ],
+	'gpt-5' => [ 'standard', 'SELECT models > 1000 FROM aibilling.load_bundled_prices()' ]);
+
+foreach my $way (sort keys %ways)
+{
+	my ($tier, $sql) = @{ $ways{$way} };
+	my $provider = $way eq 'gpt-5' ? 'openai' : 'way';
+	my $insert = "INSERT INTO usage ($columns, service_tier) VALUES ('%s', '$provider', '$way', 'c', 1000000, '$tier')";
+	my $card = $way eq 'update' ? "INSERT INTO aibilling.price (provider, model, output) VALUES ('way', 'update', 1);"
+	  : $way eq 'rule' ? "INSERT INTO aibilling.price (provider, model, input) VALUES ('way', 'rule', 10);" : '';
+	$card .= "INSERT INTO aibilling.price (provider, model, input) VALUES ('acme', 'b', 1);" if $way =~ /^(alias|glob)$/;
+
+	# Without a worker: not in the session of the price, nor in another, until sync() is called.
+	$node->psql('plain', $card . sprintf($insert, "plain-$way"));
+	is(place('plain', "plain-$way"), 'unpriced', "$way: waits");
+	is( $node->safe_psql('plain', "$sql; SELECT (aibilling.usage_status('usage', max(id))).state, count(cost_nanos) FROM usage WHERE external_id = 'plain-$way'")
+		  =~ s/.*\n//rs,
+		'unpriced|0', "$way: not released in the session that brings the price");
+	is(place('plain', "plain-$way"), 'unpriced', "$way: nor by itself where there is no worker");
+	$node->safe_psql('plain', 'CALL aibilling.sync()');
+	is(place('plain', "plain-$way"), 'delivered', "$way: sync() prices and delivers it");
+	is($node->safe_psql('plain', "SELECT cost_nanos, cost_status FROM usage WHERE external_id = 'plain-$way'"),
+		($way eq 'gpt-5' ? '1250000000' : '1000000000') . '|priced', "$way: at its cost");
+	$node->safe_psql('plain', "DELETE FROM aibilling.price WHERE provider = 'acme'");
+
+	# With a worker: by itself.
+	$card = '' if $way =~ /^(alias|glob)$/;
+	$node->psql('postgres', $card . sprintf($insert, "worker-$way"));
+	is(place('postgres', "worker-$way"), 'unpriced', "$way: waits where there is a worker, too");
+	$node->worker_waits;
+	$node->safe_psql('postgres', $sql);
+	ok(wait_place('postgres', "worker-$way", 'delivered'), "$way: the worker prices and delivers it by itself");
+}
+
+# sync() where a worker runs returns when that has looked at the prices.
+$node->psql('postgres', "INSERT INTO usage ($columns) VALUES ('both', 'acme', 'both', 'c', 1000)");
+$node->safe_psql('postgres', "INSERT INTO aibilling.price (provider, model, input) VALUES ('acme', 'both', 1)");
+$node->safe_psql('postgres', 'CALL aibilling.sync()');
+is(place('postgres', 'both'), 'delivered', 'sync() with a worker delivers what has its price');
+
+# The price of the time when it happened counts, not that of its arrival.
+$node->psql('postgres', "INSERT INTO usage ($columns, occurred_at) VALUES ('then', 'acme', 'dated', 'c', 1000, '2026-01-15'), ('before', 'acme', 'dated', 'c', 1000, '2025-01-15')");
+$node->safe_psql('postgres', "INSERT INTO aibilling.price (provider, model, input, valid_from) VALUES ('acme', 'dated', 1, '2026-01-01'), ('acme', 'dated', 2, '2026-02-01')");
+wait_place('postgres', 'then', 'delivered');
+is($node->safe_psql('postgres', "SELECT cost_nanos FROM usage WHERE external_id = 'then'"), '1000000', 'at the price of its time');
+is(listed('postgres'), 'no price for this time (provider "acme", model "dated", service tier "standard")|1', 'what is older waits, and says why');
+$node->safe_psql('postgres', "DELETE FROM usage WHERE external_id = 'before'");
+
+# ---------------------------------------------------------------------------
+# Incomplete rows likewise
+# ---------------------------------------------------------------------------
+
+$warnings = said('postgres', "
+INSERT INTO usage ($columns, web_search_count, cache_read_tokens, units)
+	VALUES ('part', 'acme', 'part', 'c', 1000, 2, 10, '{\"image\": 1}');
+INSERT INTO aibilling.price (provider, model, input) VALUES ('acme', 'part', 1);
+INSERT INTO usage ($columns, web_search_count, cache_read_tokens, units)
+	VALUES ('parts', 'acme', 'part', 'c', 1000, 2, 10, '{\"image\": 1}');");
+my $parts = 'no price for %s (provider "acme", model "part", service tier "standard")';
+my $missing = sprintf($parts, 'cache_read, web_search, image');
+is(scalar(() = $warnings =~ /WARNING/g), 2, 'a model without a price, then with half of one: two warnings');
+like($warnings, qr/\Q$missing\E/, 'which name what is missing');
+is($node->safe_psql('postgres', "SELECT cost_status FROM usage WHERE external_id LIKE 'part%' ORDER BY id"), "unpriced\nincomplete", 'unpriced, and incomplete');
+ok($node->poll_query_until('postgres', "SELECT count(*) = 1 AND min(rows) = 2 FROM aibilling.unpriced WHERE reason = '$missing'"),
+	'both are listed by what they lack now');
+$node->safe_psql('postgres', "UPDATE aibilling.price SET cache_read = 0.1, web_search = 0.01 WHERE model = 'part'");
+$missing = sprintf($parts, 'image');
+ok($node->poll_query_until('postgres', "SELECT count(*) = 1 AND min(rows) = 2 FROM aibilling.unpriced WHERE reason = '$missing'"), 'by less when there is more');
+$node->safe_psql('postgres', "UPDATE aibilling.price SET units = '{\"image\": 0.04}' WHERE model = 'part'");
+wait_place('postgres', $_, 'delivered') foreach 'part', 'parts';
+is($node->safe_psql('postgres', "SELECT cost_nanos, cost_status FROM usage WHERE external_id LIKE 'part%'"), "60991000|priced\n60991000|priced", 'and released when all is there');
+
+# A price that makes a cost beyond cost_nanos holds up nobody else.
+$node->psql('postgres', "INSERT INTO usage ($columns) VALUES ('absurd', 'acme', 'absurd', 'c', 9000000000000000)");
+$node->safe_psql('postgres', "INSERT INTO aibilling.price (provider, model, input) VALUES ('acme', 'absurd', 999999999)");
+$node->safe_psql('postgres', "INSERT INTO usage ($columns) VALUES ('after', 'acme', 'both', 'c', 1)");
+ok(wait_place('postgres', 'after', 'delivered'), 'others are delivered');
+is(listed('postgres'), 'no possible price: the cost is beyond the range of cost_nanos (provider "acme", model "absurd")|1',
+	'the row waits for another price, and says why');
+unlike($node->status, qr/blocked/, 'the table goes on');
+$node->safe_psql('postgres', "UPDATE aibilling.price SET input = 0.000000001 WHERE model = 'absurd'");
+ok(wait_place('postgres', 'absurd', 'delivered'), 'and is delivered when the price is corrected');
+
+# ---------------------------------------------------------------------------
+# unpriced 'send': what waits goes without a cost, and what comes
+# ---------------------------------------------------------------------------
+
+$node->psql('postgres', "INSERT INTO usage ($columns) VALUES ('held', 'acme', 'sent', 'c', 10)");
+is(place('postgres', 'held'), 'unpriced', 'held as long as nobody says otherwise');
+$node->safe_psql('postgres', "ALTER SERVER polar OPTIONS (ADD unpriced 'send')");
+ok(wait_place('postgres', 'held', 'delivered'), "unpriced 'send' sends what waits");
+$warnings = said('postgres', "INSERT INTO usage ($columns) VALUES ('sent', 'acme', 'sent', 'c', 10);
+	INSERT INTO usage ($columns, web_search_count) VALUES ('sent part', 'acme', 'both', 'c', 10, 1);
+	INSERT INTO usage ($columns) VALUES ('sent priced', 'acme', 'both', 'c', 1000)");
+is($warnings, '', 'without a warning');
+wait_place('postgres', 'sent priced', 'delivered');
+foreach my $id ('held', 'sent', 'sent part')
+{
+	my $metadata = event($id)->{metadata};
+
+	ok(!exists $metadata->{_cost} && !exists $metadata->{cost_nanos} && !exists $metadata->{cost_currency}, "$id: an event without a cost");
+	is($metadata->{input_tokens}, 10, "$id: with its counts");
+	is($metadata->{_llm}{total_tokens}, 10, "$id: with _llm");
+}
+is(event('sent priced')->{metadata}{_cost}{amount}, '0.1', 'an event whose price is known has its cost');
+$node->safe_psql('postgres', "INSERT INTO aibilling.price (provider, model, input) VALUES ('acme', 'sent', 1)");
+is($node->safe_psql('postgres', "SELECT count(*), count(cost_nanos) FROM usage WHERE model = 'sent'"), '2|0', 'what was sent is not billed afterwards');
+is($node->safe_psql('postgres', "SELECT state, new_cost_nanos, action FROM aibilling.reprice('usage')"), "delivered|10000|reported\ndelivered|10000|reported", 'reprice tells the difference');
+
+$node->stop;
+done_testing();

@@ -1,0 +1,140 @@
+
+# Out of memory, and other errors in the middle of the worker's work: they cost
+# time, but no row, and none is sent twice.
+
+use strict;
+use warnings;
+
+use AibillingNode;
+use File::Basename;
+use PolarServer;
+use PostgreSQL::Test::Cluster;
+use PostgreSQL::Test::Utils;
+use Test::More;
+
+plan skip_all => 'python3 is not on PATH' unless PolarServer->python;
+
+my $polar = PolarServer->new;
+my $node = AibillingNode->new('main', conf => "aibilling_polar.poll_interval = 1\n");
+$node->create_server($polar, requests_per_minute => 0);
+$node->create_usage_table;
+
+sub sql
+{
+	my ($query) = @_;
+
+	return $node->safe_psql('postgres', $query);
+}
+
+#
+# What an error undoes in the tables is undone in memory, too.  A delivery is
+# built anew with a row less, and cannot be entered in the ledger.
+#
+
+sql(q{
+CREATE TABLE spoil (id bigint);
+CREATE FUNCTION public.event_name(r jsonb) RETURNS text LANGUAGE sql AS
+	$$SELECT CASE WHEN (r->>'id')::bigint NOT IN (SELECT id FROM public.spoil) THEN 'llm_usage' END$$;
+CREATE FUNCTION refuse_resend() RETURNS trigger LANGUAGE plpgsql AS
+	$$BEGIN RAISE 'the ledger is shut'; END$$;
+CREATE TRIGGER refuse_resend BEFORE UPDATE ON aibilling.delivery
+	FOR EACH ROW WHEN (new.attempts > 1) EXECUTE FUNCTION refuse_resend();
+ALTER SERVER polar OPTIONS (ADD event_name_function 'public.event_name')});
+$polar->fault(kind => '503');
+my $offset = $node->log_offset;
+$node->insert_rows(3);
+$node->wait_for_log(qr/cannot be delivered: the ledger is shut/, $offset);
+sql(q{INSERT INTO spoil VALUES (2)});
+
+# Once more, with a row that is spoilt now, and then for good.
+my $until = sql('SELECT blocked_until FROM aibilling.usage_table');
+sql(q{ALTER SERVER polar OPTIONS (SET event_name 'llm_usage')});
+$node->poll_query_until('postgres',
+	"SELECT blocked_until > '$until' FROM aibilling.usage_table");
+sql(q{DROP TRIGGER refuse_resend ON aibilling.delivery;
+ALTER SERVER polar OPTIONS (SET event_name 'llm_usage')});
+$node->wait_settled;
+is( sql(q{SELECT string_agg(id || ' ' || (aibilling.usage_status('usage', id)).state, ', ' ORDER BY id)
+		FROM usage}),
+	'1 delivered, 2 rejected, 3 delivered',
+	'a row that was set aside is not forgotten when that is undone');
+$node->stop;
+
+#
+# Each allocation of a delivery fails in turn, in a session that delivers as
+# the worker does: those of PostgreSQL, of libcurl and our own.
+#
+
+SKIP:
+{
+	skip 'another malloc is preloaded', 5 if $ENV{AIBILLING_POSTGRES};
+	my $library = "$PostgreSQL::Test::Utils::tmp_check/failing_malloc.so";
+	my ($include) = run_command([ 'pg_config', '--includedir-server' ]);
+	my $source = dirname(__FILE__) . '/failing_malloc.c';
+	skip 'no C compiler', 5
+	  if system("cc -shared -fPIC -O1 -I'$include' -o '$library' '$source' >/dev/null 2>&1") != 0;
+
+	$polar->reset;
+	my $session = AibillingNode->new('session', preload => 0, start => 0);
+	{
+		local $ENV{LD_PRELOAD} = $library;
+		$session->start;
+	}
+	$session->safe_psql('postgres', "CREATE EXTENSION aibilling_polar;
+CREATE FUNCTION fail_malloc(int, int) RETURNS void AS '$library' LANGUAGE C;
+CREATE FUNCTION failed_mallocs() RETURNS bigint AS '$library' LANGUAGE C;");
+	$session->create_server($polar, requests_per_minute => 0);
+	$session->create_usage_table;
+	my $rows = 0;
+	my %states;
+
+	# Try these numbers in one session.  Returns whether all of them failed.
+	my $try = sub
+	{
+		my $script = '';
+		foreach my $number (@_)
+		{
+			my $times = 1 + $number % 3;
+
+			# What still fails then, after the CALL, is not ours.
+			$rows++;
+			$script .= $session->rows_sql(1, from => $rows) . ";\n"
+			  . "SELECT fail_malloc($number, $times);\n"
+			  . "CALL aibilling.sync(timeout => '100 ms');\n"
+			  . "\\set state :SQLSTATE\n"
+			  . "SELECT failed_mallocs() \\g /dev/null\n" x 3
+			  . "SELECT 'result', $number, failed_mallocs(), :'state';\n"
+			  . "SELECT aibilling.resume();\n"
+			  . "CALL aibilling.sync();\n";
+		}
+		my ($rc, $out, $err) = $session->psql('postgres', $script, on_error_stop => 0);
+		my @results = map { [ split /\|/ ] } grep { /^result/ } split /\n/, $out;
+		$states{ $_->[3] }++ foreach @results;
+		fail("each number has a result: $out $err") if @results < @_;
+		return !grep { $_->[2] == 0 } @results;
+	};
+
+	# The first delivery of a session also makes plans and caches and starts
+	# libcurl; later ones do not.
+	my $step = $ENV{AIBILLING_LONG} ? 1 : 5;
+	my $first = 1;
+	while ($try->(map { $first + $step * $_ } 0 .. 49))
+	{
+		$first += 50 * $step;
+	}
+	note "$rows rows: ", join ', ', map { "$_ $states{$_}" } sort keys %states;
+	$step = $ENV{AIBILLING_LONG} ? 7 : 100;
+	$first = 1;
+	$first += $step while $try->($first);
+	note "$rows rows: ", join ', ', map { "$_ $states{$_}" } sort keys %states;
+
+	ok($states{53200}, 'out of memory was met');
+	is(join(' ', sort keys %states), '00000 53200', 'and nothing else reported');
+	$session->safe_psql('postgres', 'SELECT aibilling.resume(); CALL aibilling.sync()');
+	$session->sums_equal($polar, 'each row was sent once');
+	is($session->ledger('sum(unexpected_duplicates)'), '0', 'in effect');
+	is($session->ledger("count(*)", "state = 'sending'"), '0', 'and all is settled');
+	$session->stop;
+}
+
+done_testing();

@@ -114,3 +114,22 @@ $$;
 
 COMMENT ON FUNCTION aibilling.explain_cost(regclass, bigint) IS
 'How the cost of a stored usage row comes about by the prices of now, read with the rights of the caller. The amounts add up to the cost that is stored: if prices have been corrected since, bucket difference says by how much';
+COMMENT ON COLUMN aibilling.price_quarantine.provider IS 'As aibilling.price.provider';
+COMMENT ON COLUMN aibilling.price_quarantine.model IS 'As aibilling.price.model';
+COMMENT ON COLUMN aibilling.price_quarantine.service_tier IS 'As aibilling.price.service_tier';
+COMMENT ON COLUMN aibilling.price_quarantine.context_above IS 'As aibilling.price.context_above';
+COMMENT ON COLUMN aibilling.price_quarantine.valid_from IS 'As aibilling.price.valid_from';
+COMMENT ON COLUMN aibilling.price_quarantine.source IS 'As aibilling.price.source';
+COMMENT ON COLUMN aibilling.price_quarantine.daily_from IS 'As aibilling.price.daily_from';
+COMMENT ON COLUMN aibilling.price_quarantine.daily_to IS 'As aibilling.price.daily_to';
+COMMENT ON COLUMN aibilling.price_quarantine.input IS 'As aibilling.price.input';
+COMMENT ON COLUMN aibilling.price_quarantine.output IS 'As aibilling.price.output';
+COMMENT ON COLUMN aibilling.price_quarantine.cache_read IS 'As aibilling.price.cache_read';
+COMMENT ON COLUMN aibilling.price_quarantine.cache_write IS 'As aibilling.price.cache_write';
+COMMENT ON COLUMN aibilling.price_quarantine.cache_write_1h IS 'As aibilling.price.cache_write_1h';
+COMMENT ON COLUMN aibilling.price_quarantine.reasoning IS 'As aibilling.price.reasoning';
+COMMENT ON COLUMN aibilling.price_quarantine.request IS 'As aibilling.price.request';
+COMMENT ON COLUMN aibilling.price_quarantine.web_search IS 'As aibilling.price.web_search';
+COMMENT ON COLUMN aibilling.price_quarantine.units IS 'As aibilling.price.units';
+COMMENT ON COLUMN aibilling.price_quarantine.discount IS 'As aibilling.price.discount';
+COMMENT ON COLUMN aibilling.price_quarantine.multiplier IS 'As aibilling.price.multiplier';

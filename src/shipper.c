@@ -70,6 +70,7 @@
  * worker, which others wait for.
  */
 #define WORK_MS (10 * 1000)
+#define RESIST_MS (10 * 1000)	/* and then, if they catch the cancel */
 
 /* After so many server errors a batch is halved, and a single row suspected. */
 #define ERRORS_BEFORE_HALVING 3
@@ -1313,27 +1314,80 @@ take_ids(const UsageTable *table, Position *position, int64 max_ids,
 }
 
 /*
- * Work of the worker on one table, which may run code of the owner's, ends
- * after WORK_MS.  A session in CALL sync() has its statement_timeout.
+ * Work of the worker on one table, which may run code of the owner's, is
+ * cancelled after WORK_MS.  Code that catches the cancel ends with the worker,
+ * RESIST_MS later: nothing else stops it.  A session in CALL sync() has its
+ * statement_timeout.
  */
 static bool limit_work = false;
 static TimestampTz work_started;
+static TimeoutId resist_timeout = MAX_TIMEOUTS;
+static const UsageTable *table_at_work = NULL;
+static bool resisted = false;
+
+static void
+end_resistance(void)
+{
+	resisted = true;
+	ProcDiePending = true;
+	InterruptPending = true;
+	SetLatch(MyLatch);
+}
+
+/*
+ * The next worker must not run into the same: the table stays blocked until
+ * resume().
+ */
+static void
+block_who_resisted(int code, Datum arg)
+{
+	const char *reason = "code that runs when its rows are read resisted its cancellation; mend it, then call aibilling.resume()";
+
+	if (!resisted || table_at_work == NULL)
+		return;
+
+	AbortOutOfAnyTransaction();
+	StartTransactionCommand();
+	PushActiveSnapshot(GetTransactionSnapshot());
+	ereport(WARNING,
+			(errcode(ERRCODE_QUERY_CANCELED),
+			 errmsg("usage rows of %s cannot be delivered: %s",
+					table_at_work->name, reason)));
+	abp_usage_table_block(table_at_work->relid, reason, DT_NOEND);
+	PopActiveSnapshot();
+	CommitTransactionCommand();
+}
 
 static void
 start_work_limit(void)
 {
+	EnableTimeoutParams limits[2] = {
+		{.id = STATEMENT_TIMEOUT,.type = TMPARAM_AFTER,.delay_ms = WORK_MS},
+		{.type = TMPARAM_AFTER,.delay_ms = WORK_MS + RESIST_MS}
+	};
+
 	work_started = GetCurrentTimestamp();
-	if (limit_work)
-		enable_timeout_after(STATEMENT_TIMEOUT, WORK_MS);
+	if (!limit_work)
+		return;
+
+	if (resist_timeout == MAX_TIMEOUTS)
+	{
+		resist_timeout = RegisterTimeout(USER_TIMEOUT, end_resistance);
+		before_shmem_exit(block_who_resisted, (Datum) 0);
+	}
+	limits[1].id = resist_timeout;
+	enable_timeouts(limits, lengthof(limits));
 }
 
 /* Returns whether the time was up. */
 static bool
 end_work_limit(void)
 {
+	table_at_work = NULL;
 	if (!limit_work)
 		return false;
 
+	disable_timeout(resist_timeout, false);
 	disable_timeout(STATEMENT_TIMEOUT, true);
 	if (get_timeout_indicator(STATEMENT_TIMEOUT, true))
 		QueryCancelPending = false; /* it came after the work was done */
@@ -1366,6 +1420,7 @@ guarded(TableWork work, const UsageTable *table, const ServerOptions *server, vo
 	MemoryContextSwitchTo(caller);
 	PG_TRY();
 	{
+		table_at_work = table;
 		start_work_limit();
 		work(table, server, arg);
 		(void) end_work_limit();
@@ -2063,7 +2118,8 @@ work(const ShipScope *scope)
 		 * Who has just become the shipper tries again: somebody may be
 		 * waiting.
 		 */
-		if (table->blocked_until > GetCurrentTimestamp() && !servers_changed && !fresh)
+		if (table->blocked_until > GetCurrentTimestamp() &&
+			(table->blocked_until == DT_NOEND || (!servers_changed && !fresh)))
 		{
 			due_at(table->blocked_until);
 			continue;

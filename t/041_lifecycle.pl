@@ -652,37 +652,85 @@ $node->stop;
 
 # --- versions ------------------------------------------------------------------------------
 
-# What an extension consists of, in words.
+# What an extension consists of, in words: its members and what belongs to these, with every property
+# that has a meaning outside of the catalogues.
 my $anatomy = <<'SQL';
-SELECT i.type, i.identity, coalesce(
-	CASE d.classid
-		WHEN 'pg_proc'::regclass THEN (SELECT row(p.*)::text FROM
-			(SELECT prosrc, probin, provolatile, proparallel, proisstrict, prosecdef, proretset, proconfig,
-				proacl, proargnames, pg_get_function_result(oid), pg_get_function_arguments(oid),
-				pg_get_function_sqlbody(oid) FROM pg_proc WHERE oid = d.objid) p)
-		WHEN 'pg_class'::regclass THEN (SELECT row(c.relkind, c.relacl, c.reloptions, c.relrowsecurity,
-				pg_get_viewdef(c.oid),
-				(SELECT array_agg(row(attname, format_type(atttypid, atttypmod), attnotnull, attidentity, attgenerated,
-					attcollation::regcollation, pg_get_expr(adbin, adrelid), attacl)::text ORDER BY attnum)
-				 FROM pg_attribute a LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum
-				 WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped),
-				(SELECT array_agg(conname || pg_get_constraintdef(o.oid) ORDER BY conname) FROM pg_constraint o WHERE conrelid = c.oid),
-				(SELECT array_agg(pg_get_indexdef(indexrelid) ORDER BY indexrelid::regclass::text) FROM pg_index WHERE indrelid = c.oid),
-				(SELECT array_agg(pg_get_triggerdef(t.oid) || tgenabled::text ORDER BY tgname) FROM pg_trigger t WHERE tgrelid = c.oid),
-				(SELECT array_agg(row(polname, polcmd, pg_get_expr(polqual, polrelid))::text ORDER BY polname) FROM pg_policy WHERE polrelid = c.oid)
-			)::text FROM pg_class c WHERE c.oid = d.objid)
-	END, ''), obj_description(d.objid, d.classid::regclass::name)
-FROM pg_depend d, pg_identify_object(d.classid, d.objid, d.objsubid) i
-WHERE d.refclassid = 'pg_extension'::regclass AND d.deptype = 'e'
-	AND d.refobjid = (SELECT oid FROM pg_extension WHERE extname = 'aibilling_polar')
-UNION ALL SELECT 'dumped', c::regclass::text, coalesce(w, ''), ''
-FROM pg_extension, unnest(extconfig, extcondition) AS t (c, w) WHERE extname = 'aibilling_polar'
+WITH extension AS (
+	SELECT * FROM pg_extension WHERE extname = 'aibilling_polar'
+), member AS (
+	SELECT d.classid, d.objid FROM pg_depend d JOIN extension e ON d.refobjid = e.oid
+	WHERE d.refclassid = 'pg_extension'::regclass AND d.deptype = 'e'
+), relation AS (
+	SELECT objid AS oid FROM member WHERE classid = 'pg_class'::regclass
+	UNION SELECT indexrelid FROM pg_index JOIN member ON objid = indrelid AND classid = 'pg_class'::regclass
+), object (kind, name, what, classid, objid, objsubid) AS (
+	SELECT 'member', pg_describe_object(classid, objid, 0), NULL, classid, objid, 0 FROM member
+	UNION ALL SELECT 'extension', extname, concat_ws(' ', extversion, extnamespace::regnamespace, extrelocatable),
+		'pg_extension'::regclass, oid, 0 FROM extension
+	UNION ALL SELECT 'dumped', c::regclass::text, w, 0, 0, 0 FROM extension, unnest(extconfig, extcondition) t (c, w)
+	UNION ALL SELECT 'schema', nspname, nspacl::text, 'pg_namespace'::regclass, oid, 0
+		FROM pg_namespace JOIN member ON classid = 'pg_namespace'::regclass AND objid = oid
+	UNION ALL SELECT 'function', oid::regprocedure::text, (to_jsonb(p) - '{oid,proargdefaults,prosqlbody,pronamespace,proowner,prorettype,proargtypes,proallargtypes}'::text[]
+			|| jsonb_build_array(pg_get_function_arguments(oid), pg_get_function_result(oid), pg_get_functiondef(oid)))::text,
+		'pg_proc'::regclass, oid, 0
+		FROM pg_proc p JOIN member ON classid = 'pg_proc'::regclass AND objid = oid
+	UNION ALL SELECT 'relation', oid::regclass::text, concat_ws(' ', relkind, relpersistence, relacl, reloptions, relrowsecurity,
+			relforcerowsecurity, relreplident, relam, relispartition, pg_get_viewdef(oid), pg_get_indexdef(oid)),
+		'pg_class'::regclass, oid, 0
+		FROM pg_class JOIN relation USING (oid) WHERE relkind <> 'i'
+	UNION ALL SELECT 'index', oid::regclass::text, concat_ws(' ', pg_get_indexdef(oid), indisunique, indisprimary, indisvalid, indisclustered,
+			indisreplident, indimmediate), 'pg_class'::regclass, oid, 0
+		FROM relation JOIN pg_index ON indexrelid = oid
+	UNION ALL SELECT 'column', r.oid::regclass || '.' || attname, concat_ws(' ', attnum, format_type(atttypid, atttypmod), attnotnull,
+			attidentity, attgenerated, attcollation, attstorage, attcompression, attacl,
+			-- but for what some builds of PostgreSQL note there on their own: the WAL position of the change
+			(SELECT array_agg(o) FROM unnest(attoptions) o WHERE o !~ '^pg_attver='), pg_get_expr(adbin, adrelid)),
+		'pg_class'::regclass, r.oid, attnum
+		FROM relation r JOIN pg_attribute ON attrelid = r.oid
+			LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum
+		WHERE attnum > 0
+	UNION ALL SELECT 'sequence', seqrelid::regclass::text, (to_jsonb(q) - 'seqrelid')::text, 0, 0, 0
+		FROM pg_sequence q JOIN relation ON oid = seqrelid
+	UNION ALL SELECT 'constraint', conrelid::regclass || '.' || conname, pg_get_constraintdef(c.oid) || convalidated,
+		'pg_constraint'::regclass, c.oid, 0
+		FROM pg_constraint c JOIN relation r ON r.oid = conrelid
+	UNION ALL SELECT 'trigger', tgrelid::regclass || '.' || tgname, pg_get_triggerdef(t.oid) || tgenabled::text,
+		'pg_trigger'::regclass, t.oid, 0
+		FROM pg_trigger t JOIN relation r ON r.oid = tgrelid
+	UNION ALL SELECT 'policy', polrelid::regclass || '.' || polname,
+		concat_ws(' ', polcmd, polpermissive, polroles, pg_get_expr(polqual, polrelid), pg_get_expr(polwithcheck, polrelid)),
+		'pg_policy'::regclass, p.oid, 0
+		FROM pg_policy p JOIN relation r ON r.oid = polrelid
+	UNION ALL SELECT 'rule', ev_class::regclass || '.' || rulename, pg_get_ruledef(w.oid), 'pg_rewrite'::regclass, w.oid, 0
+		FROM pg_rewrite w JOIN relation r ON r.oid = ev_class
+	UNION ALL SELECT 'type', format_type(oid, NULL), concat_ws(' ', typtype, typacl, typcategory, (SELECT array_agg(
+			attname || ' ' || format_type(atttypid, atttypmod) ORDER BY attnum) FROM pg_attribute WHERE attrelid = typrelid AND attnum > 0)),
+		'pg_type'::regclass, oid, 0
+		FROM pg_type JOIN member ON classid = 'pg_type'::regclass AND objid = oid
+	UNION ALL SELECT 'wrapper', fdwname, concat_ws(' ', fdwhandler, fdwvalidator::regproc, fdwacl, fdwoptions),
+		'pg_foreign_data_wrapper'::regclass, oid, 0
+		FROM pg_foreign_data_wrapper JOIN member ON classid = 'pg_foreign_data_wrapper'::regclass AND objid = oid
+	UNION ALL SELECT 'event trigger', evtname, concat_ws(' ', evtevent, evtfoid::regproc, evtenabled, evttags),
+		'pg_event_trigger'::regclass, oid, 0
+		FROM pg_event_trigger JOIN member ON classid = 'pg_event_trigger'::regclass AND objid = oid
+)
+SELECT kind, name, what, col_description(nullif(o.objid, 0), nullif(o.objsubid, 0)),
+	CASE o.objsubid WHEN 0 THEN obj_description(o.objid, nullif(o.classid, 0)::regclass::name) END,
+	(SELECT concat_ws(' ', privtype, initprivs) FROM pg_init_privs i
+	 WHERE i.classoid = o.classid AND i.objoid = o.objid AND i.objsubid = o.objsubid)
+FROM object o
+UNION ALL
+SELECT 'shipped', 'service_tier_rule', r::text, NULL, NULL, NULL FROM aibilling.service_tier_rule r WHERE shipped
 ORDER BY 1, 2, 3
 SQL
 
-SKIP:
 {
-	my $versions = new_node('versions', '');
+	my $versions = new_node('versions', 'from_1_0');
+	my $polar = PolarServer->new;
+	my $url = $polar->url;
+	my $token = $polar->token;
+	my $dump = $versions->basedir . '/old.dump';
+
 	$versions->start;
 	my ($current, @old) = split /\n/, value($versions, 'postgres', <<'SQL');
 SELECT version FROM pg_available_extension_versions v JOIN pg_available_extensions e USING (name)
@@ -690,31 +738,109 @@ WHERE name = 'aibilling_polar' ORDER BY version <> default_version, version
 SQL
 	$versions->safe_psql('postgres', 'CREATE EXTENSION aibilling_polar');
 	my $fresh = value($versions, 'postgres', $anatomy);
-	cmp_ok(length $fresh, '>', 10_000, 'an extension has an anatomy');
-	skip 'there is only one version to update from', 1 if !@old;
+	is(value($versions, 'postgres', "SELECT count(*) FROM ($anatomy) a WHERE name ~ 'aibilling'") > 300 ? 'much' : 'little',
+		'much', 'an extension has an anatomy');
+	is(value($versions, 'postgres', <<'SQL'), '', 'every object of it that can have a comment has one');
+SELECT pg_describe_object(d.classid, d.objid, d.objsubid)
+FROM (
+	SELECT classid, objid, objsubid FROM pg_depend
+	WHERE refclassid = 'pg_extension'::regclass AND deptype = 'e'
+		AND refobjid = (SELECT oid FROM pg_extension WHERE extname = 'aibilling_polar')
+		AND classid <> 'pg_type'::regclass
+	UNION ALL
+	SELECT 'pg_class'::regclass, attrelid, attnum FROM pg_attribute JOIN pg_class c ON c.oid = attrelid
+	WHERE relnamespace = 'aibilling'::regnamespace AND relkind IN ('r', 'v') AND attnum > 0 AND NOT attisdropped
+) d
+WHERE coalesce(CASE WHEN d.objsubid > 0 THEN col_description(d.objid, d.objsubid)
+	ELSE obj_description(d.objid, d.classid::regclass::name) END, '') = ''
+	AND NOT EXISTS (SELECT FROM pg_class WHERE oid = d.objid AND relkind IN ('S', 'i') AND d.classid = 'pg_class'::regclass)
+SQL
+	is("@old", '1.0', 'there is a version to update from');
 
-	my $arrived = $polar->summary->{stored};
 	foreach my $old (@old)
 	{
 		my $database = "from_$old" =~ tr/./_/r;
+		my $status = "SELECT pending, unpriced, rejected, in_flight, delivered, status FROM aibilling.status";
 
-		# The library of today serves the SQL of then.
+		# The library of today serves the SQL of then: all that a user does.
 		$versions->safe_psql('postgres', "CREATE DATABASE $database");
-		$url = $polar->url;
 		$versions->safe_psql($database, <<SQL);
 CREATE EXTENSION aibilling_polar VERSION '$old';
 CREATE SERVER polar FOREIGN DATA WRAPPER polar OPTIONS (url '$url', event_name 'llm_usage');
 CREATE USER MAPPING FOR PUBLIC SERVER polar OPTIONS (access_token '$token');
 SELECT aibilling.create_usage_table('usage', server => 'polar');
+SELECT aibilling.load_bundled_prices();
 SQL
-		$versions->safe_psql($database, insert("old-$old", 1));
-		$versions->safe_psql($database, 'CALL aibilling.sync()');
-		$versions->safe_psql($database, insert("pending-$old", 1));
+		my $before = value($versions, $database, $anatomy);
+		isnt($before, $fresh, "$old is another version");
+		fill($versions, $database, $old);
+		wait_delivered($versions, $database, "$old: the worker delivers");
+		is($polar->summary->{stored}, 5, "$old: every row");
+		is( value($versions, $database, $status),
+			'0|1|1|0|5|idle: everything that can be sent is delivered; 1 rows wait for a price (aibilling.unpriced);'
+			  . ' 1 rows are rejected (aibilling.outbox)',
+			"$old: status");
+		is(value($versions, $database, "SELECT cost_nanos(provider, model, 1000000) FROM aibilling.price_source, LATERAL (SELECT 'openai' AS provider, 'gpt-5' AS model) m LIMIT 1" =~ s/cost_nanos\(/aibilling.cost_nanos(/r),
+			'1250000000', "$old: prices");
+		is(value($versions, $database, "SELECT event->>'external_id', state FROM aibilling.preview('usage')"),
+			"|rejected\n$old-unpriced|unpriced", "$old: preview");
+
+		# Paused, refused, waiting: what is kept of a server.
+		value($versions, $database, 'SELECT aibilling.pause()');
+		$versions->safe_psql($database, insert("$old-paused", 2));
+		like(value($versions, $database, 'SELECT status FROM aibilling.status'), qr/^paused: paused by/, "$old: pause");
+		$polar->fault(kind => '401', times => 'always');
+		value($versions, $database, 'SELECT aibilling.resume()');
+		ok($versions->poll_query_until($database, "SELECT status ~ '^paused: .*401' FROM aibilling.status"), "$old: a refusal pauses");
+
+		# One role's pause is that of all tables here: it is not taken for less.
+		$versions->safe_psql($database, <<'SQL');
+DO 'BEGIN CREATE ROLE updater; EXCEPTION WHEN duplicate_object THEN END';
+GRANT USAGE ON FOREIGN SERVER polar TO updater;
+CREATE SCHEMA updater AUTHORIZATION updater;
+SET ROLE updater;
+SELECT aibilling.create_usage_table('updater.usage', server => 'polar');
+SQL
+		my (undef, undef, $err) = $versions->psql($database, "SET ROLE updater; SELECT aibilling.pause('polar')");
+		like($err, qr/ERROR:  others have usage tables attached to server "polar" too.*ALTER EXTENSION aibilling_polar UPDATE/s,
+			"$old: a pause of one's own needs the update");
+		$polar->clear_faults;
+
+		$versions->command_ok([ 'pg_dump', '-Fc', '-d', $versions->connstr($database), '-f', $dump ], "$old: pg_dump");
+
+		# A request hangs in flight while the extension is updated under the worker.
+		$polar->fault(kind => 'hang', store => JSON::PP::true);
+		value($versions, $database, 'SELECT aibilling.resume()');
+		$polar->wait(hung => 1);
+		my $had = value($versions, $database, $everything);
+		my $pid = value($versions, $database, 'SELECT DISTINCT worker_pid FROM aibilling.status');
 		$versions->safe_psql($database, 'ALTER EXTENSION aibilling_polar UPDATE');
-		is(value($versions, $database, $anatomy), $fresh, "an update from $old equals a fresh install");
-		$versions->safe_psql($database, 'CALL aibilling.sync()');
-		is($polar->summary->{stored}, $arrived += 2, "$old: delivers before and after");
+		is(value($versions, $database, $everything =~ s/SELECT 'state', s::text/SELECT 'state', (server, paused, reason, changed_at, failures, not_before)::text/r),
+			$had, "$old: an update keeps everything");
+		is_deeply(
+			[ split /\n/, value($versions, $database, $anatomy) ], [ split /\n/, $fresh ],
+			"an update from $old equals a fresh install, object by object");
+		$polar->release;
+		wait_delivered($versions, $database, "$old: delivery goes on");
+		is($polar->summary->{stored}, 7, "$old: every row once");
+		$versions->safe_psql($database, 'SET ROLE updater; SELECT aibilling.pause()');
+		$versions->safe_psql($database, insert("$old-after", 2) . 'SET ROLE updater;' . insert("$old-own", 1, 'updater.usage'));
+		$polar->wait(events => 9);
+		is( value($versions, $database, "SELECT pending, status FROM aibilling.status WHERE usage_table = 'updater.usage'::regclass"),
+			'1|paused: paused by updater', "$old: what is new in $current works");
+		value($versions, $database, 'SELECT aibilling.resume()');
+		wait_delivered($versions, $database, "$old: and is done");
+		is(value($versions, $database, 'SELECT DISTINCT worker_pid FROM aibilling.status'), $pid, "$old: all by one worker");
+		is(value($versions, $database, 'SELECT sum(unexpected_duplicates) FROM aibilling.delivery'), '0', "$old: no surprise");
+
+		# A dump of then becomes a database of today.
+		$versions->safe_psql('postgres', 'CREATE DATABASE restored');
+		$versions->command_ok([ 'pg_restore', '--exit-on-error', '-d', $versions->connstr('restored'), $dump ],
+			"$old: pg_restore");
+		is(value($versions, 'restored', $anatomy), $fresh, "$old: makes $current");
+		is(value($versions, 'restored', 'SELECT paused, role FROM aibilling.server_state'), 'answer|0', "$old: with its state");
 	}
+	$versions->stop;
 }
 
 done_testing();

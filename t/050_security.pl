@@ -502,13 +502,46 @@ allowed('eve', "ALTER SERVER eves OPTIONS (SET metadata_function 'eve.meta')");
 $polar->wait(events => 12);
 $node->wait_settled;
 
+# Code that catches its cancellation ends with the worker, and the next one does not call it.
+my $pid = $node->worker_pid;
+allowed('eve', q{
+CREATE FUNCTION eve.resists(r jsonb) RETURNS jsonb LANGUAGE plpgsql AS $$
+BEGIN
+	LOOP
+		BEGIN
+			PERFORM pg_sleep(3600);
+		EXCEPTION WHEN query_canceled THEN
+			RAISE LOG 'cancellation caught';
+		END;
+	END LOOP;
+END $$;
+ALTER SERVER eves OPTIONS (SET metadata_function 'eve.resists');
+INSERT INTO eve.usage (external_id, provider, model, external_customer_id, input_tokens) VALUES ('eve_resists', 'eves', 'model', 'c', 10);});
+allowed('app', "$insert ('meanwhile', 'p', 'm', 'c', 0.01)");
+$polar->wait(events => 13);
+ok($node->wait_status('blocked: code that runs when its rows are read resisted', 'eve.usage'),
+	'a function that resists blocks its table');
+like(slurp_file($node->logfile), qr/LOG:  cancellation caught/, 'after it was cancelled in vain');
+$node->poll_query_until('postgres',
+	"SELECT worker_pid <> $pid FROM aibilling.status WHERE usage_table = 'usage'::regclass") or die 'no worker again';
+$pid = $node->worker_pid;
+allowed('eve', "ALTER SERVER eves OPTIONS (SET requests_per_minute '999')");
+allowed('app', "$insert ('meanwhile too', 'p', 'm', 'c', 0.01)");
+$polar->wait(events => 14);
+like($node->status('eve.usage'), qr/^blocked: code that runs/, 'it stays blocked, whatever else changes');
+is($node->worker_pid, $pid, 'and the next worker lives');
+allowed('eve', "ALTER SERVER eves OPTIONS (SET metadata_function 'eve.meta'); SELECT aibilling.resume('eves')");
+$polar->wait(events => 15);
+$node->wait_settled;
+pass('once mended and resumed, its rows are delivered');
+
 # Row-level security
 allowed('eve', q{
 CREATE POLICY p ON eve.usage USING (eve.pure('policy', id));
 ALTER TABLE eve.usage FORCE ROW LEVEL SECURITY;
 ALTER TABLE eve.usage NO FORCE ROW LEVEL SECURITY;
 INSERT INTO eve.usage (external_id, provider, model, external_customer_id, input_tokens) VALUES ('eve6', 'eves', 'model', 'c', 10);});
-$polar->wait(events => 13);
+$polar->wait(events => 16);
 $node->wait_settled;
 allowed('eve', 'ALTER TABLE eve.usage FORCE ROW LEVEL SECURITY');
 allowed('eve', q{
@@ -517,10 +550,10 @@ INSERT INTO eve.usage (external_id, provider, model, external_customer_id, input
 ok($node->wait_status('blocked: query would be affected by row-level security policy for table "usage"', 'eve.usage'),
 	'forced row-level security blocks the table, with the reason');
 allowed('app', "$insert ('sixth', 'p', 'm', 'c', 0.01)");
-$polar->wait(events => 14);
+$polar->wait(events => 17);
 pass('and no other table');
 allowed('eve', "ALTER TABLE eve.usage NO FORCE ROW LEVEL SECURITY; SELECT aibilling.resume('eves')");
-$polar->wait(events => 15);
+$polar->wait(events => 18);
 $node->wait_settled;
 is($node->safe_psql('postgres', "SELECT string_agg(DISTINCT who, ' ') FROM eve.witness"), 'eve', 'all the time as eve only');
 
@@ -545,7 +578,7 @@ SELECT 'held';
 	kill 'TERM', $worker;
 	$node->worker_waits($worker);
 	allowed('app', "$insert ('seventh', 'p', 'm', 'c', 0.01)");
-	$polar->wait(events => 16);
+	$polar->wait(events => 19);
 	pass('no advisory lock keeps a worker from shipping');
 	$in .= "\\q\n";
 	$holder->finish;
@@ -580,7 +613,7 @@ for my $status (301, 302, 307, 308)
 		"an answer of $status");
 	allowed($super, 'SELECT aibilling.resume()');
 }
-$polar->wait(events => 20);
+$polar->wait(events => 23);
 $node->wait_settled;
 is(scalar(@{ [ $elsewhere->requests ] }), 0, 'no redirect is followed, no token goes along');
 
@@ -591,7 +624,7 @@ ok($node->poll_query_until('postgres', q{
 	SELECT EXISTS (SELECT FROM aibilling.delivery WHERE error ~ 'the answer is longer than 1048576 bytes')}),
 	'an answer is read up to 1 MB');
 allowed($super, 'SELECT aibilling.resume()');
-$polar->wait(events => 21);
+$polar->wait(events => 24);
 $node->wait_settled;
 
 # ---------------------------------------------------------------------------
@@ -687,7 +720,7 @@ $node->safe_psql('postgres', 'CREATE EXTENSION pg_stat_statements') if $with_sta
 allowed('owner', "SELECT aibilling.create_usage_table('by_mapping', 'mapped')");
 $node->insert_rows(3, table => 'by_mapping', prefix => 'mapped_');
 $node->insert_rows(3, prefix => 'logged_');
-$polar->wait(events => 27);
+$polar->wait(events => 30);
 $node->wait_settled;
 my $echo = JSON::PP->new->encode({ error => 'Unauthorized', detail => "bad header: Authorization: Bearer $token" });
 $polar->fault(kind => 'status', status => 401, body => $echo, headers => { 'Content-Type' => 'application/json' });
@@ -696,7 +729,7 @@ ok($node->wait_status('paused: .*401'), 'a refusal that quotes the token');
 my $words = $node->status;
 $polar->clear_faults;
 $node->safe_psql('postgres', 'SELECT aibilling.resume(); CALL aibilling.sync()');
-$polar->wait(events => 28);
+$polar->wait(events => 31);
 $echo = JSON::PP->new->encode(
 	{
 		detail => [

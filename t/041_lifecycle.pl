@@ -777,7 +777,8 @@ SQL
 		wait_delivered($versions, $database, "$old: the worker delivers");
 		is($polar->summary->{stored}, 5, "$old: every row");
 		is( value($versions, $database, $status),
-			'0|1|1|0|5|idle: everything that can be sent is delivered; 1 rows wait for a price (aibilling.unpriced);'
+			'0|1|1|0|5|idle: everything that can be sent is delivered; 1 rows wait for a price (aibilling.unpriced):'
+			  . ' no price for this model (provider "nobody", model "nothing", service tier "standard");'
 			  . ' 1 rows are rejected (aibilling.outbox)',
 			"$old: status");
 		is(value($versions, $database, "SELECT cost_nanos(provider, model, 1000000) FROM aibilling.price_source, LATERAL (SELECT 'openai' AS provider, 'gpt-5' AS model) m LIMIT 1" =~ s/cost_nanos\(/aibilling.cost_nanos(/r),

@@ -362,6 +362,18 @@ $node->safe_psql('postgres', q{ALTER SERVER limited OPTIONS (SET requests_per_mi
 $limited->wait(events => 3);
 pass('a lifted limit is noticed');
 
+# A peer that refuses what is above its limit, in windows that begin with a request, as Polar's do: a tenth
+# of a minute's requests at once and the rest spread over it stay below, also when the worker is another.
+my $limiter = PolarServer->new;
+$limiter->rate_limit(120, 5);
+$node->create_server($limiter, name => 'limiter', batch_size => 1, requests_per_minute => 600);
+$node->create_usage_table('many', 'limiter');
+$node->insert_rows(150, table => 'many', prefix => 'many_');
+$limiter->wait(requests => 70);
+$node->restart;
+$limiter->wait(events => 150);
+is($limiter->summary->{status}{429} // 0, 0, 'the limit is kept at any time: no answer is 429');
+
 # --- poison that makes the server fail ------------------------------------------------------------------
 
 $node->insert_rows(20, table => 'bad', prefix => 'good_');
@@ -378,5 +390,5 @@ is($poisoned->summary->{duplicates}, $node->ledger('sum(duplicates)', "usage_tab
 	'the ledger accounts for duplicates');
 
 $node->stop;
-$_->stop foreach $polar, $poisoned, $limited;
+$_->stop foreach $polar, $poisoned, $limited, $limiter;
 done_testing();

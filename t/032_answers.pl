@@ -154,7 +154,7 @@ round_of('an answer of 100 MB', { kind => 'garbage', what => 'huge', store => \1
 	error => 'longer than', ledger => 'sending 200', status => qr/^waiting until/, stored => 1);
 round_of("status $_", { kind => 'status', status => $_ + 0, body => '{}' },
 	error => '.', ledger => "sending $_", status => qr/^waiting until/)
-  foreach qw(201 204 599);
+  foreach qw(201 204 408 599);
 
 # The counts decide, not the type that a proxy gives the answer.
 $rounds++;
@@ -281,6 +281,14 @@ is($polar->summary->{arrived} - $arrived, 3 + 4, '413: 100, then 50 and 50, then
 is($node->ledger("count(*)", "state <> 'delivered' AND error IS NULL AND usage_table = 'usage'::regclass"),
 	'0', 'the ledger accounts for each');
 $polar->clear_faults;
+
+# What Polar cannot read is not sent twice in the same way.
+$polar->fault(kind => 'status', status => 400, body => '{"detail": "There was an error parsing the body"}');
+$arrived = $polar->summary->{arrived};
+$node->insert_rows(10, prefix => 'unread_');
+$polar->wait_for(sub { (grep { $_->{external_id} =~ /^unread_/ } $polar->events) == 10 }, '400');
+$node->wait_status('^idle');
+is_deeply([ batches($arrived) ], [ 10, 5, 5 ], '400: the batch is halved');
 
 $polar->fault(kind => '413', times => 'always');
 $node->insert_rows(1, prefix => 'single_');

@@ -37,6 +37,7 @@ REGRESS = \
 	catalogue \
 	server \
 	usage \
+	rows \
 	outbox
 REGRESS_OPTS = --temp-instance=tmp_check --temp-config=regress.conf \
 	--load-extension=$(EXTENSION) --encoding=UTF8 --no-locale

@@ -107,6 +107,20 @@ SELECT action, provider, model, price_column, new_price, reason
 FROM aibilling.import_prices('{"data": [
 	{"provider_id": "acme", "model_id": "m", "pricing": {"prompt": 5e-06, "completion": 0, "input_cache_read": 0, "request": 0, "discount": 0.25}},
 	{"provider_id": "acme", "model_id": "none", "pricing": null, "message": "pricing not available"}], "meta": {"page": 1}}', 'narev', false);
+-- Prices in another currency or by another unit are none.
+SELECT action, model, price_column, new_price, reason
+FROM aibilling.import_prices('{"data": [
+	{"provider_id": "acme", "model_id": "euro", "pricing": {"currency": "EUR", "prompt": 5e-06, "completion": 1e-05}},
+	{"provider_id": "acme", "model_id": "yen", "currency": "JPY", "pricing": {"prompt": 5e-06}},
+	{"provider_id": "acme", "model_id": "million", "pricing": {"unit": "1M tokens", "prompt": 5}},
+	{"provider_id": "acme", "model_id": "dollar", "currency": "usd", "pricing": {"unit": "token", "prompt": 5e-06}}]}', 'narev', true);
+SELECT action, model, price_column, new_price, reason
+FROM aibilling.import_prices('{"meta": {"currency": "EUR"}, "data": [
+	{"provider_id": "acme", "model_id": "euro", "pricing": {"prompt": 5e-06}},
+	{"provider_id": "acme", "model_id": "dollar", "currency": "USD", "pricing": {"prompt": 5e-06}}]}', 'narev', true);
+SELECT action, model, context_above, price_column, new_price, reason
+FROM aibilling.import_prices('{"data": [{"id": "acme/m", "pricing": {"currency": "EUR", "prompt": "0.000005",
+	"overrides": [{"min_prompt_tokens": 32000, "prompt": "0.00001"}]}}]}', 'openrouter', true);
 SELECT source, priority FROM aibilling.price_source ORDER BY priority;
 TRUNCATE aibilling.price;
 

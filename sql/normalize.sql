@@ -325,6 +325,34 @@ INSERT INTO example VALUES
  '{"units": {"page": 29}, "model": "mistral-ocr-latest"}');
 
 --
+-- Cohere: what it bills, not the tokens of its templates beside that
+--
+INSERT INTO example VALUES
+('chat', 'cohere', '{
+	"id": "c14c80c3", "finish_reason": "COMPLETE", "message": {"role": "assistant"},
+	"usage": {"billed_units": {"input_tokens": 5, "output_tokens": 418},
+		"tokens": {"input_tokens": 71, "output_tokens": 421}, "cached_tokens": 64}}',
+ '{"input_tokens": 5, "output_tokens": 418, "generation_id": "c14c80c3"}'),
+('last event of a stream', 'cohere',
+ '{"type": "message-end", "delta": {"finish_reason": "COMPLETE", "usage": {
+	"billed_units": {"input_tokens": 17, "output_tokens": 12}, "tokens": {"input_tokens": 215, "output_tokens": 12}}}}',
+ '{"input_tokens": 17, "output_tokens": 12}'),
+('version 1', 'cohere',
+ '{"generation_id": "0385c7cf", "meta": {"api_version": {"version": "1"},
+	"billed_units": {"input_tokens": 3, "output_tokens": 7}, "tokens": {"input_tokens": 69, "output_tokens": 9}}}',
+ '{"input_tokens": 3, "output_tokens": 7, "generation_id": "0385c7cf"}'),
+('last event of a stream of version 1', 'cohere',
+ '{"event_type": "stream-end", "response": {"generation_id": "9f4b", "meta": {
+	"billed_units": {"input_tokens": 4, "output_tokens": 8, "search_units": 1}}}}',
+ '{"input_tokens": 4, "output_tokens": 8, "units": {"query": 1}, "generation_id": "9f4b"}'),
+('embed', 'cohere',
+ '{"id": "5807ee2e", "embeddings": {}, "meta": {"api_version": {"version": "2"}, "billed_units": {"input_tokens": 2, "images": 1}}}',
+ '{"input_tokens": 2, "units": {"image": 1}, "generation_id": "5807ee2e"}'),
+('rerank', 'cohere',
+ '{"id": "07734bd2", "results": [], "meta": {"billed_units": {"search_units": 1}}}',
+ '{"units": {"query": 1}, "generation_id": "07734bd2"}');
+
+--
 -- AI SDK
 --
 INSERT INTO example VALUES
@@ -434,6 +462,82 @@ INSERT INTO example VALUES
  '{"attributes": {"gen_ai.usage.prompt_tokens": 100, "gen_ai.usage.completion_tokens": 40, "gen_ai.usage.cache_read_input_tokens": 60}}',
  '{"input_tokens": 100, "cache_read_tokens": 60, "output_tokens": 40}');
 
+--
+-- The last chunk or event of a stream, of the others
+--
+INSERT INTO example VALUES
+('last chunk of a stream', 'openrouter',
+ '{"id": "gen-2", "object": "chat.completion.chunk", "model": "anthropic/claude-sonnet-4.5", "provider": "Anthropic",
+   "choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": null}],
+   "usage": {"prompt_tokens": 2000, "completion_tokens": 100, "total_tokens": 2100, "cost": 0.0051, "is_byok": false,
+	"prompt_tokens_details": {"cached_tokens": 1000, "cache_write_tokens": 500, "audio_tokens": 0},
+	"cost_details": {"upstream_inference_cost": null}, "completion_tokens_details": {"reasoning_tokens": 0}}}',
+ '{"input_tokens": 2000, "cache_read_tokens": 1000, "cache_write_tokens": 500, "output_tokens": 100, "reasoning_tokens": 0,
+   "provider_cost": 0.0051, "model": "anthropic/claude-sonnet-4.5", "generation_id": "gen-2"}'),
+('last chunk of a stream, own key', 'openrouter',
+ '{"id": "gen-3", "choices": [], "usage": {"prompt_tokens": 10, "completion_tokens": 4, "total_tokens": 14,
+	"cost": 0.00005, "is_byok": true, "cost_details": {"upstream_inference_cost": 0.001}}}',
+ '{"input_tokens": 10, "output_tokens": 4, "provider_cost": 0.00105, "generation_id": "gen-3"}'),
+('last chunk of a stream', 'xai',
+ '{"id": "x-1", "object": "chat.completion.chunk", "model": "grok-4", "choices": [],
+   "usage": {"prompt_tokens": 32, "completion_tokens": 9, "total_tokens": 135, "num_sources_used": 0,
+	"prompt_tokens_details": {"text_tokens": 32, "audio_tokens": 0, "image_tokens": 0, "cached_tokens": 6},
+	"completion_tokens_details": {"reasoning_tokens": 94, "audio_tokens": 0, "accepted_prediction_tokens": 0},
+	"cost_in_usd_ticks": 16520000}}',
+ '{"input_tokens": 32, "cache_read_tokens": 6, "output_tokens": 103, "reasoning_tokens": 94, "provider_cost": 0.001652,
+   "model": "grok-4", "generation_id": "x-1"}'),
+('last event of a stream of responses', 'xai',
+ '{"type": "response.completed", "response": {"id": "resp_x", "model": "grok-4", "service_tier": "default",
+   "usage": {"input_tokens": 32, "input_tokens_details": {"cached_tokens": 6}, "output_tokens": 103,
+	"output_tokens_details": {"reasoning_tokens": 94}, "total_tokens": 135}}}',
+ '{"input_tokens": 32, "cache_read_tokens": 6, "output_tokens": 103, "reasoning_tokens": 94,
+   "service_tier": "default", "model": "grok-4", "generation_id": "resp_x"}'),
+('last chunk of a stream, with reasoning', 'deepseek',
+ '{"id": "d-1", "object": "chat.completion.chunk", "model": "deepseek-reasoner",
+   "choices": [{"index": 0, "delta": {"content": "", "reasoning_content": null}, "finish_reason": "stop"}],
+   "usage": {"prompt_tokens": 1300, "completion_tokens": 250, "total_tokens": 1550,
+	"prompt_tokens_details": {"cached_tokens": 1280}, "completion_tokens_details": {"reasoning_tokens": 200},
+	"prompt_cache_hit_tokens": 1280, "prompt_cache_miss_tokens": 20}}',
+ '{"input_tokens": 1300, "cache_read_tokens": 1280, "output_tokens": 250, "reasoning_tokens": 200,
+   "model": "deepseek-reasoner", "generation_id": "d-1"}'),
+('last chunk of a stream', 'mistral',
+ '{"data": {"id": "m-1", "object": "chat.completion.chunk", "model": "mistral-small-latest",
+   "choices": [{"index": 0, "delta": {"content": ""}, "finish_reason": "stop"}],
+   "usage": {"prompt_tokens": 16, "total_tokens": 50, "completion_tokens": 34}}}',
+ '{"input_tokens": 16, "output_tokens": 34, "model": "mistral-small-latest", "generation_id": "m-1"}'),
+('cached prompt, reasoning', 'mistral',
+ '{"id": "m-2", "model": "magistral-medium-latest", "usage": {"prompt_tokens": 1000, "total_tokens": 1300, "completion_tokens": 300,
+   "prompt_tokens_details": {"cached_tokens": 896}, "completion_tokens_details": {"reasoning_tokens": 120}}}',
+ '{"input_tokens": 1000, "cache_read_tokens": 896, "output_tokens": 300, "reasoning_tokens": 120,
+   "model": "magistral-medium-latest", "generation_id": "m-2"}'),
+('message_delta with the cache and 1-hour writes', 'anthropic',
+ '{"type": "message_delta", "delta": {"stop_reason": "end_turn", "stop_sequence": null}, "usage": {"input_tokens": 12,
+   "cache_creation_input_tokens": 300, "cache_read_input_tokens": 5000,
+   "cache_creation": {"ephemeral_5m_input_tokens": 100, "ephemeral_1h_input_tokens": 200}, "output_tokens": 89,
+   "server_tool_use": {"web_search_requests": 1}}}',
+ '{"input_tokens": 5312, "cache_read_tokens": 5000, "cache_write_tokens": 100, "cache_write_1h_tokens": 200,
+   "output_tokens": 89, "web_search_count": 1}'),
+('last event of a stream with the cache', 'bedrock',
+ '{"metadata": {"usage": {"inputTokens": 12, "outputTokens": 89, "totalTokens": 5401, "cacheReadInputTokens": 5000,
+   "cacheWriteInputTokens": 300, "cacheDetails": [{"inputTokens": 200, "ttl": "1h"}, {"inputTokens": 100, "ttl": "5m"}]},
+   "metrics": {"latencyMs": 900}}}',
+ '{"input_tokens": 5312, "cache_read_tokens": 5000, "cache_write_tokens": 100, "cache_write_1h_tokens": 200, "output_tokens": 89}'),
+('last part of a stream', 'ai_sdk',
+ '{"type": "finish", "finishReason": "stop", "totalUsage": {"inputTokens": 1000, "outputTokens": 100, "totalTokens": 1100,
+   "reasoningTokens": 30, "cachedInputTokens": 900}}',
+ '{"input_tokens": 1000, "cache_read_tokens": 900, "output_tokens": 100, "reasoning_tokens": 30}'),
+('last chunk of a stream', 'litellm',
+ '{"id": "chatcmpl-s", "object": "chat.completion.chunk", "model": "claude-haiku-4-5", "choices": [],
+   "usage": {"prompt_tokens": 5312, "completion_tokens": 89, "total_tokens": 5401, "cache_creation_input_tokens": 300,
+	"cache_read_input_tokens": 5000, "prompt_tokens_details": {"cached_tokens": 5000, "cache_creation_tokens": 300}}}',
+ '{"input_tokens": 5312, "cache_read_tokens": 5000, "cache_write_tokens": 300, "output_tokens": 89,
+   "model": "claude-haiku-4-5", "generation_id": "chatcmpl-s"}'),
+('DeepInfra, last chunk of a stream', 'openai',
+ '{"id": "chatcmpl-d", "model": "Qwen/Qwen3-235B", "service_tier": "priority", "choices": [],
+   "usage": {"prompt_tokens": 11, "completion_tokens": 5, "total_tokens": 16, "estimated_cost": 0.000008775}}',
+ '{"input_tokens": 11, "output_tokens": 5, "provider_cost": 0.000008775, "service_tier": "priority",
+   "model": "Qwen/Qwen3-235B", "generation_id": "chatcmpl-d"}');
+
 -- Every example comes out as expected: no rows.
 SELECT format, name, got, expected
 FROM example, pg_temp.normalized(format, raw) AS got
@@ -542,6 +646,8 @@ FROM (VALUES
 	('openrouter', '{"prompt_tokens": 10, "completion_tokens": 4, "cost": 1e300}'),
 	('openrouter', '{"prompt_tokens": 10, "completion_tokens": 4, "cost": 1, "is_byok": "yes"}'),
 	('xai', '{"prompt_tokens": 10, "completion_tokens": 4, "total_tokens": 15, "completion_tokens_details": {"reasoning_tokens": 3}}'),
+	('cohere', '{"usage": {"tokens": {"input_tokens": 71, "output_tokens": 421}}}'),
+	('cohere', '{"usage": {"billed_units": {"output_tokens": 421}}}'),
 	('deepseek', '{"prompt_tokens": 116, "prompt_cache_hit_tokens": 64, "prompt_cache_miss_tokens": 53, "completion_tokens": 20}'),
 	('ai_sdk', '{"inputTokens": {"total": 1000, "noCache": 1000, "cacheRead": 800}, "outputTokens": {"total": 5}}'),
 	('ai_sdk', '{"inputTokens": 10, "outputTokens": 4, "totalTokens": 14, "cachedInputTokens": 90}'),

@@ -180,6 +180,23 @@ SELECT pg_temp.cost_of('p', 'm');
 ROLLBACK;
 SELECT pg_temp.cost_of('p', 'm'), pg_temp.cost_of('p', 'alias'), pg_temp.cost_of('p', 'm', 'scale');
 
+-- The table is looked into once for each name, whatever the number of rows and whether it has a price.
+BEGIN;
+INSERT INTO aibilling.price (provider, model, input) VALUES ('once', 'm0', 1), ('once', 'm1', 2);
+SELECT pg_stat_get_xact_numscans('aibilling.price'::regclass)
+	+ pg_stat_get_xact_numscans('aibilling.price_key'::regclass) AS before \gset
+SELECT 'm' || i % 3 AS model, count(*), sum(aibilling.cost_nanos('once', 'm' || i % 3, i)) FROM generate_series(1, 3000) i GROUP BY 1 ORDER BY 1;
+SELECT 'm' || i % 3 AS model, count(aibilling.cost_nanos('once', 'm' || i % 3, i)) FROM generate_series(1, 3000) i GROUP BY 1 ORDER BY 1;
+SELECT pg_stat_get_xact_numscans('aibilling.price'::regclass)
+	+ pg_stat_get_xact_numscans('aibilling.price_key'::regclass) - :before AS looks;
+UPDATE aibilling.price SET input = 3 WHERE provider = 'once' AND model = 'm0';
+SELECT pg_stat_get_xact_numscans('aibilling.price'::regclass)
+	+ pg_stat_get_xact_numscans('aibilling.price_key'::regclass) AS before \gset
+SELECT aibilling.cost_nanos('once', 'm0', i) FROM generate_series(1, 2) i;
+SELECT pg_stat_get_xact_numscans('aibilling.price'::regclass)
+	+ pg_stat_get_xact_numscans('aibilling.price_key'::regclass) - :before AS looks;
+ROLLBACK;
+
 -- Also in one statement's function, in a serializable transaction, and while
 -- replication writes.
 DO $$

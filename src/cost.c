@@ -784,6 +784,47 @@ abp_cost_buckets(const UsageCounts *counts, const Rate *rate,
 }
 
 /*
+ * A row keeps the cost that it was stored with, in cents rounded to 12
+ * decimals.  If the buckets, by prices that have been corrected since, make
+ * another one, add a bucket with the difference: their amounts always add up
+ * to what was billed.  Allocates in the current memory context.
+ */
+void
+abp_cost_add_difference(CostBucket **buckets, int *nbuckets, Numeric stored_cents)
+{
+	const ExactDecimal cent = {1, CENTS_SCALE};
+	Numeric		hundred = int64_to_numeric(100);
+	Numeric		sum = int64_to_numeric(0);
+	bool		complete = true;
+	CostBucket *bucket;
+
+	for (int i = 0; i < *nbuckets; i++)
+	{
+		if ((*buckets)[i].amount == NULL)
+			complete = false;
+		else
+			sum = numeric_plus(sum, (*buckets)[i].amount);
+	}
+	if (complete &&
+		numeric_compare(numeric_rounded(numeric_times(sum, hundred), CENTS_ROUNDED_SCALE),
+						stored_cents) == 0)
+		return;
+
+	*buckets = repalloc(*buckets, (*nbuckets + 1) * sizeof(CostBucket));
+	bucket = &(*buckets)[(*nbuckets)++];
+	bucket->name.data = "difference";
+	bucket->name.len = strlen(bucket->name.data);
+	bucket->quantity = int64_to_numeric(1);
+	bucket->price = numeric_trimmed(numeric_minus(numeric_times(stored_cents,
+																abp_decimal_to_numeric(cent)),
+												  sum));
+	bucket->per = 1;
+	bucket->factor = int64_to_numeric(1);
+	bucket->amount = bucket->price;
+	bucket->note = "the row was priced by other prices than those of now";
+}
+
+/*
  * Cost of checked counts in numeric.  Returns false if a price is missing;
  * then *missing names the buckets without one.  Allocates in the current
  * memory context, intermediate results too.

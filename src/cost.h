@@ -136,6 +136,8 @@ extern bool abp_cost_exact(const UsageCounts *counts, const Rate *rate,
 extern CostBucket *abp_cost_buckets(const UsageCounts *counts,
 									const Rate *rate, const ExactDecimal *tier,
 									int *nbuckets);
+extern void abp_cost_add_difference(CostBucket **buckets, int *nbuckets,
+									Numeric stored_cents);
 extern void abp_cost_reported(Numeric provider_cost, ExactCost *cost);
 extern ExactDecimal abp_decimal_multiply(ExactDecimal a, ExactDecimal b);
 extern Numeric abp_decimal_to_numeric(ExactDecimal value);

@@ -247,13 +247,18 @@ numeric_value(Numeric value, bool *isnull)
 	return *isnull ? (Datum) 0 : NumericGetDatum(value);
 }
 
-/* Put the explanation of a request into a function's result set. */
+/*
+ * Put the explanation of a request into a function's result set: of a row
+ * that is stored at stored_cents, or of one that is not (NULL).
+ */
 static void
-put_explanation(ReturnSetInfo *rsinfo, const PriceRequest *request)
+put_explanation(ReturnSetInfo *rsinfo, const PriceRequest *request, Numeric stored_cents)
 {
 	PriceExplanation explanation;
 
 	abp_price_explain(request, &explanation);
+	if (stored_cents != NULL)
+		abp_cost_add_difference(&explanation.buckets, &explanation.nbuckets, stored_cents);
 	for (int i = 0; i < explanation.nbuckets; i++)
 	{
 		const CostBucket *bucket = &explanation.buckets[i];
@@ -304,7 +309,7 @@ abp_sql_explain_cost(PG_FUNCTION_ARGS)
 
 	InitMaterializedSRF(fcinfo, 0);
 	get_cost_arguments(fcinfo, &request, &counts);
-	put_explanation((ReturnSetInfo *) fcinfo->resultinfo, &request);
+	put_explanation((ReturnSetInfo *) fcinfo->resultinfo, &request, NULL);
 	return (Datum) 0;
 }
 
@@ -346,9 +351,12 @@ abp_sql_explain_usage_cost(PG_FUNCTION_ARGS)
 									   " output_tokens::pg_catalog.int8,"
 									   " reasoning_tokens::pg_catalog.int8,"
 									   " request_count::pg_catalog.int8,"
-									   " web_search_count::pg_catalog.int8"
+									   " web_search_count::pg_catalog.int8,"
+									   " %s::pg_catalog.numeric"
 									   " FROM %s"
 									   " WHERE id OPERATOR(pg_catalog.=) $1",
+									   get_attnum(relid, "cost_cents") == InvalidAttrNumber ?
+									   "NULL" : "cost_cents",
 									   qualified_name),
 							  1, &id_type, &id, NULL, true, 0) != SPI_OK_SELECT)
 		elog(ERROR, "SPI_execute_with_args failed");
@@ -394,8 +402,10 @@ abp_sql_explain_usage_cost(PG_FUNCTION_ARGS)
 			counts.given[i] = !isnull;
 			counts.value[i] = isnull ? 0 : DatumGetInt64(datum);
 		}
+		datum = SPI_getbinval(tuple, tupdesc, 7 + NUM_USAGE_COUNTS, &isnull);
 		request.counts = &counts;
-		put_explanation((ReturnSetInfo *) fcinfo->resultinfo, &request);
+		put_explanation((ReturnSetInfo *) fcinfo->resultinfo, &request,
+						isnull ? NULL : DatumGetNumeric(datum));
 	}
 	SPI_finish();
 

@@ -64,10 +64,11 @@ typedef enum Field
 	FIELD_WEB_SEARCH,
 	FIELD_X_SEARCH,
 	FIELD_IMAGE,
-	FIELD_PAGE
+	FIELD_PAGE,
+	FIELD_QUERY
 } Field;
 
-#define NUM_FIELDS (FIELD_PAGE + 1)
+#define NUM_FIELDS (FIELD_QUERY + 1)
 
 /* Quantities that have a key in units instead of a column. */
 static const struct
@@ -86,6 +87,7 @@ static const struct
 	{FIELD_CITATION, "citation_tokens"},
 	{FIELD_IMAGE, "image"},
 	{FIELD_PAGE, "page"},
+	{FIELD_QUERY, "query"},
 	{FIELD_X_SEARCH, "x_search"}
 };
 
@@ -255,6 +257,17 @@ static const Rule mistral_rules[] = {
 	{FIELD_PAGE, "pages_processed"}
 };
 
+/*
+ * Cohere: "tokens" beside it also has those of its own templates, which are
+ * not billed, and cached_tokens is a part of these.
+ */
+static const Rule cohere_rules[] = {
+	{FIELD_INPUT, "billed_units/input_tokens"},
+	{FIELD_OUTPUT, "billed_units/output_tokens"},
+	{FIELD_IMAGE, "billed_units/images"},
+	{FIELD_QUERY, "billed_units/search_units"}
+};
+
 static const Rule litellm_rules[] = {
 	OPENAI_RULES,
 	{FIELD_CACHE_READ, "cache_read_input_tokens"},
@@ -364,6 +377,13 @@ static const Envelope mistral_envelopes[] = {
 	{"", "usage_info"},			/* OCR */
 	{"data", "usage"},			/* server-sent event */
 	{"response/body", "usage"}
+};
+
+static const Envelope cohere_envelopes[] = {
+	{"", "usage"},
+	{"", "meta"},				/* version 1; embed and rerank in both */
+	{"delta", "usage"},			/* message-end, the last event of a stream */
+	{"response", "meta"}		/* stream-end of version 1 */
 };
 
 static const Envelope litellm_envelopes[] = {
@@ -485,6 +505,13 @@ static const UsageFormat formats[] = {
 		.generation_id = {"id"},
 		.service_tier = {"service_tier"},
 		.extra = extra_mistral
+	},
+	{
+		.name = "cohere",
+		RULES(cohere_rules),
+		RULES(cohere_envelopes),
+		.model = {"model"},
+		.generation_id = {"generation_id", "id"}
 	},
 	{
 		.name = "ai_sdk",

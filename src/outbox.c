@@ -1280,6 +1280,45 @@ abp_server_state_by_role(void)
 	" LEFT JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace" \
 	" LEFT JOIN pg_catalog.pg_foreign_server s ON s.oid = t.serverid AND s.srvname = t.server"
 
+static void
+free_plans(ReadPlans *plans)
+{
+	SPIPlanPtr *all[4] = {&plans->by_range[0], &plans->by_range[1],
+	&plans->by_array[0], &plans->by_array[1]};
+
+	for (int i = 0; i < lengthof(all); i++)
+	{
+		if (*all[i] != NULL)
+			SPI_freeplan(*all[i]);
+		*all[i] = NULL;
+	}
+	if (plans->name != NULL)
+		pfree(plans->name);
+	plans->name = NULL;
+}
+
+/* Keep no plans for tables that are not attached any more. */
+static void
+forget_plans_except(List *tables)
+{
+	ListCell   *lc;
+
+	foreach(lc, read_plans)
+	{
+		ReadPlans  *plans = lfirst(lc);
+		bool		attached = false;
+		ListCell   *t;
+
+		foreach(t, tables)
+			attached |= ((UsageTable *) lfirst(t))->relid == plans->relid;
+		if (attached)
+			continue;
+		free_plans(plans);
+		pfree(plans);
+		read_plans = foreach_delete_current(read_plans, lc);
+	}
+}
+
 /*
  * All attached tables, as a list of UsageTable in the current memory context.
  * *armed: is this the database that was armed, rather than a copy of it?  A
@@ -1349,6 +1388,7 @@ abp_usage_tables(bool *armed)
 	}
 	SPI_finish();
 	abp_restore_user(&saved);
+	forget_plans_except(list);
 	return list;
 }
 
@@ -1664,17 +1704,7 @@ plans_of(const UsageTable *table)
 
 	if (plans->name == NULL || strcmp(plans->name, table->name) != 0)
 	{
-		SPIPlanPtr *stale[4] = {&plans->by_range[0], &plans->by_range[1],
-		&plans->by_array[0], &plans->by_array[1]};
-
-		for (int i = 0; i < lengthof(stale); i++)
-		{
-			if (*stale[i] != NULL)
-				SPI_freeplan(*stale[i]);
-			*stale[i] = NULL;
-		}
-		if (plans->name != NULL)
-			pfree(plans->name);
+		free_plans(plans);
 		plans->name = MemoryContextStrdup(TopMemoryContext, table->name);
 	}
 	return plans;
@@ -1716,6 +1746,7 @@ settings_for_ids(void)
 {
 	set_locally("enable_seqscan", "off");
 	set_locally("enable_bitmapscan", "off");
+	set_locally("jit", "off");	/* costs of what is off are in the billions */
 }
 
 static Datum
@@ -1754,6 +1785,7 @@ abp_usage_read(const UsageTable *table, IdSet *ids, bool whole,
 	ReadPlans  *plans;
 	SPIPlanPtr *plan;
 	Datum		args[2];
+	int			guc_level;
 	Portal		portal;
 	SPITupleTable *rows;
 	uint64		n;
@@ -1769,7 +1801,6 @@ abp_usage_read(const UsageTable *table, IdSet *ids, bool whole,
 	by_range = ids->nranges == 1;
 
 	abp_become_table_owner(table, &saved);
-	settings_for_ids();
 	SPI_connect();
 
 	plans = plans_of(table);
@@ -1784,7 +1815,12 @@ abp_usage_read(const UsageTable *table, IdSet *ids, bool whole,
 	else
 		args[0] = ids_as_array(ids);
 
+	/* The settings are for this plan, not for those in users' functions. */
+	guc_level = NewGUCNestLevel();
+	settings_for_ids();
 	portal = SPI_cursor_open(NULL, *plan, args, NULL, false);
+	AtEOXact_GUC(true, guc_level);
+
 	for (int i = 0; i < NUM_USAGE_COLUMNS; i++)
 	{
 		if (SPI_gettypeid(portal->tupDesc, i + 1) != abp_usage_columns[i].type)

@@ -1420,6 +1420,13 @@ end_work_limit(void)
 	return TimestampDifferenceExceeds(work_started, GetCurrentTimestamp(), WORK_MS);
 }
 
+/* What a batch needs is too much just now; answers that are fast let it grow again. */
+static void
+shrink_batches(Lane *lane, const ServerOptions *server)
+{
+	lane->batch_size = Max(1, (lane->batch_size > 0 ? lane->batch_size : server->batch_size) / 2);
+}
+
 /* Work on one table that fails without harm to others. */
 typedef void (*TableWork) (const UsageTable *table, const ServerOptions *server, void *arg);
 
@@ -1469,6 +1476,8 @@ guarded(TableWork work, const UsageTable *table, const ServerOptions *server, vo
 					 errmsg("usage rows of %s cannot be delivered: %s",
 							table->name, error->message),
 					 errhint("Mend the cause; delivery of the table resumes by itself.")));
+		if (error->sqlerrcode == ERRCODE_OUT_OF_MEMORY)
+			shrink_batches(lane_of_table(table), server);
 		until = in_ms(is_transient(error->sqlerrcode) ? TRANSIENT_MS : PROBE_MS);
 		abp_usage_table_block(table->relid, error->message, until);
 		due_at(until);
@@ -1878,6 +1887,8 @@ prepare_again(const UsageTable *table, const ServerOptions *server, Shipment *sh
 		return false;
 	}
 
+	if (table->blocked_reason != NULL)
+		abp_usage_table_unblock(table->relid);
 	if (delivery->nevents == 0)
 		drop_shipment(shipment);
 	else if (before.ids.ranges != NULL)

@@ -125,6 +125,9 @@ aibilling_polar_worker_main(Datum arg)
 	SetConfigOption("application_name", MyBgworkerEntry->bgw_type, PGC_USERSET, PGC_S_SESSION);
 	SetConfigOption("search_path", "pg_catalog, pg_temp", PGC_USERSET, PGC_S_SESSION);
 	SetConfigOption("default_transaction_read_only", "off", PGC_USERSET, PGC_S_SESSION);
+
+	/* Our statements are small, and before PostgreSQL 17 it leaks memory. */
+	SetConfigOption("jit", "off", PGC_USERSET, PGC_S_SESSION);
 	SetConfigOption("lock_timeout", "10s", PGC_USERSET, PGC_S_SESSION);
 
 	abp_wake_register();

@@ -121,6 +121,7 @@ $node->safe_psql('postgres', q{SELECT aibilling.resume('polar')});
 ok($node->wait_status('^paused: .*empty'), 'token file that is empty');
 $node->safe_psql('postgres',
 	"CREATE USER MAPPING FOR PUBLIC SERVER polar OPTIONS (access_token 'mapped_token')");
+$node->write_token($token_file, $polar->token);
 ok($node->wait_status('^paused: .*given twice'), 'token given twice');
 $node->write_token($token_file, $polar->token);
 is($polar->summary->{arrived}, 0, 'no request was made with any of them');

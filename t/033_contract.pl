@@ -99,10 +99,11 @@ foreach my $case (@results)
 	}
 	else
 	{
+		my $field = $case->{field} =~ s/[^ -~]/?/gr;
 		ok( defined $case->{id}
 			  && ($case->{state} eq 'rejected' || $case->{previewed} eq 'rejected')
 			  && $error =~ /\Q$case->{field}\E/,
-			"$what: refused here, naming $case->{field}")
+			"$what: refused here, naming $field")
 		  || diag("state: $case->{state}, preview: $case->{previewed}, error: $error");
 		is($case->{event}, undef, "$what: has no event");
 		$refused++;

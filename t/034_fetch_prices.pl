@@ -266,10 +266,20 @@ is( fetched("SELECT action, model, price_column, new_price, reason FROM aibillin
 		'skipped|no provider|input||model without a name'),
 	'what cannot be used is listed');
 
+# Another currency or unit is no price of ours.
+$polar->prices([ row('m4', 0.000003, currency => 'EUR'), row('m5', 3, unit => '1M tokens'), row('m6', 3) ]);
+is( fetched("SELECT action, model, count(*), min(reason) FROM aibilling.fetch_prices('narev') GROUP BY 1, 2 ORDER BY 2"),
+	join("\n", 'skipped|m4|2|in EUR, not in USD', 'skipped|m5|2|by 1M tokens, not by the token',
+		'quarantined|m6|2|input 3000000 above 1000; input 3000000 above 1000000; input from 1 to 3000000, more than 3 times; '
+		  . 'output 12000000 above 1000; output 12000000 above 1000000; output from 4 to 12000000, more than 3 times'),
+	'prices in another currency, by another unit, or that look like it');
+is($node->safe_psql('postgres', "SELECT model, input FROM aibilling.price WHERE model IN ('m4', 'm5', 'm6') ORDER BY 1"),
+	"m4|1.000000000\nm5|1.000000000\nm6|1.000000000", 'leave the old ones in force');
+
 # The network
 $polar->fault(kind => 'hang', times => 'always');
 $node->safe_psql('postgres', "ALTER SERVER narev OPTIONS (ADD timeout '200ms')");
-fails($fetch, qr/could not fetch prices from server "narev": waiting for the answer timed out/, 'a timeout');
+fails($fetch, qr/could not fetch prices from server "narev": .* timed out/, 'a timeout');
 $polar->clear_faults;
 my $closed = PolarServer->new;
 my $dead = $closed->url;

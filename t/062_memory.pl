@@ -15,7 +15,10 @@ use Test::More;
 plan skip_all => 'python3 is not on PATH' unless PolarServer->python;
 
 my $polar = PolarServer->new;
-my $node = AibillingNode->new('main', conf => "aibilling_polar.poll_interval = 1\n");
+my $node = AibillingNode->new('main', conf => <<'EOC');
+aibilling_polar.poll_interval = 1
+log_line_prefix = '%m [%p] %e '
+EOC
 $node->create_server($polar, requests_per_minute => 0);
 $node->create_usage_table;
 
@@ -58,6 +61,71 @@ is( sql(q{SELECT string_agg(id || ' ' || (aibilling.usage_status('usage', id)).s
 		FROM usage}),
 	'1 delivered, 2 rejected, 3 delivered',
 	'a row that was set aside is not forgotten when that is undone');
+
+#
+# A user's function runs out of memory: no fault of the row.
+#
+
+sql(q{
+CREATE OR REPLACE FUNCTION public.event_name(r jsonb) RETURNS text LANGUAGE plpgsql AS $$
+BEGIN
+	IF EXISTS (SELECT FROM public.spoil) THEN
+		RAISE 'no memory left' USING ERRCODE = 'out_of_memory';
+	END IF;
+	RETURN 'llm_usage';
+END$$});
+my $refused = 'usage rows of public.usage cannot be delivered';
+$offset = $node->log_offset;
+sql(q{SELECT aibilling.retry('usage')});
+ok($node->wait_for_log(qr/ 53200 WARNING:  $refused: no memory left/, $offset),
+	'a function that runs out of memory is reported');
+is(sql('SELECT state FROM aibilling.outbox'), 'pending', 'its row is not rejected');
+sql(q{DELETE FROM spoil; ALTER SERVER polar OPTIONS (SET event_name 'llm_usage')});
+$node->wait_settled;
+$node->sums_equal($polar, 'it is delivered when there is memory again');
+
+#
+# The worker itself is out of memory, for longer.
+#
+
+SKIP:
+{
+	skip 'the memory of a process cannot be limited', 4
+	  if $ENV{AIBILLING_POSTGRES}
+	  || !-r "/proc/$$/status"
+	  || system('prlimit --version >/dev/null 2>&1') != 0;
+
+	# Eight megabytes of events, and four for the worker to grow.
+	sql(q{SELECT aibilling.pause()});
+	sql(q{ALTER SERVER polar OPTIONS (ADD batch_size '1000', ADD batch_bytes '10MB')});
+	$node->insert_rows(1500, prefix => 'large_');
+	sql(q{
+UPDATE usage SET tags =
+	(SELECT jsonb_object_agg('tag' || i, repeat('x', 490)) FROM generate_series(1, 10) i)
+WHERE external_id LIKE 'large%'});
+	my $worker = $node->worker_waits;
+	my ($size) = slurp_file("/proc/$worker/status") =~ /^VmSize:\s+(\d+) kB/m;
+	my $limit = $size * 1024 + 4 * 1024 * 1024;
+	system_or_bail('prlimit', "--pid=$worker", "--as=$limit:");
+
+	$offset = $node->log_offset;
+	sql(q{SELECT aibilling.resume()});
+	ok($node->wait_for_log(qr/\[$worker\] 53200 WARNING:  $refused: out of memory/, $offset),
+		'the worker reports that it is out of memory');
+	ok($node->wait_status('out of memory'), 'and so does the status');
+
+	# It tries again by itself, after ten seconds; this makes it hurry.
+	while ((my $blocked = sql('SELECT blocked_until FROM aibilling.usage_table')) ne '')
+	{
+		sql(q{ALTER SERVER polar OPTIONS (SET event_name 'llm_usage')});
+		$node->poll_query_until('postgres',
+			"SELECT blocked_until IS DISTINCT FROM '$blocked' FROM aibilling.usage_table");
+	}
+	$node->wait_settled;
+	is($node->worker_pid, $worker, 'it lives on');
+	$node->sums_equal($polar, 'and delivers each row once, in batches that fit');
+	note $node->ledger("string_agg(events || ' ' || attempts, ', ' ORDER BY id)");
+}
 $node->stop;
 
 #

@@ -1492,6 +1492,7 @@ guarded(TableWork work, const UsageTable *table, const ServerOptions *server, vo
 typedef struct NextBatch
 {
 	bool		found;
+	bool		few;			/* far less was waiting than may be sent */
 	Shipment   *shipment;
 } NextBatch;
 
@@ -1510,6 +1511,7 @@ prepare_next(const UsageTable *table, const ServerOptions *server, void *arg)
 		return;
 
 	next->found = true;
+	next->few = abp_idset_count(&ids) < size / 2;
 	next->shipment = new_shipment(lane);
 	delivery = &next->shipment->delivery;
 	delivery->usage_table = table->relid;
@@ -1970,7 +1972,7 @@ prepare_table(const UsageTable *table, const ServerOptions *server, List **depar
 	while (lane_has_room(lane, server) &&
 		   lane->shipments < lane_capacity(lane, server) * MAX_WAITING_SHARE)
 	{
-		NextBatch	next = {false, NULL};
+		NextBatch	next = {0};
 
 		CHECK_FOR_INTERRUPTS();
 
@@ -1994,7 +1996,7 @@ prepare_table(const UsageTable *table, const ServerOptions *server, List **depar
 		else
 		{
 			built = true;
-			if (next.shipment->delivery.nevents < server->batch_size / 2)
+			if (next.few)
 				gather_until = in_ms(GATHER_MS);
 		}
 		if (!next.found)

@@ -445,7 +445,9 @@ class Bench:
             return {"cpu": one["worker_cpu"] * 1e6 / one["events"], "us": 1e6 / one["rate"]}
 
         def status():
-            return {"ms": self.server.timed("SELECT * FROM aibilling.status")["seconds"] * 1000}
+            query = "SELECT * FROM aibilling.status"
+            return {"first ms": self.server.timed(query)["seconds"] * 1000,
+                    "ms": self.server.timed(query, query)["seconds"] * 1000}
 
         self.empty("usage")
         for _ in range(-(-self.options.backlog // self.options.rows)):
@@ -557,7 +559,8 @@ def lines_of(results):
                    g["transaction held open"]["cpu"] / g["10,000"]["cpu"], "≤ 1.3 ×", 1.3)
         yield line("5 time per event, transaction held open, against the large backlog without",
                    g["transaction held open"]["us"] / g["backlog"]["us"], "≤ 1.3 ×", 1.3)
-        yield line("5 status", g["status"]["ms"], "≤ 10 ms", 10, unit=" ms")
+        yield line("5 status, asked by a session for the first time", g["status"]["first ms"], "≤ 10 ms", 10, unit=" ms")
+        yield line("5 status, asked again", g["status"]["ms"], "≤ 10 ms", 10, unit=" ms")
         yield line("5 worker's own memory, last round against first",
                    g["memory"]["last MB"] / g["memory"]["first MB"], "flat", 1.05)
     if "idle" in r:

@@ -86,6 +86,9 @@
 /* After so many deliveries the ledger is summed up. */
 #define SUM_UP_EVERY 1000
 
+/* This share of a minute's requests may be made at once. */
+#define BURST_SHARE 10
+
 /* When to look again at an extension that is being dropped. */
 #define DROP_WAIT_MS 1000
 
@@ -126,8 +129,9 @@ typedef struct Lane
 	int			batch_size;		/* adapted to slow answers; 0: as configured */
 
 	/* the server's request quota, with role InvalidOid only */
-	int64		tokens;			/* in thousandths */
-	TimestampTz tokens_at;		/* 0: not read from the ledger yet */
+	int64		tokens;
+	TimestampTz tokens_at;		/* when there were as many; 0: not read from
+								 * the ledger yet */
 } Lane;
 
 /* Where the scan over a table's ready entries stands. */
@@ -1153,30 +1157,52 @@ settle(Shipment *shipment, const ServerOptions *server)
 
 /* --- what is to be sent ------------------------------------------------------ */
 
-/* May a request be made now, by the server's limit of requests per minute? */
+/*
+ * May a request be made now, by the server's limit of requests per minute?
+ *
+ * A bucket of tokens.  What it holds and what flows into it in a minute are
+ * the limit together, so that no minute has more, wherever Polar lets its
+ * minutes begin.
+ */
 static bool
 take_quota(const ServerOptions *server)
 {
 	Lane	   *lane = lane_of(server->name, InvalidOid);
-	int64		full = (int64) server->requests_per_minute * 1000;
+	int64		limit = server->requests_per_minute;
+	int64		burst = Max(limit / BURST_SHARE, 1);
+	int64		rate = Max(limit - burst, 1);	/* tokens a minute */
+	int64		us_per_token = (USECS_PER_MINUTE + rate - 1) / rate;
 	TimestampTz now = GetCurrentTimestamp();
 
-	if (full == 0)
+	if (limit == 0)
 		return true;
-	if (lane->tokens_at == 0)
-		lane->tokens = full - INT64CONST(1000) *
-			abp_ledger_recent_requests(lane->server, server->requests_per_minute);
-	else
-		lane->tokens += (now - lane->tokens_at) * server->requests_per_minute / (60 * 1000);
-	lane->tokens = Min(lane->tokens, full);
-	lane->tokens_at = now;
 
-	if (lane->tokens < 1000)
+	if (lane->tokens_at == 0)
 	{
-		due_at(now + (1000 - lane->tokens) * (60 * 1000) / server->requests_per_minute + 1000);
+		lane->tokens = burst - abp_ledger_recent_requests(lane->server, burst);
+		lane->tokens_at = now;
+	}
+	else if (now < lane->tokens_at) /* the clock was set back */
+		lane->tokens_at = now;
+	else
+	{
+		int64		gained = (now - lane->tokens_at) / us_per_token;
+
+		lane->tokens += gained;
+		lane->tokens_at += gained * us_per_token;
+	}
+	if (lane->tokens >= burst)
+	{
+		lane->tokens = burst;
+		lane->tokens_at = now;
+	}
+
+	if (lane->tokens < 1)
+	{
+		due_at(lane->tokens_at + (1 - lane->tokens) * us_per_token);
 		return false;
 	}
-	lane->tokens -= 1000;
+	lane->tokens--;
 	return true;
 }
 
@@ -1184,7 +1210,7 @@ static void
 give_quota_back(const ServerOptions *server)
 {
 	if (server->requests_per_minute > 0)
-		lane_of(server->name, InvalidOid)->tokens += 1000;
+		lane_of(server->name, InvalidOid)->tokens++;
 }
 
 /* Wait no longer for a server, nor for the retries of its deliveries. */

@@ -155,7 +155,7 @@ round_of('an answer of 100 MB', { kind => 'garbage', what => 'huge', store => \1
 	error => 'longer than', ledger => 'sending 200', status => qr/^waiting until/, stored => 1);
 round_of("status $_", { kind => 'status', status => $_ + 0, body => '{}' },
 	error => '.', ledger => "sending $_", status => qr/^waiting until/)
-  foreach qw(201 204 599);
+  foreach qw(201 204 408 599);
 
 # The counts decide, not the type that a proxy gives the answer.
 $rounds++;
@@ -283,6 +283,14 @@ is($node->ledger("count(*)", "state <> 'delivered' AND error IS NULL AND usage_t
 	'0', 'the ledger accounts for each');
 $polar->clear_faults;
 
+# What Polar cannot read is not sent twice in the same way.
+$polar->fault(kind => 'status', status => 400, body => '{"detail": "There was an error parsing the body"}');
+$arrived = $polar->summary->{arrived};
+$node->insert_rows(10, prefix => 'unread_');
+$polar->wait_for(sub { (grep { $_->{external_id} =~ /^unread_/ } $polar->events) == 10 }, '400');
+$node->wait_status('^idle');
+is_deeply([ batches($arrived) ], [ 10, 5, 5 ], '400: the batch is halved');
+
 $polar->fault(kind => '413', times => 'always');
 $node->insert_rows(1, prefix => 'single_');
 $node->poll_query_until('postgres',
@@ -363,6 +371,18 @@ $node->safe_psql('postgres', q{ALTER SERVER limited OPTIONS (SET requests_per_mi
 $limited->wait(events => 3);
 pass('a lifted limit is noticed');
 
+# A peer that refuses what is above its limit, in windows that begin with a request, as Polar's do: a tenth
+# of a minute's requests at once and the rest spread over it stay below, also when the worker is another.
+my $limiter = PolarServer->new;
+$limiter->rate_limit(120, 5);
+$node->create_server($limiter, name => 'limiter', batch_size => 1, requests_per_minute => 600);
+$node->create_usage_table('many', 'limiter');
+$node->insert_rows(150, table => 'many', prefix => 'many_');
+$limiter->wait(requests => 70);
+$node->restart;
+$limiter->wait(events => 150);
+is($limiter->summary->{status}{429} // 0, 0, 'the limit is kept at any time: no answer is 429');
+
 # --- poison that makes the server fail ------------------------------------------------------------------
 
 $node->insert_rows(20, table => 'bad', prefix => 'good_');
@@ -379,5 +399,5 @@ is($poisoned->summary->{duplicates}, $node->ledger('sum(duplicates)', "usage_tab
 	'the ledger accounts for duplicates');
 
 $node->stop;
-$_->stop foreach $polar, $poisoned, $limited;
+$_->stop foreach $polar, $poisoned, $limited, $limiter;
 done_testing();

@@ -189,6 +189,7 @@ sub run_client
 
 	srand($seed + $number);
 	open(my $out, '>', $log) or die "could not open $log: $!";
+	$out->autoflush(1);
 	while (!-e $stop)
 	{
 		my @transactions;
@@ -228,10 +229,19 @@ sub run_client
 		splice(@earlier, 0, -100) if @earlier > 100;
 
 		# The server may be down just now.
-		Time::HiRes::sleep(0.05) if !%told;
+		$node->poll_query_until($database, 'SELECT true') if !%told;
 	}
 	close($out) or die "could not write $log: $!";
 	return;
+}
+
+# How much clients have written to these logs.
+sub clients_wrote
+{
+	my $bytes = 0;
+
+	$bytes += (-s $_) // 0 foreach @_;
+	return $bytes;
 }
 
 # --- what goes wrong ----------------------------------------------------------
@@ -345,6 +355,8 @@ for my $number (1 .. $clients)
 	push @pids, $pid;
 }
 
+# At most so many bytes of logs, a line for each row, between one fault and the next.
+my $work_between = 2000;
 my %happened;
 my $end = Time::HiRes::time() + $seconds;
 break_answers();
@@ -356,8 +368,9 @@ while (Time::HiRes::time() < $end)
 	$happened{$name}++ if $done;
 	$happened{'sync cancelled'}++ if $name eq 'sync' && $done == 2;
 
-	# What it breaks needs a moment of work to break.
-	Time::HiRes::sleep(rand(0.4));
+	# What it breaks needs some work to break.
+	my $enough = clients_wrote(@logs) + rand($work_between);
+	$polar->wait_for(sub { clients_wrote(@logs) >= $enough || Time::HiRes::time() >= $end }, 'the clients to work');
 }
 
 append_to_file($stop, '');

@@ -125,6 +125,7 @@ typedef struct Lane
 	TimestampTz not_before;
 	bool		paused_by_answer;
 	uint32		refused_token;	/* hash of the token that was refused, 0: none */
+	bool		lacks_token;	/* is paused for want of one */
 	TimestampTz last_success;
 	int			batch_size;		/* adapted to slow answers; 0: as configured */
 
@@ -859,6 +860,18 @@ pause_lane(Lane *lane, const char *reason)
 	save_lane(lane, reason);
 }
 
+/* Nothing is known any more that holds the lane back. */
+static void
+open_lane(Lane *lane)
+{
+	lane->failures = 0;
+	lane->paused_by_answer = false;
+	lane->lacks_token = false;
+	lane->refused_token = 0;
+	lane->not_before = DT_NOBEGIN;
+	save_lane(lane, NULL);
+}
+
 static void
 lane_succeeded(Lane *lane)
 {
@@ -869,11 +882,7 @@ lane_succeeded(Lane *lane)
 
 	ereport(LOG,
 			(errmsg("delivery to %s works again", lane_name(lane))));
-	lane->failures = 0;
-	lane->paused_by_answer = false;
-	lane->refused_token = 0;
-	lane->not_before = DT_NOBEGIN;
-	save_lane(lane, NULL);
+	open_lane(lane);
 }
 
 /* Settle a delivery without success: its rows go back to be sent anew. */
@@ -1250,8 +1259,16 @@ lane_is_closed(Lane *lane, const UsageTable *table, const ServerOptions *server,
 			lane->refused_token = 0;
 			pause_lane(lane, token_problem);
 		}
+		lane->lacks_token = true;
 		due_at(in_ms(PROBE_MS));
 		return true;
+	}
+	if (lane->lacks_token)
+	{
+		ereport(LOG,
+				(errmsg("delivery to %s resumes: there is an access token", lane_name(lane))));
+		open_lane(lane);
+		try_now(lane);
 	}
 
 	/* What failed or was refused may have been mended: try. */

@@ -131,6 +131,12 @@ pass('once mended, delivery resumes by itself');
 $node->wait_status('^idle');
 is(newest('attempts'), '1', 'and no attempt was burnt');
 
+$node->safe_psql('postgres',
+	"CREATE USER MAPPING FOR PUBLIC SERVER polar OPTIONS (access_token 'mapped_token')");
+ok($node->wait_status('^paused: .*given twice'), 'a token given twice is told with nothing to send, too');
+$node->safe_psql('postgres', 'DROP USER MAPPING FOR PUBLIC SERVER polar');
+ok($node->wait_status('^idle'), 'and that it is mended');
+
 # --- answers that prove nothing, or that the server is ill ---------------------------
 
 round_of($_, { kind => $_ },

@@ -1363,6 +1363,7 @@ take_ids(const UsageTable *table, Position *position, int64 max_ids,
  * statement_timeout.
  */
 static bool limit_work = false;
+static bool work_limited = false;	/* the clock runs */
 static TimestampTz work_started;
 static TimeoutId resist_timeout = MAX_TIMEOUTS;
 static const UsageTable *table_at_work = NULL;
@@ -1401,6 +1402,11 @@ block_who_resisted(int code, Datum arg)
 	CommitTransactionCommand();
 }
 
+/*
+ * Start the clock, before the first of the table's rows is read.  Not for a
+ * look at an outbox that is empty: PostgreSQL leaves the timer on when its
+ * timeouts are disabled, and it would wake an idle worker.
+ */
 static void
 start_work_limit(void)
 {
@@ -1419,6 +1425,7 @@ start_work_limit(void)
 		before_shmem_exit(block_who_resisted, (Datum) 0);
 	}
 	limits[1].id = resist_timeout;
+	work_limited = true;
 	enable_timeouts(limits, lengthof(limits));
 }
 
@@ -1427,9 +1434,10 @@ static bool
 end_work_limit(void)
 {
 	table_at_work = NULL;
-	if (!limit_work)
+	if (!work_limited)
 		return false;
 
+	work_limited = false;
 	disable_timeout(resist_timeout, false);
 	disable_timeout(STATEMENT_TIMEOUT, true);
 	if (get_timeout_indicator(STATEMENT_TIMEOUT, true))
@@ -1464,7 +1472,6 @@ guarded(TableWork work, const UsageTable *table, const ServerOptions *server, vo
 	PG_TRY();
 	{
 		table_at_work = table;
-		start_work_limit();
 		work(table, server, arg);
 		(void) end_work_limit();
 		ReleaseCurrentSubTransaction();
@@ -1534,6 +1541,7 @@ prepare_next(const UsageTable *table, const ServerOptions *server, void *arg)
 	delivery->usage_table = table->relid;
 	delivery->prior_attempts = entries.attempts;
 	delivery->outcome_unknown = entries.maybe_sent;
+	start_work_limit();
 	fill_shipment(next->shipment, table, server, &ids);
 	report_vanished(delivery, table, 0);
 	if (delivery->nevents > 0 || delivery->vanished > 0)
@@ -1561,6 +1569,7 @@ rebuild(const UsageTable *table, const ServerOptions *server, void *arg)
 	int64		vanished = delivery->vanished;
 	IdSet		ids = delivery->ids;
 
+	start_work_limit();
 	fill_shipment(shipment, table, server, &ids);
 	report_vanished(delivery, table, vanished);
 	if (delivery->nevents > 0)
@@ -1648,6 +1657,8 @@ release_unpriced(const UsageTable *table, const ServerOptions *server, void *arg
 			return;
 		}
 
+		if (i == 0)
+			start_work_limit();
 		if (server->send_unpriced)
 			look.priced = entry->ids;
 		else

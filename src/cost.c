@@ -558,12 +558,11 @@ abp_cost_fast(const UsageCounts *counts, const Rate *rate,
 			  const ExactDecimal *tier, ExactCost *cost, bool *free)
 {
 	int64		quantity[NUM_PRICES];
-	int128		tokens = 0;
-	int128		each = 0;
+	int128		tokens;
+	int128		each;
 	int128		sum;
 	int			scale = PRICE_SCALE + TOKENS_PER_SCALE;
-	bool		used = false;
-	bool		charged = false;
+	int64		unpriced = 0;
 
 	if (counts->units != NULL)
 		return false;
@@ -580,29 +579,34 @@ abp_cost_fast(const UsageCounts *counts, const Rate *rate,
 	quantity[PRICE_REQUEST] = count_value(counts, COUNT_REQUEST);
 	quantity[PRICE_WEB_SEARCH] = count_value(counts, COUNT_WEB_SEARCH);
 
+	/* What has no price; a request need not have one. */
+	for (int i = 0; i < NUM_PRICES; i++)
+	{
+		if (!rate->known[i] && i != PRICE_REQUEST)
+			unpriced |= quantity[i];
+	}
+	if (unpriced != 0)
+		return false;
+
 	/*
 	 * A price is below 10^18.  Quantities of one direction add up to less
 	 * than 2^63, so the two directions' sum stays below 2^124.
+	 *
+	 * No loop and no test for 0: which quantities there are differs from row
+	 * to row, and a branch guessed wrong costs more than all of this.
 	 */
-	for (int i = 0; i < NUM_PRICES; i++)
-	{
-		int128		product;
+#define PRODUCT(kind) ((int128) quantity[kind] * rate->price[kind])
+	tokens = PRODUCT(PRICE_INPUT) + PRODUCT(PRICE_CACHE_READ) +
+		PRODUCT(PRICE_CACHE_WRITE) + PRODUCT(PRICE_CACHE_WRITE_1H) +
+		PRODUCT(PRICE_OUTPUT) + PRODUCT(PRICE_REASONING);
+	each = PRODUCT(PRICE_REQUEST) + PRODUCT(PRICE_WEB_SEARCH);
+#undef PRODUCT
 
-		if (quantity[i] == 0)
-			continue;
-		if (!rate->known[i])
-		{
-			if (i == PRICE_REQUEST)
-				continue;
-			return false;
-		}
-		product = (int128) quantity[i] * rate->price[i];
-		if (i < NUM_TOKEN_PRICES)
-			tokens += product;
-		else
-			each += product;
-		used = true;
-		charged |= rate->price[i] > 0;
+	*free = false;
+	if (tokens == 0 && each == 0)
+	{
+		for (int i = 0; i < NUM_PRICES; i++)
+			*free |= rate->known[i] && quantity[i] != 0;
 	}
 
 	/*
@@ -635,7 +639,6 @@ abp_cost_fast(const UsageCounts *counts, const Rate *rate,
 	cost->usd.digits = sum;
 	cost->usd.scale = scale;
 	cost->usd_numeric = NULL;
-	*free = used && !charged;
 	return true;
 }
 

@@ -74,8 +74,11 @@ text_argument(FunctionCallInfo fcinfo, int n)
 
 	if (!PG_ARGISNULL(n))
 	{
-		text	   *value = PG_GETARG_TEXT_PP(n);
+		struct varlena *value = (struct varlena *) PG_GETARG_POINTER(n);
 
+		/* the test that PG_GETARG_TEXT_PP calls a function for */
+		if (VARATT_IS_COMPRESSED(value) || VARATT_IS_EXTERNAL(value))
+			value = pg_detoast_datum_packed(value);
 		view.data = VARDATA_ANY(value);
 		view.len = VARSIZE_ANY_EXHDR(value);
 	}

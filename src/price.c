@@ -1007,40 +1007,17 @@ recent_model(ModelKey key)
 	return &recent_models[place % RECENT_MODELS];
 }
 
-/*
- * The model that (provider, model) names, with its cards: never NULL, but
- * without tiers if there are none.  It stays valid until the next call.
- */
+/* Find a model that is not among the recent ones. */
 static PriceModel *
-find_model(ModelKey key)
+find_or_read_model(ModelKey key)
 {
-	static TimestampTz last_statement = 0;
-	ModelEntry *recent;
-	ModelEntry *entry;
-	PriceModel *model;
-	bool		found;
+	ModelEntry *entry = modelhash_lookup(models, key);
 
-	/*
-	 * A statement may see prices as old as its start.  Without this it might
-	 * see older ones, as a statement that locks nothing new hears of nothing.
-	 */
-	if (last_statement != GetCurrentStatementStartTimestamp())
-	{
-		last_statement = GetCurrentStatementStartTimestamp();
-		AcceptInvalidationMessages();
-	}
-
-	/* While we read, the tables may call for prices: keep what is in use. */
-	if (unlikely(cache_stale) && loads_running == 0)
-		reset_cache();
-
-	recent = recent_model(key);
-	if (recent->model != NULL && model_key_equal(recent->key, key))
-		return recent->model;
-
-	entry = modelhash_lookup(models, key);
 	if (entry == NULL)
 	{
+		PriceModel *model;
+		bool		found;
+
 		if (models->members >= MAX_CACHED_MODELS && loads_running == 0)
 			reset_cache();
 
@@ -1062,8 +1039,38 @@ find_model(ModelKey key)
 		entry->model = model;
 	}
 
-	*recent = *entry;
+	*recent_model(key) = *entry;
 	return entry->model;
+}
+
+/*
+ * The model that (provider, model) names, with its cards: never NULL, but
+ * without tiers if there are none.  It stays valid until the next call.
+ */
+static inline PriceModel *
+find_model(ModelKey key)
+{
+	static TimestampTz last_statement = 0;
+	const ModelEntry *recent;
+
+	/*
+	 * A statement may see prices as old as its start.  Without this it might
+	 * see older ones, as a statement that locks nothing new hears of nothing.
+	 */
+	if (last_statement != GetCurrentStatementStartTimestamp())
+	{
+		last_statement = GetCurrentStatementStartTimestamp();
+		AcceptInvalidationMessages();
+	}
+
+	/* While we read, the tables may call for prices: keep what is in use. */
+	if (unlikely(cache_stale) && loads_running == 0)
+		reset_cache();
+
+	recent = recent_model(key);
+	if (recent->model != NULL && model_key_equal(recent->key, key))
+		return recent->model;
+	return find_or_read_model(key);
 }
 
 /* --- the card in force ---------------------------------------------------- */

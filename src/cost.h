@@ -101,8 +101,8 @@ typedef struct Rate
 {
 	int64		context_above;	/* of the context tier in force */
 	int64		price[NUM_PRICES];	/* USD x 10^9 */
-	bool		known[NUM_PRICES];	/* false: no price, which is not 0; price[]
-									 * is 0 then */
+	bool		known[NUM_PRICES];	/* false: no price, which is not 0;
+									 * price[] is 0 then */
 	ExactDecimal factor;
 	int			nunits;
 	UnitPrice  *units;

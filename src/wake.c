@@ -17,6 +17,7 @@
 #include "storage/lwlock.h"
 #include "storage/proc.h"
 #include "storage/shmem.h"
+#include "utils/resowner.h"
 
 #include "compat.h"
 #include "wake.h"
@@ -42,7 +43,8 @@ typedef struct WakeState
 static int	wanted_slots = 0;
 static WakeState *state = NULL;
 static WorkerSlot *my_slot = NULL;
-static bool wake_pending = false;
+static bool wake_pending = false;	/* if the transaction commits */
+static bool wake_due = false;	/* it has committed */
 static shmem_request_hook_type next_shmem_request_hook = NULL;
 static shmem_startup_hook_type next_shmem_startup_hook = NULL;
 
@@ -178,16 +180,28 @@ worker_listens(void)
 }
 
 static void
-wake_callback(XactEvent event, void *arg)
+note_outcome(XactEvent event, void *arg)
 {
-	if (!wake_pending)
-		return;
-
-	if (event == XACT_EVENT_COMMIT && worker_listens())
-		signal_worker(true);
+	if (event == XACT_EVENT_COMMIT)
+		wake_due = wake_pending;
 	if (event == XACT_EVENT_COMMIT || event == XACT_EVENT_ABORT ||
 		event == XACT_EVENT_PREPARE)
 		wake_pending = false;
+}
+
+/*
+ * Only now have the commit's cache invalidations been sent.  A worker that is
+ * woken before them may look without noticing what has changed, and sleep on.
+ */
+static void
+wake_after_commit(ResourceReleasePhase phase, bool commit, bool top_level, void *arg)
+{
+	if (!wake_due || !top_level || phase != RESOURCE_RELEASE_AFTER_LOCKS)
+		return;
+
+	wake_due = false;
+	if (worker_listens())
+		signal_worker(true);
 }
 
 /*
@@ -201,7 +215,8 @@ abp_wake_at_commit(void)
 
 	if (!registered)
 	{
-		RegisterXactCallback(wake_callback, NULL);
+		RegisterXactCallback(note_outcome, NULL);
+		RegisterResourceReleaseCallback(wake_after_commit, NULL);
 		registered = true;
 	}
 	wake_pending = true;

@@ -860,6 +860,22 @@ pause_lane(Lane *lane, const char *reason)
 	save_lane(lane, reason);
 }
 
+/* Wait no longer for a server, nor for the retries of its deliveries. */
+static void
+try_now(Lane *lane)
+{
+	ListCell   *lc;
+
+	lane->not_before = DT_NOBEGIN;
+	foreach(lc, shipments)
+	{
+		Shipment   *shipment = lfirst(lc);
+
+		if (shipment->lane == lane)
+			shipment->retry_at = DT_NOBEGIN;
+	}
+}
+
 /* Nothing is known any more that holds the lane back. */
 static void
 open_lane(Lane *lane)
@@ -882,6 +898,8 @@ lane_succeeded(Lane *lane)
 
 	ereport(LOG,
 			(errmsg("delivery to %s works again", lane_name(lane))));
+	if (lane->paused_by_answer)
+		try_now(lane);
 	open_lane(lane);
 }
 
@@ -1220,22 +1238,6 @@ give_quota_back(const ServerOptions *server)
 {
 	if (server->requests_per_minute > 0)
 		lane_of(server->name, InvalidOid)->tokens++;
-}
-
-/* Wait no longer for a server, nor for the retries of its deliveries. */
-static void
-try_now(Lane *lane)
-{
-	ListCell   *lc;
-
-	lane->not_before = DT_NOBEGIN;
-	foreach(lc, shipments)
-	{
-		Shipment   *shipment = lfirst(lc);
-
-		if (shipment->lane == lane)
-			shipment->retry_at = DT_NOBEGIN;
-	}
 }
 
 /*

@@ -374,13 +374,13 @@ while (Time::HiRes::time() < $end)
 }
 
 append_to_file($stop, '');
-my $failed_clients = 0;
+my @failures;
 for my $pid (@pids)
 {
 	waitpid($pid, 0);
-	$failed_clients++ if $? != 0;
+	push @failures, "wait status $?" if $? != 0;
 }
-is($failed_clients, 0, 'no client failed by itself');
+is_deeply(\@failures, [], 'no client failed by itself');
 
 # --- peace ----------------------------------------------------------------------
 

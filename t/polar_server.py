@@ -1175,6 +1175,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
                                 else str(status)] += 1
             self.state.touch()
 
+    def drain_chunks(self):
+        """Read a chunked body up to its end, if it is not too long and well formed."""
+        drained = 0
+        while drained <= MAX_DRAIN:
+            try:
+                size = int(self.rfile.readline(100).split(b";")[0], 16)
+            except ValueError:
+                return
+            self.rfile.read(size + 2)
+            drained += size
+            if size == 0:
+                return
+
     def serve_api(self, path, query, record):
         state = self.state
         length = self.content_length()
@@ -1185,8 +1198,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             length = 0
             body = b""
         if chunked:
-            # The size of the body is not known, so neither is its end.
+            # Refused unread; but what is not read may cost the client the answer.
             self.close_connection = True
+            self.drain_chunks()
             body = b""
         if body is None and state.faults_need_body():
             body = self.read_exactly(length or 0)

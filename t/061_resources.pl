@@ -326,8 +326,7 @@ while ($node->safe_psql('postgres', $settled) eq 'f')
 
 	$most = $own if $own > $most;
 	note 'delivered ', $node->ledger('coalesce(sum(inserted), 0)'), " rows in all: $own kB"
-	  if $long && $samples++ % 50 == 0;
-	sleep 1 if $long;
+	  if $long && $samples++ % 500 == 0;
 }
 my $peak = peak_kb();
 note "own memory: $rest kB, sampled up to $most kB, at its peak $peak kB";

@@ -593,7 +593,8 @@ abp_cost_fast(const UsageCounts *counts, const Rate *rate,
 	 * than 2^63, so the two directions' sum stays below 2^124.
 	 *
 	 * No product is left out because its quantity is 0: which are differs
-	 * from row to row, and a branch guessed wrong costs more than all of them.
+	 * from row to row, and a branch guessed wrong costs more than all of
+	 * them.
 	 */
 #define PRODUCT(kind) ((int128) quantity[kind] * rate->price[kind])
 	tokens = PRODUCT(PRICE_INPUT) + PRODUCT(PRICE_CACHE_READ) +

@@ -1266,19 +1266,31 @@ abp_server_state_by_role(void)
 	return by_role;
 }
 
+/* Is this the database with these system identifier ($1) and OID ($2) that was armed? */
+#define IS_ARMED \
+	"(NOT EXISTS (SELECT FROM aibilling.database_identity) OR EXISTS" \
+	" (SELECT FROM aibilling.database_identity i" \
+	" WHERE i.system_identifier = $1 AND i.database = $2))"
+
+/*
+ * The server "s" of a usage table "t".  In a copy of a database the OID written
+ * down is that of the original's server, and may be another's here: until
+ * aibilling.arm() binds the tables, the name alone tells.
+ */
+#define JOIN_SERVER \
+	" LEFT JOIN pg_catalog.pg_foreign_server s" \
+	" ON s.srvname = t.server AND (s.oid = t.serverid OR NOT " IS_ARMED ")"
+
 /* The attached tables, with the state "st" of their server, and who "o" has paused it. */
 #define USAGE_TABLES(role) \
 	"SELECT t.usage::pg_catalog.oid, c.relowner," \
 	" pg_catalog.quote_ident(n.nspname) || '.' || pg_catalog.quote_ident(c.relname)," \
 	" t.server, s.oid, o.reason, st.paused, st.reason, st.failures::pg_catalog.int8," \
-	" st.not_before, t.blocked_until, t.blocked_reason," \
-	" NOT EXISTS (SELECT FROM aibilling.database_identity) OR EXISTS" \
-	" (SELECT FROM aibilling.database_identity i" \
-	" WHERE i.system_identifier = $1 AND i.database = $2), " role \
+	" st.not_before, t.blocked_until, t.blocked_reason, " IS_ARMED ", " role \
 	" FROM aibilling.usage_table t" \
 	" LEFT JOIN pg_catalog.pg_class c ON c.oid = t.usage::pg_catalog.oid" \
 	" LEFT JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace" \
-	" LEFT JOIN pg_catalog.pg_foreign_server s ON s.oid = t.serverid AND s.srvname = t.server"
+	JOIN_SERVER
 
 static void
 free_plans(ReadPlans *plans)
@@ -1400,12 +1412,13 @@ bool
 abp_usage_table_attached(Oid relid, Oid *serverid)
 {
 	static Statement server = {
-		"SELECT s.oid FROM aibilling.usage_table t"
-		" LEFT JOIN pg_catalog.pg_foreign_server s ON s.oid = t.serverid AND s.srvname = t.server"
-		" WHERE t.usage = $1",
-		1, {REGCLASSOID}
+		"SELECT s.oid FROM aibilling.usage_table t" JOIN_SERVER " WHERE t.usage = $3",
+		3, {INT8OID, OIDOID, REGCLASSOID}
 	};
-	Datum		values[1] = {ObjectIdGetDatum(relid)};
+	Datum		values[3] = {
+		Int64GetDatum((int64) GetSystemIdentifier()), ObjectIdGetDatum(MyDatabaseId),
+		ObjectIdGetDatum(relid)
+	};
 	bool		attached;
 	SavedUser	saved;
 
@@ -1420,11 +1433,18 @@ abp_usage_table_attached(Oid relid, Oid *serverid)
 }
 
 /*
- * A server may have been renamed: its tables stay with it.
+ * A server may have been renamed: its tables stay with it.  Not in a copy of a
+ * database of another cluster (pg_upgrade, pg_restore): the OIDs that tell a
+ * renamed server may be other servers' there, until aibilling.arm() has bound
+ * the tables.
  */
 void
 abp_usage_tables_follow_servers(void)
 {
+	static Statement same_cluster = {
+		"SELECT FROM aibilling.database_identity i WHERE i.system_identifier = $1",
+		1, {INT8OID}
+	};
 	static Statement follow[] = {
 		{
 			"UPDATE aibilling.delivery d SET server = s.srvname"
@@ -1452,12 +1472,16 @@ abp_usage_tables_follow_servers(void)
 			0, {0}
 		}
 	};
+	Datum		values[1] = {Int64GetDatum((int64) GetSystemIdentifier())};
 	SavedUser	saved;
 
 	abp_become_extension_owner(&saved);
 	SPI_connect();
-	for (int i = 0; i < lengthof(follow); i++)
-		run(&follow[i], NULL, NULL);
+	if (run(&same_cluster, values, NULL) > 0)
+	{
+		for (int i = 0; i < lengthof(follow); i++)
+			run(&follow[i], NULL, NULL);
+	}
 	SPI_finish();
 	abp_restore_user(&saved);
 }
@@ -1646,6 +1670,7 @@ abp_database_arm(bool only_first)
 	{
 		run_alone(&forget, NULL, NULL);
 		run_alone(&bind, NULL, NULL);
+		CacheInvalidateRelcacheByRelid(abp_extension_relation("usage_table"));
 		mark_maybe_sent();
 	}
 	run_alone(&arm, values, NULL);

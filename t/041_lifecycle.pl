@@ -6,6 +6,7 @@ use warnings;
 
 use FindBin;
 use lib $FindBin::Bin;
+use IPC::Run;
 use JSON::PP;
 use PolarServer;
 use PostgreSQL::Test::Cluster;
@@ -15,11 +16,12 @@ use Test::More;
 my $copy_is_paused =
   qr/^paused: this database is a copy; run SELECT aibilling\.arm\(\) if it is to send/;
 
-# A node with the library preloaded and workers for these databases, not started.
+# A node with the library preloaded and workers for these databases, not started.  install_path: of another
+# PostgreSQL than the one tested.
 sub new_node
 {
 	my ($name, $databases, %init) = @_;
-	my $node = PostgreSQL::Test::Cluster->new($name);
+	my $node = PostgreSQL::Test::Cluster->new($name, install_path => delete $init{install_path});
 
 	$node->init(%init);
 	$node->append_conf('postgresql.conf', <<CONF);
@@ -34,13 +36,14 @@ CONF
 # The extension, a server that leads to $polar, and a usage table.
 sub set_up
 {
-	my ($node, $database, $polar, $options) = @_;
+	my ($node, $database, $polar, $options, $version) = @_;
 	my $url = $polar->url;
 	my $token = $polar->token;
 
 	$options = defined $options ? ", $options" : '';
+	$version = defined $version ? " VERSION '$version'" : '';
 	$node->safe_psql($database, <<SQL);
-CREATE EXTENSION aibilling_polar;
+CREATE EXTENSION aibilling_polar$version;
 CREATE SERVER polar FOREIGN DATA WRAPPER polar OPTIONS (url '$url', event_name 'llm_usage'$options);
 CREATE USER MAPPING FOR PUBLIC SERVER polar OPTIONS (access_token '$token');
 SELECT aibilling.create_usage_table('usage', server => 'polar');
@@ -118,6 +121,89 @@ UNION ALL SELECT 'trigger', tgname || pg_get_triggerdef(oid) FROM pg_trigger WHE
 UNION ALL SELECT 'server', srvname || (SELECT array_agg(o ORDER BY o)::text FROM unnest(srvoptions) o) FROM pg_foreign_server
 UNION ALL SELECT 'mapping', umoptions::text FROM pg_user_mapping
 ORDER BY 1, 2
+SQL
+
+# What an extension consists of, in words: its members and what belongs to these, with every property
+# that has a meaning outside of the catalogues.
+my $anatomy = <<'SQL';
+WITH extension AS (
+	SELECT * FROM pg_extension WHERE extname = 'aibilling_polar'
+), member AS (
+	SELECT d.classid, d.objid FROM pg_depend d JOIN extension e ON d.refobjid = e.oid
+	WHERE d.refclassid = 'pg_extension'::regclass AND d.deptype = 'e'
+), relation AS (
+	SELECT objid AS oid FROM member WHERE classid = 'pg_class'::regclass
+	UNION SELECT indexrelid FROM pg_index JOIN member ON objid = indrelid AND classid = 'pg_class'::regclass
+), acl (classid, objid, acl, standard) AS (
+	SELECT 'pg_proc'::regclass::oid, oid, proacl, acldefault('f', proowner) FROM pg_proc
+	UNION ALL SELECT 'pg_class'::regclass, oid, relacl, acldefault(CASE relkind WHEN 'S' THEN 's'::"char" ELSE 'r' END, relowner) FROM pg_class
+), privilege (classid, objid, objsubid, since, item) AS (
+	-- Where all are those by default, this is written down or not: by pg_upgrade not.
+	SELECT classid, objid, 0, 'now', item::text FROM acl, unnest(coalesce(acl, standard)) item
+	UNION ALL SELECT classid, objid, 0, 'made', item::text
+		FROM acl LEFT JOIN pg_init_privs i ON i.classoid = classid AND i.objoid = objid AND i.objsubid = 0,
+			unnest(coalesce(initprivs, standard)) item
+	UNION ALL SELECT classoid, objoid, objsubid, 'made', item::text FROM pg_init_privs i, unnest(initprivs) item
+		WHERE objsubid <> 0 OR NOT EXISTS (SELECT FROM acl WHERE classid = classoid AND objid = objoid)
+), object (kind, name, what, classid, objid, objsubid) AS (
+	SELECT 'member', pg_describe_object(classid, objid, 0), NULL, classid, objid, 0 FROM member
+	UNION ALL SELECT 'extension', extname, concat_ws(' ', extversion, extnamespace::regnamespace, extrelocatable),
+		'pg_extension'::regclass, oid, 0 FROM extension
+	UNION ALL SELECT 'dumped', c::regclass::text, w, 0, 0, 0 FROM extension, unnest(extconfig, extcondition) t (c, w)
+	UNION ALL SELECT 'schema', nspname, nspacl::text, 'pg_namespace'::regclass, oid, 0
+		FROM pg_namespace JOIN member ON classid = 'pg_namespace'::regclass AND objid = oid
+	UNION ALL SELECT 'function', oid::regprocedure::text, (to_jsonb(p) - '{oid,proacl,proargdefaults,prosqlbody,pronamespace,proowner,prorettype,proargtypes,proallargtypes}'::text[]
+			|| jsonb_build_array(pg_get_function_arguments(oid), pg_get_function_result(oid), pg_get_functiondef(oid)))::text,
+		'pg_proc'::regclass, oid, 0
+		FROM pg_proc p JOIN member ON classid = 'pg_proc'::regclass AND objid = oid
+	UNION ALL SELECT 'relation', oid::regclass::text, concat_ws(' ', relkind, relpersistence, reloptions, relrowsecurity,
+			relforcerowsecurity, relreplident, relam, relispartition, pg_get_viewdef(oid), pg_get_indexdef(oid)),
+		'pg_class'::regclass, oid, 0
+		FROM pg_class JOIN relation USING (oid) WHERE relkind <> 'i'
+	UNION ALL SELECT 'index', oid::regclass::text, concat_ws(' ', pg_get_indexdef(oid), indisunique, indisprimary, indisvalid, indisclustered,
+			indisreplident, indimmediate), 'pg_class'::regclass, oid, 0
+		FROM relation JOIN pg_index ON indexrelid = oid
+	UNION ALL SELECT 'column', r.oid::regclass || '.' || attname, concat_ws(' ', attnum, format_type(atttypid, atttypmod), attnotnull,
+			attidentity, attgenerated, attcollation, attstorage, attcompression, attacl,
+			-- but for what some builds of PostgreSQL note there on their own: the WAL position of the change
+			(SELECT array_agg(o) FROM unnest(attoptions) o WHERE o !~ '^pg_attver='), pg_get_expr(adbin, adrelid)),
+		'pg_class'::regclass, r.oid, attnum
+		FROM relation r JOIN pg_attribute ON attrelid = r.oid
+			LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum
+		WHERE attnum > 0
+	UNION ALL SELECT 'sequence', seqrelid::regclass::text, (to_jsonb(q) - 'seqrelid')::text, 0, 0, 0
+		FROM pg_sequence q JOIN relation ON oid = seqrelid
+	UNION ALL SELECT 'constraint', conrelid::regclass || '.' || conname, pg_get_constraintdef(c.oid) || convalidated,
+		'pg_constraint'::regclass, c.oid, 0
+		FROM pg_constraint c JOIN relation r ON r.oid = conrelid
+	UNION ALL SELECT 'trigger', tgrelid::regclass || '.' || tgname, pg_get_triggerdef(t.oid) || tgenabled::text,
+		'pg_trigger'::regclass, t.oid, 0
+		FROM pg_trigger t JOIN relation r ON r.oid = tgrelid
+	UNION ALL SELECT 'policy', polrelid::regclass || '.' || polname,
+		concat_ws(' ', polcmd, polpermissive, polroles, pg_get_expr(polqual, polrelid), pg_get_expr(polwithcheck, polrelid)),
+		'pg_policy'::regclass, p.oid, 0
+		FROM pg_policy p JOIN relation r ON r.oid = polrelid
+	UNION ALL SELECT 'rule', ev_class::regclass || '.' || rulename, pg_get_ruledef(w.oid), 'pg_rewrite'::regclass, w.oid, 0
+		FROM pg_rewrite w JOIN relation r ON r.oid = ev_class
+	UNION ALL SELECT 'type', format_type(oid, NULL), concat_ws(' ', typtype, typacl, typcategory, (SELECT array_agg(
+			attname || ' ' || format_type(atttypid, atttypmod) ORDER BY attnum) FROM pg_attribute WHERE attrelid = typrelid AND attnum > 0)),
+		'pg_type'::regclass, oid, 0
+		FROM pg_type JOIN member ON classid = 'pg_type'::regclass AND objid = oid
+	UNION ALL SELECT 'wrapper', fdwname, concat_ws(' ', fdwhandler, fdwvalidator::regproc, fdwacl, fdwoptions),
+		'pg_foreign_data_wrapper'::regclass, oid, 0
+		FROM pg_foreign_data_wrapper JOIN member ON classid = 'pg_foreign_data_wrapper'::regclass AND objid = oid
+	UNION ALL SELECT 'event trigger', evtname, concat_ws(' ', evtevent, evtfoid::regproc, evtenabled, evttags),
+		'pg_event_trigger'::regclass, oid, 0
+		FROM pg_event_trigger JOIN member ON classid = 'pg_event_trigger'::regclass AND objid = oid
+)
+SELECT kind, name, what, col_description(nullif(o.objid, 0), nullif(o.objsubid, 0)),
+	CASE o.objsubid WHEN 0 THEN obj_description(o.objid, nullif(o.classid, 0)::regclass::name) END,
+	(SELECT string_agg(since || ' ' || item, ', ' ORDER BY since, item) FROM privilege p
+	 WHERE p.classid = o.classid AND p.objid = o.objid AND p.objsubid = o.objsubid)
+FROM object o
+UNION ALL
+SELECT 'shipped', 'service_tier_rule', r::text, NULL, NULL, NULL FROM aibilling.service_tier_rule r WHERE shipped
+ORDER BY 1, 2, 3
 SQL
 
 # A database with something in each of those: 3 rows delivered, 2 pending, 1 rejected, 1 unpriced.
@@ -287,42 +373,154 @@ sub places
 
 # --- pg_upgrade -----------------------------------------------------------------------
 
+# From the installation that AIBILLING_OLD_INSTALL names (a directory with bin in it), by default from the same
+# major version: then what differs is the cluster, and its identity.
 {
 	my $polar = PolarServer->new;
-	my $old = new_node('old', 'app');
-	my $new = new_node('new', 'app');
+	my $strict = PolarServer->new;
+	my $url = $strict->url;
+	my $token = $strict->token;
+	my @init = (extra => [ '--data-checksums', '--encoding=UTF8', '--locale=C' ]);
+	my $old = new_node('old', '', @init, install_path => $ENV{AIBILLING_OLD_INSTALL});
+	my $new = new_node('new', 'app, former', @init);
+	my $had = {};
+	my $kept = $everything =~ s/(?=ORDER BY 1)/UNION ALL SELECT 'total', t::text FROM aibilling.delivery_total t
+UNION ALL SELECT 'setting', concat_ws(' ', setdatabase, setrole::regrole, setconfig) FROM pg_db_role_setting
+UNION ALL SELECT 'owner', usage || ' ' || relowner::regrole FROM aibilling.usage_table JOIN pg_class c ON c.oid = usage
+UNION ALL SELECT 'role', rolname || oid FROM pg_roles WHERE rolname = 'tenant'
+UNION ALL SELECT 'version', extversion FROM pg_extension WHERE extname = 'aibilling_polar'
+UNION ALL SELECT 'grant', srvname || srvacl::text FROM pg_foreign_server
+/r;
 
-	# A server delivers nothing by itself while there is no such database as its worker's.
-	$old->append_conf('postgresql.conf', "aibilling_polar.databases = ''");
+	# The old server has no worker, so that what is to wait, waits.
 	$old->start;
 	$old->safe_psql('postgres', 'CREATE DATABASE app');
-	set_up($old, 'app', $polar);
+	$old->safe_psql('postgres', 'CREATE DATABASE former');
+	set_up($old, 'app', $polar, "max_in_flight '1'");
 	fill($old, 'app', 'old');
-	my $had = value($old, 'app', $everything);
-	my $arrived = $polar->wait(events => 3)->{arrived};
+	set_up($old, 'former', $polar, undef, '1.0');
+	fill($old, 'former', 'former');
+
+	# Servers that are paused: by their owner, by a role for its own tables, by an answer.
+	$old->safe_psql('app', <<SQL);
+CREATE ROLE tenant;
+ALTER ROLE tenant IN DATABASE app SET aibilling_polar.enqueue = off;
+CREATE SCHEMA tenant AUTHORIZATION tenant;
+GRANT USAGE ON FOREIGN SERVER polar TO tenant;
+CREATE USER MAPPING FOR tenant SERVER polar OPTIONS (access_token '@{[ $polar->token ]}');
+CREATE SERVER held FOREIGN DATA WRAPPER polar OPTIONS (url '$url', event_name 'held', unpriced 'send');
+CREATE USER MAPPING FOR PUBLIC SERVER held OPTIONS (access_token '$token');
+CREATE SERVER answered FOREIGN DATA WRAPPER polar OPTIONS (url '$url', event_name 'answered');
+CREATE USER MAPPING FOR PUBLIC SERVER answered OPTIONS (access_token '$token');
+SELECT aibilling.create_usage_table('held', server => 'held');
+CREATE TABLE answered (LIKE usage INCLUDING ALL EXCLUDING CONSTRAINTS EXCLUDING INDEXES, PRIMARY KEY (id, occurred_at))
+	PARTITION BY RANGE (occurred_at);
+CREATE TABLE answered_default PARTITION OF answered DEFAULT;
+SELECT aibilling.attach('answered', server => 'answered');
+SELECT aibilling.pause('held');
+SET ROLE tenant;
+SELECT aibilling.create_usage_table('tenant.usage', server => 'polar');
+SELECT aibilling.pause();
+SQL
+	$old->safe_psql('app', insert('held', 2, 'held') . insert('answered', 3, 'answered') . insert('tenant', 4, 'tenant.usage'));
+	$strict->fault(kind => '401', times => 'always');
+	$old->psql('app', "CALL aibilling.sync('answered')");
+
+	# The server is stopped while a request is in flight that Polar has stored.
+	$polar->fault(kind => 'hang', store => JSON::PP::true);
+	my $caller = IPC::Run::start([ 'psql', '-XAtq', '-d', $old->connstr('app'), '-c', "CALL aibilling.sync('polar')" ],
+		'<', \undef, '>&', \my $output);
+	$polar->wait(hung => 1);
+	$old->safe_psql('app', insert('late', 2));
+	$old->stop('fast');
+	$caller->finish;
+	$polar->release;
+
+	$old->start;
+	foreach my $database ('app', 'former')
+	{
+		$had->{$database} = value($old, $database, $kept);
+	}
+	is(places($old, 'app'), 'pending 11, rejected 1, unpriced 1', 'rows wait, of every state');
+	is(value($old, 'app', "SELECT sum(events) FROM aibilling.delivery WHERE state = 'sending'"), '2', 'and are in flight');
+	is(value($old, 'app', "SELECT string_agg(server || ' ' || paused || ' ' || role::regrole, ', ' ORDER BY server) FROM aibilling.server_state"),
+		'answered answer -, held operator -, polar operator tenant', 'servers are paused, for every reason');
+	my $arrived = $polar->summary->{arrived};
+	my $strictly = $strict->summary->{arrived};
 	$old->stop;
 
-	# To the same major version: what differs is the cluster, and its identity.
 	chdir $new->basedir or die "could not enter a directory: $!";
-	my $bindir = $new->config_data('--bindir');
 	command_ok(
 		[
 			'pg_upgrade', '--no-sync',
 			'--old-datadir', $old->data_dir, '--new-datadir', $new->data_dir,
-			'--old-bindir', $bindir, '--new-bindir', $bindir,
+			'--old-bindir', $old->config_data('--bindir'), '--new-bindir', $new->config_data('--bindir'),
 			'--socketdir', $new->host, '--old-port', $old->port, '--new-port', $new->port
 		],
-		'pg_upgrade');
+		'pg_upgrade from ' . $old->pg_version . ' to ' . $new->pg_version);
 	$new->start;
-	is(value($new, 'app', $everything), $had, 'pg_upgrade keeps everything');
-	wait_for_turn($new, 'app');
-	like(value($new, 'app', 'SELECT status FROM aibilling.status'), $copy_is_paused, 'it starts paused');
+	foreach my $database ('app', 'former')
+	{
+		is(value($new, $database, $kept), $had->{$database}, "$database: pg_upgrade keeps everything");
+		wait_for_turn($new, $database);
+		like(value($new, $database, 'SELECT DISTINCT status FROM aibilling.status'), $copy_is_paused, "$database: it starts paused");
+	}
+
+	# In the new cluster the servers have other OIDs, which may be those that others of them had.  What is done
+	# before arm() is for the servers of these names.
+	my $session = $new->background_psql('app');
+	$session->query_safe(insert('unarmed', 1));
+	is(value($new, 'app', "SELECT DISTINCT state FROM aibilling.preview('held')"), 'pending', 'preview shows what will be sent');
+	my $pairs = "SELECT string_agg(usage || ' to ' || server, ', ' ORDER BY usage::text) FROM aibilling.usage_table";
+	my $attached = 'answered to answered, held to held, tenant.usage to polar, usage to polar';
+	is(value($new, 'app', $pairs), $attached, 'tables are attached to the servers of old');
+	$new->safe_psql('app', <<'SQL');
+UPDATE aibilling.usage_table SET serverid = (SELECT oid FROM pg_foreign_server
+	WHERE srvname = CASE server WHEN 'polar' THEN 'held' WHEN 'held' THEN 'answered' ELSE 'polar' END);
+ALTER SERVER polar OPTIONS (ADD timeout '7s');
+SQL
+	is(value($new, 'app', $pairs), $attached, 'a change of a server moves no table to another one');
+	my ($status, undef, $stderr) = $new->psql('app', 'DROP SERVER held CASCADE');
+	like($stderr, qr/cannot drop server "held": usage table public.held is attached to it/, 'nor can one be dropped');
 	is($polar->summary->{arrived}, $arrived, 'nothing is sent, by pg_upgrade neither');
+	is($strict->summary->{arrived}, $strictly, 'by no server');
+
 	$new->safe_psql('app', 'SELECT aibilling.arm()');
-	wait_delivered($new, 'app', 'sends once armed');
-	is(places($new, 'app'), 'rejected 1, unpriced 1', 'what was rejected stays so');
-	is($polar->summary->{stored}, 5, 'every row is stored, once');
-	is(value($new, 'app', 'SELECT sum(duplicates) FROM aibilling.delivery'), '0', 'and was sent once');
+	$polar->wait(events => 11);
+	my $waiting = "SELECT string_agg(usage_table || ' ' || pending + in_flight, ', ' ORDER BY usage_table::text) FROM aibilling.status";
+	ok( $new->poll_query_until('app', $waiting, 'answered 3, held 2, tenant.usage 4, usage 0'),
+		'it sends once armed, but not what is paused')
+	  or diag(value($new, 'app', $waiting));
+	is(value($new, 'app', 'SELECT sum(rejected), sum(unpriced) FROM aibilling.status'), '1|1', 'nor what cannot be sent');
+	like(
+		value($new, 'app', "SELECT string_agg(usage_table || ': ' || status, '; ' ORDER BY usage_table::text)"
+			  . " FROM aibilling.status WHERE usage_table <> 'usage'::regclass"),
+		qr/^answered: paused: .*401.*; held: paused: paused by \w+; tenant.usage: paused: paused by tenant$/,
+		'and says so');
+	is(value($new, 'app', 'SELECT sum(duplicates), sum(unexpected_duplicates) FROM aibilling.delivery'),
+		'2|0', 'what was in flight was found to be there, the rest is sent once');
+	is($polar->summary->{duplicates}, 2, 'as Polar sees it too');
+
+	# What was rejected or unpriced is mended as ever, also by a session that has worked before.
+	$session->query_safe("UPDATE usage SET external_customer_id = 'customer' WHERE external_id = 'old-rejected'");
+	$session->quit;
+	$new->safe_psql('app', "INSERT INTO aibilling.price (provider, model, input) VALUES ('nobody', 'nothing', 1)");
+	$strict->clear_faults;
+	$new->safe_psql('app', 'SELECT aibilling.resume()');
+	$new->safe_psql('app', 'SET ROLE tenant; SELECT aibilling.resume()');
+	wait_delivered($new, 'app', 'the rest is delivered once nothing is in its way');
+	is(places($new, 'app'), '', 'every row');
+	is_deeply([ sort { $a <=> $b } values %{ stored($polar) } ], [ (1) x 17 ], 'once');
+	is_deeply([ sort { $a <=> $b } values %{ stored($strict) } ], [ (1) x 5 ], 'where it belongs');
+
+	# As if installed here: nothing of the extension is tied to the version that made it.
+	$new->safe_psql('postgres', 'CREATE EXTENSION aibilling_polar');
+	my $fresh = [ split /\n/, value($new, 'postgres', $anatomy) ];
+	is_deeply([ split /\n/, value($new, 'app', $anatomy) ], $fresh, 'the extension equals a fresh install, object by object');
+	$new->safe_psql('former', 'SELECT aibilling.arm(); ALTER EXTENSION aibilling_polar UPDATE');
+	is_deeply([ split /\n/, value($new, 'former', $anatomy) ], $fresh, 'so does an older version of it, after an update');
+	wait_delivered($new, 'former', 'which delivers too');
+	is(stored($polar)->{'former-pending-2'}, 1, 'once');
 	$new->stop;
 }
 
@@ -667,78 +865,6 @@ like(value($node, 'app', 'SELECT status FROM aibilling.status'), qr/no worker: .
 $node->stop;
 
 # --- versions ------------------------------------------------------------------------------
-
-# What an extension consists of, in words: its members and what belongs to these, with every property
-# that has a meaning outside of the catalogues.
-my $anatomy = <<'SQL';
-WITH extension AS (
-	SELECT * FROM pg_extension WHERE extname = 'aibilling_polar'
-), member AS (
-	SELECT d.classid, d.objid FROM pg_depend d JOIN extension e ON d.refobjid = e.oid
-	WHERE d.refclassid = 'pg_extension'::regclass AND d.deptype = 'e'
-), relation AS (
-	SELECT objid AS oid FROM member WHERE classid = 'pg_class'::regclass
-	UNION SELECT indexrelid FROM pg_index JOIN member ON objid = indrelid AND classid = 'pg_class'::regclass
-), object (kind, name, what, classid, objid, objsubid) AS (
-	SELECT 'member', pg_describe_object(classid, objid, 0), NULL, classid, objid, 0 FROM member
-	UNION ALL SELECT 'extension', extname, concat_ws(' ', extversion, extnamespace::regnamespace, extrelocatable),
-		'pg_extension'::regclass, oid, 0 FROM extension
-	UNION ALL SELECT 'dumped', c::regclass::text, w, 0, 0, 0 FROM extension, unnest(extconfig, extcondition) t (c, w)
-	UNION ALL SELECT 'schema', nspname, nspacl::text, 'pg_namespace'::regclass, oid, 0
-		FROM pg_namespace JOIN member ON classid = 'pg_namespace'::regclass AND objid = oid
-	UNION ALL SELECT 'function', oid::regprocedure::text, (to_jsonb(p) - '{oid,proargdefaults,prosqlbody,pronamespace,proowner,prorettype,proargtypes,proallargtypes}'::text[]
-			|| jsonb_build_array(pg_get_function_arguments(oid), pg_get_function_result(oid), pg_get_functiondef(oid)))::text,
-		'pg_proc'::regclass, oid, 0
-		FROM pg_proc p JOIN member ON classid = 'pg_proc'::regclass AND objid = oid
-	UNION ALL SELECT 'relation', oid::regclass::text, concat_ws(' ', relkind, relpersistence, relacl, reloptions, relrowsecurity,
-			relforcerowsecurity, relreplident, relam, relispartition, pg_get_viewdef(oid), pg_get_indexdef(oid)),
-		'pg_class'::regclass, oid, 0
-		FROM pg_class JOIN relation USING (oid) WHERE relkind <> 'i'
-	UNION ALL SELECT 'index', oid::regclass::text, concat_ws(' ', pg_get_indexdef(oid), indisunique, indisprimary, indisvalid, indisclustered,
-			indisreplident, indimmediate), 'pg_class'::regclass, oid, 0
-		FROM relation JOIN pg_index ON indexrelid = oid
-	UNION ALL SELECT 'column', r.oid::regclass || '.' || attname, concat_ws(' ', attnum, format_type(atttypid, atttypmod), attnotnull,
-			attidentity, attgenerated, attcollation, attstorage, attcompression, attacl,
-			-- but for what some builds of PostgreSQL note there on their own: the WAL position of the change
-			(SELECT array_agg(o) FROM unnest(attoptions) o WHERE o !~ '^pg_attver='), pg_get_expr(adbin, adrelid)),
-		'pg_class'::regclass, r.oid, attnum
-		FROM relation r JOIN pg_attribute ON attrelid = r.oid
-			LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum
-		WHERE attnum > 0
-	UNION ALL SELECT 'sequence', seqrelid::regclass::text, (to_jsonb(q) - 'seqrelid')::text, 0, 0, 0
-		FROM pg_sequence q JOIN relation ON oid = seqrelid
-	UNION ALL SELECT 'constraint', conrelid::regclass || '.' || conname, pg_get_constraintdef(c.oid) || convalidated,
-		'pg_constraint'::regclass, c.oid, 0
-		FROM pg_constraint c JOIN relation r ON r.oid = conrelid
-	UNION ALL SELECT 'trigger', tgrelid::regclass || '.' || tgname, pg_get_triggerdef(t.oid) || tgenabled::text,
-		'pg_trigger'::regclass, t.oid, 0
-		FROM pg_trigger t JOIN relation r ON r.oid = tgrelid
-	UNION ALL SELECT 'policy', polrelid::regclass || '.' || polname,
-		concat_ws(' ', polcmd, polpermissive, polroles, pg_get_expr(polqual, polrelid), pg_get_expr(polwithcheck, polrelid)),
-		'pg_policy'::regclass, p.oid, 0
-		FROM pg_policy p JOIN relation r ON r.oid = polrelid
-	UNION ALL SELECT 'rule', ev_class::regclass || '.' || rulename, pg_get_ruledef(w.oid), 'pg_rewrite'::regclass, w.oid, 0
-		FROM pg_rewrite w JOIN relation r ON r.oid = ev_class
-	UNION ALL SELECT 'type', format_type(oid, NULL), concat_ws(' ', typtype, typacl, typcategory, (SELECT array_agg(
-			attname || ' ' || format_type(atttypid, atttypmod) ORDER BY attnum) FROM pg_attribute WHERE attrelid = typrelid AND attnum > 0)),
-		'pg_type'::regclass, oid, 0
-		FROM pg_type JOIN member ON classid = 'pg_type'::regclass AND objid = oid
-	UNION ALL SELECT 'wrapper', fdwname, concat_ws(' ', fdwhandler, fdwvalidator::regproc, fdwacl, fdwoptions),
-		'pg_foreign_data_wrapper'::regclass, oid, 0
-		FROM pg_foreign_data_wrapper JOIN member ON classid = 'pg_foreign_data_wrapper'::regclass AND objid = oid
-	UNION ALL SELECT 'event trigger', evtname, concat_ws(' ', evtevent, evtfoid::regproc, evtenabled, evttags),
-		'pg_event_trigger'::regclass, oid, 0
-		FROM pg_event_trigger JOIN member ON classid = 'pg_event_trigger'::regclass AND objid = oid
-)
-SELECT kind, name, what, col_description(nullif(o.objid, 0), nullif(o.objsubid, 0)),
-	CASE o.objsubid WHEN 0 THEN obj_description(o.objid, nullif(o.classid, 0)::regclass::name) END,
-	(SELECT concat_ws(' ', privtype, initprivs) FROM pg_init_privs i
-	 WHERE i.classoid = o.classid AND i.objoid = o.objid AND i.objsubid = o.objsubid)
-FROM object o
-UNION ALL
-SELECT 'shipped', 'service_tier_rule', r::text, NULL, NULL, NULL FROM aibilling.service_tier_rule r WHERE shipped
-ORDER BY 1, 2, 3
-SQL
 
 {
 	my $versions = new_node('versions', 'from_1_0');

@@ -2294,7 +2294,8 @@ abp_ship(const ShipScope *scope)
 	more_to_build = false;
 	room_left = false;
 	limit_work = !scope->in_procedure;
-	gather();
+	if (!scope->in_procedure)
+		gather();
 	collect_answers();
 	abp_wake_listen();
 	abp_ship_begin(scope);

@@ -111,11 +111,11 @@ SKIP:
 	my $refused = sub {
 		for (1 .. $_[0])
 		{
-			$node->poll_query_until('postgres', "SELECT failures = 1 FROM aibilling.server_state WHERE server = 'nobody'")
+			$node->poll_query_until('postgres', "SELECT failures > 0 FROM aibilling.server_state WHERE server = 'nobody'")
 			  or die 'no connection was refused';
 			sql("SELECT aibilling.resume('nobody')");
 		}
-		$node->poll_query_until('postgres', "SELECT failures = 1 FROM aibilling.server_state WHERE server = 'nobody'");
+		$node->poll_query_until('postgres', "SELECT failures > 0 FROM aibilling.server_state WHERE server = 'nobody'");
 
 		# Files of the database are kept open by PostgreSQL.
 		my $data = $node->data_dir;

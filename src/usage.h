@@ -25,7 +25,7 @@ typedef struct RowState
 
 extern void abp_usage_judge(const UsageRow *row, const ServerOptions *server,
 							RowState *verdict);
-extern char *abp_usage_missing_price(const UsageRow *row);
+extern void abp_usage_judge_price(const UsageRow *row, RowState *verdict);
 extern IdSet abp_usage_price_again(const UsageTable *table, IdSet *ids);
 extern void abp_usage_forget_relations(void);
 

@@ -510,6 +510,28 @@ abp_usage_judge_price(const UsageRow *row, RowState *verdict)
 }
 
 /*
+ * The cost of a stored row by the prices of now.  Returns false, with the
+ * reason, palloc'd, if the row has a fault or the cost is beyond cost_nanos.
+ */
+bool
+abp_usage_price(const UsageRow *row, PricedCost *cost, char **problem)
+{
+	UsageRow	filled;
+	PriceRequest request;
+
+	*problem = find_fault(row, true, &filled);
+	if (*problem != NULL)
+		return false;
+	request = price_request(&filled);
+	if (!abp_price_usage(&request, true, cost))
+	{
+		*problem = cost_beyond_range(&filled);
+		return false;
+	}
+	return true;
+}
+
+/*
  * What is to become of a row: ready, or waiting for its time, for a price,
  * for somebody to mend it.
  */
@@ -1134,7 +1156,7 @@ abp_sql_price_usage(PG_FUNCTION_ARGS)
 	{
 		PriceRequest request = price_request(&row);
 
-		abp_price_usage(&request, &cost);
+		(void) abp_price_usage(&request, false, &cost);
 	}
 	tuple = priced_tuple(known, desc, &row, normalized, &cost);
 

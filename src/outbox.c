@@ -539,7 +539,7 @@ abp_outbox_take(Oid usage_table, char state, TimestampTz until,
 			break;
 		entry = read_entry(tuple, RelationGetDescr(scan.rel));
 		first = entry.ids.ranges[0].first;
-		*cursor = first - Min(first - PG_INT64_MIN - 1, CURSOR_MARGIN);
+		*cursor = first > PG_INT64_MIN + CURSOR_MARGIN ? first - CURSOR_MARGIN : PG_INT64_MIN + 1;
 
 		if (table_tuple_delete(scan.rel, &tuple->t_self, GetCurrentCommandId(true),
 							   GetActiveSnapshot(), InvalidSnapshot, false,

@@ -94,9 +94,12 @@
 
 /*
  * The least time from the start of a turn that sent a small batch to the next
- * turn: under a stream of commits, rows gather for a few milliseconds.
+ * turn: under a stream of commits rows gather for a few milliseconds, and
+ * somewhat longer under one that brings MANY_ROWS in that time.
  */
 #define GATHER_MS 10
+#define GATHER_MANY_MS 50
+#define MANY_ROWS 50
 
 /* How long a list of the attached tables is believed. */
 #define TABLES_MS 1000
@@ -1518,7 +1521,7 @@ guarded(TableWork work, const UsageTable *table, const ServerOptions *server, vo
 typedef struct NextBatch
 {
 	bool		found;
-	bool		few;			/* far less was waiting than may be sent */
+	int			gather_ms;		/* if far less was waiting than may be sent */
 	Shipment   *shipment;
 } NextBatch;
 
@@ -1532,12 +1535,15 @@ prepare_next(const UsageTable *table, const ServerOptions *server, void *arg)
 	int			size = lane->batch_size > 0 ? Min(lane->batch_size, server->batch_size) :
 	server->batch_size;
 	IdSet		ids = take_ids(table, position_of(table->relid), size, &entries);
+	int64		count;
 
 	if (ids.nranges == 0)
 		return;
 
 	next->found = true;
-	next->few = abp_idset_count(&ids) < size / 2;
+	count = abp_idset_count(&ids);
+	if (count < size / 2)
+		next->gather_ms = count < MANY_ROWS ? GATHER_MS : GATHER_MANY_MS;
 	next->shipment = new_shipment(lane);
 	delivery = &next->shipment->delivery;
 	delivery->usage_table = table->relid;
@@ -2030,8 +2036,8 @@ prepare_table(const UsageTable *table, const ServerOptions *server, List **depar
 		else
 		{
 			built = true;
-			if (next.few)
-				gather_until = in_ms(GATHER_MS);
+			if (next.gather_ms > 0)
+				gather_until = in_ms(next.gather_ms);
 		}
 		if (!next.found)
 		{
@@ -2263,7 +2269,7 @@ gather(void)
 		TimestampTz now = GetCurrentTimestamp();
 
 		/* a clock that was set back must not stop us */
-		if (now >= gather_until || gather_until - now > GATHER_MS * 1000)
+		if (now >= gather_until || gather_until - now > GATHER_MANY_MS * 1000)
 			return;
 		(void) abp_http_wait(TimestampDifferenceMilliseconds(now, gather_until));
 		collect_answers();
@@ -2292,7 +2298,8 @@ abp_ship(const ShipScope *scope)
 	more_to_build = false;
 	room_left = false;
 	limit_work = !scope->in_procedure;
-	gather();
+	if (!scope->in_procedure)
+		gather();
 	collect_answers();
 	abp_wake_listen();
 	abp_ship_begin(scope);

@@ -155,6 +155,38 @@ cmp_ok(growth($used, $used_later),
 	'<', 30 * 10240, 'little is kept of usage tables that are gone');
 
 #
+# Entries that have left the outbox, and cannot be vacuumed while somebody may
+# still see them.  The scan over the outbox goes on where it ended.
+#
+
+my $entries = 20_000;
+my $at_once = 50;
+my $reader = $node->background_psql('postgres');
+
+# How many pages of the outbox's index have been looked at.
+sub pages
+{
+	$node->worker_waits;
+	return $node->safe_psql('postgres',
+		"SELECT idx_blks_hit + idx_blks_read FROM pg_statio_all_indexes WHERE indexrelname = 'outbox_entry_key'");
+}
+
+$node->safe_psql('postgres', "SELECT aibilling.pause(); ALTER SERVER polar OPTIONS (SET batch_size '$at_once')");
+$reader->query_safe('BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1');
+$node->safe_psql('postgres', "DO \$\$ BEGIN FOR n IN 1 .. $entries LOOP "
+	  . "INSERT INTO usage (external_id, provider, model, external_customer_id, input_tokens, provider_cost) "
+	  . "VALUES ('row_entry_' || n, 'openai', 'gpt', 'customer', 1, 0.001); COMMIT; END LOOP; END \$\$");
+my $pages = pages();
+$node->safe_psql('postgres', 'SELECT aibilling.resume()');
+$node->wait_settled;
+# From the start it would be as many as the index has, half of that on average.
+$pages = (pages() - $pages) / ($entries / $at_once);
+note "index pages read for each delivery: $pages";
+cmp_ok($pages, '<', 40, 'deliveries do not look at those before them');
+$reader->quit;
+$node->safe_psql('postgres', "ALTER SERVER polar OPTIONS (SET batch_size '1')");
+
+#
 # Many requests.
 #
 

@@ -126,7 +126,7 @@ SKIP:
 	};
 	$pid = $node->worker_pid;
 	my $before = $refused->(5);
-	is($refused->(40), $before, 'refused connections leave no descriptor behind');
+	cmp_ok($refused->(40), '<=', $before, 'refused connections leave no descriptor behind');
 	is($node->worker_pid, $pid, 'nor do they end the worker');
 	sql(q{SELECT aibilling.detach('unheard', 'discard')});
 }

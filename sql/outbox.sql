@@ -216,6 +216,24 @@ SELECT external_id, r.state, old_cost_nanos, new_cost_nanos, difference_nanos, a
 FROM aibilling.reprice('u', dry_run => false) r JOIN u ON id = usage_id ORDER BY id;
 SELECT external_id, cost_nanos, cost_cents, cost_status, s.state FROM u, aibilling.usage_status('u', id) s ORDER BY id;
 SELECT external_id, action FROM aibilling.reprice('u') JOIN u ON id = usage_id;
+TRUNCATE u RESTART IDENTITY;
+-- A price by which one row's cost is beyond cost_nanos: that row keeps what it has, the others change.
+INSERT INTO aibilling.price (provider, model, input) VALUES ('acme', 'huge', 0.000000001);
+INSERT INTO u (external_id, provider, model, external_customer_id, input_tokens)
+VALUES ('huge', 'acme', 'huge', 'c', 9000000000000000), ('waits', 'acme', 'none', 'c', 9000000000000000);
+SELECT ins('other');
+UPDATE aibilling.price SET input = 999999999 WHERE provider = 'acme' AND model = 'huge';
+INSERT INTO aibilling.price (provider, model, input) VALUES ('acme', 'none', 999999999);
+UPDATE aibilling.price SET input = 5 WHERE provider = 'acme' AND model = 'm';
+SELECT external_id, r.state, old_cost_nanos, new_cost_nanos, difference_nanos, action
+FROM aibilling.reprice('u', dry_run => false) r JOIN u ON id = usage_id ORDER BY id;
+SELECT external_id, cost_nanos, cost_status, s.state, error FROM u, aibilling.usage_status('u', id) s ORDER BY id;
+INSERT INTO u (external_id, provider, model, external_customer_id, input_tokens)
+SELECT 'more' || i, 'acme', 'nothing', 'c', 9000000000000000 FROM generate_series(1, 10) i;
+INSERT INTO aibilling.price (provider, model, input) VALUES ('acme', 'nothing', 999999999);
+SELECT action, count(*) FROM aibilling.reprice('u') GROUP BY action;
+DELETE FROM aibilling.price WHERE model IN ('huge', 'none', 'nothing');
+UPDATE aibilling.price SET input = 3 WHERE provider = 'acme' AND model = 'm';
 TRUNCATE u;
 
 --

@@ -317,8 +317,15 @@ enqueue_existing(Oid relid)
 			bool		isnull;
 			int64		id = DatumGetInt64(SPI_getbinval(SPI_tuptable->vals[i],
 														 SPI_tuptable->tupdesc, 1, &isnull));
-			bool		has_cost = DatumGetBool(SPI_getbinval(SPI_tuptable->vals[i],
-															  SPI_tuptable->tupdesc, 2, &isnull));
+			bool		has_cost;
+
+			if (isnull)
+				ereport(ERROR,
+						(errcode(ERRCODE_NOT_NULL_VIOLATION),
+						 errmsg("table \"%s\" has a row without an id", get_rel_name(relid)),
+						 errhint("Give every row an id of its own, best by a primary key.")));
+			has_cost = DatumGetBool(SPI_getbinval(SPI_tuptable->vals[i],
+												  SPI_tuptable->tupdesc, 2, &isnull));
 
 			abp_idset_add(has_cost ? &priced.ids : &unpriced.ids, id, id, context);
 		}

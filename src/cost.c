@@ -312,10 +312,11 @@ count_value(const UsageCounts *counts, UsageCount count)
 
 /*
  * Read units, a jsonb object of non-negative numbers; null is a quantity that
- * is not given.  Anything else is an error.  Names point into the jsonb.
+ * is not given.  Returns false, and what is wrong, for anything else.  Names
+ * point into the jsonb.
  */
-static void
-read_units(const UsageCounts *counts, UnitQuantities *result)
+static bool
+read_units(const UsageCounts *counts, UnitQuantities *result, CountsProblem *problem)
 {
 	JsonbIterator *it;
 	JsonbIteratorToken token;
@@ -323,13 +324,14 @@ read_units(const UsageCounts *counts, UnitQuantities *result)
 
 	memset(result, 0, sizeof(*result));
 	if (counts->units == NULL)
-		return;
+		return true;
 
 	if (!JB_ROOT_IS_OBJECT(counts->units))
-		ereport(ERROR,
-				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
-				 errmsg("units must be a JSON object"),
-				 errhint("Write quantities by name, as in {\"image\": 2}.")));
+	{
+		problem->message = pstrdup("units must be a JSON object");
+		problem->hint = "Write quantities by name, as in {\"image\": 2}.";
+		return false;
+	}
 
 	result->units = palloc(sizeof(UnitQuantity) *
 						   Max(JB_ROOT_COUNT(counts->units), 1));
@@ -350,17 +352,19 @@ read_units(const UsageCounts *counts, UnitQuantities *result)
 		if (v.type == jbvNull)
 			continue;
 		if (v.type != jbvNumeric)
-			ereport(ERROR,
-					(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
-					 errmsg("unit \"%.*s\" must be a number",
-							unit->name.len, unit->name.data)));
+		{
+			problem->message = psprintf("unit \"%.*s\" must be a number",
+										unit->name.len, unit->name.data);
+			return false;
+		}
 		unit->quantity = v.val.numeric;
 		if (numeric_signum(unit->quantity) < 0)
-			ereport(ERROR,
-					(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
-					 errmsg("unit \"%.*s\" must not be negative, but is %s",
-							unit->name.len, unit->name.data,
-							numeric_text(unit->quantity))));
+		{
+			problem->message = psprintf("unit \"%.*s\" must not be negative, but is %s",
+										unit->name.len, unit->name.data,
+										numeric_text(unit->quantity));
+			return false;
+		}
 
 		unit->token_unit = -1;
 		for (int i = 0; i < NUM_TOKEN_UNITS; i++)
@@ -374,16 +378,28 @@ read_units(const UsageCounts *counts, UnitQuantities *result)
 		}
 		result->nunits++;
 	}
+	return true;
+}
+
+/* Read the units of counts that are consistent. */
+static void
+read_checked_units(const UsageCounts *counts, UnitQuantities *result)
+{
+	CountsProblem problem = {NULL};
+
+	if (!read_units(counts, result, &problem))
+		elog(ERROR, "unexpected units: %s", problem.message);
 }
 
 /*
- * Raise the error for subsets that exceed their total.  The detail lists the
- * subsets that are there, columns first.
+ * Say that subsets exceed their total, and list those that are there, columns
+ * first.  Returns false.
  */
-static void
-subset_error(const UsageCounts *counts, const UnitQuantities *units,
-			 UsageCount total, UsageCount first, UsageCount last,
-			 TokenUnit first_unit, TokenUnit last_unit)
+static bool
+subsets_exceed(CountsProblem *problem,
+			   const UsageCounts *counts, const UnitQuantities *units,
+			   UsageCount total, UsageCount first, UsageCount last,
+			   TokenUnit first_unit, TokenUnit last_unit)
 {
 	StringInfoData subsets;
 
@@ -404,30 +420,28 @@ subset_error(const UsageCounts *counts, const UnitQuantities *units,
 							 numeric_text(units->tokens[i]));
 	}
 
-	ereport(ERROR,
-			(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
-			 errmsg("%s must include its parts, but is " INT64_FORMAT " with %s",
-					count_names[total], count_value(counts, total),
-					subsets.data),
-			 total == COUNT_INPUT ?
-			 errhint("input_tokens counts all prompt tokens, cached ones included.") :
-			 errhint("output_tokens counts all completion tokens, reasoning included.")));
+	problem->message = psprintf("%s must include its parts, but is " INT64_FORMAT " with %s",
+								count_names[total], count_value(counts, total),
+								subsets.data);
+	problem->hint = total == COUNT_INPUT ?
+		"input_tokens counts all prompt tokens, cached ones included." :
+		"output_tokens counts all completion tokens, reasoning included.";
+	return false;
 }
 
-/* Raise an error if one unit exceeds the count or unit that it is part of. */
-static void
-check_unit_part(const UnitQuantities *units, TokenUnit part,
-				const char *whole_name, Numeric whole)
+/* Does the count or unit that one unit is part of include it? */
+static bool
+includes_unit(CountsProblem *problem, const UnitQuantities *units, TokenUnit part,
+			  const char *whole_name, Numeric whole)
 {
 	if (units->tokens[part] == NULL ||
 		numeric_compare(units->tokens[part], whole) <= 0)
-		return;
+		return true;
 
-	ereport(ERROR,
-			(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
-			 errmsg("%s must include %s, but is %s with %s",
-					whole_name, token_unit_names[part],
-					numeric_text(whole), numeric_text(units->tokens[part]))));
+	problem->message = psprintf("%s must include %s, but is %s with %s",
+								whole_name, token_unit_names[part],
+								numeric_text(whole), numeric_text(units->tokens[part]));
+	return false;
 }
 
 /*
@@ -470,15 +484,20 @@ cached_tokens(const UsageCounts *counts)
 }
 
 /*
- * Raise an error if a count is negative or a subset exceeds its total, naming
- * columns and numbers.  Allocates only if there are units.
+ * Can these counts be those of one request: none is negative, and no subset
+ * exceeds its total?  If not, *problem says so, naming columns and numbers.
+ * Allocates, in the current memory context, only if there are units or a
+ * problem.
  */
-void
-abp_cost_check(const UsageCounts *counts)
+bool
+abp_cost_consistent(const UsageCounts *counts, CountsProblem *problem)
 {
 	UnitQuantities units;
 	Numeric		zero;
 	int64		signs = 0;
+
+	problem->message = NULL;
+	problem->hint = NULL;
 
 	for (int i = 0; i < NUM_USAGE_COUNTS; i++)
 		signs |= counts->value[i];
@@ -486,39 +505,56 @@ abp_cost_check(const UsageCounts *counts)
 	if (signs >= 0 && counts->units == NULL &&
 		cached_tokens(counts) <= count_value(counts, COUNT_INPUT) &&
 		count_value(counts, COUNT_REASONING) <= count_value(counts, COUNT_OUTPUT))
-		return;
+		return true;
 
 	for (int i = 0; i < NUM_USAGE_COUNTS; i++)
 	{
 		if (count_value(counts, i) < 0)
-			ereport(ERROR,
-					(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
-					 errmsg("%s must not be negative, but is " INT64_FORMAT,
-							count_names[i], count_value(counts, i))));
+		{
+			problem->message = psprintf("%s must not be negative, but is " INT64_FORMAT,
+										count_names[i], count_value(counts, i));
+			return false;
+		}
 	}
 
-	read_units(counts, &units);
+	if (!read_units(counts, &units, problem))
+		return false;
 
 	if (cached_tokens(counts) > count_value(counts, COUNT_INPUT))
-		subset_error(counts, &units, REMAINING_INPUT);
+		return subsets_exceed(problem, counts, &units, REMAINING_INPUT);
 	if (count_value(counts, COUNT_REASONING) > count_value(counts, COUNT_OUTPUT))
-		subset_error(counts, &units, REMAINING_OUTPUT);
+		return subsets_exceed(problem, counts, &units, REMAINING_OUTPUT);
 
 	if (units.nunits == 0)
-		return;
+		return true;
 
 	zero = int64_to_numeric(0);
-	check_unit_part(&units, UNIT_CACHE_READ_AUDIO,
-					count_names[COUNT_CACHE_READ],
-					int64_to_numeric(count_value(counts, COUNT_CACHE_READ)));
-	check_unit_part(&units, UNIT_CACHE_READ_AUDIO,
-					token_unit_names[UNIT_INPUT_AUDIO],
-					units.tokens[UNIT_INPUT_AUDIO] ?
-					units.tokens[UNIT_INPUT_AUDIO] : zero);
+	if (!includes_unit(problem, &units, UNIT_CACHE_READ_AUDIO,
+					   count_names[COUNT_CACHE_READ],
+					   int64_to_numeric(count_value(counts, COUNT_CACHE_READ))) ||
+		!includes_unit(problem, &units, UNIT_CACHE_READ_AUDIO,
+					   token_unit_names[UNIT_INPUT_AUDIO],
+					   units.tokens[UNIT_INPUT_AUDIO] ?
+					   units.tokens[UNIT_INPUT_AUDIO] : zero))
+		return false;
 	if (numeric_signum(remaining_tokens(counts, &units, REMAINING_INPUT)) < 0)
-		subset_error(counts, &units, REMAINING_INPUT);
+		return subsets_exceed(problem, counts, &units, REMAINING_INPUT);
 	if (numeric_signum(remaining_tokens(counts, &units, REMAINING_OUTPUT)) < 0)
-		subset_error(counts, &units, REMAINING_OUTPUT);
+		return subsets_exceed(problem, counts, &units, REMAINING_OUTPUT);
+	return true;
+}
+
+/* As abp_cost_consistent(), but raises an error if they are not. */
+void
+abp_cost_check(const UsageCounts *counts)
+{
+	CountsProblem problem;
+
+	if (!abp_cost_consistent(counts, &problem))
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg_internal("%s", problem.message),
+				 problem.hint != NULL ? errhint("%s", problem.hint) : 0));
 }
 
 /*
@@ -537,7 +573,7 @@ abp_cost_counted(const UsageCounts *counts)
 	{
 		UnitQuantities units;
 
-		read_units(counts, &units);
+		read_checked_units(counts, &units);
 		return units.nunits > 0;
 	}
 	return false;
@@ -704,7 +740,7 @@ abp_cost_buckets(const UsageCounts *counts, const Rate *rate,
 	if (rate == NULL)
 		rate = &no_rate;
 
-	read_units(counts, &units);
+	read_checked_units(counts, &units);
 	buckets = palloc(sizeof(CostBucket) * (NUM_PRICES + units.nunits));
 
 	quantity[PRICE_INPUT] = remaining_tokens(counts, &units, REMAINING_INPUT);
@@ -876,6 +912,17 @@ abp_cost_exact(const UsageCounts *counts, const Rate *rate,
 	return true;
 }
 
+/* Is this an amount?  If not, *problem says so, palloc'd. */
+bool
+abp_cost_finite(Numeric provider_cost, char **problem)
+{
+	if (!numeric_is_nan(provider_cost) && !numeric_is_inf(provider_cost))
+		return true;
+	*problem = psprintf("provider_cost must be a finite number, but is %s",
+						numeric_text(provider_cost));
+	return false;
+}
+
 /*
  * The cost that the provider reported, in USD; it may be negative.  NaN and
  * infinity are errors.
@@ -883,11 +930,12 @@ abp_cost_exact(const UsageCounts *counts, const Rate *rate,
 void
 abp_cost_reported(Numeric provider_cost, ExactCost *cost)
 {
-	if (numeric_is_nan(provider_cost) || numeric_is_inf(provider_cost))
+	char	   *problem;
+
+	if (!abp_cost_finite(provider_cost, &problem))
 		ereport(ERROR,
 				(errcode(ERRCODE_NUMERIC_VALUE_OUT_OF_RANGE),
-				 errmsg("provider_cost must be a finite number, but is %s",
-						numeric_text(provider_cost))));
+				 errmsg_internal("%s", problem)));
 
 	cost->usd_numeric = provider_cost;
 }

@@ -48,6 +48,13 @@ typedef struct UsageCounts
 	Jsonb	   *units;			/* further quantities by name, or NULL */
 } UsageCounts;
 
+/* What is wrong with counts that contradict each other: words of an error. */
+typedef struct CountsProblem
+{
+	char	   *message;
+	const char *hint;			/* or NULL */
+} CountsProblem;
+
 typedef enum CostStatus
 {
 	COST_PRICED,
@@ -127,7 +134,9 @@ typedef struct CostBucket
 	const char *note;			/* or NULL */
 } CostBucket;
 
+extern bool abp_cost_consistent(const UsageCounts *counts, CountsProblem *problem);
 extern void abp_cost_check(const UsageCounts *counts);
+extern bool abp_cost_finite(Numeric provider_cost, char **problem);
 extern bool abp_cost_counted(const UsageCounts *counts);
 extern bool abp_cost_fast(const UsageCounts *counts, const Rate *rate,
 						  const ExactDecimal *tier, ExactCost *cost, bool *free);

@@ -349,11 +349,16 @@ abp_sql_arm(PG_FUNCTION_ARGS)
 /* How many rows are looked at a time. */
 #define REPRICE_CHUNK 1000
 
+/* How many of the rows that cannot be repriced a warning names. */
+#define MAX_KEPT_NAMED 10
+
 typedef struct Repricing
 {
 	Oid			relid;
 	bool		dry_run;
 	IdSet		changed;
+	int64		kept;			/* rows that cannot be repriced */
+	StringInfoData kept_names;	/* the first of them, with reasons */
 	ReturnSetInfo *result;
 	MemoryContext context;
 } Repricing;
@@ -362,14 +367,6 @@ static bool
 reprice_row(const UsageRow *row, Jsonb *whole, void *arg)
 {
 	Repricing  *repricing = arg;
-	PriceRequest request = {
-		.provider = row->provider,
-		.model = row->model,
-		.service_tier = row->service_tier,
-		.at = row->occurred_at,
-		.counts = &row->counts,
-		.provider_cost = row->provider_cost
-	};
 	PricedCost	cost;
 	RowPlace	place;
 	char		state = 0;
@@ -377,9 +374,11 @@ reprice_row(const UsageRow *row, Jsonb *whole, void *arg)
 	bool		nulls[6] = {false};
 	const char *place_name;
 	bool		may_change;
+	bool		possible;
+	char	   *problem;
 
-	abp_price_usage(&request, &cost);
-	if (cost.known == row->has_cost_nanos &&
+	possible = abp_usage_price(row, &cost, &problem);
+	if (possible && cost.known == row->has_cost_nanos &&
 		(!cost.known ||
 		 (cost.cost_nanos == row->cost_nanos && row->cost_cents != NULL &&
 		  DatumGetBool(DirectFunctionCall2(numeric_eq, NumericGetDatum(cost.cost_cents),
@@ -387,7 +386,16 @@ reprice_row(const UsageRow *row, Jsonb *whole, void *arg)
 		return true;
 
 	place = abp_outbox_find(repricing->relid, row->id, false, &state);
-	may_change = place == ROW_IN_OUTBOX || place == ROW_NOT_SENT;
+	if (!possible)
+	{
+		/* The outbox tells of a row that has never had a cost. */
+		if (!row->has_cost_nanos && place == ROW_IN_OUTBOX && state == OUTBOX_REJECTED)
+			return true;
+		if (repricing->kept++ < MAX_KEPT_NAMED)
+			appendStringInfo(&repricing->kept_names, "%sRow " INT64_FORMAT ": %s.",
+							 repricing->kept > 1 ? "\n" : "", row->id, problem);
+	}
+	may_change = possible && (place == ROW_IN_OUTBOX || place == ROW_NOT_SENT);
 	place_name = place == ROW_SENDING ? "sending" :
 		place == ROW_DELIVERED ? "delivered" :
 		place == ROW_NOT_SENT ? "not_sent" :
@@ -398,14 +406,16 @@ reprice_row(const UsageRow *row, Jsonb *whole, void *arg)
 	values[1] = CStringGetTextDatum(place_name);
 	nulls[2] = !row->has_cost_nanos;
 	values[2] = Int64GetDatum(row->cost_nanos);
-	nulls[3] = !cost.known;
-	values[3] = Int64GetDatum(cost.cost_nanos);
+	nulls[3] = !possible || !cost.known;
+	if (!nulls[3])
+		values[3] = Int64GetDatum(cost.cost_nanos);
 	nulls[4] = nulls[2] || nulls[3];
 	if (!nulls[4])
 		values[4] = DirectFunctionCall2(numeric_sub,
 										NumericGetDatum(int64_to_numeric(cost.cost_nanos)),
 										NumericGetDatum(int64_to_numeric(row->cost_nanos)));
-	values[5] = CStringGetTextDatum(!may_change ? "reported" :
+	values[5] = CStringGetTextDatum(!possible ? "kept" :
+									!may_change ? "reported" :
 									repricing->dry_run ? "would change" : "changed");
 	tuplestore_putvalues(repricing->result->setResult, repricing->result->setDesc, values, nulls);
 
@@ -417,7 +427,8 @@ reprice_row(const UsageRow *row, Jsonb *whole, void *arg)
 /*
  * aibilling.reprice(usage, from_time, to_time, dry_run): recompute costs.  A
  * row a cost that differs; delivered ones and those in flight are reported
- * only.
+ * only.  A row whose cost cannot be told keeps what it has, and keeps no other
+ * from being repriced.
  */
 Datum
 abp_sql_reprice(PG_FUNCTION_ARGS)
@@ -434,6 +445,7 @@ abp_sql_reprice(PG_FUNCTION_ARGS)
 	table = abp_attached_table(repricing.relid);
 	repricing.result = (ReturnSetInfo *) fcinfo->resultinfo;
 	repricing.context = CurrentMemoryContext;
+	initStringInfo(&repricing.kept_names);
 
 	abp_become_table_owner(table, &saved);
 	SPI_connect();
@@ -471,5 +483,14 @@ abp_sql_reprice(PG_FUNCTION_ARGS)
 		abp_outbox_release(table->relid, &repricing.changed);
 		abp_wake_at_commit();
 	}
+	if (repricing.kept > 0)
+		ereport(WARNING,
+				(errcode(ERRCODE_WARNING),
+				 errmsg_plural(INT64_FORMAT " usage row of %s cannot be repriced and stays as it is",
+							   INT64_FORMAT " usage rows of %s cannot be repriced and stay as they are",
+							   repricing.kept, repricing.kept, table->name),
+				 errdetail_internal("%s%s", repricing.kept_names.data,
+									repricing.kept > MAX_KEPT_NAMED ? "\nAnd others." : ""),
+				 errhint("Correct the prices or the rows, and call aibilling.reprice() again; such rows have the action \"kept\".")));
 	return (Datum) 0;
 }

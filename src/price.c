@@ -1314,13 +1314,23 @@ abp_price_cost(const PriceRequest *request, ExactCost *cost, char **missing)
 	return free ? COST_FREE : COST_PRICED;
 }
 
+/* As abp_cost_nanos(); with noerror, returns false if it does not fit. */
+static bool
+round_to_nanos(const ExactCost *cost, bool noerror, int64 *nanos)
+{
+	if (noerror)
+		return abp_cost_fits_nanos(cost, nanos);
+	*nanos = abp_cost_nanos(cost);
+	return true;
+}
+
 /*
  * Price a usage row: the three cost columns.  As abp_price_cost(); an amount
- * beyond cost_nanos is an error, too.  cost_cents and missing are palloc'd in
- * the current memory context.
+ * beyond cost_nanos is an error, too, or with noerror, no amount: then returns
+ * false.  cost_cents and missing are palloc'd in the current memory context.
  */
-void
-abp_price_usage(const PriceRequest *request, PricedCost *cost)
+bool
+abp_price_usage(const PriceRequest *request, bool noerror, PricedCost *cost)
 {
 	MemoryContext caller_context = CurrentMemoryContext;
 	ExactCost	exact;
@@ -1332,28 +1342,34 @@ abp_price_usage(const PriceRequest *request, PricedCost *cost)
 	cost->known = cost->status != COST_UNPRICED &&
 		cost->status != COST_INCOMPLETE;
 	if (!cost->known)
-		return;
+		return true;
 
 	if (exact.usd_numeric == NULL)
 	{
-		cost->cost_nanos = abp_cost_nanos(&exact);
-		cost->cost_cents = abp_cost_cents(&exact);
+		cost->known = round_to_nanos(&exact, noerror, &cost->cost_nanos);
+		if (cost->known)
+			cost->cost_cents = abp_cost_cents(&exact);
 	}
 	else
 	{
-		Numeric		cents;
+		Numeric		cents = NULL;
 		Numeric		usd = exact.usd_numeric;
 
 		MemoryContextReset(work_context);
 		MemoryContextSwitchTo(work_context);
-		cost->cost_nanos = abp_cost_nanos(&exact);
-		cents = abp_cost_cents(&exact);
+		cost->known = round_to_nanos(&exact, noerror, &cost->cost_nanos);
+		if (cost->known)
+			cents = abp_cost_cents(&exact);
 		MemoryContextSwitchTo(caller_context);
-		cost->cost_cents = palloc(VARSIZE(cents));
-		memcpy(cost->cost_cents, cents, VARSIZE(cents));
+		if (cost->known)
+		{
+			cost->cost_cents = palloc(VARSIZE(cents));
+			memcpy(cost->cost_cents, cents, VARSIZE(cents));
+		}
 		if (usd != request->provider_cost)
 			pfree(usd);
 	}
+	return cost->known;
 }
 
 /*

@@ -56,7 +56,8 @@ typedef struct PriceExplanation
 } PriceExplanation;
 
 extern void abp_price_init(void);
-extern void abp_price_usage(const PriceRequest *request, PricedCost *cost);
+extern bool abp_price_usage(const PriceRequest *request, bool noerror,
+							PricedCost *cost);
 extern CostStatus abp_price_cost(const PriceRequest *request, ExactCost *cost,
 								 char **missing);
 extern void abp_price_explain(const PriceRequest *request,

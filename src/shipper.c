@@ -1595,7 +1595,7 @@ typedef struct PriceLook
 	const OutboxEntry *entry;
 	IdSet		priced;			/* have a price by now */
 	List	   *others;			/* OutboxEntry *, of rows that have another
-								 * reason by now to wait */
+								 * reason by now to wait, or are rejected */
 	MemoryContext context;
 } PriceLook;
 
@@ -1603,23 +1603,25 @@ static bool
 look_for_price(const UsageRow *row, Jsonb *whole, void *arg)
 {
 	PriceLook  *look = arg;
-	const char *missing = row->has_cost_nanos ? NULL : abp_usage_missing_price(row);
+	RowState	verdict;
 	OutboxEntry *other = NULL;
 	MemoryContext old;
 	ListCell   *lc;
 
-	if (missing == NULL)
+	abp_usage_judge_price(row, &verdict);
+	if (verdict.state == OUTBOX_READY)
 	{
 		abp_idset_add(&look->priced, row->id, row->id, look->context);
 		return true;
 	}
-	if (look->entry->error != NULL && strcmp(missing, look->entry->error) == 0)
+	if (verdict.state == look->entry->state && look->entry->error != NULL &&
+		strcmp(verdict.error, look->entry->error) == 0)
 		return true;
 
 	foreach(lc, look->others)
 	{
 		other = lfirst(lc);
-		if (strcmp(other->error, missing) == 0)
+		if (other->state == verdict.state && strcmp(other->error, verdict.error) == 0)
 			break;
 	}
 	old = MemoryContextSwitchTo(look->context);
@@ -1628,7 +1630,8 @@ look_for_price(const UsageRow *row, Jsonb *whole, void *arg)
 		other = palloc(sizeof(OutboxEntry));
 		*other = *look->entry;
 		memset(&other->ids, 0, sizeof(other->ids));
-		other->error = pstrdup(missing);
+		other->state = verdict.state;
+		other->error = pstrdup(verdict.error);
 		look->others = lappend(look->others, other);
 	}
 	abp_idset_add(&other->ids, row->id, row->id, look->context);
@@ -1638,7 +1641,8 @@ look_for_price(const UsageRow *row, Jsonb *whole, void *arg)
 
 /*
  * Rows that wait for a price: price and release those that have one by now,
- * and have the others say what they lack by now.
+ * and have the others say what they lack by now.  Those that no price can help
+ * are rejected.
  */
 static void
 release_unpriced(const UsageTable *table, const ServerOptions *server, void *arg)
@@ -2294,7 +2298,8 @@ abp_ship(const ShipScope *scope)
 	more_to_build = false;
 	room_left = false;
 	limit_work = !scope->in_procedure;
-	gather();
+	if (!scope->in_procedure)
+		gather();
 	collect_answers();
 	abp_wake_listen();
 	abp_ship_begin(scope);

@@ -268,43 +268,69 @@ read_columns(const UsageRelation *known, HeapTuple tuple, TupleDesc desc,
 
 /* --- what a row must be ---------------------------------------------------- */
 
-static void
-refuse_row(UsageColumn column, const char *rule)
+/* Why a row is not one of usage: the words of an error. */
+typedef struct RowProblem
 {
-	ereport(ERROR,
-			(errcode(ERRCODE_CHECK_VIOLATION),
-			 errmsg("column \"%s\" of a usage row %s",
-					abp_usage_columns[column].name, rule)));
+	int			sqlerrcode;
+	char	   *message;
+	const char *hint;			/* or NULL */
+} RowProblem;
+
+static bool
+breaks_rule(UsageColumn column, const char *rule, RowProblem *problem)
+{
+	problem->sqlerrcode = ERRCODE_CHECK_VIOLATION;
+	problem->message = psprintf("column \"%s\" of a usage row %s",
+								abp_usage_columns[column].name, rule);
+	problem->hint = NULL;
+	return false;
 }
 
 /*
- * The programmer's mistakes that a table without our constraints lets pass.
- * Counts are checked where they are priced.
+ * Is the row free of the programmer's mistakes that a table without our
+ * constraints lets pass?  Counts are checked where they are priced.
  */
+static bool
+row_is_sound(const UsageRow *row, RowProblem *problem)
+{
+	if (row->external_id.data == NULL)
+		return breaks_rule(COL_EXTERNAL_ID, "must not be null", problem);
+	if (row->external_id.len < 1 || row->external_id.len > 255)
+		return breaks_rule(COL_EXTERNAL_ID, "must have 1 to 255 bytes", problem);
+	if (TIMESTAMP_NOT_FINITE(row->occurred_at) ||
+		row->occurred_at < -INT64CONST(63082281600000000))
+		return breaks_rule(COL_OCCURRED_AT, "must be a finite time after the year 0", problem);
+	if (!JB_ROOT_IS_OBJECT(row->tags))
+		return breaks_rule(COL_TAGS, "must be a JSON object", problem);
+	if (row->counts.units != NULL && !JB_ROOT_IS_OBJECT(row->counts.units))
+		return breaks_rule(COL_UNITS, "must be a JSON object", problem);
+	if (row->raw_usage != NULL && row->usage_format.data == NULL)
+		return breaks_rule(COL_USAGE_FORMAT, "must name the format of raw_usage", problem);
+	if (row->usage_format.data != NULL && !abp_usage_format_known(row->usage_format))
+	{
+		problem->sqlerrcode = ERRCODE_INVALID_PARAMETER_VALUE;
+		problem->message = psprintf("unknown usage format \"%.*s\"",
+									row->usage_format.len, row->usage_format.data);
+		problem->hint = abp_usage_format_hint(row->usage_format);
+		return false;
+	}
+	return true;
+}
+
+/* Raise an error for a row that is not sound. */
 static void
 check_row(const UsageRow *row, const bool *nulls)
 {
+	RowProblem	problem;
+
 	if (nulls[COL_ID])
-		refuse_row(COL_ID, "must not be null");
-	if (row->external_id.data == NULL)
-		refuse_row(COL_EXTERNAL_ID, "must not be null");
-	if (row->external_id.len < 1 || row->external_id.len > 255)
-		refuse_row(COL_EXTERNAL_ID, "must have 1 to 255 bytes");
-	if (TIMESTAMP_NOT_FINITE(row->occurred_at) ||
-		row->occurred_at < -INT64CONST(63082281600000000))
-		refuse_row(COL_OCCURRED_AT, "must be a finite time after the year 0");
-	if (!JB_ROOT_IS_OBJECT(row->tags))
-		refuse_row(COL_TAGS, "must be a JSON object");
-	if (row->counts.units != NULL && !JB_ROOT_IS_OBJECT(row->counts.units))
-		refuse_row(COL_UNITS, "must be a JSON object");
-	if (row->raw_usage != NULL && row->usage_format.data == NULL)
-		refuse_row(COL_USAGE_FORMAT, "must name the format of raw_usage");
-	if (row->usage_format.data != NULL && !abp_usage_format_known(row->usage_format))
-		ereport(ERROR,
-				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
-				 errmsg("unknown usage format \"%.*s\"",
-						row->usage_format.len, row->usage_format.data),
-				 errhint("%s", abp_usage_format_hint(row->usage_format))));
+		(void) breaks_rule(COL_ID, "must not be null", &problem);
+	else if (row_is_sound(row, &problem))
+		return;
+	ereport(ERROR,
+			(errcode(problem.sqlerrcode),
+			 errmsg_internal("%s", problem.message),
+			 problem.hint != NULL ? errhint("%s", problem.hint) : 0));
 }
 
 static bool
@@ -389,15 +415,59 @@ price_request(const UsageRow *row)
 }
 
 /*
- * What keeps a row from being priced, in the words of its outbox entry,
- * palloc'd; NULL if nothing does.
+ * What keeps a stored row from being billed whatever the prices are, in the
+ * words of its outbox entry, palloc'd; NULL if nothing does.  With read_raw,
+ * *filled is the row with the columns of its raw usage object filled in;
+ * otherwise it is the row as it is.
+ *
+ * An INSERT refuses nearly all of this.  It is found in rows that were there
+ * before their table was attached.
+ */
+static char *
+find_fault(const UsageRow *row, bool read_raw, UsageRow *filled)
+{
+	RowProblem	problem;
+	CountsProblem counts_problem;
+	char	   *amount_problem;
+
+	*filled = *row;
+	if (!row_is_sound(row, &problem))
+		return problem.message;
+	if (read_raw && row->raw_usage != NULL)
+	{
+		StringInfoData reason;
+
+		initStringInfo(&reason);
+		if (!normalize_row(filled, &reason))
+			return psprintf("raw_usage: %s", reason.data);
+		pfree(reason.data);
+	}
+	if (!abp_cost_consistent(&filled->counts, &counts_problem))
+		return counts_problem.message;
+	if (filled->provider_cost != NULL &&
+		!abp_cost_finite(filled->provider_cost, &amount_problem))
+		return amount_problem;
+	return NULL;
+}
+
+static char *
+cost_beyond_range(const UsageRow *row)
+{
+	return psprintf("no possible price: the cost is beyond the range of cost_nanos (provider \"%.*s\", model \"%.*s\")",
+					row->provider.len, row->provider.data ? row->provider.data : "",
+					row->model.len, row->model.data ? row->model.data : "");
+}
+
+/*
+ * What keeps a row without fault from being priced, in the words of its
+ * outbox entry, palloc'd; NULL if nothing does.
  *
  * A cost beyond cost_nanos is an error when the row is inserted.  When it
  * comes of a price that has come since, that price is a mistake: the row
  * waits for another one, and keeps nobody else from being sent.
  */
-char	   *
-abp_usage_missing_price(const UsageRow *row)
+static char *
+missing_price(const UsageRow *row)
 {
 	PriceRequest request = price_request(row);
 	ExactCost	cost;
@@ -409,10 +479,56 @@ abp_usage_missing_price(const UsageRow *row)
 	if (status == COST_UNPRICED || status == COST_INCOMPLETE)
 		return missing;
 	if (!abp_cost_fits_nanos(&cost, &nanos))
-		return psprintf("no possible price: the cost is beyond the range of cost_nanos (provider \"%.*s\", model \"%.*s\")",
-						row->provider.len, row->provider.data ? row->provider.data : "",
-						row->model.len, row->model.data ? row->model.data : "");
+		return cost_beyond_range(row);
 	return NULL;
+}
+
+/*
+ * What keeps a row without a cost from having one: a fault of its own, for
+ * somebody to mend, or the lack of a price.  OUTBOX_READY if nothing does.
+ */
+void
+abp_usage_judge_price(const UsageRow *row, RowState *verdict)
+{
+	UsageRow	filled;
+
+	verdict->state = OUTBOX_READY;
+	verdict->not_before = DT_NOBEGIN;
+	verdict->error = NULL;
+	if (row->has_cost_nanos)
+		return;
+
+	verdict->error = find_fault(row, true, &filled);
+	if (verdict->error != NULL)
+		verdict->state = OUTBOX_REJECTED;
+	else
+	{
+		verdict->error = missing_price(&filled);
+		if (verdict->error != NULL)
+			verdict->state = OUTBOX_UNPRICED;
+	}
+}
+
+/*
+ * The cost of a stored row by the prices of now.  Returns false, with the
+ * reason, palloc'd, if the row has a fault or the cost is beyond cost_nanos.
+ */
+bool
+abp_usage_price(const UsageRow *row, PricedCost *cost, char **problem)
+{
+	UsageRow	filled;
+	PriceRequest request;
+
+	*problem = find_fault(row, true, &filled);
+	if (*problem != NULL)
+		return false;
+	request = price_request(&filled);
+	if (!abp_price_usage(&request, true, cost))
+	{
+		*problem = cost_beyond_range(&filled);
+		return false;
+	}
+	return true;
 }
 
 /*
@@ -423,6 +539,7 @@ void
 abp_usage_judge(const UsageRow *row, const ServerOptions *server, RowState *verdict)
 {
 	static StringInfoData reason = {NULL};
+	UsageRow	filled;
 
 	if (reason.data == NULL)
 	{
@@ -435,28 +552,17 @@ abp_usage_judge(const UsageRow *row, const ServerOptions *server, RowState *verd
 
 	verdict->state = OUTBOX_READY;
 	verdict->not_before = DT_NOBEGIN;
-	verdict->error = NULL;
-
-	if (row->raw_usage != NULL && !row->has_cost_nanos)
-	{
-		UsageRow	copy = *row;
-
-		if (!normalize_row(&copy, &reason))
-		{
-			verdict->state = OUTBOX_REJECTED;
-			verdict->error = psprintf("raw_usage: %s", reason.data);
-			return;
-		}
-	}
-
-	if (!abp_polar_check(row, &server->format, &reason))
+	verdict->error = find_fault(row, !row->has_cost_nanos, &filled);
+	if (verdict->error != NULL)
+		verdict->state = OUTBOX_REJECTED;
+	else if (!abp_polar_check(row, &server->format, &reason))
 	{
 		verdict->state = OUTBOX_REJECTED;
 		verdict->error = pstrdup(reason.data);
 	}
 	else if (!row->has_cost_nanos && !server->send_unpriced)
 	{
-		char	   *missing = abp_usage_missing_price(row);
+		char	   *missing = missing_price(&filled);
 
 		verdict->state = OUTBOX_UNPRICED;
 		verdict->error = missing != NULL ? missing :
@@ -1050,7 +1156,7 @@ abp_sql_price_usage(PG_FUNCTION_ARGS)
 	{
 		PriceRequest request = price_request(&row);
 
-		abp_price_usage(&request, &cost);
+		(void) abp_price_usage(&request, false, &cost);
 	}
 	tuple = priced_tuple(known, desc, &row, normalized, &cost);
 

@@ -13,6 +13,7 @@
 #include "idset.h"
 #include "outbox.h"
 #include "polar.h"
+#include "price.h"
 #include "server.h"
 
 /* What the outbox makes of a row. */
@@ -25,7 +26,8 @@ typedef struct RowState
 
 extern void abp_usage_judge(const UsageRow *row, const ServerOptions *server,
 							RowState *verdict);
-extern char *abp_usage_missing_price(const UsageRow *row);
+extern void abp_usage_judge_price(const UsageRow *row, RowState *verdict);
+extern bool abp_usage_price(const UsageRow *row, PricedCost *cost, char **problem);
 extern IdSet abp_usage_price_again(const UsageTable *table, IdSet *ids);
 extern void abp_usage_forget_relations(void);
 

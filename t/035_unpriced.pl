@@ -198,6 +198,60 @@ $node->safe_psql('postgres', "UPDATE aibilling.price SET input = 0.000000001 WHE
 ok(wait_place('postgres', 'absurd', 'delivered'), 'and is delivered when the price is corrected');
 
 # ---------------------------------------------------------------------------
+# Rows from before their table was attached, which no price can help
+# ---------------------------------------------------------------------------
+
+$node->safe_psql('postgres', "UPDATE aibilling.price SET cache_read = 0.1, output = 1 WHERE model = 'b'");
+$node->safe_psql('plain', "INSERT INTO aibilling.price (provider, model, input, cache_read, output) VALUES ('acme', 'b', 1, 0.1, 1)");
+foreach my $db ('postgres', 'plain')
+{
+	my $prefix = "$db-old";
+	my @rows = (
+		[ 'first', 'input_tokens', '10' ],
+		[ 'cached', 'input_tokens, cache_read_tokens', '10, 11', 'input_tokens must include its parts, but is 10 with cache_read_tokens = 11' ],
+		[ 'reasoned', 'output_tokens, reasoning_tokens', '10, 11', 'output_tokens must include its parts, but is 10 with reasoning_tokens = 11' ],
+		[ 'billed', 'input_tokens, cache_read_tokens, cost_nanos, cost_cents', '10, 12, 7, 0.0000007', 'input_tokens must include its parts, but is 10 with cache_read_tokens = 12' ],
+		[ 'negative', 'input_tokens', '-1', 'input_tokens must not be negative, but is -1' ],
+		[ 'list', 'units', q{'[1]'}, 'column "units" of a usage row must be a JSON object' ],
+		[ 'word', 'units', q{'{"image": "one"}'}, 'unit "image" must be a number' ],
+		[ 'nan', 'provider_cost', q{'NaN'}, 'provider_cost must be a finite number, but is NaN' ],
+		[ 'time', 'occurred_at, input_tokens', q{'infinity', 1}, 'column "occurred_at" of a usage row must be a finite time after the year 0' ],
+		[ 'tags', 'tags, input_tokens', q{'[]', 1}, 'column "tags" of a usage row must be a JSON object' ],
+		[ 'format', 'raw_usage, usage_format', q{'{}', 'no'}, 'unknown usage format "no"' ],
+		[ 'shape', 'raw_usage, usage_format', q{'{"prompt_tokens": -1, "completion_tokens": 1}', 'openai'}, undef ],
+		[ 'raw', 'raw_usage, usage_format', q{'{"prompt_tokens": 10, "completion_tokens": 1, "total_tokens": 11}', 'openai'} ],
+		[ 'last', 'input_tokens', '10' ]);
+	my $id = 0;
+
+	$node->safe_psql($db, 'CREATE TABLE old (LIKE usage INCLUDING DEFAULTS); ALTER TABLE old ADD PRIMARY KEY (id); '
+		  . join('; ', map { $id++; "INSERT INTO old (id, external_id, provider, model, external_customer_id, $_->[1])
+			VALUES ($id, '$prefix $_->[0]', 'acme', 'b', 'c', $_->[2])" } @rows)
+		  . "; SELECT aibilling.attach('old', 'polar', existing => 'send')");
+	$node->safe_psql($db, 'CALL aibilling.sync()') if $db eq 'plain';
+	$node->poll_query_until($db, 'SELECT delivered = 3 AND pending = 0 AND unpriced = 0 AND in_flight = 0 FROM aibilling.status WHERE usage_table = '
+		  . "'old'::regclass") or diag($node->diagnosis);
+	is($node->safe_psql($db, "SELECT external_id FROM old WHERE (aibilling.usage_status('old', id)).state = 'delivered' ORDER BY id"),
+		"$prefix first\n$prefix raw\n$prefix last", "$db: rows without fault are delivered");
+	is($node->safe_psql($db, "SELECT external_id, cost_nanos FROM old WHERE cost_nanos IS NOT NULL ORDER BY id"),
+		"$prefix first|10000\n$prefix billed|7\n$prefix raw|11000\n$prefix last|10000", "$db: at their costs");
+	foreach my $row (grep { @$_ > 3 } @rows)
+	{
+		my ($state, $error) = split /\|/, $node->safe_psql($db, "SELECT s.state, s.error FROM old o, aibilling.usage_status('old', o.id) s WHERE external_id = '$prefix $row->[0]'");
+		is($state, 'rejected', "$db: $row->[0] is set aside");
+		like($error, defined $row->[3] ? qr/^\Q$row->[3]\E$/ : qr/^raw_usage: /, "$db: with its reason");
+	}
+	unlike($node->safe_psql($db, q{SELECT status FROM aibilling.status WHERE usage_table = 'old'::regclass}), qr/blocked/, "$db: nothing is blocked");
+	is($node->safe_psql($db, "SELECT aibilling.retry('old')"), '11', "$db: retry");
+	$node->safe_psql($db, 'CALL aibilling.sync()');
+	is($node->safe_psql($db, "SELECT state, count(*) FROM aibilling.outbox WHERE usage_table = 'old'::regclass GROUP BY 1"), 'rejected|11', "$db: mends nothing");
+	is($node->safe_psql($db, "SELECT usage_id, r.state, old_cost_nanos, new_cost_nanos, action FROM aibilling.reprice('old') r"), '4|rejected|7||kept', "$db: nor does reprice");
+	$node->safe_psql($db, "UPDATE old SET input_tokens = 20 WHERE external_id = '$prefix cached'");
+	$node->safe_psql($db, 'CALL aibilling.sync()');
+	is($node->safe_psql($db, "SELECT state, cost_nanos FROM old o, aibilling.usage_status('old', o.id) WHERE external_id = '$prefix cached'"),
+		'delivered|10100', "$db: an UPDATE does");
+}
+
+# ---------------------------------------------------------------------------
 # unpriced 'send': what waits goes without a cost, and what comes
 # ---------------------------------------------------------------------------
 

@@ -179,6 +179,18 @@ sub transaction
 	return ($sql, \@kept, \@never);
 }
 
+# Statements of which nothing is expected: the server may be down just now, or go down.  They are no
+# standard input, which psql may not live to read.
+sub try_sql
+{
+	my ($stdout, $stderr) = ('', '');
+	my $done = IPC::Run::run([ 'psql', '-XAt', '-d', $node->connstr($database), map { ('-c', $_) } @_ ],
+		'>', \$stdout, '2>', \$stderr);
+
+	chomp($stdout, $stderr);
+	return ($done, $stdout, $stderr);
+}
+
 # A session that works until the file $stop exists, and writes what it was told to $log: a line for
 # each row, "kept" of a transaction that was acknowledged, "never" of what must not exist.
 sub run_client
@@ -228,8 +240,7 @@ sub run_client
 		}
 		splice(@earlier, 0, -100) if @earlier > 100;
 
-		# The server may be down just now.
-		$node->poll_query_until($database, 'SELECT true') if !%told;
+		server_answers() if !%told;
 	}
 	close($out) or die "could not write $log: $!";
 	return;
@@ -279,17 +290,17 @@ sub break_answers
 
 sub server_answers
 {
-	$node->poll_query_until($database, 'SELECT true') or die 'the server does not come back';
+	$polar->wait_for(sub { (try_sql('SELECT true'))[0] }, 'the server to come back');
 	return;
 }
 
 sub signal_worker
 {
 	my ($signal) = @_;
-	my ($status, $pid) = $node->psql('postgres',
-		"SELECT pid FROM pg_stat_activity WHERE backend_type = 'aibilling_polar worker'");
+	my (undef, $pid) =
+	  try_sql("SELECT pid FROM pg_stat_activity WHERE backend_type = 'aibilling_polar worker'");
 
-	return 0 if $status != 0 || $pid !~ /^\d+$/;
+	return 0 if $pid !~ /^\d+$/;
 	kill($signal, $pid);
 	return 1;
 }
@@ -317,18 +328,18 @@ my %actions = (
 
 		# With the worker away, sync() itself sends.
 		signal_worker('TERM') if rand() < 0.7;
-		my ($status, undef, $stderr) = $node->psql($database,
-			"SET statement_timeout = $timeout;\nCALL aibilling.sync();");
+		my (undef, undef, $stderr) =
+		  try_sql("SET statement_timeout = $timeout", 'CALL aibilling.sync()');
 		return $stderr =~ /canceling statement/ ? 2 : 1;
 	},
 	'pause and resume' => sub {
-		$node->psql($database, "SELECT aibilling.pause('polar')");
-		$node->psql($database, "SELECT aibilling.resume('polar')");
+		try_sql("SELECT aibilling.pause('polar')");
+		try_sql("SELECT aibilling.resume('polar')");
 		return 1;
 	},
-	'pause' => sub { $node->psql($database, 'SELECT aibilling.pause()'); return 1 },
-	'resume' => sub { $node->psql($database, 'SELECT aibilling.resume()'); return 1 },
-	'retry' => sub { $node->psql($database, "SELECT aibilling.retry('usage')"); return 1 },
+	'pause' => sub { try_sql('SELECT aibilling.pause()'); return 1 },
+	'resume' => sub { try_sql('SELECT aibilling.resume()'); return 1 },
+	'retry' => sub { try_sql("SELECT aibilling.retry('usage')"); return 1 },
 	'release' => sub { $polar->release; return 1 });
 
 # A restart is rare, and a pause never long.

@@ -46,8 +46,7 @@ my $began = sql('SELECT pg_postmaster_start_time()');
 
 # --- a database that cannot be connected to, or is not there ------------------------
 
-sql('CREATE DATABASE closed');
-sql('ALTER DATABASE closed ALLOW_CONNECTIONS false');
+sql('CREATE DATABASE closed ALLOW_CONNECTIONS false');
 my $log = $node->log_offset;
 $node->wait_for_log(qr/FATAL:  database "closed" is not currently accepting connections/, $log);
 $node->wait_for_log(qr/FATAL:  database "missing" does not exist/, $log);

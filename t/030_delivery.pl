@@ -309,8 +309,11 @@ $polar->wait_for(sub { stored('up_') eq 'up_1 up_2 up_3 up_4 up_5' }, 'the other
 pass('a server that is down does not hold up another');
 ok($node->wait_status('^waiting until .* failures', '"Odd.Schema"."odd ""table"""'),
 	'its status says why it waits');
-$node->safe_psql('postgres',
-	"SELECT aibilling.detach('\"Odd.Schema\".\"odd \"\"table\"\"\"', 'discard')");
+
+# It refuses while the next attempt is on its way.
+$node->poll_query_until('postgres',
+	"SELECT aibilling.detach('\"Odd.Schema\".\"odd \"\"table\"\"\"', 'discard')", '')
+  or die $node->diagnosis;
 
 # sync() delivers as the worker does, and says so.
 $node->safe_psql('postgres', $node->rows_sql(20, prefix => 'sync_') . '; CALL aibilling.sync()');

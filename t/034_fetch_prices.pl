@@ -397,17 +397,22 @@ foreach my $how ('cancel', 'terminate', 'statement_timeout', 'DROP DATABASE')
 }
 is(stored(), $unchanged, 'nothing has changed by those');
 
-# Two at a time: the second sees what the first has stored.
+# Two at a time: the second waits for the first, and sees what it has stored.
+my @both;
+my $holder = $node->background_psql('postgres');
+$holder->query_safe('BEGIN; LOCK TABLE aibilling.price IN SHARE MODE;');
 $polar->prices([ row('tx', 0.0000011) ]);
-$polar->fault(kind => 'hang', times => 2);
-my ($first) = start_fetch();
-my $second = $node->background_psql('postgres', on_error_stop => 0);
-$second->query_until(qr/begun/, "\\echo begun\n$fetch;\n\\echo ended\n");
-$polar->wait(hung => 2);
-$polar->release;
-is(end_fetch($first) . end_fetch($second), '', 'two at a time both succeed');
-$first->quit;
-$second->quit;
+foreach my $waiting (1, 2)
+{
+	push @both, $node->background_psql('postgres', on_error_stop => 0);
+	$both[-1]->query_until(qr/begun/, "\\echo begun\n$fetch;\n\\echo ended\n");
+	$node->poll_query_until('postgres',
+		"SELECT count(*) = $waiting FROM pg_locks WHERE relation = 'aibilling.price'::regclass AND NOT granted")
+	  or die 'no fetch waits to store its prices';
+}
+$holder->query_safe('COMMIT;');
+is(join('', map { end_fetch($_) } @both), '', 'two at a time both succeed');
+$_->quit foreach @both, $holder;
 is($node->safe_psql('postgres', "SELECT count(*) FROM aibilling.price WHERE model = 'tx' AND input = 1.1"), '1', 'and make one card');
 
 # ---------------------------------------------------------------------------

@@ -127,7 +127,8 @@ SKIP:
 	my $before = $refused->(5);
 	cmp_ok($refused->(40), '<=', $before, 'refused connections leave no descriptor behind');
 	is($node->worker_pid, $pid, 'nor do they end the worker');
-	sql(q{SELECT aibilling.detach('unheard', 'discard')});
+	$node->poll_query_until('postgres', q{SELECT aibilling.detach('unheard', 'discard')}, '')
+	  or die $node->diagnosis;
 }
 
 # --- an old snapshot that another session holds --------------------------------------------

@@ -179,6 +179,7 @@ $node->safe_psql('postgres', "DO \$\$ BEGIN FOR n IN 1 .. $entries LOOP "
 my $pages = pages();
 $node->safe_psql('postgres', 'SELECT aibilling.resume()');
 $node->wait_settled;
+
 # From the start it would be as many as the index has, half of that on average.
 $pages = (pages() - $pages) / ($entries / $at_once);
 note "index pages read for each delivery: $pages";

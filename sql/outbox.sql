@@ -386,12 +386,23 @@ SELECT count(*) FROM aibilling.preview('u', 1);
 SELECT count(*) FROM aibilling.preview('u', 0);
 SELECT count(*) FROM aibilling.preview('u', -1);
 
--- The server goes, the rows wait.
-SET client_min_messages = error;
-DROP TABLE u CASCADE;
-RESET client_min_messages;
+-- An index that a superuser adds to the outbox is kept up.
+CREATE INDEX mine ON aibilling.outbox_entry (last);
+SELECT ins('indexed');
+BEGIN;
+SET LOCAL enable_seqscan = off;
+SELECT count(*) FROM aibilling.outbox_entry WHERE last = (SELECT id FROM u WHERE external_id = 'indexed');
+COMMIT;
+DROP INDEX aibilling.mine;
+
+-- The extension goes, by the transaction that has inserted a row.
+BEGIN;
+SELECT ins('kept');
+SET LOCAL client_min_messages = error;
+DROP EXTENSION aibilling_polar CASCADE;
+COMMIT;
+SELECT external_id, cost_nanos FROM u WHERE external_id = 'kept';
+DROP TABLE u;
 DROP FUNCTION event_name, show_event, ident, ins, keys;
 DROP PROCEDURE ship;
-DROP SERVER polar, idle;
-DELETE FROM aibilling.delivery;
-DELETE FROM aibilling.price WHERE source = 'user';
+CREATE EXTENSION aibilling_polar;

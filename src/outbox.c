@@ -49,9 +49,6 @@
 /* How far, in ids, a scan goes back when it continues. */
 #define CURSOR_MARGIN (2 * OUTBOX_BLOCK)
 
-/* How many entries are written to the table at a time. */
-#define PUT_CHUNK 64
-
 /* How many usage rows are read at a time. */
 #define READ_CHUNK 50
 
@@ -133,17 +130,44 @@ abp_extension_relation(const char *name)
 	return OidIsValid(namespace) ? get_relname_relid(name, namespace) : InvalidOid;
 }
 
+/* aibilling.outbox_entry, InvalidOid: not looked up since it last changed. */
+static Oid	known_entry_relid = InvalidOid;
+
+static void
+forget_entry_relid(Datum arg, Oid relid)
+{
+	if (relid == known_entry_relid || relid == InvalidOid)
+		known_entry_relid = InvalidOid;
+}
+
+/*
+ * Is there an outbox?  Not once the extension has been dropped, be it in this
+ * transaction.
+ */
+bool
+abp_outbox_exists(void)
+{
+	static bool registered = false;
+
+	if (!registered)
+	{
+		CacheRegisterRelcacheCallback(forget_entry_relid, (Datum) 0);
+		registered = true;
+	}
+	if (!OidIsValid(known_entry_relid))
+		known_entry_relid = abp_extension_relation("outbox_entry");
+	return OidIsValid(known_entry_relid);
+}
+
 static Oid
 entry_relid(void)
 {
-	Oid			relid = abp_extension_relation("outbox_entry");
-
-	if (!OidIsValid(relid))
+	if (!abp_outbox_exists())
 		ereport(ERROR,
 				(errcode(ERRCODE_UNDEFINED_TABLE),
 				 errmsg("table \"aibilling.outbox_entry\" does not exist"),
 				 errhint("Create the extension aibilling_polar in this database, or drop the triggers of this table.")));
-	return relid;
+	return known_entry_relid;
 }
 
 /* --- rights --------------------------------------------------------------- */
@@ -305,38 +329,43 @@ error_text(const char *error)
 
 /* --- the outbox ----------------------------------------------------------- */
 
-/* Where entries are collected before they are written. */
+/* Where entries are written. */
 typedef struct EntryWriter
 {
 	Relation	rel;
-	CatalogIndexState indexes;
-	TupleTableSlot *slots[PUT_CHUNK];
-	int			nslots;			/* filled */
-	int			nmade;			/* ever made */
+	Relation	index;			/* the only one; NULL: a superuser added more */
 } EntryWriter;
 
 static void
-flush_entries(EntryWriter *writer)
+open_writer(EntryWriter *writer)
 {
-	if (writer->nslots > 0)
-		CatalogTuplesMultiInsertWithInfo(writer->rel, writer->slots,
-										 writer->nslots, writer->indexes);
-	for (int i = 0; i < writer->nslots; i++)
-		ExecClearTuple(writer->slots[i]);
-	writer->nslots = 0;
+	List	   *indexes;
+
+	writer->rel = table_open(entry_relid(), RowExclusiveLock);
+	indexes = RelationGetIndexList(writer->rel);
+	writer->index = list_length(indexes) == 1 ?
+		index_open(linitial_oid(indexes), RowExclusiveLock) : NULL;
+	list_free(indexes);
 }
 
+static void
+close_writer(EntryWriter *writer)
+{
+	if (writer->index != NULL)
+		index_close(writer->index, NoLock);
+	table_close(writer->rel, NoLock);
+}
+
+/*
+ * Write one entry: nearly every commit of a usage row does, so without what
+ * the executor would look up of indexes in general.
+ */
 static void
 write_entry(EntryWriter *writer, const OutboxEntry *entry, IdSet *ids)
 {
 	Datum		values[Natts_entry];
 	bool		nulls[Natts_entry] = {false};
-	TupleTableSlot *slot;
-
-	if (writer->nslots == writer->nmade)
-		writer->slots[writer->nmade++] =
-			MakeSingleTupleTableSlot(RelationGetDescr(writer->rel), &TTSOpsHeapTuple);
-	slot = writer->slots[writer->nslots++];
+	HeapTuple	tuple;
 
 	values[Anum_entry_usage_table - 1] = ObjectIdGetDatum(entry->usage_table);
 	values[Anum_entry_state - 1] = CharGetDatum(entry->state);
@@ -355,10 +384,22 @@ write_entry(EntryWriter *writer, const OutboxEntry *entry, IdSet *ids)
 	else
 		nulls[Anum_entry_error - 1] = true;
 
-	ExecStoreHeapTuple(heap_form_tuple(RelationGetDescr(writer->rel), values, nulls),
-					   slot, true);
-	if (writer->nslots == PUT_CHUNK)
-		flush_entries(writer);
+	tuple = heap_form_tuple(RelationGetDescr(writer->rel), values, nulls);
+	if (writer->index == NULL)
+		CatalogTupleInsert(writer->rel, tuple);
+	else
+	{
+		const		int2vector *columns = &writer->index->rd_index->indkey;
+		Datum		key[INDEX_MAX_KEYS];
+		bool		key_nulls[INDEX_MAX_KEYS] = {false};
+
+		for (int i = 0; i < columns->dim1; i++)
+			key[i] = values[columns->values[i] - 1];
+		simple_heap_insert(writer->rel, tuple);
+		index_insert(writer->index, key, key_nulls, &tuple->t_self, writer->rel,
+					 UNIQUE_CHECK_NO, false, NULL);
+	}
+	heap_freetuple(tuple);
 }
 
 /*
@@ -370,7 +411,7 @@ write_entry(EntryWriter *writer, const OutboxEntry *entry, IdSet *ids)
 void
 abp_outbox_put(OutboxEntry *entries, int nentries)
 {
-	EntryWriter writer = {0};
+	EntryWriter writer;
 	MemoryContext context;
 	MemoryContext old;
 
@@ -381,8 +422,7 @@ abp_outbox_put(OutboxEntry *entries, int nentries)
 									ALLOCSET_DEFAULT_SIZES);
 	old = MemoryContextSwitchTo(context);
 	PushActiveSnapshot(GetTransactionSnapshot());
-	writer.rel = table_open(entry_relid(), RowExclusiveLock);
-	writer.indexes = CatalogOpenIndexes(writer.rel);
+	open_writer(&writer);
 
 	for (int i = 0; i < nentries; i++)
 	{
@@ -418,12 +458,7 @@ abp_outbox_put(OutboxEntry *entries, int nentries)
 		if (block.nranges > 0)
 			write_entry(&writer, &entries[i], &block);
 	}
-	flush_entries(&writer);
-
-	CatalogCloseIndexes(writer.indexes);
-	for (int i = 0; i < writer.nmade; i++)
-		ExecDropSingleTupleTableSlot(writer.slots[i]);
-	table_close(writer.rel, RowExclusiveLock);
+	close_writer(&writer);
 	PopActiveSnapshot();
 	MemoryContextSwitchTo(old);
 	MemoryContextDelete(context);

@@ -93,13 +93,13 @@
 #define DROP_WAIT_MS 1000
 
 /*
- * The least time from the start of a turn that sent a small batch to the next
- * turn: under a stream of commits rows gather for a few milliseconds, and
- * somewhat longer under one that brings MANY_ROWS in that time.
+ * The time from a turn whose batch was not full to the next turn, for each row
+ * of the batch, and its bounds: a stream of commits is sent in few batches, a
+ * single one soon.
  */
-#define GATHER_MS 10
-#define GATHER_MANY_MS 50
-#define MANY_ROWS 50
+#define GATHER_ROW_MS 4
+#define GATHER_MIN_MS 10
+#define GATHER_MAX_MS 100
 
 /* How long a list of the attached tables is believed. */
 #define TABLES_MS 1000
@@ -1521,7 +1521,7 @@ guarded(TableWork work, const UsageTable *table, const ServerOptions *server, vo
 typedef struct NextBatch
 {
 	bool		found;
-	int			gather_ms;		/* if far less was waiting than may be sent */
+	int			gather_ms;		/* if less was waiting than may be sent */
 	Shipment   *shipment;
 } NextBatch;
 
@@ -1542,8 +1542,8 @@ prepare_next(const UsageTable *table, const ServerOptions *server, void *arg)
 
 	next->found = true;
 	count = abp_idset_count(&ids);
-	if (count < size / 2)
-		next->gather_ms = count < MANY_ROWS ? GATHER_MS : GATHER_MANY_MS;
+	if (count < size)
+		next->gather_ms = Min(Max(count * GATHER_ROW_MS, GATHER_MIN_MS), GATHER_MAX_MS);
 	next->shipment = new_shipment(lane);
 	delivery = &next->shipment->delivery;
 	delivery->usage_table = table->relid;
@@ -2216,7 +2216,7 @@ work(const ShipScope *scope)
 
 	/* Every commit wakes us: not for nothing while nothing may be sent. */
 	if (departures == NIL && shipments == NIL && !room_left)
-		gather_until = in_ms(GATHER_MS);
+		gather_until = in_ms(GATHER_MAX_MS);
 	return departures;
 }
 
@@ -2269,7 +2269,7 @@ gather(void)
 		TimestampTz now = GetCurrentTimestamp();
 
 		/* a clock that was set back must not stop us */
-		if (now >= gather_until || gather_until - now > GATHER_MANY_MS * 1000)
+		if (now >= gather_until || gather_until - now > GATHER_MAX_MS * 1000)
 			return;
 		(void) abp_http_wait(TimestampDifferenceMilliseconds(now, gather_until));
 		collect_answers();

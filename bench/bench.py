@@ -334,7 +334,8 @@ class Bench:
     def single(self):
         self.use(self.sink, 1000)
         self.sql("CREATE TABLE queue (id bigint PRIMARY KEY)")
-        for case in ("plain", "queue", "usage"):
+        cases = ("plain", "queue", "usage")
+        for case in cases:
             table = "usage" if case == "usage" else "plain"
             columns = GIVEN if case == "usage" else FILLED
             costs = "" if case == "usage" else ", 3750000, 0.375, 'priced'"
@@ -347,14 +348,17 @@ class Bench:
         self.empty("plain", "usage")
         self.sql("SELECT aibilling.resume('polar')")
 
+        def tps(case):
+            self.sql("CHECKPOINT")
+            output = self.server.run("pgbench", "-n", "-c", "8", "-j", "2", "-M", "prepared",
+                                     "-T", str(self.options.seconds), "-f", self.work / f"{case}.pgbench")
+            return float(re.search(r"tps = ([\d.]+)", output).group(1))
+
         def measure():
-            taken = {}
-            for case in ("plain", "queue", "usage"):
-                self.sql("CHECKPOINT")
-                output = self.server.run("pgbench", "-n", "-c", "8", "-j", "2", "-M", "prepared",
-                                         "-T", str(self.options.seconds), "-f", self.work / f"{case}.pgbench")
-                taken[f"pgbench {case}"] = {"tps": float(re.search(r"tps = ([\d.]+)", output).group(1))}
-            return taken
+            """There and back again: a disk changes its pace from one minute to the next."""
+            there = {case: tps(case) for case in cases}
+            mean = {case: (there[case] + tps(case)) / 2 for case in reversed(cases)}
+            return {f"pgbench {case}": {"tps": mean[case], "of plain": mean[case] / mean["plain"]} for case in cases}
         result = self.rounds(measure)
         self.sql("DROP TABLE queue")
         return result
@@ -539,9 +543,9 @@ def lines_of(results):
     if "single" in r:
         s = r["single"]
         yield line("2 single-row commits, 8 clients: tps against no triggers",
-                   s["pgbench usage"]["tps"] / s["pgbench plain"]["tps"], "≥ 0.95 ×", 0.95, False)
-        yield line("2 single-row commits: tps against a statement that writes a queue row as well, not delivered",
-                   s["pgbench usage"]["tps"] / s["pgbench queue"]["tps"])
+                   s["pgbench usage"]["of plain"], "≥ 0.95 ×", 0.95, False)
+        yield line("2 the same of a statement that writes a queue row as well, not delivered",
+                   s["pgbench queue"]["of plain"])
     if "bulk" in r:
         rate = b["deliver after insert"]["rate"]
         yield number("3 events/s of a backlog", f"{rate:,.0f}", "≥ 150,000", rate >= 150000)

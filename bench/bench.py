@@ -270,7 +270,9 @@ class Bench:
 
     # 1
     def costing(self):
-        self.sql(f"""CREATE UNLOGGED TABLE calls AS SELECT s.* FROM source s,
+        # What is costed and no more, so that the table stays in memory: this is not about reading it.
+        self.sql(f"""CREATE UNLOGGED TABLE calls AS
+            SELECT provider, model, input_tokens, cache_read_tokens, output_tokens, reasoning_tokens FROM source s,
             generate_series(1, ceil({self.options.costings}::numeric / {self.options.rows})::int) ORDER BY generation_id""",
                  "VACUUM ANALYZE calls")
         ours = """SELECT sum(aibilling.cost_nanos(provider, model, input_tokens, output_tokens, cache_read_tokens,
@@ -287,10 +289,13 @@ class Bench:
             sys.exit(f"the two ways of costing differ: {answers}")
         if "Gather" not in self.sql("SET max_parallel_workers_per_gather = 2; EXPLAIN " + ours):
             say("   costing is NOT parallel")
+        # A process maps the shared buffers when it first reads them, which takes longer than costing: one process is
+        # asked twice, and parallel ones, new for each query, are compared with one that is new, too.
+        cases = (("cost_nanos", ours, 0, [ours]), ("numeric", theirs, 0, [theirs]), ("cost_nanos, new session", ours, 0, []),
+                 ("cost_nanos, parallel", ours, 2, []), ("numeric, parallel", theirs, 2, []))
         result = self.rounds(lambda: {
-            name: self.server.timed(query, f"SET max_parallel_workers_per_gather = {parallel}")
-            for name, query, parallel in (("cost_nanos", ours, 0), ("numeric", theirs, 0),
-                                          ("cost_nanos, parallel", ours, 2), ("numeric, parallel", theirs, 2))})
+            name: self.server.timed(query, f"SET max_parallel_workers_per_gather = {parallel}", *before)
+            for name, query, parallel, before in cases})
         self.sql("DROP TABLE calls")
         return result
 
@@ -532,8 +537,8 @@ def lines_of(results):
                    c["numeric"]["seconds"] / c["cost_nanos"]["seconds"], "≥ 5 ×", 5, False)
         yield line("1 the same, both parallel",
                    c["numeric, parallel"]["seconds"] / c["cost_nanos, parallel"]["seconds"], "≥ 5 ×", 5, False)
-        yield line("1 cost_nanos, one process against parallel",
-                   c["cost_nanos"]["seconds"] / c["cost_nanos, parallel"]["seconds"], "> 1 ×", 1, False)
+        yield line("1 cost_nanos, one new process against parallel ones",
+                   c["cost_nanos, new session"]["seconds"] / c["cost_nanos, parallel"]["seconds"], "> 1 ×", 1, False)
     if "bulk" in r:
         b = r["bulk"]
         for how, name in (("insert", "INSERT … SELECT"), ("copy", "COPY")):

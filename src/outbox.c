@@ -24,7 +24,6 @@
 #include "catalog/pg_type.h"
 #include "commands/extension.h"
 #include "executor/spi.h"
-#include "executor/tuptable.h"
 #include "miscadmin.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
@@ -389,12 +388,12 @@ write_entry(EntryWriter *writer, const OutboxEntry *entry, IdSet *ids)
 		CatalogTupleInsert(writer->rel, tuple);
 	else
 	{
-		const		int2vector *columns = &writer->index->rd_index->indkey;
+		Form_pg_index index = writer->index->rd_index;
 		Datum		key[INDEX_MAX_KEYS];
 		bool		key_nulls[INDEX_MAX_KEYS] = {false};
 
-		for (int i = 0; i < columns->dim1; i++)
-			key[i] = values[columns->values[i] - 1];
+		for (int i = 0; i < index->indnatts; i++)
+			key[i] = values[index->indkey.values[i] - 1];
 		simple_heap_insert(writer->rel, tuple);
 		index_insert(writer->index, key, key_nulls, &tuple->t_self, writer->rel,
 					 UNIQUE_CHECK_NO, false, NULL);

@@ -146,6 +146,7 @@ typedef struct Position
 	TimestampTz restart_at;
 	int64		unpriced_cursor;
 	bool		look_for_prices;
+	bool		backlog;		/* did the last look leave rows behind? */
 } Position;
 
 typedef enum ShipmentStage
@@ -193,6 +194,7 @@ static bool recovered = false;	/* have unsettled deliveries been taken over? */
 static TimestampTz next_due;
 static bool more_to_build = false;	/* can another batch be built at once? */
 static TimestampTz gather_until = 0;	/* no turn before this */
+static bool backlog = false;	/* does any table have one? */
 static bool room_left = true;	/* could more requests fly, if there were
 								 * more? */
 static int64 delivered = 0;		/* events */
@@ -713,9 +715,9 @@ add_event(const UsageRow *row, Jsonb *whole, void *arg)
 /*
  * Build a shipment's request from the rows of these ids.  Rows that cannot be
  * sent now go back to the outbox with their reason; the delivery's ids are
- * those that can.
+ * those that can.  Returns false if there were more than a request may hold.
  */
-static void
+static bool
 fill_shipment(Shipment *shipment, const UsageTable *table,
 			  const ServerOptions *server, IdSet *ids)
 {
@@ -779,6 +781,7 @@ fill_shipment(Shipment *shipment, const UsageTable *table,
 	abp_idset_sort(&delivery->ids);
 	if (filling.left.nranges > 0)
 		position_of(table->relid)->cursor = PG_INT64_MIN;
+	return filling.left.nranges == 0;
 }
 
 /* Rows that are gone are reported once, where they first are missed. */
@@ -1530,27 +1533,30 @@ prepare_next(const UsageTable *table, const ServerOptions *server, void *arg)
 {
 	NextBatch  *next = arg;
 	Lane	   *lane = lane_of_table(table);
+	Position   *position = position_of(table->relid);
 	Delivery   *delivery;
 	TakenEntries entries;
 	int			size = lane->batch_size > 0 ? Min(lane->batch_size, server->batch_size) :
 	server->batch_size;
-	IdSet		ids = take_ids(table, position_of(table->relid), size, &entries);
+	IdSet		ids = take_ids(table, position, size, &entries);
 	int64		count;
 
+	position->backlog = false;
 	if (ids.nranges == 0)
 		return;
 
 	next->found = true;
 	count = abp_idset_count(&ids);
-	if (count < size)
-		next->gather_ms = Min(Max(count * GATHER_ROW_MS, GATHER_MIN_MS), GATHER_MAX_MS);
 	next->shipment = new_shipment(lane);
 	delivery = &next->shipment->delivery;
 	delivery->usage_table = table->relid;
 	delivery->prior_attempts = entries.attempts;
 	delivery->outcome_unknown = entries.maybe_sent;
 	start_work_limit();
-	fill_shipment(next->shipment, table, server, &ids);
+	if (!fill_shipment(next->shipment, table, server, &ids) || count == size)
+		position->backlog = true;
+	else
+		next->gather_ms = Min(Max(count * GATHER_ROW_MS, GATHER_MIN_MS), GATHER_MAX_MS);
 	report_vanished(delivery, table, 0);
 	if (delivery->nevents > 0 || delivery->vanished > 0)
 		abp_ledger_begin(delivery);
@@ -1578,7 +1584,7 @@ rebuild(const UsageTable *table, const ServerOptions *server, void *arg)
 	IdSet		ids = delivery->ids;
 
 	start_work_limit();
-	fill_shipment(shipment, table, server, &ids);
+	(void) fill_shipment(shipment, table, server, &ids);
 	report_vanished(delivery, table, vanished);
 	if (delivery->nevents > 0)
 	{
@@ -2046,6 +2052,7 @@ prepare_table(const UsageTable *table, const ServerOptions *server, List **depar
 		}
 	}
 	prepare_waiting(table, server, true);
+	backlog |= position_of(table->relid)->backlog;
 
 	foreach(lc, shipments)
 	{
@@ -2214,6 +2221,10 @@ work(const ShipScope *scope)
 	}
 	servers_changed = false;
 
+	/* One table's backlog waits little for another's rows to gather. */
+	if (backlog)
+		gather_until = Min(gather_until, in_ms(GATHER_MIN_MS));
+
 	/* Every commit wakes us: not for nothing while nothing may be sent. */
 	if (departures == NIL && shipments == NIL && !room_left)
 		gather_until = in_ms(GATHER_MAX_MS);
@@ -2297,6 +2308,7 @@ abp_ship(const ShipScope *scope)
 
 	more_to_build = false;
 	room_left = false;
+	backlog = false;
 	limit_work = !scope->in_procedure;
 	if (!scope->in_procedure)
 		gather();

@@ -129,44 +129,17 @@ abp_extension_relation(const char *name)
 	return OidIsValid(namespace) ? get_relname_relid(name, namespace) : InvalidOid;
 }
 
-/* aibilling.outbox_entry, InvalidOid: not looked up since it last changed. */
-static Oid	known_entry_relid = InvalidOid;
-
-static void
-forget_entry_relid(Datum arg, Oid relid)
-{
-	if (relid == known_entry_relid || relid == InvalidOid)
-		known_entry_relid = InvalidOid;
-}
-
-/*
- * Is there an outbox?  Not once the extension has been dropped, be it in this
- * transaction.
- */
-bool
-abp_outbox_exists(void)
-{
-	static bool registered = false;
-
-	if (!registered)
-	{
-		CacheRegisterRelcacheCallback(forget_entry_relid, (Datum) 0);
-		registered = true;
-	}
-	if (!OidIsValid(known_entry_relid))
-		known_entry_relid = abp_extension_relation("outbox_entry");
-	return OidIsValid(known_entry_relid);
-}
-
 static Oid
 entry_relid(void)
 {
-	if (!abp_outbox_exists())
+	Oid			relid = abp_extension_relation("outbox_entry");
+
+	if (!OidIsValid(relid))
 		ereport(ERROR,
 				(errcode(ERRCODE_UNDEFINED_TABLE),
 				 errmsg("table \"aibilling.outbox_entry\" does not exist"),
 				 errhint("Create the extension aibilling_polar in this database, or drop the triggers of this table.")));
-	return known_entry_relid;
+	return relid;
 }
 
 /* --- rights --------------------------------------------------------------- */

@@ -109,7 +109,6 @@ typedef bool (*UsageRowCallback) (const UsageRow *row, Jsonb *whole, void *arg);
 /* the outbox */
 extern bool abp_extension_installed(void);
 extern Oid	abp_extension_relation(const char *name);
-extern bool abp_outbox_exists(void);
 extern void abp_outbox_put(OutboxEntry *entries, int nentries);
 extern IdSet abp_outbox_take(Oid usage_table, char state, TimestampTz until,
 							 int64 *cursor, int64 max_ids, TakenEntries *entries);

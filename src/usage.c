@@ -681,7 +681,7 @@ flush_collected(void)
 	MemoryContext old;
 
 	/* The extension may have been dropped since, in this transaction. */
-	if (collected == NULL || !abp_outbox_exists())
+	if (collected == NULL || !OidIsValid(abp_extension_relation("outbox_entry")))
 		return;
 
 	old = MemoryContextSwitchTo(collect_context);

@@ -289,7 +289,7 @@ class Bench:
             sys.exit(f"the two ways of costing differ: {answers}")
         if "Gather" not in self.sql("SET max_parallel_workers_per_gather = 2; EXPLAIN " + ours):
             say("   costing is NOT parallel")
-        # A process maps the shared buffers when it first reads them, which takes longer than costing: one process is
+        # A process maps the shared buffers when it first reads them, which can take longer than costing: one process is
         # asked twice, and parallel ones, new for each query, are compared with one that is new, too.
         cases = (("cost_nanos", ours, 0, [ours]), ("numeric", theirs, 0, [theirs]), ("cost_nanos, new session", ours, 0, []),
                  ("cost_nanos, parallel", ours, 2, []), ("numeric, parallel", theirs, 2, []))

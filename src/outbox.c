@@ -309,11 +309,11 @@ typedef struct EntryWriter
 } EntryWriter;
 
 static void
-open_writer(EntryWriter *writer)
+open_writer(EntryWriter *writer, Oid relid)
 {
 	List	   *indexes;
 
-	writer->rel = table_open(entry_relid(), RowExclusiveLock);
+	writer->rel = table_open(relid, RowExclusiveLock);
 	indexes = RelationGetIndexList(writer->rel);
 	writer->index = list_length(indexes) == 1 ?
 		index_open(linitial_oid(indexes), RowExclusiveLock) : NULL;
@@ -358,7 +358,12 @@ write_entry(EntryWriter *writer, const OutboxEntry *entry, IdSet *ids)
 
 	tuple = heap_form_tuple(RelationGetDescr(writer->rel), values, nulls);
 	if (writer->index == NULL)
+	{
+		/* of an expression or a predicate, which may look at tables */
+		PushActiveSnapshot(GetTransactionSnapshot());
 		CatalogTupleInsert(writer->rel, tuple);
+		PopActiveSnapshot();
+	}
 	else
 	{
 		Form_pg_index index = writer->index->rd_index;
@@ -374,27 +379,16 @@ write_entry(EntryWriter *writer, const OutboxEntry *entry, IdSet *ids)
 	heap_freetuple(tuple);
 }
 
-/*
- * Put ids into the outbox, in the current (sub)transaction.
- *
- * Needs no privileges: what reaches this function has been decided by a
- * trigger of an attached table, or by the shipper.
- */
-void
-abp_outbox_put(OutboxEntry *entries, int nentries)
+static void
+put_entries(Oid relid, OutboxEntry *entries, int nentries)
 {
 	EntryWriter writer;
-	MemoryContext context;
-	MemoryContext old;
+	MemoryContext context = AllocSetContextCreate(CurrentMemoryContext,
+												  "aibilling outbox entries",
+												  ALLOCSET_DEFAULT_SIZES);
+	MemoryContext old = MemoryContextSwitchTo(context);
 
-	if (nentries == 0)
-		return;
-
-	context = AllocSetContextCreate(CurrentMemoryContext, "aibilling outbox entries",
-									ALLOCSET_DEFAULT_SIZES);
-	old = MemoryContextSwitchTo(context);
-	PushActiveSnapshot(GetTransactionSnapshot());
-	open_writer(&writer);
+	open_writer(&writer, relid);
 
 	for (int i = 0; i < nentries; i++)
 	{
@@ -431,9 +425,37 @@ abp_outbox_put(OutboxEntry *entries, int nentries)
 			write_entry(&writer, &entries[i], &block);
 	}
 	close_writer(&writer);
-	PopActiveSnapshot();
 	MemoryContextSwitchTo(old);
 	MemoryContextDelete(context);
+}
+
+/*
+ * Put ids into the outbox, in the current (sub)transaction.
+ *
+ * Needs no privileges: what reaches this function has been decided by a
+ * trigger of an attached table, or by the shipper.
+ */
+void
+abp_outbox_put(OutboxEntry *entries, int nentries)
+{
+	if (nentries > 0)
+		put_entries(entry_relid(), entries, nentries);
+}
+
+/*
+ * The same just before the transaction commits.  Returns false, having done
+ * nothing, if it has dropped the extension.
+ */
+bool
+abp_outbox_put_at_commit(OutboxEntry *entries, int nentries)
+{
+	Oid			relid = abp_extension_relation("outbox_entry");
+
+	if (!OidIsValid(relid))
+		return false;
+	if (nentries > 0)
+		put_entries(relid, entries, nentries);
+	return true;
 }
 
 /* All of an entry's tuple, in the current memory context. */

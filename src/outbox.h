@@ -110,6 +110,7 @@ typedef bool (*UsageRowCallback) (const UsageRow *row, Jsonb *whole, void *arg);
 extern bool abp_extension_installed(void);
 extern Oid	abp_extension_relation(const char *name);
 extern void abp_outbox_put(OutboxEntry *entries, int nentries);
+extern bool abp_outbox_put_at_commit(OutboxEntry *entries, int nentries);
 extern IdSet abp_outbox_take(Oid usage_table, char state, TimestampTz until,
 							 int64 *cursor, int64 max_ids, TakenEntries *entries);
 extern RowPlace abp_outbox_find(Oid usage_table, int64 id, bool for_change,

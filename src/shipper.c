@@ -2077,17 +2077,24 @@ prepare_table(const UsageTable *table, const ServerOptions *server, List **depar
 /*
  * Keep the extension from being dropped until the transaction ends.  Returns
  * false if that is under way, or done: then its tables may go at any moment.
+ *
+ * A transaction that has dropped and created it is seen to have committed a
+ * moment before the other sessions hear that what they know of the old tables
+ * is void.  It holds its lock on a table, old or new, until then; nobody
+ * locks the new extension itself.
  */
 static bool
-keep_extension(Oid extension)
+keep_extension(Oid extension, Oid outbox)
 {
 	LOCKTAG		tag;
 
 	SET_LOCKTAG_OBJECT(tag, MyDatabaseId, ExtensionRelationId, extension, 0);
-	if (LockAcquire(&tag, AccessShareLock, false, true) == LOCKACQUIRE_NOT_AVAIL)
+	if (LockAcquire(&tag, AccessShareLock, false, true) == LOCKACQUIRE_NOT_AVAIL ||
+		!ConditionalLockRelationOid(outbox, AccessShareLock))
 		return false;
 	AcceptInvalidationMessages();
-	return get_extension_oid("aibilling_polar", true) == extension;
+	return get_extension_oid("aibilling_polar", true) == extension &&
+		abp_extension_relation("outbox_entry") == outbox;
 }
 
 /*
@@ -2130,15 +2137,16 @@ work(const ShipScope *scope)
 	bool		fresh = !recovered;
 	ListCell   *lc;
 	Oid			extension = get_extension_oid("aibilling_polar", true);
+	Oid			outbox = abp_extension_relation("outbox_entry");
 
 	if (extension != known_extension)
 	{
 		abp_ship_reset();
 		known_extension = extension;
 	}
-	if (!OidIsValid(extension))
+	if (!OidIsValid(extension) || !OidIsValid(outbox))
 		return NIL;
-	if (!keep_extension(extension))
+	if (!keep_extension(extension, outbox))
 	{
 		due_at(in_ms(DROP_WAIT_MS));
 		return NIL;

@@ -680,8 +680,7 @@ flush_collected(void)
 	OutboxEntry *entries;
 	MemoryContext old;
 
-	/* The extension may have been dropped since, in this transaction. */
-	if (collected == NULL || !OidIsValid(abp_extension_relation("outbox_entry")))
+	if (collected == NULL)
 		return;
 
 	old = MemoryContextSwitchTo(collect_context);
@@ -708,9 +707,9 @@ flush_collected(void)
 		}
 		nentries++;
 	}
-	abp_outbox_put(entries, nentries);
+	if (abp_outbox_put_at_commit(entries, nentries))
+		abp_wake_at_commit();
 	MemoryContextSwitchTo(old);
-	abp_wake_at_commit();
 }
 
 static void

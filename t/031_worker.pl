@@ -269,7 +269,7 @@ $node->insert_rows(5, prefix => 'after_');
 $node->wait_settled;
 
 # In one transaction, and while the worker works.
-foreach my $round (1 .. 5)
+foreach my $round (1 .. 15)
 {
 	$node->insert_rows(100, prefix => "burst_${round}_");
 	$node->safe_psql('postgres', 'BEGIN; DROP EXTENSION aibilling_polar CASCADE; CREATE EXTENSION aibilling_polar; COMMIT');

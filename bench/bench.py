@@ -344,11 +344,12 @@ class Bench:
     def single(self):
         self.use(self.sink, 1000)
         self.sql("CREATE TABLE queue (id bigint PRIMARY KEY)")
-        cases = ("plain", "queue", "usage")
+        cases = ("plain", "queue", "priced", "usage")
         for case in cases:
-            table = "usage" if case == "usage" else "plain"
-            columns = GIVEN if case == "usage" else FILLED
-            costs = "" if case == "usage" else ", 3750000, 0.375, 'priced'"
+            ours = case in ("priced", "usage")
+            table = "usage" if ours else "plain"
+            columns = GIVEN if ours else FILLED
+            costs = "" if ours else ", 3750000, 0.375, 'priced'"
             insert = (f"INSERT INTO {table} ({columns}) VALUES ('openai', 'gpt-5', 'customer_42',"
                       " 'chatcmpl-c4ca4238a0b923820dcc509a6f75849b', 1200, 400, 250, NULL,"
                       f""" '{{"org_name": "Acme 1", "feature": "chat"}}'{costs})""")
@@ -359,7 +360,7 @@ class Bench:
         self.sql("SELECT aibilling.resume('polar')")
 
         def tps(case):
-            self.sql("CHECKPOINT")
+            self.sql("CHECKPOINT", f"ALTER DATABASE {DATABASE} SET aibilling_polar.enqueue = {case != 'priced'}")
             output = self.server.run("pgbench", "-n", "-c", "8", "-j", "2", "-M", "prepared",
                                      "-T", str(self.options.seconds), "-f", self.work / f"{case}.pgbench")
             return float(re.search(r"tps = ([\d.]+)", output).group(1))
@@ -370,7 +371,7 @@ class Bench:
             mean = {case: (there[case] + tps(case)) / 2 for case in reversed(cases)}
             return {f"pgbench {case}": {"tps": mean[case], "of plain": mean[case] / mean["plain"]} for case in cases}
         result = self.rounds(measure)
-        self.sql("DROP TABLE queue")
+        self.sql("DROP TABLE queue", f"ALTER DATABASE {DATABASE} RESET aibilling_polar.enqueue")
         return result
 
     # 3
@@ -556,7 +557,9 @@ def lines_of(results):
         s = r["single"]
         yield line("2 single-row commits, 8 clients: tps against no triggers",
                    s["pgbench usage"]["of plain"], "≥ 0.95 ×", 0.95, False)
-        yield line("2 the same of a statement that writes a queue row as well, not delivered",
+        yield line("2 the same, priced but neither queued nor delivered (aibilling_polar.enqueue off)",
+                   s["pgbench priced"]["of plain"])
+        yield line("2 the same of a statement without triggers that writes a queue row as well, not delivered",
                    s["pgbench queue"]["of plain"])
     if "bulk" in r:
         rate = b["deliver after insert"]["rate"]

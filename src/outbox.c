@@ -24,6 +24,7 @@
 #include "catalog/pg_type.h"
 #include "commands/extension.h"
 #include "executor/spi.h"
+#include "foreign/foreign.h"
 #include "miscadmin.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
@@ -37,6 +38,7 @@
 #include "utils/portal.h"
 #include "utils/rel.h"
 #include "utils/snapmgr.h"
+#include "utils/syscache.h"
 #include "utils/timestamp.h"
 
 #include "compat.h"
@@ -1193,7 +1195,7 @@ abp_ledger_totals(Oid usage_table, LedgerTotals *totals)
 		1, {REGCLASSOID}
 	};
 	static Statement last_error = {
-		"SELECT d.error FROM (SELECT * FROM aibilling.delivery d"
+		"SELECT d.error FROM (SELECT d.id, d.error FROM aibilling.delivery d"
 		"  WHERE d.usage_table = $1 ORDER BY d.id DESC LIMIT 1000) d"
 		" WHERE d.error IS NOT NULL ORDER BY d.id DESC LIMIT 1",
 		1, {REGCLASSOID}
@@ -1310,16 +1312,21 @@ abp_server_state_by_role(void)
 	" LEFT JOIN pg_catalog.pg_foreign_server s" \
 	" ON s.srvname = t.server AND (s.oid = t.serverid OR NOT " IS_ARMED ")"
 
-/* The attached tables, with the state "st" of their server, and who "o" has paused it. */
-#define USAGE_TABLES(role) \
-	"SELECT t.usage::pg_catalog.oid, c.relowner," \
-	" pg_catalog.quote_ident(n.nspname) || '.' || pg_catalog.quote_ident(c.relname)," \
-	" t.server, s.oid, o.reason, st.paused, st.reason, st.failures::pg_catalog.int8," \
-	" st.not_before, t.blocked_until, t.blocked_reason, " IS_ARMED ", " role \
-	" FROM aibilling.usage_table t" \
-	" LEFT JOIN pg_catalog.pg_class c ON c.oid = t.usage::pg_catalog.oid" \
-	" LEFT JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace" \
-	JOIN_SERVER
+/* What is kept of a server, or of one role's use of it. */
+typedef struct ServerState
+{
+	char	   *server;
+	Oid			role;			/* InvalidOid: of all who have no state of
+								 * their own */
+	char	   *paused;			/* NULL: not paused */
+	char	   *reason;
+	int			failures;
+	TimestampTz not_before;
+} ServerState;
+
+#define SERVER_STATES(role) \
+	"SELECT st.server, " role ", st.paused, st.reason, st.failures::pg_catalog.int8, st.not_before" \
+	" FROM aibilling.server_state st"
 
 static void
 free_plans(ReadPlans *plans)
@@ -1360,70 +1367,150 @@ forget_plans_except(List *tables)
 	}
 }
 
+/* The states of all servers, a list in the current memory context. */
+static List *
+read_server_states(bool by_role)
+{
+	static Statement states[2] = {
+		{SERVER_STATES("0::pg_catalog.oid")},
+		{SERVER_STATES("st.role")}
+	};
+	List	   *list = NIL;
+	uint64		n = run(&states[by_role], NULL, NULL);
+
+	for (uint64 i = 0; i < n; i++)
+	{
+		ServerState *state = palloc(sizeof(ServerState));
+
+		state->server = result_string(i, 1, CurrentMemoryContext);
+		state->role = result_oid(i, 2);
+		state->paused = result_string(i, 3, CurrentMemoryContext);
+		state->reason = result_string(i, 4, CurrentMemoryContext);
+		state->failures = result_int64(i, 5, 0);
+		state->not_before = result_int64(i, 6, DT_NOBEGIN);
+		list = lappend(list, state);
+	}
+	return list;
+}
+
+static const ServerState *
+find_server_state(List *states, const char *server, Oid role)
+{
+	ListCell   *lc;
+
+	foreach(lc, states)
+	{
+		const ServerState *state = lfirst(lc);
+
+		if (state->role == role && strcmp(state->server, server) == 0)
+			return state;
+	}
+	return NULL;
+}
+
+/* Fill in a table's owner and name, if there still is such a table. */
+static void
+describe_table(UsageTable *table)
+{
+	HeapTuple	tuple = SearchSysCache1(RELOID, ObjectIdGetDatum(table->relid));
+	Form_pg_class form;
+
+	if (!HeapTupleIsValid(tuple))
+		return;
+	form = (Form_pg_class) GETSTRUCT(tuple);
+	table->owner = form->relowner;
+	table->name = quote_qualified_identifier(get_namespace_name(form->relnamespace),
+											 NameStr(form->relname));
+	ReleaseSysCache(tuple);
+}
+
+static bool
+paused_by(const ServerState *state, const char *whom)
+{
+	return state != NULL && state->paused != NULL && strcmp(state->paused, whom) == 0;
+}
+
+/* Fill in what is known of a table's server, and who has paused it. */
+static void
+describe_server(UsageTable *table, List *states)
+{
+	const ServerState *state = find_server_state(states, table->server, table->role);
+	const ServerState *pause = find_server_state(states, table->server, InvalidOid);
+	const char *reason = state != NULL ? state->reason : NULL;
+
+	table->failures = state != NULL ? state->failures : 0;
+	table->not_before = state != NULL ? state->not_before : DT_NOBEGIN;
+	table->paused_by_answer = paused_by(state, "answer");
+
+	/* An operator pauses a server for all, or for one owner of tables. */
+	if (!paused_by(pause, "operator"))
+		pause = find_server_state(states, table->server, table->owner);
+	if (paused_by(pause, "operator") && pause->reason != NULL)
+	{
+		table->paused_by_operator = true;
+		reason = pause->reason;
+	}
+	if (reason != NULL)
+		table->pause_reason = pstrdup(reason);
+}
+
 /*
  * All attached tables, as a list of UsageTable in the current memory context.
  * *armed: is this the database that was armed, rather than a copy of it?  A
  * copy has another system identifier or another OID.
+ *
+ * The catalogues are asked through their caches: a statement that joins them
+ * takes a new session longer to plan than everything else that it does.
  */
 List	   *
 abp_usage_tables(bool *armed)
 {
-	static Statement tables[2] = {
-		{
-			USAGE_TABLES("0::pg_catalog.oid")
-			" LEFT JOIN aibilling.server_state st ON st.server = t.server"
-			" LEFT JOIN aibilling.server_state o ON o.server = t.server AND o.paused = 'operator'"
-			" ORDER BY t.usage::pg_catalog.oid",
-			2, {INT8OID, OIDOID}
-		},
-		{
-			USAGE_TABLES("coalesce(m.umuser, 0)")
-			" LEFT JOIN pg_catalog.pg_user_mappings m ON m.srvid = s.oid AND m.umuser = c.relowner"
-			" LEFT JOIN aibilling.server_state st ON st.server = t.server"
-			" AND st.role = coalesce(m.umuser, 0)"
-			" LEFT JOIN LATERAL (SELECT o.paused, o.reason FROM aibilling.server_state o"
-			" WHERE o.server = t.server AND o.role IN (0, c.relowner) AND o.paused = 'operator'"
-			" ORDER BY o.role LIMIT 1) o ON true"
-			" ORDER BY t.usage::pg_catalog.oid",
-			2, {INT8OID, OIDOID}
-		}
+	static Statement tables = {
+		"SELECT t.usage::pg_catalog.oid, t.server, t.serverid, t.blocked_until,"
+		" t.blocked_reason, " IS_ARMED " FROM aibilling.usage_table t"
+		" ORDER BY t.usage::pg_catalog.oid",
+		2, {INT8OID, OIDOID}
 	};
 	Datum		values[2] = {
 		Int64GetDatum((int64) GetSystemIdentifier()), ObjectIdGetDatum(MyDatabaseId)
 	};
 	MemoryContext caller = CurrentMemoryContext;
 	List	   *list = NIL;
+	List	   *states;
 	uint64		n;
+	bool		by_role;
 	SavedUser	saved;
 
 	abp_become_extension_owner(&saved);
 	SPI_connect();
-	n = run(&tables[abp_server_state_by_role()], values, NULL);
+	by_role = abp_server_state_by_role();
+	states = read_server_states(by_role);
+	n = run(&tables, values, NULL);
 	*armed = true;
 	for (uint64 i = 0; i < n; i++)
 	{
-		UsageTable *table = MemoryContextAllocZero(caller, sizeof(UsageTable));
-		char	   *paused_by = result_string(i, 6, caller);
-		char	   *paused = result_string(i, 7, caller);
-		MemoryContext spi;
+		MemoryContext spi = MemoryContextSwitchTo(caller);
+		UsageTable *table = palloc0(sizeof(UsageTable));
 		bool		isnull;
 
 		table->relid = result_oid(i, 1);
-		table->owner = result_oid(i, 2);
-		table->name = result_string(i, 3, caller);
-		table->server = result_string(i, 4, caller);
-		table->serverid = result_oid(i, 5);
-		table->paused_by_operator = paused_by != NULL;
-		table->paused_by_answer = paused != NULL && strcmp(paused, "answer") == 0;
-		table->pause_reason = paused_by != NULL ? paused_by : result_string(i, 8, caller);
-		table->failures = result_int64(i, 9, 0);
-		table->not_before = result_int64(i, 10, DT_NOBEGIN);
-		table->blocked_until = result_int64(i, 11, DT_NOBEGIN);
-		table->blocked_reason = result_string(i, 12, caller);
-		*armed = DatumGetBool(result_datum(i, 13, &isnull));
-		table->role = result_oid(i, 14);
+		table->server = result_string(i, 2, caller);
+		table->blocked_until = result_int64(i, 4, DT_NOBEGIN);
+		table->blocked_reason = result_string(i, 5, caller);
+		*armed = DatumGetBool(result_datum(i, 6, &isnull));
 
-		spi = MemoryContextSwitchTo(caller);
+		/* In a copy the name alone tells; see JOIN_SERVER. */
+		table->serverid = get_foreign_server_oid(table->server, true);
+		if (*armed && table->serverid != result_oid(i, 3))
+			table->serverid = InvalidOid;
+
+		describe_table(table);
+		if (by_role && OidIsValid(table->owner) &&
+			SearchSysCacheExists2(USERMAPPINGUSERSERVER, ObjectIdGetDatum(table->owner),
+								  ObjectIdGetDatum(table->serverid)))
+			table->role = table->owner;
+		describe_server(table, states);
+
 		list = lappend(list, table);
 		MemoryContextSwitchTo(spi);
 	}

@@ -386,14 +386,17 @@ SELECT count(*) FROM aibilling.preview('u', 1);
 SELECT count(*) FROM aibilling.preview('u', 0);
 SELECT count(*) FROM aibilling.preview('u', -1);
 
--- An index that a superuser adds to the outbox is kept up.
+-- Indexes that a superuser adds to the outbox are kept up.
 CREATE INDEX mine ON aibilling.outbox_entry (last);
+CREATE INDEX expression ON aibilling.outbox_entry ((last + 1));
+CREATE INDEX partial ON aibilling.outbox_entry (attempts) WHERE state = 'r';
 SELECT ins('indexed');
 BEGIN;
 SET LOCAL enable_seqscan = off;
 SELECT count(*) FROM aibilling.outbox_entry WHERE last = (SELECT id FROM u WHERE external_id = 'indexed');
+SELECT count(*) FROM aibilling.outbox_entry WHERE last + 1 = (SELECT id + 1 FROM u WHERE external_id = 'indexed');
 COMMIT;
-DROP INDEX aibilling.mine;
+DROP INDEX aibilling.mine, aibilling.expression, aibilling.partial;
 
 -- The extension goes, by the transaction that has inserted a row.
 BEGIN;

@@ -19,10 +19,11 @@
 #include "access/tableam.h"
 #include "access/xact.h"
 #include "access/xlog.h"
-#include "catalog/indexing.h"
 #include "catalog/namespace.h"
+#include "catalog/pg_index.h"
 #include "catalog/pg_type.h"
 #include "commands/extension.h"
+#include "executor/executor.h"
 #include "executor/spi.h"
 #include "foreign/foreign.h"
 #include "miscadmin.h"
@@ -307,8 +308,17 @@ error_text(const char *error)
 typedef struct EntryWriter
 {
 	Relation	rel;
-	Relation	index;			/* the only one; NULL: a superuser added more */
+	Relation	index;			/* NULL: not as we have created them */
 } EntryWriter;
+
+/* Does an index hold plain columns of every tuple? */
+static bool
+is_plain_index(Relation index)
+{
+	return !index->rd_index->indisunique &&
+		heap_attisnull(index->rd_indextuple, Anum_pg_index_indexprs, NULL) &&
+		heap_attisnull(index->rd_indextuple, Anum_pg_index_indpred, NULL);
+}
 
 static void
 open_writer(EntryWriter *writer, Oid relid)
@@ -316,9 +326,17 @@ open_writer(EntryWriter *writer, Oid relid)
 	List	   *indexes;
 
 	writer->rel = table_open(relid, RowExclusiveLock);
+	writer->index = NULL;
 	indexes = RelationGetIndexList(writer->rel);
-	writer->index = list_length(indexes) == 1 ?
-		index_open(linitial_oid(indexes), RowExclusiveLock) : NULL;
+	if (list_length(indexes) == 1)
+	{
+		writer->index = index_open(linitial_oid(indexes), RowExclusiveLock);
+		if (!is_plain_index(writer->index))
+		{
+			index_close(writer->index, NoLock);
+			writer->index = NULL;
+		}
+	}
 	list_free(indexes);
 }
 
@@ -328,6 +346,26 @@ close_writer(EntryWriter *writer)
 	if (writer->index != NULL)
 		index_close(writer->index, NoLock);
 	table_close(writer->rel, NoLock);
+}
+
+/* Insert a tuple as the executor does, whatever indexes the table has. */
+static void
+insert_generally(Relation rel, HeapTuple tuple)
+{
+	EState	   *estate = CreateExecutorState();
+	ResultRelInfo *target = makeNode(ResultRelInfo);
+	TupleTableSlot *slot = MakeSingleTupleTableSlot(RelationGetDescr(rel), &TTSOpsHeapTuple);
+
+	/* expressions and predicates may look at tables */
+	PushActiveSnapshot(GetTransactionSnapshot());
+	InitResultRelInfo(target, rel, 1, NULL, 0);
+	ExecOpenIndices(target, false);
+	ExecStoreHeapTuple(tuple, slot, false);
+	ExecSimpleRelationInsert(target, estate, slot);
+	ExecCloseIndices(target);
+	ExecDropSingleTupleTableSlot(slot);
+	FreeExecutorState(estate);
+	PopActiveSnapshot();
 }
 
 /*
@@ -360,12 +398,7 @@ write_entry(EntryWriter *writer, const OutboxEntry *entry, IdSet *ids)
 
 	tuple = heap_form_tuple(RelationGetDescr(writer->rel), values, nulls);
 	if (writer->index == NULL)
-	{
-		/* of an expression or a predicate, which may look at tables */
-		PushActiveSnapshot(GetTransactionSnapshot());
-		CatalogTupleInsert(writer->rel, tuple);
-		PopActiveSnapshot();
-	}
+		insert_generally(writer->rel, tuple);
 	else
 	{
 		Form_pg_index index = writer->index->rd_index;

@@ -398,6 +398,51 @@ SELECT count(*) FROM aibilling.outbox_entry WHERE last + 1 = (SELECT id + 1 FROM
 COMMIT;
 DROP INDEX aibilling.mine, aibilling.expression, aibilling.partial;
 
+-- What status tells of the ledger, most of which is summed up, against all of it: u is busy, v has long been idle, no
+-- delivery of w was accepted, x has none.
+BEGIN;
+DELETE FROM aibilling.delivery;
+SELECT aibilling.create_usage_table(name, server => 'polar') FROM unnest('{v,w,x}'::text[]) name;
+INSERT INTO aibilling.delivery (id, server, usage_table, usage_ids, events, bytes, state, attempts, inserted, duplicates,
+	unexpected_duplicates, vanished, started_at, finished_at, error) OVERRIDING SYSTEM VALUE
+SELECT n, 'polar', name::regclass, int8multirange(int8range(n, n + 1)), n % 7 + 1, 1, s, 1,
+	CASE WHEN s = 'delivered' THEN n % 7 END, CASE WHEN s = 'delivered' THEN n % 3 END, n % 5 / 4, n % 11 / 10, t,
+	CASE WHEN s <> 'sending' THEN t END, CASE WHEN n IN (1000, 1001, 1302) OR name = 'w' THEN 'error ' || n END
+FROM generate_series(1, 2700) n,
+	LATERAL (VALUES (CASE WHEN n <= 300 AND n % 2 = 0 THEN 'v' WHEN n <= 20 OR n = 2600 THEN 'w' ELSE 'u' END)) AS w (name),
+	LATERAL (VALUES ('2026-01-01'::timestamptz + make_interval(mins => n),
+		CASE WHEN n > 2690 THEN 'sending' WHEN n % 10 = 8 THEN 'rejected' WHEN n % 10 = 9 OR name = 'w' THEN 'failed'
+			ELSE 'delivered' END)) AS d (t, s);
+INSERT INTO aibilling.delivery_total
+SELECT usage_table, max(id), count(*) FILTER (WHERE state = 'delivered'),
+	coalesce(sum(events) FILTER (WHERE state = 'delivered'), 0), coalesce(sum(duplicates), 0), sum(unexpected_duplicates),
+	sum(vanished)
+FROM aibilling.delivery WHERE id <= 2000 GROUP BY usage_table;
+CREATE TEMP TABLE told AS
+SELECT a.usage AS usage_table, coalesce(sum(events) FILTER (WHERE state = 'sending'), 0) AS in_flight,
+	max(finished_at) FILTER (WHERE state = 'delivered') AS last_delivery,
+	count(*) FILTER (WHERE state = 'delivered') AS deliveries,
+	coalesce(sum(events) FILTER (WHERE state = 'delivered'), 0) AS delivered, coalesce(sum(duplicates), 0) AS duplicates,
+	coalesce(sum(unexpected_duplicates), 0) AS unexpected_duplicates, coalesce(sum(vanished), 0) AS vanished
+FROM aibilling.usage_table a LEFT JOIN aibilling.delivery d ON d.usage_table = a.usage GROUP BY a.usage;
+TABLE told ORDER BY usage_table::text;
+CREATE TEMP VIEW wrong AS
+SELECT usage_table, in_flight, last_delivery, deliveries, delivered, duplicates, unexpected_duplicates, vanished
+FROM aibilling.status EXCEPT TABLE told;
+TABLE wrong;
+-- The last error, if it is not older than the last 1,000 that are summed up.
+SELECT usage_table, last_error FROM aibilling.status ORDER BY usage_table::text;
+UPDATE aibilling.delivery SET error = NULL WHERE id > 1001 AND usage_table = 'u'::regclass;
+SELECT last_error FROM aibilling.status WHERE usage_table = 'u'::regclass;
+UPDATE aibilling.delivery SET error = NULL WHERE id = 1001;
+SELECT last_error FROM aibilling.status WHERE usage_table = 'u'::regclass;
+UPDATE aibilling.delivery SET error = 'new' WHERE id = 2500;
+SELECT last_error FROM aibilling.status WHERE usage_table = 'u'::regclass;
+-- What is summed up may be deleted: only when the last delivery of v was is forgotten.
+DELETE FROM aibilling.delivery WHERE id <= 2000;
+SELECT usage_table, in_flight, deliveries FROM wrong;
+ROLLBACK;
+
 -- The extension goes, by the transaction that has inserted a row.
 BEGIN;
 SELECT ins('kept');

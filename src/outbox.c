@@ -51,6 +51,9 @@
 /* How far, in ids, a scan goes back when it continues. */
 #define CURSOR_MARGIN (2 * OUTBOX_BLOCK)
 
+/* In how many deliveries that are summed up the last error is looked for. */
+#define LEDGER_ERRORS 1000
+
 /* How many usage rows are read at a time. */
 #define READ_CHUNK 50
 
@@ -83,6 +86,39 @@ typedef struct EntryForm
 
 #define ENTRY_FORM(tuple) ((const EntryForm *) GETSTRUCT(tuple))
 
+/* columns of aibilling.delivery that are read without SQL */
+#define Anum_delivery_id 1
+#define Anum_delivery_events 5
+#define Anum_delivery_state 7
+#define Anum_delivery_duplicates 11
+#define Anum_delivery_unexpected_duplicates 12
+#define Anum_delivery_vanished 13
+#define Anum_delivery_finished_at 15
+#define Anum_delivery_error 18
+#define Natts_delivery 18
+
+/* The columns up to "usage_table" as they lie in a tuple. */
+typedef struct DeliveryForm
+{
+	int64		id;
+	NameData	server;
+	Oid			usage_table;
+} DeliveryForm;
+
+#define DELIVERY_FORM(tuple) ((const DeliveryForm *) GETSTRUCT(tuple))
+
+/* A tuple of aibilling.delivery_total. */
+typedef struct DeliveryTotalForm
+{
+	Oid			usage_table;
+	int64		up_to;
+	int64		deliveries;
+	int64		delivered;
+	int64		duplicates;
+	int64		unexpected_duplicates;
+	int64		vanished;
+} DeliveryTotalForm;
+
 /* A statement that is prepared once a session. */
 typedef struct Statement
 {
@@ -91,14 +127,6 @@ typedef struct Statement
 	Oid			argtypes[10];
 	SPIPlanPtr	plan;
 } Statement;
-
-/* What is added up of settled deliveries "d". */
-#define LEDGER_SUMS \
-	"SELECT count(*) FILTER (WHERE d.state = 'delivered') AS deliveries," \
-	" coalesce(sum(d.events) FILTER (WHERE d.state = 'delivered'), 0)::pg_catalog.int8 AS delivered," \
-	" coalesce(sum(d.duplicates), 0)::pg_catalog.int8 AS duplicates," \
-	" coalesce(sum(d.unexpected_duplicates), 0)::pg_catalog.int8 AS unexpected_duplicates," \
-	" coalesce(sum(d.vanished), 0)::pg_catalog.int8 AS vanished"
 
 /* The plans that read one usage table, kept for the session. */
 typedef struct ReadPlans
@@ -132,15 +160,16 @@ abp_extension_relation(const char *name)
 	return OidIsValid(namespace) ? get_relname_relid(name, namespace) : InvalidOid;
 }
 
+/* The same, of one that is needed. */
 static Oid
-entry_relid(void)
+needed_relation(const char *name)
 {
-	Oid			relid = abp_extension_relation("outbox_entry");
+	Oid			relid = abp_extension_relation(name);
 
 	if (!OidIsValid(relid))
 		ereport(ERROR,
 				(errcode(ERRCODE_UNDEFINED_TABLE),
-				 errmsg("table \"aibilling.outbox_entry\" does not exist"),
+				 errmsg("relation \"aibilling.%s\" does not exist", name),
 				 errhint("Create the extension aibilling_polar in this database, or drop the triggers of this table.")));
 	return relid;
 }
@@ -187,7 +216,7 @@ abp_become_table_owner(const UsageTable *table, SavedUser *saved)
 void
 abp_become_extension_owner(SavedUser *saved)
 {
-	Relation	rel = table_open(entry_relid(), AccessShareLock);
+	Relation	rel = table_open(needed_relation("outbox_entry"), AccessShareLock);
 	Oid			owner = rel->rd_rel->relowner;
 
 	table_close(rel, AccessShareLock);
@@ -474,7 +503,7 @@ void
 abp_outbox_put(OutboxEntry *entries, int nentries)
 {
 	if (nentries > 0)
-		put_entries(entry_relid(), entries, nentries);
+		put_entries(needed_relation("outbox_entry"), entries, nentries);
 }
 
 /*
@@ -520,16 +549,35 @@ read_entry(HeapTuple tuple, TupleDesc desc)
 	return entry;
 }
 
-/* An ordered scan over the entries of one table and state. */
-typedef struct EntryScan
+/* A scan of one of the extension's tables, in the order of an index. */
+typedef struct OrderedScan
 {
 	Relation	rel;
 	Relation	index;
 	SysScanDesc scan;
-} EntryScan;
+} OrderedScan;
 
 static void
-begin_entry_scan(EntryScan *scan, Oid usage_table, char state, int64 from_id,
+begin_ordered_scan(OrderedScan *scan, const char *table, const char *index,
+				   int nkeys, ScanKey keys, LOCKMODE lockmode)
+{
+	scan->rel = table_open(needed_relation(table), lockmode);
+	scan->index = index_open(needed_relation(index), lockmode);
+	scan->scan = systable_beginscan_ordered(scan->rel, scan->index,
+											GetActiveSnapshot(), nkeys, keys);
+}
+
+static void
+end_ordered_scan(OrderedScan *scan)
+{
+	systable_endscan_ordered(scan->scan);
+	index_close(scan->index, NoLock);
+	table_close(scan->rel, NoLock);
+}
+
+/* Begin a scan over the entries of one table and state. */
+static void
+begin_entry_scan(OrderedScan *scan, Oid usage_table, char state, int64 from_id,
 				 TimestampTz until, LOCKMODE lockmode)
 {
 	ScanKeyData keys[4];
@@ -550,19 +598,7 @@ begin_entry_scan(EntryScan *scan, Oid usage_table, char state, int64 from_id,
 					F_INT8GE, Int64GetDatum(from_id));
 		nkeys = 4;
 	}
-
-	scan->rel = table_open(entry_relid(), lockmode);
-	scan->index = index_open(abp_extension_relation("outbox_entry_key"), lockmode);
-	scan->scan = systable_beginscan_ordered(scan->rel, scan->index,
-											GetActiveSnapshot(), nkeys, keys);
-}
-
-static void
-end_entry_scan(EntryScan *scan)
-{
-	systable_endscan_ordered(scan->scan);
-	index_close(scan->index, NoLock);
-	table_close(scan->rel, NoLock);
+	begin_ordered_scan(scan, "outbox_entry", "outbox_entry_key", nkeys, keys, lockmode);
 }
 
 /*
@@ -582,7 +618,7 @@ abp_outbox_take(Oid usage_table, char state, TimestampTz until,
 {
 	IdSet		taken = {0};
 	int64		ntaken = 0;
-	EntryScan	scan;
+	OrderedScan scan;
 	HeapTuple	tuple;
 	OutboxEntry rest = {0};
 
@@ -623,7 +659,7 @@ abp_outbox_take(Oid usage_table, char state, TimestampTz until,
 						  CurrentMemoryContext);
 	}
 
-	end_entry_scan(&scan);
+	end_ordered_scan(&scan);
 	PopActiveSnapshot();
 	if (rest.ids.nranges > 0)
 		abp_outbox_put(&rest, 1);
@@ -772,7 +808,7 @@ int64
 abp_outbox_count(Oid usage_table, char state, int64 exact_limit,
 				 bool *estimated, int64 *first_id)
 {
-	EntryScan	scan;
+	OrderedScan scan;
 	HeapTuple	tuple;
 	int64		count = 0;
 	int64		lowest = 0;
@@ -801,7 +837,7 @@ abp_outbox_count(Oid usage_table, char state, int64 exact_limit,
 			pfree(entry.ids.ranges);
 		}
 	}
-	end_entry_scan(&scan);
+	end_ordered_scan(&scan);
 
 	/* Anything behind?  Then its end tells how much, about. */
 	if (count >= exact_limit)
@@ -814,7 +850,7 @@ abp_outbox_count(Oid usage_table, char state, int64 exact_limit,
 			count += (int64) ((ENTRY_FORM(tuple)->last - reached) *
 							  (double) count / (reached - lowest + 1));
 		}
-		end_entry_scan(&scan);
+		end_ordered_scan(&scan);
 	}
 	PopActiveSnapshot();
 	return count;
@@ -853,7 +889,7 @@ IdSet
 abp_outbox_peek(Oid usage_table, char state, int64 max_ids)
 {
 	IdSet		found = {0};
-	EntryScan	scan;
+	OrderedScan scan;
 	HeapTuple	tuple;
 
 	PushActiveSnapshot(GetLatestSnapshot());
@@ -868,7 +904,7 @@ abp_outbox_peek(Oid usage_table, char state, int64 max_ids)
 			abp_idset_add(&found, ids.ranges[i].first, ids.ranges[i].last,
 						  CurrentMemoryContext);
 	}
-	end_entry_scan(&scan);
+	end_ordered_scan(&scan);
 	PopActiveSnapshot();
 	(void) abp_idset_split(&found, max_ids);
 	return found;
@@ -879,7 +915,7 @@ static int64
 make_ready(Oid usage_table, char state, IdSet *only)
 {
 	int64		count = 0;
-	EntryScan	scan;
+	OrderedScan scan;
 	HeapTuple	tuple;
 
 	PushActiveSnapshot(GetLatestSnapshot());
@@ -914,7 +950,7 @@ make_ready(Oid usage_table, char state, IdSet *only)
 		count += abp_idset_count(&out[0].ids);
 		abp_outbox_put(out, 2);
 	}
-	end_entry_scan(&scan);
+	end_ordered_scan(&scan);
 	PopActiveSnapshot();
 	CommandCounterIncrement();
 	return count;
@@ -946,7 +982,7 @@ abp_outbox_release(Oid usage_table, IdSet *ids)
 bool
 abp_outbox_bounds(Oid usage_table, char state, int64 *first, int64 *last)
 {
-	EntryScan	scan;
+	OrderedScan scan;
 	HeapTuple	tuple;
 	bool		found;
 
@@ -957,13 +993,13 @@ abp_outbox_bounds(Oid usage_table, char state, int64 *first, int64 *last)
 	if (found)
 	{
 		*first = ENTRY_FORM(tuple)->first;
-		end_entry_scan(&scan);
+		end_ordered_scan(&scan);
 		begin_entry_scan(&scan, usage_table, state, PG_INT64_MIN, DT_NOEND, AccessShareLock);
 		tuple = systable_getnext_ordered(scan.scan, BackwardScanDirection);
 		if (tuple != NULL)
 			*last = ENTRY_FORM(tuple)->last;
 	}
-	end_entry_scan(&scan);
+	end_ordered_scan(&scan);
 	PopActiveSnapshot();
 	return found;
 }
@@ -975,7 +1011,7 @@ TimestampTz
 abp_outbox_next_due(Oid usage_table)
 {
 	TimestampTz due = DT_NOEND;
-	EntryScan	scan;
+	OrderedScan scan;
 	HeapTuple	tuple;
 
 	PushActiveSnapshot(GetLatestSnapshot());
@@ -983,7 +1019,7 @@ abp_outbox_next_due(Oid usage_table)
 	tuple = systable_getnext_ordered(scan.scan, ForwardScanDirection);
 	if (tuple != NULL)
 		due = ENTRY_FORM(tuple)->not_before;
-	end_entry_scan(&scan);
+	end_ordered_scan(&scan);
 	PopActiveSnapshot();
 	return due;
 }
@@ -996,7 +1032,7 @@ OutboxEntry *
 abp_outbox_next_unpriced(Oid usage_table, int64 *cursor)
 {
 	OutboxEntry *entry = NULL;
-	EntryScan	scan;
+	OrderedScan scan;
 	HeapTuple	tuple;
 
 	PushActiveSnapshot(GetLatestSnapshot());
@@ -1008,7 +1044,7 @@ abp_outbox_next_unpriced(Oid usage_table, int64 *cursor)
 		*entry = read_entry(tuple, RelationGetDescr(scan.rel));
 		*cursor = entry->ids.ranges[0].first + 1;
 	}
-	end_entry_scan(&scan);
+	end_ordered_scan(&scan);
 	PopActiveSnapshot();
 	return entry;
 }
@@ -1203,55 +1239,134 @@ abp_ledger_sending(Oid usage_table)
 }
 
 /*
- * What the ledger tells of a table, in the current memory context.
+ * What is summed up of a table's deliveries is added to "totals".  *up_to is
+ * the last of them, *all_up_to the last that is summed up of any table: later
+ * ones are not summed up, and of this table there are none between the two.
+ */
+static void
+add_summed_up(Oid usage_table, LedgerTotals *totals, int64 *up_to, int64 *all_up_to)
+{
+	Relation	rel = table_open(needed_relation("delivery_total"), AccessShareLock);
+	SysScanDesc scan = systable_beginscan(rel, InvalidOid, false, GetActiveSnapshot(), 0, NULL);
+	HeapTuple	tuple;
+
+	*up_to = *all_up_to = 0;
+	while ((tuple = systable_getnext(scan)) != NULL)
+	{
+		const DeliveryTotalForm *form = (const DeliveryTotalForm *) GETSTRUCT(tuple);
+
+		*all_up_to = Max(*all_up_to, form->up_to);
+		if (form->usage_table != usage_table)
+			continue;
+		*up_to = form->up_to;
+		totals->deliveries += form->deliveries;
+		totals->delivered += form->delivered;
+		totals->duplicates += form->duplicates;
+		totals->unexpected_duplicates += form->unexpected_duplicates;
+		totals->vanished += form->vanished;
+	}
+	systable_endscan(scan);
+	table_close(rel, AccessShareLock);
+}
+
+/* Add one delivery to "totals": its numbers, unless they are summed up. */
+static void
+add_delivery(LedgerTotals *totals, HeapTuple tuple, TupleDesc desc, bool summed_up)
+{
+	Datum		values[Natts_delivery];
+	bool		nulls[Natts_delivery];
+	char	   *state;
+
+#define VALUE(column) values[Anum_delivery_##column - 1]
+#define IS_NULL(column) nulls[Anum_delivery_##column - 1]
+
+	heap_deform_tuple(tuple, desc, values, nulls);
+	state = TextDatumGetCString(VALUE(state));
+	if (strcmp(state, "sending") == 0)
+		totals->in_flight += DatumGetInt32(VALUE(events));
+	else if (strcmp(state, "delivered") == 0)
+	{
+		if (!summed_up)
+		{
+			totals->deliveries++;
+			totals->delivered += DatumGetInt32(VALUE(events));
+		}
+		if (TIMESTAMP_NOT_FINITE(totals->last_delivery))
+			totals->last_delivery = DatumGetTimestampTz(VALUE(finished_at));
+	}
+	pfree(state);
+
+	if (!summed_up)
+	{
+		if (!IS_NULL(duplicates))
+			totals->duplicates += DatumGetInt64(VALUE(duplicates));
+		totals->unexpected_duplicates += DatumGetInt64(VALUE(unexpected_duplicates));
+		totals->vanished += DatumGetInt64(VALUE(vanished));
+	}
+	if (totals->last_error == NULL && !IS_NULL(error))
+		totals->last_error = TextDatumGetCString(VALUE(error));
+
+#undef VALUE
+#undef IS_NULL
+}
+
+/* Begin a scan over the deliveries of ids above or up to one. */
+static void
+begin_delivery_scan(OrderedScan *scan, StrategyNumber strategy, RegProcedure compare, int64 id)
+{
+	ScanKeyData key;
+
+	ScanKeyInit(&key, Anum_delivery_id, strategy, compare, Int64GetDatum(id));
+	begin_ordered_scan(scan, "delivery", "delivery_pkey", 1, &key, AccessShareLock);
+}
+
+/*
+ * What the ledger tells of a table, in the current memory context.  Without
+ * SQL: three statements take a new session longer to plan than to run.
  */
 void
 abp_ledger_totals(Oid usage_table, LedgerTotals *totals)
 {
-	static Statement sums = {
-		"SELECT (SELECT coalesce(sum(d.events), 0) FROM aibilling.delivery d"
-		"  WHERE d.usage_table = $1 AND d.state = 'sending')::pg_catalog.int8,"
-		" (coalesce(t.deliveries, 0) + r.deliveries)::pg_catalog.int8,"
-		" (coalesce(t.delivered, 0) + r.delivered)::pg_catalog.int8,"
-		" (coalesce(t.duplicates, 0) + r.duplicates)::pg_catalog.int8,"
-		" (coalesce(t.unexpected_duplicates, 0) + r.unexpected_duplicates)::pg_catalog.int8,"
-		" (coalesce(t.vanished, 0) + r.vanished)::pg_catalog.int8"
-		" FROM (SELECT) one LEFT JOIN aibilling.delivery_total t ON t.usage_table = $1,"
-		" LATERAL (" LEDGER_SUMS
-		"  FROM aibilling.delivery d"
-		"  WHERE d.usage_table = $1 AND d.id > coalesce(t.up_to, 0)) r",
-		1, {REGCLASSOID}
-	};
-	static Statement last_delivery = {
-		"SELECT d.finished_at FROM aibilling.delivery d"
-		" WHERE d.usage_table = $1 AND d.state = 'delivered' ORDER BY d.id DESC LIMIT 1",
-		1, {REGCLASSOID}
-	};
-	static Statement last_error = {
-		"SELECT d.error FROM (SELECT d.id, d.error FROM aibilling.delivery d"
-		"  WHERE d.usage_table = $1 ORDER BY d.id DESC LIMIT 1000) d"
-		" WHERE d.error IS NOT NULL ORDER BY d.id DESC LIMIT 1",
-		1, {REGCLASSOID}
-	};
-	Datum		values[1] = {ObjectIdGetDatum(usage_table)};
-	MemoryContext caller = CurrentMemoryContext;
-	SavedUser	saved;
+	OrderedScan scan;
+	HeapTuple	tuple;
+	int64		up_to;
+	int64		all_up_to;
 
-	abp_become_extension_owner(&saved);
-	SPI_connect();
-	run(&sums, values, NULL);
-	totals->in_flight = result_int64(0, 1, 0);
-	totals->deliveries = result_int64(0, 2, 0);
-	totals->delivered = result_int64(0, 3, 0);
-	totals->duplicates = result_int64(0, 4, 0);
-	totals->unexpected_duplicates = result_int64(0, 5, 0);
-	totals->vanished = result_int64(0, 6, 0);
-	totals->last_delivery = run(&last_delivery, values, NULL) > 0 ?
-		result_int64(0, 1, DT_NOBEGIN) : DT_NOBEGIN;
-	totals->last_error = run(&last_error, values, NULL) > 0 ?
-		result_string(0, 1, caller) : NULL;
-	SPI_finish();
-	abp_restore_user(&saved);
+	memset(totals, 0, sizeof(*totals));
+	totals->last_delivery = DT_NOBEGIN;
+	PushActiveSnapshot(GetLatestSnapshot());
+	add_summed_up(usage_table, totals, &up_to, &all_up_to);
+
+	begin_delivery_scan(&scan, BTGreaterStrategyNumber, F_INT8GT, all_up_to);
+	while ((tuple = systable_getnext_ordered(scan.scan, BackwardScanDirection)) != NULL)
+	{
+		CHECK_FOR_INTERRUPTS();
+
+		if (DELIVERY_FORM(tuple)->usage_table == usage_table)
+			add_delivery(totals, tuple, RelationGetDescr(scan.rel), false);
+	}
+	end_ordered_scan(&scan);
+
+	/* The last delivery and the last error may be summed up already. */
+	begin_delivery_scan(&scan, BTLessEqualStrategyNumber, F_INT8LE, up_to);
+	for (int seen = 0;; seen++)
+	{
+		bool		wants_delivery = totals->deliveries > 0 &&
+		TIMESTAMP_NOT_FINITE(totals->last_delivery);
+		bool		wants_error = totals->last_error == NULL && seen < LEDGER_ERRORS;
+
+		CHECK_FOR_INTERRUPTS();
+
+		if (!wants_delivery && !wants_error)
+			break;
+		tuple = systable_getnext_ordered(scan.scan, BackwardScanDirection);
+		if (tuple == NULL)
+			break;
+		if (DELIVERY_FORM(tuple)->usage_table == usage_table)
+			add_delivery(totals, tuple, RelationGetDescr(scan.rel), true);
+	}
+	end_ordered_scan(&scan);
+	PopActiveSnapshot();
 }
 
 /*
@@ -1270,7 +1385,11 @@ abp_ledger_sum_up(void)
 		"   WHERE u.state = 'sending'), 9223372036854775807)"
 		"  GROUP BY d.usage_table) n"
 		" LEFT JOIN aibilling.delivery_total o ON o.usage_table = n.usage_table,"
-		" LATERAL (" LEDGER_SUMS
+		" LATERAL (SELECT count(*) FILTER (WHERE d.state = 'delivered') AS deliveries,"
+		"  coalesce(sum(d.events) FILTER (WHERE d.state = 'delivered'), 0)::pg_catalog.int8 AS delivered,"
+		"  coalesce(sum(d.duplicates), 0)::pg_catalog.int8 AS duplicates,"
+		"  coalesce(sum(d.unexpected_duplicates), 0)::pg_catalog.int8 AS unexpected_duplicates,"
+		"  coalesce(sum(d.vanished), 0)::pg_catalog.int8 AS vanished"
 		"  FROM aibilling.delivery d WHERE d.usage_table = n.usage_table"
 		"  AND d.id > coalesce(o.up_to, 0) AND d.id <= n.up_to) r"
 		" ON CONFLICT (usage_table) DO UPDATE SET up_to = excluded.up_to,"

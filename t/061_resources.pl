@@ -213,6 +213,14 @@ is($node->ledger('count(*)', "state = 'delivered'"),
 	$others + $warm_up + $requests, 'each row was a request');
 is($node->worker_pid, $worker, 'of one and the same worker');
 
+my $of_table = "usage_table = 'usage'::regclass";
+my $summed_up = $node->safe_psql('postgres', "SELECT deliveries FROM aibilling.delivery_total WHERE $of_table");
+cmp_ok($summed_up, '>=', $requests / 2, 'at least half of them are summed up');
+is( $node->safe_psql('postgres',
+		"SELECT deliveries, delivered, duplicates, vanished FROM aibilling.status WHERE $of_table"),
+	$node->ledger('count(*), sum(events), sum(duplicates)::bigint, sum(vanished)::bigint', "state = 'delivered' AND $of_table"),
+	'and status tells what the ledger does');
+
 # A leak of 32 bytes a request, the least that malloc hands out, exceeds this.
 cmp_ok(growth($before->{contexts}, $after->{contexts}), '<', 16 * $requests, 'memory contexts do not grow with requests');
 SKIP:

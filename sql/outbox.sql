@@ -398,6 +398,17 @@ SELECT count(*) FROM aibilling.outbox_entry WHERE last + 1 = (SELECT id + 1 FROM
 COMMIT;
 DROP INDEX aibilling.mine, aibilling.expression, aibilling.partial;
 
+-- Columns that he adds do no harm.
+ALTER TABLE aibilling.outbox_entry ADD mine text;
+ALTER TABLE aibilling.delivery ADD mine text DEFAULT 'mine';
+SELECT ins('widened');
+SELECT mine FROM aibilling.outbox_entry JOIN u ON id BETWEEN first AND last WHERE external_id = 'widened';
+CALL ship('widened', 'delivered');
+SELECT external_id, (aibilling.usage_status('u', id)).state FROM u WHERE external_id IN ('indexed', 'widened') ORDER BY 1;
+SELECT deliveries > 0 AS some, last_error FROM aibilling.status WHERE usage_table = 'u'::regclass;
+ALTER TABLE aibilling.outbox_entry DROP mine;
+ALTER TABLE aibilling.delivery DROP mine;
+
 -- What status tells of the ledger, most of which is summed up, against all of it: u is busy, v has long been idle, no
 -- delivery of w was accepted, x has none.
 BEGIN;

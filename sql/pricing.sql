@@ -180,6 +180,13 @@ SELECT pg_temp.cost_of('p', 'm');
 ROLLBACK;
 SELECT pg_temp.cost_of('p', 'm'), pg_temp.cost_of('p', 'alias'), pg_temp.cost_of('p', 'm', 'scale');
 
+-- A column that a superuser adds does no harm, nor does an index that he drops.
+BEGIN;
+ALTER TABLE aibilling.price ADD mine text DEFAULT 'mine', DROP CONSTRAINT price_key;
+ALTER TABLE aibilling.price_source DROP CONSTRAINT price_source_pkey;
+SELECT pg_temp.cost_of('p', 'm'), pg_temp.cost_of('p', 'alias'), pg_temp.cost_of('p', 'm', 'scale');
+ROLLBACK;
+
 -- The table is looked into once for each name, whatever the number of rows and whether it has a price.
 BEGIN;
 INSERT INTO aibilling.price (provider, model, input) VALUES ('once', 'm0', 1), ('once', 'm1', 2);

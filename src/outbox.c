@@ -128,7 +128,7 @@ typedef struct AttachmentForm
 
 #define ATTACHMENT_FORM(tuple) ((const AttachmentForm *) GETSTRUCT(tuple))
 
-/* columns of aibilling.usage_table behind them */
+/* columns of aibilling.usage_table */
 #define Anum_attachment_usage 1
 #define Anum_attachment_blocked_until 5
 #define Anum_attachment_blocked_reason 6

@@ -24,7 +24,6 @@
 #include "access/table.h"
 #include "access/xact.h"
 #include "catalog/namespace.h"
-#include "catalog/pg_class.h"
 #include "catalog/pg_type.h"
 #include "common/hashfn.h"
 #include "executor/spi.h"
@@ -38,7 +37,6 @@
 #include "utils/numeric.h"
 #include "utils/rel.h"
 #include "utils/snapmgr.h"
-#include "utils/syscache.h"
 #include "utils/timestamp.h"
 
 #include "compat.h"
@@ -74,7 +72,7 @@ typedef struct PriceTier
 typedef struct TierRule
 {
 	TextView	name;
-	int			rank;			/* the user's of the provider first */
+	int			rank;			/* the lower, the nearer to the request */
 	bool		has_multiplier;
 	ExactDecimal multiplier;
 } TierRule;
@@ -173,7 +171,6 @@ static Oid	price_table_oids[lengthof(price_tables)];
 
 /* Intermediate results of numeric arithmetic; reset after each row. */
 static MemoryContext work_context = NULL;
-
 
 /* columns of aibilling.price */
 #define Anum_price_provider 1
@@ -384,6 +381,22 @@ text_view_datum(TextView view)
 	return PointerGetDatum(cstring_to_text_with_len(view.data, view.len));
 }
 
+static Relation
+open_price_table(int table)
+{
+	Relation	rel = try_table_open(price_table_oids[table], AccessShareLock);
+
+	if (rel == NULL)
+	{
+		cache_stale = true;		/* there may be another one */
+		ereport(ERROR,
+				(errcode(ERRCODE_UNDEFINED_TABLE),
+				 errmsg("table \"aibilling.%s\" does not exist", price_tables[table]),
+				 errhint("Run CREATE EXTENSION aibilling_polar.")));
+	}
+	return rel;
+}
+
 /* Run ALIAS_QUERY. */
 static void
 read_aliases(ModelKey key, ModelKey stripped, Snapshot snapshot)
@@ -421,16 +434,6 @@ result_value(uint64 row, int column, bool *isnull)
 						 column, isnull);
 }
 
-/* A decimal of a price or rule, times 10^9, which is exact. */
-static int64
-decimal_nanos(Datum decimal)
-{
-	Datum		nanos = DirectFunctionCall2(numeric_mul, decimal,
-											NumericGetDatum(int64_to_numeric(1000000000)));
-
-	return DatumGetInt64(DirectFunctionCall1(numeric_int8, nanos));
-}
-
 /* Like result_value, of a text column that is not null. */
 static TextView
 result_text(uint64 row, int column)
@@ -441,6 +444,16 @@ result_text(uint64 row, int column)
 	if (isnull)
 		elog(ERROR, "unexpected null in column %d of a price query", column);
 	return datum_text_view(datum);
+}
+
+/* A decimal of a price or rule, times 10^9, which is exact. */
+static int64
+decimal_nanos(Datum decimal)
+{
+	Datum		nanos = DirectFunctionCall2(numeric_mul, decimal,
+											NumericGetDatum(int64_to_numeric(1000000000)));
+
+	return DatumGetInt64(DirectFunctionCall1(numeric_int8, nanos));
 }
 
 /*
@@ -697,7 +710,7 @@ source_priority(TextView source, Snapshot snapshot)
 	if (text_view_equal(source, user))
 		return PG_INT64_MIN;
 
-	rel = table_open(price_table_oids[TABLE_PRICE_SOURCE], AccessShareLock);
+	rel = open_price_table(TABLE_PRICE_SOURCE);
 	index = get_relname_relid("price_source_pkey", RelationGetNamespace(rel));
 	ScanKeyInit(&key, Anum_price_source_source, BTEqualStrategyNumber, F_TEXTEQ,
 				text_view_datum(source));
@@ -759,7 +772,7 @@ compare_price_rows(const void *a, const void *b)
 static PriceRow *
 read_price_rows(ModelKey key, Snapshot snapshot, int *nrows)
 {
-	Relation	rel = table_open(price_table_oids[TABLE_PRICE], AccessShareLock);
+	Relation	rel = open_price_table(TABLE_PRICE);
 	TupleDesc	desc = RelationGetDescr(rel);
 	Oid			index = get_relname_relid("price_key", RelationGetNamespace(rel));
 	ScanKeyData keys[2];
@@ -879,7 +892,7 @@ compare_rules(const void *a, const void *b)
 static void
 load_rules(PriceModel *model, TextView provider, Snapshot snapshot)
 {
-	Relation	rel = table_open(price_table_oids[TABLE_SERVICE_TIER_RULE], AccessShareLock);
+	Relation	rel = open_price_table(TABLE_SERVICE_TIER_RULE);
 	TupleDesc	desc = RelationGetDescr(rel);
 	SysScanDesc scan = systable_beginscan(rel, InvalidOid, false, snapshot, 0, NULL);
 	HeapTuple	tuple;
@@ -1110,7 +1123,7 @@ read_model(ModelKey key)
 {
 	PriceModel *model;
 	MemoryContext context;
-	HeapTuple	tuple;
+	Relation	price;
 	Oid			save_userid;
 	int			save_sec_context;
 	Snapshot	snapshot;
@@ -1121,17 +1134,12 @@ read_model(ModelKey key)
 	model = MemoryContextAllocZero(context, sizeof(PriceModel));
 	model->context = context;
 
-	tuple = SearchSysCache1(RELOID, ObjectIdGetDatum(price_table_oids[TABLE_PRICE]));
-	if (!HeapTupleIsValid(tuple))
-		ereport(ERROR,
-				(errcode(ERRCODE_UNDEFINED_TABLE),
-				 errmsg("table \"aibilling.price\" does not exist"),
-				 errhint("Run CREATE EXTENSION aibilling_polar.")));
+	price = open_price_table(TABLE_PRICE);
 	GetUserIdAndSecContext(&save_userid, &save_sec_context);
-	SetUserIdAndSecContext(((Form_pg_class) GETSTRUCT(tuple))->relowner,
+	SetUserIdAndSecContext(price->rd_rel->relowner,
 						   save_sec_context | SECURITY_LOCAL_USERID_CHANGE |
 						   SECURITY_NOFORCE_RLS);
-	ReleaseSysCache(tuple);
+	table_close(price, NoLock);
 
 	if (SPI_connect() != SPI_OK_CONNECT)
 		elog(ERROR, "SPI_connect failed");

@@ -459,6 +459,7 @@ finish(HttpRequest *request, CURLcode code)
 	else
 	{
 		reply->outcome = request->sent ? HTTP_UNKNOWN : HTTP_NOT_SENT;
+		reply->out_of_memory = request->out_of_memory || code == CURLE_OUT_OF_MEMORY;
 		describe_failure(request, code);
 		reply->error = request->error;
 	}
@@ -483,6 +484,7 @@ give_up(CURLMcode code)
 		strlcpy(request->curl_error, curl_multi_strerror(code),
 				sizeof(request->curl_error));
 		finish(request, CURLE_ABORTED_BY_CALLBACK);
+		request->reply.out_of_memory = code == CURLM_OUT_OF_MEMORY;
 	}
 	curl_multi_cleanup(multi);
 	multi = NULL;

@@ -50,6 +50,7 @@ typedef struct HttpReply
 	size_t		body_len;
 	bool		truncated;		/* body cut at the limit below; the outcome is
 								 * then HTTP_UNKNOWN */
+	bool		out_of_memory;	/* here; less at a time may pass */
 	const char *retry_after;	/* header's text, NULL if none */
 	const char *error;			/* words for the reader, NULL if answered;
 								 * never the token or a body */

@@ -1116,31 +1116,27 @@ settle(Shipment *shipment, const ServerOptions *server)
 	Verdict    *verdict;
 
 	delivery->http_status = reply->status;
-	if (reply->outcome == HTTP_NOT_SENT)
+	if (reply->outcome != HTTP_ANSWERED)
 	{
 		char	   *error = pstrdup(reply->error);
+		bool		out_of_memory = reply->out_of_memory;
+		bool		timed_out = reply->outcome == HTTP_UNKNOWN && server != NULL &&
+		reply->elapsed_ms >= server->timeout_ms;
 
+		if (reply->outcome == HTTP_UNKNOWN)
+			delivery->outcome_unknown = true;
 		back_off(lane, backoff_ms(lane->failures + 1), error);
-		return_or_keep(shipment, error, true);
-		return;
-	}
-	if (reply->outcome == HTTP_UNKNOWN)
-	{
-		char	   *error = pstrdup(reply->error);
-
-		bool		timed_out = server != NULL && reply->elapsed_ms >= server->timeout_ms;
-
-		delivery->outcome_unknown = true;
-		back_off(lane, backoff_ms(lane->failures + 1), error);
-		if (timed_out)
+		if (timed_out || out_of_memory)
 			lane->batch_size = Max(1, delivery->nevents / 2);
 
 		/* What never is answered in time may be too much at once. */
-		if (timed_out && delivery->nevents > 1 &&
-			++shipment->timeouts >= TIMEOUTS_BEFORE_HALVING)
+		if (timed_out)
+			shipment->timeouts++;
+		if (delivery->outcome_unknown && delivery->nevents > 1 &&
+			(out_of_memory || shipment->timeouts >= TIMEOUTS_BEFORE_HALVING))
 			halve(shipment, error);
 		else
-			keep_for_retry(shipment, lane->not_before, error);
+			return_or_keep(shipment, error, true);
 		return;
 	}
 
@@ -1466,14 +1462,14 @@ typedef void (*TableWork) (const UsageTable *table, const ServerOptions *server,
 /*
  * Do something with a table's rows.  An error (a policy, a changed column, a
  * failing trigger) undoes it and blocks the table for a while, not the others.
- * Returns false then.
+ * Returns its code then, else ERRCODE_SUCCESSFUL_COMPLETION.
  */
-static bool
+static int
 guarded(TableWork work, const UsageTable *table, const ServerOptions *server, void *arg)
 {
 	MemoryContext caller = CurrentMemoryContext;
 	ResourceOwner owner = CurrentResourceOwner;
-	volatile bool ok = false;
+	volatile int result = ERRCODE_SUCCESSFUL_COMPLETION;
 
 	BeginInternalSubTransaction(NULL);
 	MemoryContextSwitchTo(caller);
@@ -1483,7 +1479,6 @@ guarded(TableWork work, const UsageTable *table, const ServerOptions *server, vo
 		work(table, server, arg);
 		(void) end_work_limit();
 		ReleaseCurrentSubTransaction();
-		ok = true;
 	}
 	PG_CATCH();
 	{
@@ -1513,11 +1508,12 @@ guarded(TableWork work, const UsageTable *table, const ServerOptions *server, vo
 		until = in_ms(is_transient(error->sqlerrcode) ? TRANSIENT_MS : PROBE_MS);
 		abp_usage_table_block(table->relid, error->message, until);
 		due_at(until);
+		result = error->sqlerrcode;
 	}
 	PG_END_TRY();
 	MemoryContextSwitchTo(caller);
 	CurrentResourceOwner = owner;
-	return ok;
+	return result;
 }
 
 /* Take the next rows of a table and enter them in the ledger. */
@@ -1923,8 +1919,9 @@ prepare_again(const UsageTable *table, const ServerOptions *server, Shipment *sh
 {
 	Delivery   *delivery = &shipment->delivery;
 	Delivery	before = *delivery;
+	int			failure = guarded(rebuild, table, server, shipment);
 
-	if (!guarded(rebuild, table, server, shipment))
+	if (failure != ERRCODE_SUCCESSFUL_COMPLETION)
 	{
 		shipment->stage = SHIPMENT_WAITING;
 		forget_request(shipment);
@@ -1932,6 +1929,8 @@ prepare_again(const UsageTable *table, const ServerOptions *server, Shipment *sh
 		delivery->nevents = before.nevents;
 		delivery->vanished = before.vanished;
 		delivery->attempts = before.attempts;
+		if (failure == ERRCODE_OUT_OF_MEMORY && delivery->nevents > 1)
+			halve(shipment, "out of memory");
 		return false;
 	}
 
@@ -2029,7 +2028,7 @@ prepare_table(const UsageTable *table, const ServerOptions *server, List **depar
 		}
 		if (!take_quota(server))
 			break;
-		if (!guarded(prepare_next, table, server, &next))
+		if (guarded(prepare_next, table, server, &next) != ERRCODE_SUCCESSFUL_COMPLETION)
 		{
 			if (next.shipment != NULL)
 				drop_shipment(next.shipment);

@@ -16,6 +16,7 @@
 PG_MODULE_MAGIC;
 
 PG_FUNCTION_INFO_V1(fail_malloc);
+PG_FUNCTION_INFO_V1(fail_large_malloc);
 PG_FUNCTION_INFO_V1(failed_mallocs);
 
 extern void *__libc_malloc(size_t size);
@@ -25,13 +26,17 @@ extern void *__libc_realloc(void *old, size_t size);
 static int64 allocations = 0;
 static int64 first_to_fail = PG_INT64_MAX;
 static int64 last_to_fail = PG_INT64_MAX;
+static size_t too_large = SIZE_MAX;
 static int64 failed = 0;
 
 static bool
-fails(void)
+fails(size_t size)
 {
+	/* memory contexts take blocks whose sizes are powers of two */
+	bool		large = size >= too_large && (size & (size - 1)) != 0;
+
 	allocations++;
-	if (allocations < first_to_fail || allocations > last_to_fail)
+	if (!large && (allocations < first_to_fail || allocations > last_to_fail))
 		return false;
 	failed++;
 	errno = ENOMEM;
@@ -41,19 +46,19 @@ fails(void)
 void *
 malloc(size_t size)
 {
-	return fails() ? NULL : __libc_malloc(size);
+	return fails(size) ? NULL : __libc_malloc(size);
 }
 
 void *
 calloc(size_t count, size_t size)
 {
-	return fails() ? NULL : __libc_calloc(count, size);
+	return fails(count * size) ? NULL : __libc_calloc(count, size);
 }
 
 void *
 realloc(void *old, size_t size)
 {
-	return fails() ? NULL : __libc_realloc(old, size);
+	return fails(0) ? NULL : __libc_realloc(old, size);
 }
 
 /* fail_malloc(n, times): let the n-th from here fail, and those after it. */
@@ -67,10 +72,23 @@ fail_malloc(PG_FUNCTION_ARGS)
 	PG_RETURN_VOID();
 }
 
+/*
+ * fail_large_malloc(n): let all of n bytes and more fail, but those that grow
+ * and those of memory contexts.
+ */
+Datum
+fail_large_malloc(PG_FUNCTION_ARGS)
+{
+	failed = 0;
+	too_large = PG_GETARG_INT32(0);
+	PG_RETURN_VOID();
+}
+
 /* How many have failed; no more will. */
 Datum
 failed_mallocs(PG_FUNCTION_ARGS)
 {
 	first_to_fail = last_to_fail = PG_INT64_MAX;
+	too_large = SIZE_MAX;
 	PG_RETURN_INT64(failed);
 }

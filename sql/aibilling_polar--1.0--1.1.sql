@@ -138,3 +138,6 @@ COMMENT ON COLUMN aibilling.price_quarantine.multiplier IS 'As aibilling.price.m
 
 COMMENT ON FUNCTION aibilling.reprice(regclass, timestamptz, timestamptz, boolean) IS
 'Computes the cost of the rows with from_time <= occurred_at < to_time again, by the prices of today. Returns a row per cost that differs, in USD x 10^9; rows delivered or in flight are only reported, the others change unless dry_run. A row whose cost is beyond cost_nanos or whose counts contradict each other is returned with the action kept, named in a warning, and stays as it is. Needs ownership of the table';
+
+COMMENT ON COLUMN aibilling.status.last_error IS
+'Error of the last delivery that had one; errors more than a thousand or two of deliveries ago are not shown';

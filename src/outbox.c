@@ -8,6 +8,8 @@
  * entries that begin in the id's block, through the table's only index.
  * Entries are inserted and taken through the table's access method, without
  * SQL: both happen for every batch, the first inside users' transactions.
+ * So is read what a new session asks first, attachments and the ledger's
+ * totals, which SQL would plan for longer than read.
  *
  *-------------------------------------------------------------------------
  */

@@ -1129,7 +1129,10 @@ settle(Shipment *shipment, const ServerOptions *server)
 		if (timed_out || out_of_memory)
 			lane->batch_size = Max(1, delivery->nevents / 2);
 
-		/* What never is answered in time may be too much at once. */
+		/*
+		 * What never is answered in time, or is more than our memory, is too
+		 * much at once.
+		 */
 		if (timed_out)
 			shipment->timeouts++;
 		if (delivery->outcome_unknown && delivery->nevents > 1 &&

@@ -229,7 +229,7 @@ CREATE FUNCTION failed_mallocs() RETURNS bigint AS '$library' LANGUAGE C;");
 UPDATE usage SET tags =
 	(SELECT jsonb_object_agg('tag' || i, repeat('x', 490)) FROM generate_series(1, 10) i)
 WHERE external_id LIKE 'large%'});
-	my ($rc, $out) = $session->psql('postgres',
+	my (undef, $out) = $session->psql('postgres',
 		"SELECT fail_large_malloc(333333);\n"
 		  . "SELECT aibilling.resume(); CALL aibilling.sync(timeout => '100 ms');\n" x 8
 		  . "SELECT 'result', failed_mallocs()", on_error_stop => 0);

@@ -105,6 +105,13 @@
 	(pg_proc_aclcheck((funcid), (roleid), ACL_EXECUTE) == ACLCHECK_OK)
 #endif
 
+/* 17 can limit a transaction's time; what has ended the process by it is told so. */
+#if PG_VERSION_NUM >= 170000
+#define abp_transaction_timed_out() (TransactionTimeoutPending != 0)
+#else
+#define abp_transaction_timed_out() false
+#endif
+
 /* A JSON parser's actions may end the parse from 16 on; before, they are void. */
 #if PG_VERSION_NUM >= 160000
 #define ABP_JSON_ACTION JsonParseErrorType

@@ -12,6 +12,7 @@
 
 #include "lib/stringinfo.h"
 #include "nodes/pg_list.h"
+#include "storage/itemptr.h"
 
 #include "idset.h"
 #include "row.h"
@@ -39,6 +40,7 @@ typedef struct TakenEntries
 {
 	int			attempts;		/* the most */
 	bool		maybe_sent;		/* of any */
+	bool		passed_over;	/* were there others, locked? */
 } TakenEntries;
 
 /* Where a row stands. */
@@ -125,7 +127,9 @@ extern int64 abp_outbox_retry(Oid usage_table, IdSet *only);
 extern bool abp_outbox_bounds(Oid usage_table, char state, int64 *first,
 							  int64 *last);
 extern TimestampTz abp_outbox_next_due(Oid usage_table);
-extern OutboxEntry *abp_outbox_next_unpriced(Oid usage_table, int64 *cursor);
+extern OutboxEntry *abp_outbox_next_unpriced(Oid usage_table, int64 *cursor,
+											 ItemPointer tid);
+extern bool abp_outbox_take_entry(ItemPointer tid);
 
 /* the ledger */
 extern void abp_ledger_begin(Delivery *delivery);
@@ -145,9 +149,9 @@ extern List *abp_usage_tables(bool *armed);
 extern bool abp_usage_table_attached(Oid relid, Oid *serverid);
 extern void abp_usage_tables_follow_servers(void);
 extern void abp_usage_table_forget(Oid relid);
-extern void abp_usage_table_block(Oid relid, const char *reason,
+extern bool abp_usage_table_block(Oid relid, const char *reason,
 								  TimestampTz until);
-extern void abp_usage_table_unblock(Oid relid);
+extern void abp_usage_table_unblock(Oid relid, bool may_wait);
 extern bool abp_server_state_by_role(void);
 extern void abp_server_state_save(const char *server, Oid role, const char *paused,
 								  const char *reason, int failures,

@@ -447,11 +447,12 @@ attach_table(Oid relid, const char *server, const char *existing)
 	args[2] = ObjectIdGetDatum(foreign->serverid);
 	abp_become_extension_owner(&saved);
 	SPI_connect();
-	SPI_execute_with_args("INSERT INTO aibilling.attachment (usage, server, serverid)"
-						  " VALUES ($1, $2, $3)"
-						  " ON CONFLICT (usage) DO UPDATE SET server = excluded.server,"
-						  " serverid = excluded.serverid,"
-						  " blocked_until = NULL, blocked_reason = NULL",
+	SPI_execute_with_args(psprintf("INSERT INTO aibilling.%s (usage, server, serverid)"
+								   " VALUES ($1, $2, $3)"
+								   " ON CONFLICT (usage) DO UPDATE SET server = excluded.server,"
+								   " serverid = excluded.serverid,"
+								   " blocked_until = NULL, blocked_reason = NULL",
+								   abp_attachment_table()),
 						  3, argtypes, args, NULL, false, 0);
 	SPI_finish();
 	abp_restore_user(&saved);
@@ -459,7 +460,7 @@ attach_table(Oid relid, const char *server, const char *existing)
 	abp_database_arm(true);
 	if (strcmp(existing, "send") == 0)
 		enqueue_existing(relid);
-	CacheInvalidateRelcacheByRelid(abp_extension_relation("attachment"));
+	CacheInvalidateRelcacheByRelid(abp_extension_relation(abp_attachment_table()));
 	abp_wake_at_commit();
 }
 
@@ -517,7 +518,7 @@ abp_sql_detach(PG_FUNCTION_ARGS)
 	AtEOXact_GUC(false, guc_level);
 
 	abp_usage_table_forget(relid);
-	CacheInvalidateRelcacheByRelid(abp_extension_relation("attachment"));
+	CacheInvalidateRelcacheByRelid(abp_extension_relation(abp_attachment_table()));
 	PG_RETURN_VOID();
 }
 

@@ -69,6 +69,7 @@ typedef struct UsageRelation
 	Oid			serverid;
 	int64		ledger_from;	/* its last delivery before a TRUNCATE */
 	Oid			id_index;		/* InvalidOid: not looked for, or none */
+	bool		counts_not_queued;	/* since the extension's 1.2 */
 	int			natts;
 	AttrNumber	attnums[NUM_USAGE_COLUMNS];
 	Datum	   *values;			/* scratch: one tuple's columns */
@@ -231,11 +232,12 @@ know_relation(Relation rel)
 				 errhint("Restore the columns, or take the triggers off with aibilling.detach.")));
 	pfree(problem);
 
-	attachments_relid = abp_extension_relation("attachment");
+	attachments_relid = abp_extension_relation(abp_attachment_table());
 
 	/* Looking the server up may let in news of a change: then look again. */
 	known->valid = true;
 	known->id_index = InvalidOid;
+	known->counts_not_queued = OidIsValid(abp_extension_relation("ledger"));
 	known->usage_table = find_usage_table(rel, &serverid, &ledger_from);
 	known->serverid = serverid;
 	known->ledger_from = ledger_from;
@@ -1309,7 +1311,8 @@ abp_sql_enqueue_usage(PG_FUNCTION_ARGS)
 	}
 	if (enqueue_is_off(known->usage_table))
 	{
-		abp_collect_not_queued(known->usage_table, row.id);
+		if (known->counts_not_queued)
+			abp_collect_not_queued(known->usage_table, row.id);
 		return PointerGetDatum(NULL);
 	}
 
@@ -1362,6 +1365,7 @@ abp_sql_guard_usage(PG_FUNCTION_ARGS)
 	bool		own;
 	bool		has_moved;
 
+	abp_extension_check_version();
 	check_trigger(fcinfo, "guard_usage",
 				  TRIGGER_EVENT_AFTER | TRIGGER_EVENT_ROW | TRIGGER_EVENT_DELETE,
 				  TRIGGER_EVENT_AFTER | TRIGGER_EVENT_ROW | TRIGGER_EVENT_DELETE,

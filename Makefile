@@ -10,6 +10,7 @@ OBJS = \
 	src/http.o \
 	src/idset.o \
 	src/normalize.o \
+	src/object_access.o \
 	src/operate.o \
 	src/outbox.o \
 	src/polar.o \

@@ -37,6 +37,7 @@ PG_FUNCTION_INFO_V1(abp_sql_attach);
 PG_FUNCTION_INFO_V1(abp_sql_detach);
 PG_FUNCTION_INFO_V1(abp_sql_on_sql_drop);
 PG_FUNCTION_INFO_V1(abp_sql_on_server_ddl);
+PG_FUNCTION_INFO_V1(abp_sql_on_drop_extension);
 
 static char *
 qualified_name(Oid relid)
@@ -579,5 +580,20 @@ abp_sql_on_server_ddl(PG_FUNCTION_ARGS)
 		strcmp(GetCommandTagName(((EventTriggerData *) fcinfo->context)->tag), "ALTER SERVER") == 0)
 		abp_usage_tables_follow_servers();
 	abp_wake_at_commit();
+	PG_RETURN_NULL();
+}
+
+/*
+ * ddl_command_start of what may drop the extension: in a session that has not
+ * called us yet, this call loads the library, and the library's hook sees what
+ * the extension's own event triggers, dropped with it, cannot.
+ */
+Datum
+abp_sql_on_drop_extension(PG_FUNCTION_ARGS)
+{
+	if (!CALLED_AS_EVENT_TRIGGER(fcinfo))
+		ereport(ERROR,
+				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
+				 errmsg("function \"aibilling.on_drop_extension\" can only be called as an event trigger")));
 	PG_RETURN_NULL();
 }

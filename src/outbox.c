@@ -23,6 +23,7 @@
 #include "access/xlog.h"
 #include "catalog/namespace.h"
 #include "catalog/pg_index.h"
+#include "catalog/pg_subscription_rel.h"
 #include "catalog/pg_type.h"
 #include "commands/extension.h"
 #include "executor/executor.h"
@@ -894,6 +895,34 @@ abp_outbox_count(Oid usage_table, char state, int64 exact_limit,
 }
 
 /*
+ * How many ids all entries hold, of whatever table.  Without an index: this is
+ * asked while the outbox is being dropped, when its index is gone.
+ */
+int64
+abp_outbox_count_all(void)
+{
+	Relation	rel = table_open(needed_relation("outbox_entry"), AccessShareLock);
+	SysScanDesc scan;
+	HeapTuple	tuple;
+	int64		count = 0;
+
+	PushActiveSnapshot(GetLatestSnapshot());
+	scan = systable_beginscan(rel, InvalidOid, false, GetActiveSnapshot(), 0, NULL);
+	while ((tuple = systable_getnext(scan)) != NULL)
+	{
+		OutboxEntry entry = read_entry(tuple, RelationGetDescr(rel));
+
+		CHECK_FOR_INTERRUPTS();
+		count += abp_idset_count(&entry.ids);
+		pfree(entry.ids.ranges);
+	}
+	systable_endscan(scan);
+	PopActiveSnapshot();
+	table_close(rel, NoLock);
+	return count;
+}
+
+/*
  * Drop a table's entries.  Returns how many ids they held.
  */
 int64
@@ -1486,27 +1515,58 @@ abp_server_state_by_role(void)
 	return by_role;
 }
 
-/* Is this the database that was armed, or has none been yet? */
+/* Does a subscription of this database fill the outbox? */
 static bool
-is_armed(void)
+outbox_is_subscribed(void)
+{
+	Relation	rel = table_open(SubscriptionRelRelationId, AccessShareLock);
+	ScanKeyData key;
+	SysScanDesc scan;
+	bool		found;
+
+	ScanKeyInit(&key, Anum_pg_subscription_rel_srrelid, BTEqualStrategyNumber, F_OIDEQ,
+				ObjectIdGetDatum(needed_relation("outbox_entry")));
+	scan = systable_beginscan(rel, SubscriptionRelSrrelidSrsubidIndexId, true, NULL, 1, &key);
+	found = HeapTupleIsValid(systable_getnext(scan));
+	systable_endscan(scan);
+	table_close(rel, AccessShareLock);
+	return found;
+}
+
+/*
+ * May this database send, for all that is written of who may?  A copy finds
+ * another's identity instead of its own.  A subscriber to the extension's own
+ * tables finds another's beside it, if not the subscription itself: outbox and
+ * ledger are the publisher's, then, who sends what they hold.
+ */
+DatabaseStanding
+abp_database_standing(void)
 {
 	Relation	rel = table_open(needed_relation("database_identity"), AccessShareLock);
-	SysScanDesc scan = systable_beginscan(rel, InvalidOid, false, GetActiveSnapshot(), 0, NULL);
+	bool		own = false;
+	bool		other = false;
+	SysScanDesc scan;
 	HeapTuple	tuple;
-	bool		any = false;
-	bool		this_one = false;
 
+	PushActiveSnapshot(GetLatestSnapshot());
+	scan = systable_beginscan(rel, InvalidOid, false, GetActiveSnapshot(), 0, NULL);
 	while ((tuple = systable_getnext(scan)) != NULL)
 	{
 		const IdentityForm *form = (const IdentityForm *) GETSTRUCT(tuple);
 
-		any = true;
-		this_one |= form->system_identifier == (int64) GetSystemIdentifier() &&
-			form->database == MyDatabaseId;
+		if (form->system_identifier == (int64) GetSystemIdentifier() &&
+			form->database == MyDatabaseId)
+			own = true;
+		else
+			other = true;
 	}
 	systable_endscan(scan);
+	PopActiveSnapshot();
 	table_close(rel, NoLock);
-	return this_one || !any;
+
+	if ((own && other) || outbox_is_subscribed())
+		return DATABASE_SUBSCRIBER;
+	return other ? DATABASE_COPY : DATABASE_ARMED;
 }
 
 /*
@@ -1702,7 +1762,7 @@ abp_usage_tables(bool *armed)
 	bool		by_role = abp_server_state_by_role();
 
 	PushActiveSnapshot(GetLatestSnapshot());
-	*armed = is_armed();
+	*armed = abp_database_standing() == DATABASE_ARMED;
 	states = read_server_states(by_role);
 	begin_ordered_scan(&scan, "usage_table", "usage_table_pkey", 0, NULL, AccessShareLock);
 	while ((tuple = systable_getnext_ordered(scan.scan, ForwardScanDirection)) != NULL)
@@ -1753,7 +1813,7 @@ abp_usage_table_attached(Oid relid, Oid *serverid)
 	begin_ordered_scan(&scan, "usage_table", "usage_table_pkey", 1, &key, AccessShareLock);
 	tuple = systable_getnext_ordered(scan.scan, ForwardScanDirection);
 	if (tuple != NULL)
-		*serverid = server_of(ATTACHMENT_FORM(tuple), is_armed());
+		*serverid = server_of(ATTACHMENT_FORM(tuple), abp_database_standing() == DATABASE_ARMED);
 	end_ordered_scan(&scan);
 	PopActiveSnapshot();
 	return tuple != NULL;
@@ -2012,10 +2072,14 @@ void
 abp_database_check_timeline(void)
 {
 	static Statement note = {
-		"UPDATE aibilling.database_identity i SET timeline = $1 WHERE i.timeline <> $1",
-		1, {INT8OID}
+		"UPDATE aibilling.database_identity i SET timeline = $1 WHERE i.timeline <> $1"
+		" AND i.system_identifier = $2 AND i.database = $3",
+		3, {INT8OID, INT8OID, OIDOID}
 	};
-	Datum		values[1] = {Int64GetDatum((int64) GetWALInsertionTimeLine())};
+	Datum		values[3] = {
+		Int64GetDatum((int64) GetWALInsertionTimeLine()),
+		Int64GetDatum((int64) GetSystemIdentifier()), ObjectIdGetDatum(MyDatabaseId)
+	};
 	bool		changed;
 	SavedUser	saved;
 

@@ -50,6 +50,14 @@ typedef enum RowPlace
 	ROW_DELIVERED
 } RowPlace;
 
+/* What a database's identity says of whether it may send. */
+typedef enum DatabaseStanding
+{
+	DATABASE_ARMED,				/* it may */
+	DATABASE_COPY,				/* the identity is another's: aibilling.arm() */
+	DATABASE_SUBSCRIBER			/* its outbox comes from another by replication */
+} DatabaseStanding;
+
 /* An attached usage table and its server, as the shipper sees them. */
 typedef struct UsageTable
 {
@@ -118,6 +126,7 @@ extern RowPlace abp_outbox_find(Oid usage_table, int64 id, bool for_change,
 extern void abp_outbox_remove(Oid usage_table, int64 id);
 extern int64 abp_outbox_count(Oid usage_table, char state, int64 exact_limit,
 							  bool *estimated, int64 *first_id);
+extern int64 abp_outbox_count_all(void);
 extern int64 abp_outbox_discard(Oid usage_table);
 extern IdSet abp_outbox_peek(Oid usage_table, char state, int64 max_ids);
 extern void abp_outbox_release(Oid usage_table, IdSet *ids);
@@ -153,6 +162,7 @@ extern void abp_server_state_save(const char *server, Oid role, const char *paus
 								  const char *reason, int failures,
 								  TimestampTz not_before);
 extern void abp_server_resume(const char *server, Oid role, bool by_operator);
+extern DatabaseStanding abp_database_standing(void);
 extern void abp_database_arm(bool only_first);
 extern void abp_database_check_timeline(void);
 

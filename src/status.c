@@ -206,7 +206,9 @@ status_words(const UsageTable *table, bool armed, int worker_pid, int64 ready,
 	StringInfoData words;
 
 	initStringInfo(&words);
-	if (!armed)
+	if (!armed && abp_database_standing() == DATABASE_SUBSCRIBER)
+		appendStringInfoString(&words, "paused: a subscription brings another database's outbox here, which is that one's to send; take schema aibilling out of the publication, or drop the subscription; then run SELECT aibilling.arm()");
+	else if (!armed)
 		appendStringInfoString(&words, "paused: this database is a copy; run SELECT aibilling.arm() if it is to send");
 	else if (!OidIsValid(table->serverid))
 		appendStringInfo(&words, "waiting: the server \"%s\" that it was attached to does not exist; attach the table again", table->server);

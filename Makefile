@@ -39,6 +39,7 @@ REGRESS = \
 	server \
 	usage \
 	rows \
+	columns \
 	outbox
 REGRESS_OPTS = --temp-instance=tmp_check --temp-config=regress.conf \
 	--load-extension=$(EXTENSION) --encoding=UTF8 --no-locale

@@ -215,7 +215,7 @@ static void
 check_usage_relation(Oid relid)
 {
 	Relation	rel = table_open(relid, AccessShareLock);
-	AttrNumber	attnums[NUM_USAGE_COLUMNS];
+	UsageColumns columns;
 	char	   *problem;
 
 	if (rel->rd_rel->relkind != RELKIND_RELATION &&
@@ -233,12 +233,19 @@ check_usage_relation(Oid relid)
 				(errcode(ERRCODE_WRONG_OBJECT_TYPE),
 				 errmsg("\"%s\" is a temporary table", RelationGetRelationName(rel)),
 				 errhint("The worker cannot see temporary tables.")));
-	if (!abp_usage_columns_find(rel, attnums, &problem))
+	if (!abp_usage_columns_find(rel, &columns, &problem))
 		ereport(ERROR,
 				(errcode(ERRCODE_UNDEFINED_COLUMN),
 				 errmsg("table \"%s\" is not a usage table", RelationGetRelationName(rel)),
 				 errdetail("%s.", problem),
-				 errhint("Add the columns, or create a usage table with aibilling.create_usage_table.")));
+				 errhint("Add the columns, change their types with ALTER TABLE ... ALTER COLUMN ... TYPE, or create a usage table with aibilling.create_usage_table.")));
+	problem = abp_usage_columns_faults(relid);
+	if (*problem != '\0')
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("table \"%s\" cannot be a usage table as it is", RelationGetRelationName(rel)),
+				 errdetail("%s.", problem),
+				 errhint("Change the columns with ALTER TABLE, or create a usage table with aibilling.create_usage_table.")));
 	table_close(rel, NoLock);
 }
 
@@ -304,7 +311,7 @@ enqueue_existing(Oid relid)
 	abp_become_table_owner(table, &saved);
 	SPI_connect();
 	cursor = SPI_cursor_open_with_args(NULL,
-									   psprintf("SELECT id, cost_nanos IS NOT NULL FROM %s ORDER BY id",
+									   psprintf("SELECT id::pg_catalog.int8, cost_nanos IS NOT NULL FROM %s ORDER BY id",
 												table->name),
 									   0, NULL, NULL, NULL, true, 0);
 	for (;;)

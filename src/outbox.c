@@ -2136,7 +2136,8 @@ prepare_read(const UsageTable *table, bool whole, bool by_range)
 	initStringInfo(&sql);
 	appendStringInfoString(&sql, "SELECT ");
 	for (int i = 0; i < NUM_USAGE_COLUMNS; i++)
-		appendStringInfo(&sql, "%su.%s", i > 0 ? ", " : "", abp_usage_columns[i].name);
+		appendStringInfo(&sql, "%su.%s::%s", i > 0 ? ", " : "", abp_usage_columns[i].name,
+						 format_type_be_qualified(abp_usage_columns[i].type));
 	if (whole)
 		appendStringInfoString(&sql, ", pg_catalog.to_jsonb(u)");
 	appendStringInfo(&sql, " FROM %s u WHERE u.id ", table->name);
@@ -2221,6 +2222,9 @@ abp_usage_read(const UsageTable *table, IdSet *ids, bool whole,
 	uint64		n;
 	uint64		nrows = 0;
 	bool		more = true;
+	Relation	rel;
+	UsageColumns columns;
+	char	   *problem;
 	SavedUser	saved;
 	MemoryContext context;
 	MemoryContext old;
@@ -2251,16 +2255,14 @@ abp_usage_read(const UsageTable *table, IdSet *ids, bool whole,
 	portal = SPI_cursor_open(NULL, *plan, args, NULL, false);
 	AtEOXact_GUC(true, guc_level);
 
-	for (int i = 0; i < NUM_USAGE_COLUMNS; i++)
-	{
-		if (SPI_gettypeid(portal->tupDesc, i + 1) != abp_usage_columns[i].type)
-			ereport(ERROR,
-					(errcode(ERRCODE_DATATYPE_MISMATCH),
-					 errmsg("column \"%s\" of usage table %s is not of type %s",
-							abp_usage_columns[i].name, table->name,
-							format_type_be(abp_usage_columns[i].type)),
-					 errhint("Give the column its type back.")));
-	}
+	/* What the statement casts must be what we know how to write, too. */
+	rel = table_open(table->relid, NoLock);
+	if (!abp_usage_columns_find(rel, &columns, &problem))
+		ereport(ERROR,
+				(errcode(ERRCODE_DATATYPE_MISMATCH),
+				 errmsg("usage table %s: %s", table->name, problem),
+				 errhint("Give the column its type back.")));
+	table_close(rel, NoLock);
 
 	/* One context for what a row needs, emptied after each. */
 	context = AllocSetContextCreate(CurrentMemoryContext, "aibilling usage row",
@@ -2284,6 +2286,7 @@ abp_usage_read(const UsageTable *table, IdSet *ids, bool whole,
 				!abp_idset_contains(ids, DatumGetInt64(values[COL_ID])))
 				continue;
 			abp_usage_row_read(values, nulls, &row);
+			row.columns = &columns;
 			more = callback(&row, whole ? DatumGetJsonbP(values[NUM_USAGE_COLUMNS]) : NULL, arg);
 			nrows++;
 			MemoryContextReset(context);
@@ -2316,7 +2319,8 @@ abp_usage_reprice(const UsageTable *table, IdSet *ids)
 	SPI_connect();
 	args[0] = ids_as_array(ids);
 	if (SPI_execute_with_args(psprintf("UPDATE %s u SET cost_status = u.cost_status"
-									   " WHERE u.id OPERATOR(pg_catalog.=) ANY ($1) RETURNING u.id",
+									   " WHERE u.id OPERATOR(pg_catalog.=) ANY ($1)"
+									   " RETURNING u.id::pg_catalog.int8",
 									   table->name),
 							  1, argtypes, args, NULL, false, 0) != SPI_OK_UPDATE_RETURNING)
 		elog(ERROR, "unexpected result of pricing usage rows");

@@ -55,7 +55,8 @@ typedef enum DatabaseStanding
 {
 	DATABASE_ARMED,				/* it may */
 	DATABASE_COPY,				/* the identity is another's: aibilling.arm() */
-	DATABASE_SUBSCRIBER			/* its outbox comes from another by replication */
+	DATABASE_SUBSCRIBER			/* its outbox comes from another by
+								 * replication */
 } DatabaseStanding;
 
 /* An attached usage table and its server, as the shipper sees them. */

@@ -969,7 +969,7 @@ changed_decision(List *before, List *after)
 {
 	/* an environment says nothing beside a URL, which wins */
 	bool		by_url = option_named(before, "url") != NULL &&
-		option_named(after, "url") != NULL;
+	option_named(after, "url") != NULL;
 
 	for (int i = 0; decided_together[i] != NULL; i++)
 	{

@@ -29,6 +29,7 @@
 #include "compat.h"
 #include "config.h"
 #include "outbox.h"
+#include "row.h"
 #include "wake.h"
 
 /* How many waiting rows status counts one by one. */
@@ -204,6 +205,7 @@ status_words(const UsageTable *table, bool armed, int worker_pid, int64 ready,
 			 int64 unpriced, int64 rejected, const LedgerTotals *totals)
 {
 	StringInfoData words;
+	char	   *faults;
 
 	initStringInfo(&words);
 	if (!armed && abp_database_standing() == DATABASE_SUBSCRIBER)
@@ -238,6 +240,9 @@ status_words(const UsageTable *table, bool armed, int worker_pid, int64 ready,
 	if (rejected > 0)
 		appendStringInfo(&words, "; " INT64_FORMAT " rows are rejected (aibilling.outbox)",
 						 rejected);
+	faults = abp_usage_columns_faults(table->relid);
+	if (*faults != '\0')
+		appendStringInfo(&words, "; warning: %s", faults);
 	if (totals->unexpected_duplicates > 0)
 		appendStringInfo(&words, "; warning: " INT64_FORMAT " events were not counted, Polar had their external_id before",
 						 totals->unexpected_duplicates);

@@ -163,7 +163,8 @@ abp_usage_row_read(const Datum *values, const bool *nulls, UsageRow *row)
 	row->provider_cost = nulls[COL_PROVIDER_COST] ? NULL :
 		DatumGetNumeric(values[COL_PROVIDER_COST]);
 	row->tags = read_json(values, nulls, COL_TAGS);
-	if (row->tags == NULL)
+	row->tags_are_null = row->tags == NULL;
+	if (row->tags_are_null)
 		row->tags = empty_object();
 	row->has_cost_nanos = !nulls[COL_COST_NANOS];
 	row->cost_nanos = row->has_cost_nanos ? DatumGetInt64(values[COL_COST_NANOS]) : 0;

@@ -92,6 +92,7 @@ typedef struct UsageRow
 	TextView	usage_format;
 	Numeric		provider_cost;	/* NULL if not set */
 	Jsonb	   *tags;			/* never NULL */
+	bool		tags_are_null;	/* SQL's or JSON's */
 	bool		has_cost_nanos;
 	int64		cost_nanos;
 	Numeric		cost_cents;		/* NULL if not known */

@@ -171,6 +171,48 @@ find_defaults(UsageRelation *known, Relation rel)
 	}
 }
 
+/*
+ * Columns that an UPDATE cannot empty: an ORM that saves a row which it has not
+ * read back writes NULL to all that it did not set, costs included.
+ */
+static const UsageColumn kept_columns[] = {
+	COL_ID, COL_EXTERNAL_ID, COL_OCCURRED_AT, COL_COST_NANOS, COL_COST_CENTS, COL_COST_STATUS
+};
+
+static inline bool
+lacks_kept(const bool *nulls, const bool *old_nulls)
+{
+	for (int i = 0; i < lengthof(kept_columns); i++)
+	{
+		if (nulls[kept_columns[i]] && !old_nulls[kept_columns[i]])
+			return true;
+	}
+	return false;
+}
+
+/* The new tuple of an UPDATE, with the old values where it empties them. */
+static HeapTuple
+tuple_with_kept(const UsageRelation *known, TupleDesc desc, HeapTuple tuple, HeapTuple old,
+				const bool *nulls)
+{
+	int			replace[lengthof(kept_columns)];
+	Datum		values[lengthof(kept_columns)];
+	bool		isnull[lengthof(kept_columns)];
+	int			n = 0;
+
+	for (int i = 0; i < lengthof(kept_columns); i++)
+	{
+		AttrNumber	attnum = known->columns.attnums[kept_columns[i]];
+
+		if (!nulls[kept_columns[i]])
+			continue;
+		replace[n] = attnum;
+		values[n] = heap_getattr(old, attnum, desc, &isnull[n]);
+		n++;
+	}
+	return heap_modify_tuple_by_cols(tuple, desc, n, replace, values, isnull);
+}
+
 static inline bool
 lacks_defaults(const UsageRelation *known, const bool *nulls)
 {
@@ -1157,6 +1199,8 @@ priced_tuple(UsageRelation *known, TupleDesc desc, const UsageRow *row,
 				   PointerGetDatum(cstring_to_text_with_len(row->generation_id.data,
 															row->generation_id.len)));
 	}
+	if (row->tags_are_null && !nulls[known->columns.attnums[COL_TAGS] - 1])
+		SET_COLUMN(COL_TAGS, false, JsonbPGetDatum(row->tags));
 	SET_COLUMN(COL_COST_NANOS, !cost->known, Int64GetDatum(cost->cost_nanos));
 	SET_COLUMN(COL_COST_CENTS, !cost->known, NumericGetDatum(cost->cost_cents));
 	SET_COLUMN(COL_COST_STATUS, false,
@@ -1334,6 +1378,17 @@ abp_sql_price_usage(PG_FUNCTION_ARGS)
 
 		read_columns(known, trigdata->tg_trigtuple, desc, old_values, old_nulls);
 		read_columns(known, tuple, desc, values, nulls);
+		if (unlikely(lacks_kept(nulls, old_nulls)))
+		{
+			tuple = tuple_with_kept(known, desc, tuple, trigdata->tg_trigtuple, nulls);
+			read_columns(known, tuple, desc, values, nulls);
+		}
+		if (unlikely(lacks_defaults(known, nulls)))
+		{
+			tuple = tuple_with_defaults(known, rel, tuple, nulls);
+			known = know_relation(rel);
+			read_columns(known, tuple, desc, values, nulls);
+		}
 		if (rel->rd_rel->relispartition && !nulls[COL_ID])
 		{
 			moving.row.usage_table = known->usage_table;

@@ -141,9 +141,17 @@ RETURNING length(external_id), tags, cost_nanos;
 -- Nothing, written as something
 \set VERBOSITY default
 INSERT INTO u (external_id, external_customer_id, input_tokens, provider, model, event_name, parent_id, external_member_id, usage_format, tags, units, raw_usage)
-VALUES ('empty', 'c', 1000, 'openai', 'gpt-5', '', '', '', '', 'null', 'null', 'null') RETURNING cost_nanos;
+VALUES ('empty', 'c', 1000, 'openai', 'gpt-5', '', '', '', '', 'null', 'null', 'null') RETURNING cost_nanos, tags;
 SELECT event - 'timestamp' AS event FROM aibilling.preview('u', 100) WHERE event ->> 'external_id' = 'empty';
 SELECT bucket, amount_usd FROM aibilling.explain_cost('u'::regclass, (SELECT id FROM u WHERE external_id = 'empty')) WHERE amount_usd > 0;
+
+-- What an ORM saves again without having read it
+INSERT INTO u (external_id, external_customer_id, provider_cost) VALUES ('saved', 'c', 1);
+UPDATE u SET id = NULL, external_id = NULL, occurred_at = NULL, service_tier = NULL, tags = NULL, cost_nanos = NULL, cost_cents = NULL,
+	cost_status = NULL, provider = '' WHERE external_id = 'saved'
+RETURNING id > 0 AS id, external_id, occurred_at <= now() AS occurred_at, service_tier, tags, cost_nanos, cost_cents, cost_status;
+UPDATE u SET provider_cost = 2, cost_nanos = NULL WHERE external_id = 'saved' RETURNING cost_nanos;
+UPDATE u SET tags = 'null' WHERE external_id = 'saved' RETURNING tags;
 
 --
 -- What no trigger can serve

@@ -86,6 +86,55 @@ sub is_row
 	return;
 }
 
+# ---------------------------------------------------------------------------
+# What changes nothing of a delivered row, in plain SQL
+# ---------------------------------------------------------------------------
+
+$node->create_usage_table('done');
+my $columns = 'external_id, occurred_at, external_customer_id, provider_cost, tags, units';
+my $row = q{'done_1', '2026-01-01 00:00Z', 'c', 0.10, '{"a": 1.0, "b": [1, 2]}', '{"image": 2.50}'};
+my $excluded = join ', ', map { "$_ = excluded.$_" } split(/, /, $columns), qw(cost_nanos cost_cents cost_status);
+$node->safe_psql('postgres', "INSERT INTO done ($columns) VALUES ($row)");
+$node->wait_settled;
+
+sub change
+{
+	my ($sql) = @_;
+	my ($rc, undef, $err) = $node->psql('postgres', $sql);
+
+	return $err;
+}
+
+is(change($_), '', $_)
+  for ('UPDATE done SET provider_cost = 0.1',
+	q{UPDATE done SET provider_cost = 0.1000, tags = '{"b": [1.0, 2], "a": 1}', units = '{"image": 2.5}', cost_cents = 10.00},
+	q{UPDATE done SET occurred_at = '2026-01-01 01:00+01'},
+	'UPDATE done SET cost_nanos = NULL, cost_cents = NULL, cost_status = NULL, external_id = NULL, occurred_at = NULL',
+	"INSERT INTO done ($columns) VALUES ($row) ON CONFLICT (external_id) DO UPDATE SET $excluded",
+	q{INSERT INTO done (external_id, occurred_at, external_customer_id, provider_cost, tags, units)
+	VALUES ('done_1', '2026-01-01 00:00Z', 'c', 0.1, '{"a": 1, "b": [1.00, 2]}', '{"image": 2.5}')
+	ON CONFLICT (external_id) DO UPDATE SET provider_cost = excluded.provider_cost, tags = excluded.tags, units = excluded.units});
+like(change($_), qr/cannot update usage row 1 of "done": it has been delivered/, $_)
+  for ('UPDATE done SET provider_cost = 0.11',
+	q{UPDATE done SET tags = '{"a": 2, "b": [1, 2]}'},
+	q{UPDATE done SET occurred_at = '2026-01-01 00:00:00.000001Z'},
+	'UPDATE done SET external_customer_id = NULL');
+is($node->safe_psql('postgres', 'SELECT cost_nanos, cost_cents, provider_cost, cost_status FROM done'),
+	'100000000|10|0.1|reported', 'the row costs what it did');
+
+# A customer of one's own goes, and leaves what was billed alone.
+is(change(q{
+CREATE TABLE customer (key text PRIMARY KEY);
+INSERT INTO customer VALUES ('c');
+ALTER TABLE done ADD COLUMN customer_key text REFERENCES customer ON DELETE SET NULL;
+UPDATE done SET customer_key = 'c';
+DELETE FROM customer;}), '', 'ON DELETE SET NULL of a column that is not ours');
+is($node->safe_psql('postgres', 'SELECT external_customer_id, customer_key IS NULL FROM done'), 'c|t', 'empties that column only');
+
+# ---------------------------------------------------------------------------
+# The clients
+# ---------------------------------------------------------------------------
+
 my @tried;
 foreach (@clients)
 {
@@ -128,7 +177,7 @@ SKIP:
 
 	# The rows without a customer stay, all others are delivered.
 	$node->wait_settled;
-	my @tables = map { "by_$_->[0]" } @tried;
+	my @tables = ('done', map { "by_$_->[0]" } @tried);
 	my $delivered = join ' UNION ALL ',
 	  map { "SELECT external_id, external_customer_id, model, cost_nanos, cost_cents FROM $_ WHERE external_customer_id IS NOT NULL" } @tables;
 	$node->safe_psql('postgres', "CREATE VIEW delivered AS $delivered");

@@ -11,6 +11,7 @@ OBJS = \
 	src/http.o \
 	src/idset.o \
 	src/normalize.o \
+	src/object_access.o \
 	src/operate.o \
 	src/outbox.o \
 	src/polar.o \
@@ -39,6 +40,7 @@ REGRESS = \
 	server \
 	usage \
 	rows \
+	columns \
 	outbox
 REGRESS_OPTS = --temp-instance=tmp_check --temp-config=regress.conf \
 	--load-extension=$(EXTENSION) --encoding=UTF8 --no-locale

@@ -32,6 +32,7 @@
 #include "access/xlog.h"
 #include "catalog/namespace.h"
 #include "catalog/pg_index.h"
+#include "catalog/pg_subscription_rel.h"
 #include "catalog/pg_type.h"
 #include "commands/extension.h"
 #include "executor/executor.h"
@@ -1283,6 +1284,43 @@ abp_outbox_count(Oid usage_table, char state, int64 exact_limit,
 	return Max(count, 0);
 }
 
+/* How many waiting ids an entry adds, or takes away. */
+static int64
+counted_ids(HeapTuple tuple, TupleDesc desc)
+{
+	char		state = ENTRY_FORM(tuple)->state;
+	IdSet		ids = read_entry_ids(tuple, desc);
+	int64		count = abp_idset_count(&ids);
+
+	CHECK_FOR_INTERRUPTS();
+	abp_idset_free(&ids);
+	return state == OUTBOX_NOT_QUEUED ? 0 : OUTBOX_IS_REMOVAL(state) ? -count : count;
+}
+
+/*
+ * How many ids all entries hold, of whatever table.  Without an index: this is
+ * asked while the outbox is being dropped, when its index is gone.
+ */
+int64
+abp_outbox_count_all(void)
+{
+	Relation	rel = table_open(needed_relation("outbox_entry"), AccessShareLock);
+	SysScanDesc scan;
+	HeapTuple	tuple;
+	int64		count = 0;
+
+	PushActiveSnapshot(GetLatestSnapshot());
+	scan = systable_beginscan(rel, InvalidOid, false, GetActiveSnapshot(), 0, NULL);
+	while ((tuple = systable_getnext(scan)) != NULL)
+	{
+		count += counted_ids(tuple, RelationGetDescr(rel));
+	}
+	systable_endscan(scan);
+	PopActiveSnapshot();
+	table_close(rel, NoLock);
+	return Max(count, 0);
+}
+
 /*
  * Drop a table's entries.  Returns how many ids they held.  The caller has
  * locked the table against those who change its rows, and the shipper.
@@ -1301,11 +1339,7 @@ abp_outbox_discard(Oid usage_table)
 	begin_ordered_scan(&scan, "outbox_entry", "outbox_entry_key", 1, &key, RowExclusiveLock);
 	while ((tuple = next_ordered(&scan)) != NULL)
 	{
-		IdSet		ids = read_entry_ids(tuple, RelationGetDescr(scan.rel));
-
-		if (ENTRY_FORM(tuple)->state != OUTBOX_NOT_QUEUED)
-			count += abp_idset_count(&ids) * (OUTBOX_IS_REMOVAL(ENTRY_FORM(tuple)->state) ? -1 : 1);
-		abp_idset_free(&ids);
+		count += counted_ids(tuple, RelationGetDescr(scan.rel));
 		simple_heap_delete(scan.rel, &tuple->t_self);
 	}
 	end_ordered_scan(&scan);
@@ -2222,27 +2256,58 @@ abp_server_state_by_role(void)
 	return by_role;
 }
 
-/* Is this the database that was armed, or has none been yet? */
+/* Does a subscription of this database fill the outbox? */
 static bool
-is_armed(void)
+outbox_is_subscribed(void)
+{
+	Relation	rel = table_open(SubscriptionRelRelationId, AccessShareLock);
+	ScanKeyData key;
+	SysScanDesc scan;
+	bool		found;
+
+	ScanKeyInit(&key, Anum_pg_subscription_rel_srrelid, BTEqualStrategyNumber, F_OIDEQ,
+				ObjectIdGetDatum(needed_relation("outbox_entry")));
+	scan = systable_beginscan(rel, SubscriptionRelSrrelidSrsubidIndexId, true, NULL, 1, &key);
+	found = HeapTupleIsValid(systable_getnext(scan));
+	systable_endscan(scan);
+	table_close(rel, AccessShareLock);
+	return found;
+}
+
+/*
+ * May this database send, for all that is written of who may?  A copy finds
+ * another's identity instead of its own.  A subscriber to the extension's own
+ * tables finds another's beside it, if not the subscription itself: outbox and
+ * ledger are the publisher's, then, who sends what they hold.
+ */
+DatabaseStanding
+abp_database_standing(void)
 {
 	Relation	rel = table_open(needed_relation("database_identity"), AccessShareLock);
-	SysScanDesc scan = systable_beginscan(rel, InvalidOid, false, GetActiveSnapshot(), 0, NULL);
+	bool		own = false;
+	bool		other = false;
+	SysScanDesc scan;
 	HeapTuple	tuple;
-	bool		any = false;
-	bool		this_one = false;
 
+	PushActiveSnapshot(GetLatestSnapshot());
+	scan = systable_beginscan(rel, InvalidOid, false, GetActiveSnapshot(), 0, NULL);
 	while ((tuple = systable_getnext(scan)) != NULL)
 	{
 		const IdentityForm *form = (const IdentityForm *) GETSTRUCT(tuple);
 
-		any = true;
-		this_one |= form->system_identifier == (int64) GetSystemIdentifier() &&
-			form->database == MyDatabaseId;
+		if (form->system_identifier == (int64) GetSystemIdentifier() &&
+			form->database == MyDatabaseId)
+			own = true;
+		else
+			other = true;
 	}
 	systable_endscan(scan);
+	PopActiveSnapshot();
 	table_close(rel, NoLock);
-	return this_one || !any;
+
+	if ((own && other) || outbox_is_subscribed())
+		return DATABASE_SUBSCRIBER;
+	return other ? DATABASE_COPY : DATABASE_ARMED;
 }
 
 /*
@@ -2453,7 +2518,7 @@ abp_usage_tables(bool *armed)
 	bool		by_role = abp_server_state_by_role();
 
 	PushActiveSnapshot(GetLatestSnapshot());
-	*armed = is_armed();
+	*armed = abp_database_standing() == DATABASE_ARMED;
 	states = read_server_states(by_role);
 	begin_attachment_scan(&scan, 0, NULL);
 	while ((tuple = systable_getnext_ordered(scan.scan, ForwardScanDirection)) != NULL)
@@ -2507,7 +2572,7 @@ abp_usage_table_attached(Oid relid, Oid *serverid, int64 *ledger_from)
 	tuple = systable_getnext_ordered(scan.scan, ForwardScanDirection);
 	if (tuple != NULL)
 	{
-		*serverid = server_of(ATTACHMENT_FORM(tuple), is_armed());
+		*serverid = server_of(ATTACHMENT_FORM(tuple), abp_database_standing() == DATABASE_ARMED);
 		*ledger_from = new_column(tuple, Anum_attachment_ledger_from, RelationGetDescr(scan.rel));
 	}
 	end_ordered_scan(&scan);
@@ -2786,10 +2851,14 @@ void
 abp_database_check_timeline(void)
 {
 	static Statement note = {
-		"UPDATE aibilling.database_identity i SET timeline = $1 WHERE i.timeline <> $1",
-		1, {INT8OID}
+		"UPDATE aibilling.database_identity i SET timeline = $1 WHERE i.timeline <> $1"
+		" AND i.system_identifier = $2 AND i.database = $3",
+		3, {INT8OID, INT8OID, OIDOID}
 	};
-	Datum		values[1] = {Int64GetDatum((int64) GetWALInsertionTimeLine())};
+	Datum		values[3] = {
+		Int64GetDatum((int64) GetWALInsertionTimeLine()),
+		Int64GetDatum((int64) GetSystemIdentifier()), ObjectIdGetDatum(MyDatabaseId)
+	};
 	bool		changed;
 	SavedUser	saved;
 
@@ -2846,7 +2915,8 @@ prepare_read(const UsageTable *table, bool whole, bool by_range)
 	initStringInfo(&sql);
 	appendStringInfoString(&sql, "SELECT ");
 	for (int i = 0; i < NUM_USAGE_COLUMNS; i++)
-		appendStringInfo(&sql, "u.%s, ", abp_usage_columns[i].name);
+		appendStringInfo(&sql, "u.%s::%s, ", abp_usage_columns[i].name,
+						 format_type_be_qualified(abp_usage_columns[i].type));
 	appendStringInfoString(&sql, "u.xmax");
 	if (whole)
 		appendStringInfoString(&sql, ", pg_catalog.to_jsonb(u)");
@@ -2932,6 +3002,9 @@ abp_usage_read(const UsageTable *table, IdSet *ids, bool whole,
 	uint64		n;
 	uint64		nrows = 0;
 	bool		more = true;
+	Relation	rel;
+	UsageColumns columns;
+	char	   *problem;
 	SavedUser	saved;
 	MemoryContext context;
 	MemoryContext old;
@@ -2962,16 +3035,14 @@ abp_usage_read(const UsageTable *table, IdSet *ids, bool whole,
 	portal = SPI_cursor_open(NULL, *plan, args, NULL, true);
 	AtEOXact_GUC(true, guc_level);
 
-	for (int i = 0; i < NUM_USAGE_COLUMNS; i++)
-	{
-		if (SPI_gettypeid(portal->tupDesc, i + 1) != abp_usage_columns[i].type)
-			ereport(ERROR,
-					(errcode(ERRCODE_DATATYPE_MISMATCH),
-					 errmsg("column \"%s\" of usage table %s is not of type %s",
-							abp_usage_columns[i].name, table->name,
-							format_type_be(abp_usage_columns[i].type)),
-					 errhint("Give the column its type back.")));
-	}
+	/* What the statement casts must be what we know how to write, too. */
+	rel = table_open(table->relid, NoLock);
+	if (!abp_usage_columns_find(rel, &columns, &problem))
+		ereport(ERROR,
+				(errcode(ERRCODE_DATATYPE_MISMATCH),
+				 errmsg("usage table %s: %s", table->name, problem),
+				 errhint("Give the column its type back.")));
+	table_close(rel, NoLock);
 
 	/* One context for what a row needs, emptied after each. */
 	context = AllocSetContextCreate(CurrentMemoryContext, "aibilling usage row",
@@ -2995,6 +3066,7 @@ abp_usage_read(const UsageTable *table, IdSet *ids, bool whole,
 				!abp_idset_contains(ids, DatumGetInt64(values[COL_ID])))
 				continue;
 			abp_usage_row_read(values, nulls, &row);
+			row.columns = &columns;
 			row.maybe_changing = !nulls[NUM_USAGE_COLUMNS] &&
 				TransactionIdIsValid(DatumGetTransactionId(values[NUM_USAGE_COLUMNS]));
 			more = callback(&row, whole ? DatumGetJsonbP(values[NUM_USAGE_COLUMNS + 1]) : NULL, arg);
@@ -3046,7 +3118,7 @@ abp_usage_settled(const UsageTable *table, IdSet *ids)
 	settings_for_ids();
 	SPI_connect();
 	args[0] = ids_as_array(ids);
-	SPI_execute_with_args(psprintf("SELECT u.id, u.tableoid, u.ctid FROM %s u"
+	SPI_execute_with_args(psprintf("SELECT u.id::pg_catalog.int8, u.tableoid, u.ctid FROM %s u"
 								   " WHERE u.id OPERATOR(pg_catalog.=) ANY ($1)", table->name),
 						  1, argtypes, args, NULL, true, 0);
 	for (uint64 i = 0; i < SPI_processed; i++)
@@ -3103,7 +3175,7 @@ select_ids(const UsageTable *table, const char *statement, IdSet *ids)
 IdSet
 abp_usage_lock(const UsageTable *table, IdSet *ids)
 {
-	return select_ids(table, "SELECT u.id FROM %s u WHERE u.id OPERATOR(pg_catalog.=) ANY ($1)"
+	return select_ids(table, "SELECT u.id::pg_catalog.int8 FROM %s u WHERE u.id OPERATOR(pg_catalog.=) ANY ($1)"
 					  " FOR NO KEY UPDATE SKIP LOCKED", ids);
 }
 
@@ -3113,7 +3185,7 @@ abp_usage_lock(const UsageTable *table, IdSet *ids)
 IdSet
 abp_usage_visible(const UsageTable *table, IdSet *ids)
 {
-	return select_ids(table, "SELECT u.id FROM %s u WHERE u.id OPERATOR(pg_catalog.=) ANY ($1)", ids);
+	return select_ids(table, "SELECT u.id::pg_catalog.int8 FROM %s u WHERE u.id OPERATOR(pg_catalog.=) ANY ($1)", ids);
 }
 
 /*
@@ -3124,5 +3196,5 @@ IdSet
 abp_usage_reprice(const UsageTable *table, IdSet *ids)
 {
 	return select_ids(table, "UPDATE %s u SET cost_status = u.cost_status"
-					  " WHERE u.id OPERATOR(pg_catalog.=) ANY ($1) RETURNING u.id", ids);
+					  " WHERE u.id OPERATOR(pg_catalog.=) ANY ($1) RETURNING u.id::pg_catalog.int8", ids);
 }

@@ -222,7 +222,6 @@ static int	settled = 0;		/* deliveries since the ledger was summed up */
 /* What abp_usage_tables last said, in tables_context. */
 static MemoryContext tables_context = NULL;
 static List *known_tables = NIL;
-static bool known_armed = false;
 static TimestampTz tables_read_at = 0;
 
 /* set by invalidation callbacks */
@@ -2421,11 +2420,11 @@ current_tables(bool *armed)
 		tables_read_at = 0;
 		known_tables = NIL;
 		MemoryContextReset(tables_context);
-		known_tables = abp_usage_tables(&known_armed);
+		known_tables = abp_usage_tables(armed);
 		tables_read_at = now;
 		MemoryContextSwitchTo(old);
 	}
-	*armed = known_armed;
+	*armed = abp_database_standing() == DATABASE_ARMED;
 	return known_tables;
 }
 

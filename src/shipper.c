@@ -23,6 +23,7 @@
 #include "catalog/pg_extension.h"
 #include "catalog/pg_proc.h"
 #include "catalog/pg_type.h"
+#include "commands/dbcommands.h"
 #include "commands/extension.h"
 #include "commands/trigger.h"
 #include "common/hashfn.h"
@@ -30,6 +31,7 @@
 #include "executor/spi.h"
 #include "miscadmin.h"
 #include "pgstat.h"
+#include "port/pg_crc32c.h"
 #include "storage/ipc.h"
 #include "storage/lmgr.h"
 #include "storage/lock.h"
@@ -65,6 +67,8 @@
 #define RATE_LIMITED_MS (60 * 1000) /* after a 429 without Retry-After */
 #define PROBE_MS (5 * 60 * 1000)	/* between tries while a server refuses us */
 #define TRANSIENT_MS (10 * 1000)	/* after an error that passes by itself */
+#define HELD_MS 1000			/* until a row that others change is looked at
+								 * again */
 #define SKEW_MS 5000			/* hold rows whose time Polar calls the future */
 
 /* A row that fails for a reason that may pass is held so long, then doubled. */
@@ -81,7 +85,6 @@
 /* When to try again a table that another transaction has locked. */
 #define LOCKED_MS 250
 #define LOCKED_LONG_MS (10 * 1000)	/* and when to call it blocked */
-#define LOCKED_ENTRIES_MS 1000	/* the same of some of its rows */
 
 /* After so many server errors a batch is halved, and a single row suspected. */
 #define ERRORS_BEFORE_HALVING 3
@@ -93,6 +96,9 @@
 
 /* The longest wait for an answer without a look at the tables. */
 #define IDLE_WAIT_MS 1000
+
+/* Why rows are rejected of which the outbox cannot tell one from the other. */
+#define SHARED_ID "id: several rows have it; delete all but one, and insert them with ids of their own"
 
 /* After so many deliveries the ledger is summed up. */
 #define SUM_UP_EVERY 1000
@@ -114,6 +120,9 @@
 
 /* How long a list of the attached tables is believed. */
 #define TABLES_MS 1000
+
+/* How many ids taken out of entries are dealt with in one turn, about. */
+#define TIDY_PER_TURN 10000
 
 /* How many unpriced entries are looked at in one turn. */
 #define UNPRICED_PER_TURN 32
@@ -160,11 +169,14 @@ typedef struct Position
 	Oid			usage_table;
 	int64		cursor;
 	TimestampTz restart_at;
+	IdSet		held;			/* rows that others were changing, */
+	TimestampTz held_until;		/* to be looked at again then */
+	TimestampTz held_since;		/* some of them, without a break */
 	bool		backlog;		/* did the last look leave rows behind? */
 	int			batch_size;		/* adapted to our memory; 0: as configured */
 
 	/* rows that wait for a price */
-	int64		unpriced_cursor;
+	EntryCursor unpriced_cursor;
 	TimestampTz unpriced_at;	/* not before this */
 	uint64		scanned_for;	/* generation of prices when the scan began */
 	uint64		looked_for;		/* that of the last scan that was complete */
@@ -174,8 +186,6 @@ typedef struct Position
 	uint64		servers_seen;	/* generation of servers at its last turn */
 	TimestampTz served_at;
 	TimestampTz try_at;			/* it is locked: not before this */
-	TimestampTz locked_entries_at;	/* some of its rows are: look again */
-	TimestampTz entries_locked_since;	/* 0: they are not */
 	TimestampTz locked_since;	/* 0: it is not */
 	bool		slow;
 	bool		failed;			/* in this turn: no more of it */
@@ -211,14 +221,22 @@ typedef struct Filling
 	Shipment   *shipment;
 	const UsageTable *table;
 	const ServerOptions *server;
+	char		taken_from;		/* the rows' state, 0: they have been sent
+								 * before */
+	bool		rows_are_settled;	/* nobody is changing those that come now */
+	int64		max_rows;
+	int64		nrows;
+	int64	   *row_ids;		/* of each row, as they came */
+	uint32	   *event_keys;		/* of each event */
 	IdSet		seen;
+	IdSet		changing;		/* another transaction may be changing them */
 	IdSet		sent;
-	IdSet		left;			/* did not fit any more */
+	bool		full;			/* there were more than fit, or time for */
+	IdSet		left;			/* to be sent later */
 	List	   *exceptions;		/* of OutboxEntry */
-	int			held;			/* of them, for now only */
+	int			put_off;		/* of them, for a while */
 	bool		no_memory;		/* for one of these */
-	bool		stopped;		/* in time, or by a row that failed */
-	bool		warned;
+	bool		warned;			/* of one of them */
 	MemoryContext context;
 } Filling;
 
@@ -241,7 +259,6 @@ static int	settled = 0;		/* deliveries since the ledger was summed up */
 /* What abp_usage_tables last said, in tables_context. */
 static MemoryContext tables_context = NULL;
 static List *known_tables = NIL;
-static bool known_armed = false;
 static TimestampTz tables_read_at = 0;
 
 /* set by invalidation callbacks */
@@ -476,7 +493,7 @@ position_of(Oid usage_table)
 	position = palloc0(sizeof(Position));
 	position->usage_table = usage_table;
 	position->cursor = PG_INT64_MIN;
-	position->unpriced_cursor = PG_INT64_MIN;
+	position->unpriced_cursor = ENTRY_CURSOR_START;
 	position->servers_seen = servers_generation;
 	positions = lappend(positions, position);
 	MemoryContextSwitchTo(old);
@@ -674,6 +691,37 @@ call_function(Oid funcid, const char *option, Jsonb *whole, Datum *result,
 	return outcome;
 }
 
+/* Free a shipment's request, which is built anew before it is sent again. */
+static void
+forget_request(Shipment *shipment)
+{
+	Delivery   *delivery = &shipment->delivery;
+
+	if (shipment->request != NULL)
+		abp_http_release(shipment->request);
+	shipment->request = NULL;
+	if (delivery->body.data != NULL)
+		pfree(delivery->body.data);
+	delivery->body.data = NULL;
+	if (delivery->event_ids != NULL)
+		pfree(delivery->event_ids);
+	delivery->event_ids = NULL;
+}
+
+/* Look at rows that others are changing again soon, if nothing tells before. */
+static void
+hold_rows(const UsageTable *table, const IdSet *ids)
+{
+	Position   *position = position_of(table->relid);
+	TimestampTz now = GetCurrentTimestamp();
+
+	abp_idset_add_set(&position->held, ids, ship_context);
+	if (TimestampDifferenceExceeds(position->held_until, now, HELD_MS))
+		position->held_since = now;
+	position->held_until = in_ms(HELD_MS);
+	due_at(position->held_until);
+}
+
 static void
 set_aside(Filling *filling, int64 id, const RowState *verdict)
 {
@@ -684,7 +732,7 @@ set_aside(Filling *filling, int64 id, const RowState *verdict)
 	entry->state = verdict->state;
 	entry->not_before = verdict->not_before;
 	entry->attempts = filling->shipment->delivery.prior_attempts;
-	entry->maybe_sent = filling->shipment->delivery.outcome_unknown;
+	entry->outcome_unknown = filling->shipment->delivery.outcome_unknown;
 	entry->error = verdict->error == NULL ? NULL : pstrdup(verdict->error);
 	abp_idset_add(&entry->ids, id, id, filling->context);
 	if (verdict->state == OUTBOX_UNPRICED)
@@ -709,7 +757,7 @@ reject(Filling *filling, int64 id, char *reason)
  * it is rejected.
  */
 static void
-hold(Filling *filling, int64 id, char *reason)
+put_off(Filling *filling, int64 id, char *reason)
 {
 	int			attempts = filling->shipment->delivery.prior_attempts;
 	RowState	verdict = {OUTBOX_WAITING, in_ms(HOLD_MS << Min(attempts, MAX_HOLDS)), reason};
@@ -718,7 +766,7 @@ hold(Filling *filling, int64 id, char *reason)
 		verdict.state = OUTBOX_REJECTED;
 	set_aside(filling, id, &verdict);
 	((OutboxEntry *) llast(filling->exceptions))->attempts++;
-	filling->held++;
+	filling->put_off++;
 }
 
 /*
@@ -769,6 +817,46 @@ abp_ship_call_functions(const ServerOptions *server, Jsonb *whole,
 	return GUARD_DONE;
 }
 
+/* A checksum by which a row is known again. */
+static uint32
+external_id_key(const UsageRow *row)
+{
+	pg_crc32c	crc;
+
+	INIT_CRC32C(crc);
+	COMP_CRC32C(crc, row->external_id.data, row->external_id.len);
+	FIN_CRC32C(crc);
+	return crc;
+}
+
+/*
+ * A row has come.  Returns false if no event is made of it now: it is not the
+ * one that was sent under this id, or another transaction may be changing it,
+ * or there are more rows than ids.
+ */
+static bool
+notice_row(Filling *filling, const UsageRow *row)
+{
+	uint32		key;
+
+	if (filling->taken_from == 0 &&
+		abp_delivery_key(&filling->shipment->delivery, row->id, &key) &&
+		key != external_id_key(row))
+		return false;
+
+	if (filling->nrows <= filling->max_rows)
+		filling->row_ids[filling->nrows++] = row->id;
+	if (filling->nrows > filling->max_rows)
+		return false;
+	abp_idset_add(&filling->seen, row->id, row->id, filling->context);
+	if (filling->taken_from != 0 && row->maybe_changing)
+	{
+		abp_idset_add(&filling->changing, row->id, row->id, filling->context);
+		return false;
+	}
+	return true;
+}
+
 /*
  * Append one row's event to the request, or set the row aside.  Returns
  * whether there is room for more.
@@ -785,7 +873,10 @@ add_event(const UsageRow *row, Jsonb *whole, void *arg)
 	RowState	verdict;
 	char	   *failure = NULL;
 
-	abp_idset_add(&filling->seen, row->id, row->id, filling->context);
+	if (filling->rows_are_settled)
+		abp_idset_add(&filling->seen, row->id, row->id, filling->context);
+	else if (!notice_row(filling, row))
+		return filling->nrows <= filling->max_rows;
 	abp_usage_judge(row, filling->server, &verdict);
 	if (verdict.state != OUTBOX_READY)
 	{
@@ -800,7 +891,7 @@ add_event(const UsageRow *row, Jsonb *whole, void *arg)
 		if (outcome == GUARD_FAILED)
 			reject(filling, row->id, failure);
 		else if (outcome != GUARD_DONE)
-			hold(filling, row->id, failure);
+			put_off(filling, row->id, failure);
 		filling->no_memory |= outcome == GUARD_NO_MEMORY;
 		if (outcome != GUARD_DONE)
 			return true;
@@ -818,14 +909,42 @@ add_event(const UsageRow *row, Jsonb *whole, void *arg)
 	{
 		body->len = before;
 		abp_idset_add(&filling->left, row->id, row->id, filling->context);
+		filling->full = true;
 		return false;
 	}
 	else
 	{
+		filling->event_keys[delivery->nevents] = external_id_key(row);
 		delivery->event_ids[delivery->nevents++] = row->id;
 		abp_idset_add(&filling->sent, row->id, row->id, filling->context);
 	}
 	return true;
+}
+
+static int
+compare_ids(const void *a, const void *b)
+{
+	int64		one = *(const int64 *) a;
+	int64		other = *(const int64 *) b;
+
+	return (one > other) - (one < other);
+}
+
+/* The ids of which more than one row has come. */
+static IdSet
+shared_ids(Filling *filling)
+{
+	IdSet		shared = {0};
+
+	if (filling->nrows == abp_idset_count(&filling->seen))
+		return shared;
+	qsort(filling->row_ids, filling->nrows, sizeof(int64), compare_ids);
+	for (int64 i = 1; i < filling->nrows; i++)
+	{
+		if (filling->row_ids[i] == filling->row_ids[i - 1])
+			abp_idset_add(&shared, filling->row_ids[i], filling->row_ids[i], filling->context);
+	}
+	return shared;
 }
 
 /* Rows to be read under guard. */
@@ -847,8 +966,8 @@ add_in_time(const UsageRow *row, Jsonb *whole, void *arg)
 
 	if (!add_event(row, whole, arg))
 		return false;
-	filling->stopped = whole != NULL && abp_guard_elapsed_ms() > TURN_MS;
-	return !filling->stopped;
+	filling->full = whole != NULL && abp_guard_elapsed_ms() > TURN_MS;
+	return !filling->full;
 }
 
 static void
@@ -896,6 +1015,8 @@ set_failed_aside(Filling *filling, int64 id, bool whole, GuardOutcome outcome,
 	}
 
 	abp_idset_add(&filling->seen, id, id, filling->context);
+	if (!filling->rows_are_settled && filling->nrows < filling->max_rows)
+		filling->row_ids[filling->nrows++] = id;
 	if (filling->table->blocked_reason == NULL && !filling->warned)
 		ereport(WARNING,
 				(errcode(error->sqlerrcode),
@@ -905,8 +1026,53 @@ set_failed_aside(Filling *filling, int64 id, bool whole, GuardOutcome outcome,
 	if (outcome == GUARD_FAILED)
 		reject(filling, id, error->message);
 	else
-		hold(filling, id, error->message);
+		put_off(filling, id, error->message);
 	return outcome == GUARD_FAILED;
+}
+
+/* What reading has made of some rows, to be taken back. */
+typedef struct FillingMark
+{
+	int			body_len;
+	int			nevents;
+	int64		nrows;
+	int			nexceptions;
+	int			put_off;
+	bool		full;
+} FillingMark;
+
+static FillingMark
+mark_filling(const Filling *filling)
+{
+	return (FillingMark)
+	{
+		.body_len = filling->shipment->delivery.body.len,
+			.nevents = filling->shipment->delivery.nevents,
+			.nrows = filling->nrows,
+			.nexceptions = list_length(filling->exceptions),
+			.put_off = filling->put_off,
+			.full = filling->full
+	};
+}
+
+/* Forget all that has been read of these rows since the mark. */
+static void
+unread(Filling *filling, const FillingMark *mark, IdSet *ids)
+{
+	Delivery   *delivery = &filling->shipment->delivery;
+
+	delivery->body.len = mark->body_len;
+	delivery->body.data[mark->body_len] = '\0';
+	delivery->nevents = mark->nevents;
+	filling->nrows = mark->nrows;
+	filling->exceptions = list_truncate(filling->exceptions, mark->nexceptions);
+	filling->put_off = mark->put_off;
+	filling->full = mark->full;
+	filling->seen = abp_idset_subtract(&filling->seen, ids);
+	filling->sent = abp_idset_subtract(&filling->sent, ids);
+	filling->left = abp_idset_subtract(&filling->left, ids);
+	if (!filling->rows_are_settled)
+		filling->changing = abp_idset_subtract(&filling->changing, ids);
 }
 
 /*
@@ -917,18 +1083,15 @@ set_failed_aside(Filling *filling, int64 id, bool whole, GuardOutcome outcome,
 static void
 read_carefully(Filling *filling, IdSet *ids, bool whole)
 {
-	Delivery   *delivery = &filling->shipment->delivery;
 	TimestampTz start = GetCurrentTimestamp();
 
-	for (int r = 0; r < ids->nranges && !filling->stopped; r++)
+	for (int r = 0; r < ids->nranges && !filling->full; r++)
 	{
 		for (int64 id = ids->ranges[r].first;; id++)
 		{
 			IdSet		one = {0};
 			GuardedRead read = {filling, &one, whole};
-			int			body_len = delivery->body.len;
-			int			nevents = delivery->nevents;
-			int			nexceptions = list_length(filling->exceptions);
+			FillingMark mark = mark_filling(filling);
 			GuardError	error;
 			GuardOutcome outcome;
 
@@ -940,19 +1103,13 @@ read_carefully(Filling *filling, IdSet *ids, bool whole)
 			if (outcome != GUARD_DONE)
 			{
 				abp_guard_start_clock();
-				delivery->body.len = body_len;
-				delivery->body.data[body_len] = '\0';
-				delivery->nevents = nevents;
-				filling->exceptions = list_truncate(filling->exceptions, nexceptions);
-				filling->seen = abp_idset_subtract(&filling->seen, &one);
-				filling->sent = abp_idset_subtract(&filling->sent, &one);
-				filling->left = abp_idset_subtract(&filling->left, &one);
-				filling->stopped = !set_failed_aside(filling, id, whole, outcome, &error);
+				unread(filling, &mark, &one);
+				if (!set_failed_aside(filling, id, whole, outcome, &error))
+					filling->full = true;
 			}
-			if (filling->left.nranges > 0 ||
-				TimestampDifferenceExceeds(start, GetCurrentTimestamp(), TURN_MS))
-				filling->stopped = true;
-			if (filling->stopped || id == ids->ranges[r].last)
+			if (TimestampDifferenceExceeds(start, GetCurrentTimestamp(), TURN_MS))
+				filling->full = true;
+			if (filling->full || id == ids->ranges[r].last)
 				break;
 		}
 	}
@@ -960,30 +1117,21 @@ read_carefully(Filling *filling, IdSet *ids, bool whole)
 }
 
 /*
- * Read the rows of a batch: together, and one by one if one of them may be to
- * blame.
+ * Read rows and append their events to the request: together, and one by one
+ * if one of them may be to blame for an error.
  */
 static void
-read_batch(Filling *filling, IdSet *ids, bool whole)
+read_rows(Filling *filling, IdSet *ids, bool whole)
 {
-	Delivery   *delivery = &filling->shipment->delivery;
 	GuardedRead read = {filling, ids, whole};
-	int			body_len = delivery->body.len;
+	FillingMark mark = mark_filling(filling);
 	GuardError	error;
 	GuardOutcome outcome = abp_guard(filling->table, read_guarded, &read, &error);
 
 	if (outcome == GUARD_DONE)
 		return;
 
-	delivery->body.len = body_len;
-	delivery->nevents = 0;
-	filling->seen = filling->sent = filling->left = (IdSet)
-	{
-		0
-	};
-	filling->exceptions = NIL;
-	filling->stopped = false;
-	filling->held = 0;
+	unread(filling, &mark, ids);
 	if (outcome == GUARD_PASSES ||
 		(outcome == GUARD_NO_MEMORY && abp_idset_count(ids) > 1))
 		ereport(ERROR,
@@ -992,7 +1140,87 @@ read_batch(Filling *filling, IdSet *ids, bool whole)
 }
 
 /*
- * None of a batch's rows can be sent, and some were only held: leave the table
+ * Read the rows of these ids and append their events to the request.  Rows that
+ * others may be changing come last, if by then nobody is: Filling.changing is
+ * left with the others.
+ */
+static void
+read_batch(Filling *filling, IdSet *ids, bool whole)
+{
+	Delivery   *delivery = &filling->shipment->delivery;
+	MemoryContext old = MemoryContextSwitchTo(filling->shipment->context);
+
+	forget_request(filling->shipment);
+	initStringInfo(&delivery->body);
+	delivery->nevents = 0;
+	filling->max_rows = abp_idset_count(ids);
+	delivery->event_ids = palloc(sizeof(int64) * Max(1, filling->max_rows));
+	MemoryContextSwitchTo(old);
+
+	filling->row_ids = palloc(sizeof(int64) * (filling->max_rows + 1));
+	filling->event_keys = palloc(sizeof(uint32) * Max(1, filling->max_rows));
+	appendStringInfoString(&delivery->body, "{\"events\":[");
+	read_rows(filling, ids, whole);
+	if (filling->changing.nranges > 0)
+	{
+		IdSet		settled = abp_usage_settled(filling->table, &filling->changing);
+		bool		full = filling->full;
+
+		filling->changing = abp_idset_subtract(&filling->changing, &settled);
+		filling->rows_are_settled = true;
+		filling->seen = abp_idset_subtract(&filling->seen, &settled);
+		if (settled.nranges > 0 && (!full || delivery->nevents == 0))
+		{
+			/* there is time for one of them */
+			filling->full = false;
+			abp_guard_start_clock();
+			read_rows(filling, &settled, whole);
+			filling->full |= full;
+		}
+		abp_idset_add_set(&filling->left, &filling->changing, filling->context);
+	}
+	appendStringInfoString(&delivery->body, "]}");
+}
+
+typedef struct EventKey
+{
+	int64		id;
+	uint32		key;
+} EventKey;
+
+static int
+compare_event_keys(const void *a, const void *b)
+{
+	return compare_ids(&((const EventKey *) a)->id, &((const EventKey *) b)->id);
+}
+
+/* Note by what the rows of a first request are known again. */
+static void
+keep_keys(Filling *filling)
+{
+	Delivery   *delivery = &filling->shipment->delivery;
+	EventKey   *keys = palloc(sizeof(EventKey) * Max(1, delivery->nevents));
+	bool		ascending = true;
+
+	for (int i = 0; i < delivery->nevents; i++)
+	{
+		keys[i].id = delivery->event_ids[i];
+		keys[i].key = filling->event_keys[i];
+		ascending &= i == 0 || keys[i - 1].id < keys[i].id;
+	}
+	if (!ascending)
+		qsort(keys, delivery->nevents, sizeof(EventKey), compare_event_keys);
+
+	delivery->keys = MemoryContextAlloc(filling->shipment->context,
+										sizeof(uint32) * Max(1, delivery->nevents));
+	for (int i = 0; i < delivery->nevents; i++)
+		delivery->keys[i] = keys[i].key;
+	memset(&delivery->key_ids, 0, sizeof(IdSet));
+	abp_idset_add_set(&delivery->key_ids, &delivery->ids, filling->shipment->context);
+}
+
+/*
+ * None of a batch's rows can be sent, and some were only put off: leave the table
  * alone for a while, longer each time.
  */
 static void
@@ -1013,77 +1241,92 @@ rest_table(const UsageTable *table, const Filling *filling)
 }
 
 /*
- * Build a shipment's request from the rows of these ids.  Rows that cannot be
- * sent now go back to the outbox with their reason; the delivery's ids are
- * those that can.  Returns false if there were more than a request may hold.
+ * Build a shipment's request from the rows of these ids, by the active
+ * snapshot: ids taken from the outbox in a state, or with 0 ids that have been
+ * sent before.  Rows that cannot be sent now go back to the outbox with their
+ * reason; the delivery's ids are those that can.  Returns false if there were
+ * more than a request may hold.
  */
 static bool
 fill_shipment(Shipment *shipment, const UsageTable *table,
-			  const ServerOptions *server, IdSet *ids)
+			  const ServerOptions *server, IdSet *ids, char taken_from)
 {
 	Delivery   *delivery = &shipment->delivery;
-	Filling		filling = {
-		.shipment = shipment,
-		.table = table,
-		.server = server,
-		.context = CurrentMemoryContext
-	};
+	Filling		filling;
 	OutboxEntry *back;
 	int			nback = 0;
 	ListCell   *lc;
 	IdSet		unseen;
-	bool		whole;
-	MemoryContext old;
+	IdSet		shared = {0};
+	IdSet		wanted = *ids;
+	bool		whole = server->event_name_function != NULL || server->metadata_function != NULL;
 
-	whole = server->event_name_function != NULL || server->metadata_function != NULL;
-
-	old = MemoryContextSwitchTo(shipment->context);
-	initStringInfo(&delivery->body);
-	delivery->nevents = 0;
-	delivery->event_ids = palloc(sizeof(int64) * Max(1, abp_idset_count(ids)));
-	MemoryContextSwitchTo(old);
-
-	appendStringInfoString(&delivery->body, "{\"events\":[");
-	read_batch(&filling, ids, whole);
-	appendStringInfoString(&delivery->body, "]}");
-
-	unseen = abp_idset_subtract(ids, &filling.seen);
-	if (filling.left.nranges == 0 && !filling.stopped)
-		delivery->vanished += abp_idset_count(&unseen);
-	else
+	/* Ids of several rows are known by the rows: then without them. */
+	for (;;)
 	{
-		for (int i = 0; i < unseen.nranges; i++)
-			abp_idset_add(&filling.left, unseen.ranges[i].first,
-						  unseen.ranges[i].last, CurrentMemoryContext);
+		IdSet		more;
+
+		CHECK_FOR_INTERRUPTS();
+
+		filling = (Filling)
+		{
+			.shipment = shipment,.table = table,.server = server,.taken_from = taken_from,
+				.context = CurrentMemoryContext
+		};
+		read_batch(&filling, &wanted, whole);
+		more = shared_ids(&filling);
+		if (more.nranges == 0)
+			break;
+		abp_idset_add_set(&shared, &more, CurrentMemoryContext);
+		wanted = abp_idset_subtract(&wanted, &more);
 	}
 
-	back = palloc0(sizeof(OutboxEntry) * (list_length(filling.exceptions) + 1));
+	unseen = abp_idset_subtract(&wanted, &filling.seen);
+	if (filling.full)
+		abp_idset_add_set(&filling.left, &unseen, CurrentMemoryContext);
+	else
+	{
+		delivery->vanished += abp_idset_count(&unseen);
+		abp_idset_add_set(&delivery->vanished_ids, &unseen, shipment->context);
+	}
+
+	back = palloc0(sizeof(OutboxEntry) * (list_length(filling.exceptions) + 2));
 	foreach(lc, filling.exceptions)
 		back[nback++] = *(OutboxEntry *) lfirst(lc);
+	if (shared.nranges > 0)
+		back[nback++] = (OutboxEntry)
+	{
+		.usage_table = table->relid,
+			.state = OUTBOX_REJECTED,
+			.attempts = delivery->prior_attempts,
+			.outcome_unknown = delivery->outcome_unknown,
+			.ids = shared,
+			.error = SHARED_ID
+	};
 	if (filling.left.nranges > 0)
 		back[nback++] = (OutboxEntry)
 	{
 		.usage_table = table->relid,
-			.state = OUTBOX_READY,
+			.state = taken_from == 0 ? OUTBOX_READY : taken_from,
 			.attempts = delivery->prior_attempts,
-			.maybe_sent = delivery->outcome_unknown,
+			.outcome_unknown = delivery->outcome_unknown,
+			.not_before = GetCurrentTimestamp(),
 			.ids = filling.left
 	};
 	abp_outbox_put(back, nback);
 
-	delivery->ids = (IdSet)
-	{
-		0
-	};
-	for (int i = 0; i < filling.sent.nranges; i++)
-		abp_idset_add(&delivery->ids, filling.sent.ranges[i].first,
-					  filling.sent.ranges[i].last, shipment->context);
+	memset(&delivery->ids, 0, sizeof(IdSet));
+	abp_idset_add_set(&delivery->ids, &filling.sent, shipment->context);
 	abp_idset_sort(&delivery->ids);
-	if (filling.left.nranges > 0)
+	if (taken_from != 0)
+		keep_keys(&filling);
+	if (filling.changing.nranges > 0)
+		hold_rows(table, &filling.changing);
+	if (filling.full)
 		position_of(table->relid)->cursor = PG_INT64_MIN;
-	if (filling.held > 0 && delivery->nevents == 0)
+	if (filling.put_off > 0 && delivery->nevents == 0)
 		rest_table(table, &filling);
-	return filling.left.nranges == 0;
+	return !filling.full;
 }
 
 /* Rows that are gone are reported once, where they first are missed. */
@@ -1109,7 +1352,7 @@ put_back(Shipment *shipment, IdSet ids, char state, TimestampTz not_before,
 		.state = state,
 		.attempts = shipment->delivery.prior_attempts +
 		(burn_attempt ? shipment->delivery.attempts : 0),
-		.maybe_sent = shipment->delivery.outcome_unknown,
+		.outcome_unknown = shipment->delivery.outcome_unknown,
 		.not_before = not_before,
 		.ids = ids,
 		.error = error
@@ -1151,7 +1394,7 @@ write_down(Lane *lane)
 	lane->unwritten = outcome != GUARD_DONE;
 	if (!lane->unwritten)
 		return;
-	lane->write_at = in_ms(LOCKED_ENTRIES_MS);
+	lane->write_at = in_ms(HELD_MS);
 	due_at(lane->write_at);
 }
 
@@ -1273,23 +1516,6 @@ give_back(Shipment *shipment, const char *error, bool burn_attempt)
 	drop_shipment(shipment);
 }
 
-/* Free a shipment's request, which is built anew before it is sent again. */
-static void
-forget_request(Shipment *shipment)
-{
-	Delivery   *delivery = &shipment->delivery;
-
-	if (shipment->request != NULL)
-		abp_http_release(shipment->request);
-	shipment->request = NULL;
-	if (delivery->body.data != NULL)
-		pfree(delivery->body.data);
-	delivery->body.data = NULL;
-	if (delivery->event_ids != NULL)
-		pfree(delivery->event_ids);
-	delivery->event_ids = NULL;
-}
-
 /*
  * Keep a delivery whose rows may have been stored, or are to be sent again:
  * at retry_at, not before its server allows it.
@@ -1313,6 +1539,21 @@ return_or_keep(Shipment *shipment, const char *error, bool burn_attempt)
 		give_back(shipment, error, burn_attempt);
 }
 
+/* Two deliveries know the same rows again; in the current memory context. */
+static void
+copy_keys(Delivery *to, const Delivery *from)
+{
+	int64		count = abp_idset_count(unconstify(IdSet *, &from->key_ids));
+
+	to->key_ids = abp_idset_copy(&from->key_ids);
+	to->keys = NULL;
+	if (from->keys != NULL)
+	{
+		to->keys = palloc(sizeof(uint32) * Max(1, count));
+		memcpy(to->keys, from->keys, sizeof(uint32) * count);
+	}
+}
+
 /* Whose fault?  Send each half by itself. */
 static void
 halve(Shipment *shipment, const char *error)
@@ -1326,6 +1567,7 @@ halve(Shipment *shipment, const char *error)
 	half->delivery.outcome_unknown = delivery->outcome_unknown;
 	half->delivery.ids = abp_idset_split(&delivery->ids, delivery->nevents / 2);
 	half->delivery.nevents = delivery->nevents - delivery->nevents / 2;
+	copy_keys(&half->delivery, delivery);
 	MemoryContextSwitchTo(old);
 
 	abp_ledger_begin(&half->delivery);
@@ -1347,20 +1589,24 @@ reject_shipment(Shipment *shipment, const char *error)
 
 static void
 settle_delivered(Shipment *shipment, const Verdict *verdict, double elapsed_ms,
-				 const ServerOptions *server)
+				 const ServerOptions *server, int64 ledger_from)
 {
 	Delivery   *delivery = &shipment->delivery;
 	Lane	   *lane = shipment->lane;
 
 	delivery->inserted = verdict->inserted;
 	delivery->duplicates = verdict->duplicates;
+
+	/* An id that was delivered before may be of a row that has come back. */
 	if (verdict->duplicates > 0 && !delivery->outcome_unknown)
+		delivery->unexpected_duplicates =
+			Max(0, verdict->duplicates - abp_ledger_delivered_before(delivery, ledger_from));
+	if (delivery->unexpected_duplicates > 0)
 	{
-		delivery->unexpected_duplicates = verdict->duplicates;
 		ereport(WARNING,
 				(errcode(ERRCODE_DATA_EXCEPTION),
 				 errmsg(INT64_FORMAT " usage rows of delivery " INT64_FORMAT " were not counted: Polar had events with their external_id before",
-						verdict->duplicates, delivery->id),
+						delivery->unexpected_duplicates, delivery->id),
 				 errhint("Another producer, or a copy of this database, sends the same external ids.")));
 	}
 	abp_ledger_finish(delivery, "delivered", NULL);
@@ -1416,13 +1662,8 @@ settle_refused(Shipment *shipment, const Verdict *verdict)
 		return;
 	}
 
-	delivery->ids = (IdSet)
-	{
-		0
-	};
-	for (int i = 0; i < rest.nranges; i++)
-		abp_idset_add(&delivery->ids, rest.ranges[i].first, rest.ranges[i].last,
-					  shipment->context);
+	memset(&delivery->ids, 0, sizeof(IdSet));
+	abp_idset_add_set(&delivery->ids, &rest, shipment->context);
 	delivery->nevents = abp_idset_count(&delivery->ids);
 	keep_for_retry(shipment, DT_NOBEGIN, verdict->error);
 }
@@ -1463,7 +1704,7 @@ settle_server_error(Shipment *shipment, const Verdict *verdict)
  * Settle a request that has ended.
  */
 static void
-settle(Shipment *shipment, const ServerOptions *server)
+settle(Shipment *shipment, const ServerOptions *server, int64 ledger_from)
 {
 	const HttpReply *reply = abp_http_reply(shipment->request);
 	Delivery   *delivery = &shipment->delivery;
@@ -1507,7 +1748,7 @@ settle(Shipment *shipment, const ServerOptions *server)
 	switch (verdict->kind)
 	{
 		case VERDICT_DELIVERED:
-			settle_delivered(shipment, verdict, reply->elapsed_ms, server);
+			settle_delivered(shipment, verdict, reply->elapsed_ms, server, ledger_from);
 			break;
 		case VERDICT_ROWS_REFUSED:
 			lane_succeeded(lane);
@@ -1676,21 +1917,6 @@ lane_has_room(const Lane *lane, const ServerOptions *server)
 }
 
 /*
- * No wake-up tells that a transaction which has locked entries of the outbox
- * was rolled back.
- */
-static void
-look_again_for(Position *position, const TakenEntries *entries, TimestampTz now)
-{
-	if (!entries->passed_over)
-		return;
-	if (position->locked_entries_at == 0)
-		position->locked_entries_at = now + LOCKED_ENTRIES_MS * INT64CONST(1000);
-	if (position->entries_locked_since == 0)
-		position->entries_locked_since = now;
-}
-
-/*
  * Take the next ids to send: those whose time has come first, then ready ones
  * from where the last scan ended.  Rows may commit later than rows of higher
  * ids, so that the scan starts over now and then, and whenever it finds
@@ -1704,26 +1930,24 @@ take_ids(const UsageTable *table, Position *position, int64 max_ids,
 	int64		unused = 0;
 	IdSet		ids;
 
-	ids = abp_outbox_take(table->relid, OUTBOX_WAITING, start, &unused, max_ids, entries);
-	look_again_for(position, entries, start);
+	if (position->held.nranges > 0 && position->held_until <= start)
+	{
+		abp_idset_free(&position->held);
+		position->cursor = PG_INT64_MIN;
+	}
+	ids = abp_outbox_take(table->relid, OUTBOX_WAITING, start, &position->held, &unused, max_ids,
+						  entries);
 	if (ids.nranges > 0)
 		return ids;
 
-	if (start >= position->restart_at + RESTART_MS * INT64CONST(1000) ||
-		(position->locked_entries_at != 0 && start >= position->locked_entries_at))
-	{
+	if (start >= position->restart_at + RESTART_MS * INT64CONST(1000))
 		position->cursor = PG_INT64_MIN;
-		if (position->locked_entries_at == 0)
-			position->entries_locked_since = 0;
-		position->locked_entries_at = 0;
-	}
 	for (;;)
 	{
 		bool		from_start = position->cursor == PG_INT64_MIN;
 
-		ids = abp_outbox_take(table->relid, OUTBOX_READY, start, &position->cursor,
-							  max_ids, entries);
-		look_again_for(position, entries, start);
+		ids = abp_outbox_take(table->relid, OUTBOX_READY, start, &position->held,
+							  &position->cursor, max_ids, entries);
 		if (from_start)
 		{
 			TimestampTz now = GetCurrentTimestamp();
@@ -1811,7 +2035,7 @@ guarded(TableWork work, const UsageTable *table, const ServerOptions *server, vo
 	}
 
 	position->cursor = PG_INT64_MIN;
-	position->unpriced_cursor = PG_INT64_MIN;
+	position->unpriced_cursor = ENTRY_CURSOR_START;
 	position->failed = true;
 	if (outcome == GUARD_PASSES && error.sqlerrcode == ERRCODE_LOCK_NOT_AVAILABLE)
 	{
@@ -1862,8 +2086,8 @@ prepare_next(const UsageTable *table, const ServerOptions *server, void *arg)
 	if (position->batch_size > 0)
 		size = Min(size, position->batch_size);
 	ids = take_ids(table, position, size, &entries);
-	if (position->locked_entries_at != 0)
-		due_at(position->locked_entries_at);
+	if (position->held.nranges > 0)
+		due_at(position->held_until);
 
 	position->backlog = false;
 	if (ids.nranges == 0)
@@ -1874,10 +2098,11 @@ prepare_next(const UsageTable *table, const ServerOptions *server, void *arg)
 	next->shipment = new_shipment(lane);
 	delivery = &next->shipment->delivery;
 	delivery->usage_table = table->relid;
+	delivery->attempts = 1;
 	delivery->prior_attempts = entries.attempts;
-	delivery->outcome_unknown = entries.maybe_sent;
+	delivery->outcome_unknown = entries.outcome_unknown;
 	abp_guard_start_clock();
-	if (!fill_shipment(next->shipment, table, server, &ids) || count == size)
+	if (!fill_shipment(next->shipment, table, server, &ids, entries.state) || count == size)
 		position->backlog = true;
 	else
 		next->gather_ms = Min(Max(count * GATHER_ROW_MS, GATHER_MIN_MS), GATHER_MAX_MS);
@@ -1902,6 +2127,25 @@ prepare_next(const UsageTable *table, const ServerOptions *server, void *arg)
 }
 
 /*
+ * The same by one snapshot, of what stands in the outbox and of the rows: a
+ * transaction that changes a row changes both.
+ */
+static void
+prepare_next_at_once(const UsageTable *table, const ServerOptions *server, void *arg)
+{
+	PushActiveSnapshot(GetLatestSnapshot());
+	if (abp_outbox_tidy(table->relid, TIDY_PER_TURN))
+	{
+		CommandCounterIncrement();
+		UpdateActiveSnapshotCommandId();
+		prepare_next(table, server, arg);
+	}
+	else
+		due_at(in_ms(GATHER_MIN_MS));
+	PopActiveSnapshot();
+}
+
+/*
  * Build a waiting shipment's request anew and enter another attempt, unless
  * none of its rows is left.
  */
@@ -1914,7 +2158,9 @@ rebuild(const UsageTable *table, const ServerOptions *server, void *arg)
 	IdSet		ids = delivery->ids;
 
 	abp_guard_start_clock();
-	(void) fill_shipment(shipment, table, server, &ids);
+	PushActiveSnapshot(GetLatestSnapshot());
+	(void) fill_shipment(shipment, table, server, &ids, 0);
+	PopActiveSnapshot();
 	report_vanished(delivery, table, vanished);
 	if (delivery->nevents > 0)
 	{
@@ -1932,6 +2178,8 @@ typedef struct PriceLook
 	const ServerOptions *server;
 	const OutboxEntry *entry;
 	IdSet	   *ids;			/* the rows to look at */
+	int64		nrows;
+	IdSet		seen;
 	IdSet		priced;			/* can be priced by now */
 	IdSet		moved;			/* are in "others" */
 	List	   *others;			/* OutboxEntry *, of rows that are ready by
@@ -1978,6 +2226,8 @@ look_for_price(const UsageRow *row, Jsonb *whole, void *arg)
 	PriceLook  *look = arg;
 	RowState	verdict;
 
+	look->nrows++;
+	abp_idset_add(&look->seen, row->id, row->id, look->context);
 	abp_usage_judge_price(row, &verdict);
 	if (verdict.state == OUTBOX_READY)
 		abp_idset_add(&look->priced, row->id, row->id, look->context);
@@ -2016,15 +2266,66 @@ fire_deferred_at_once(void)
 	AfterTriggerSetState(all);
 }
 
+static bool
+count_row(const UsageRow *row, Jsonb *whole, void *arg)
+{
+	return true;
+}
+
+/*
+ * Of rows that share an id one may be delivered: they are not priced, but
+ * rejected.
+ */
+static void
+reject_shared(PriceLook *look)
+{
+	IdSet		shared = {0};
+	ListCell   *lc;
+
+	for (int i = 0; i < look->seen.nranges; i++)
+	{
+		for (int64 id = look->seen.ranges[i].first;; id++)
+		{
+			IdSet		one = {0};
+
+			abp_idset_add(&one, id, id, look->context);
+			if (abp_usage_read(look->table, &one, false, count_row, NULL) > 1)
+				abp_idset_add(&shared, id, id, look->context);
+			abp_idset_free(&one);
+			if (id == look->seen.ranges[i].last)
+				break;
+		}
+	}
+
+	look->priced = abp_idset_subtract(&look->priced, &shared);
+	foreach(lc, look->others)
+	{
+		OutboxEntry *other = lfirst(lc);
+
+		other->ids = abp_idset_subtract(&other->ids, &shared);
+	}
+	for (int i = 0; i < shared.nranges; i++)
+	{
+		for (int64 id = shared.ranges[i].first;; id++)
+		{
+			move_to(look, id, OUTBOX_REJECTED, DT_NOBEGIN, SHARED_ID);
+			if (id == shared.ranges[i].last)
+				break;
+		}
+	}
+}
+
 static void
 look_at_rows(void *arg)
 {
 	PriceLook  *look = arg;
 
 	if (look->server->send_unpriced)
-		look->priced = *look->ids;
+		look->priced = abp_idset_copy(look->ids);
 	else
 		abp_usage_read(look->table, look->ids, false, look_for_price, look);
+	if (look->nrows > abp_idset_count(&look->seen))
+		reject_shared(look);
 }
 
 /* Price what can be priced, and tell where it belongs. */
@@ -2041,7 +2342,9 @@ price_rows(void *arg)
 		(void) abp_usage_price_again(look->table, &look->priced);
 		CommandCounterIncrement();
 	}
+	PushActiveSnapshot(GetLatestSnapshot());
 	abp_usage_read(look->table, &look->priced, false, look_at_priced, look);
+	PopActiveSnapshot();
 }
 
 static void
@@ -2060,34 +2363,43 @@ price_no_row(void *arg)
 	(void) abp_usage_price_again(look->table, &none);
 }
 
+/* All rows that are looked at go on waiting, with this reason. */
+static void
+say_of_all(PriceLook *look, const char *problem)
+{
+	char	   *error = psprintf("no price of this table can be stored: %s", problem);
+
+	if (look->entry->error != NULL && strcmp(look->entry->error, error) == 0)
+		return;
+	for (int r = 0; r < look->ids->nranges; r++)
+	{
+		for (int64 id = look->ids->ranges[r].first;; id++)
+		{
+			move_to(look, id, OUTBOX_UNPRICED, DT_NOBEGIN, error);
+			if (id == look->ids->ranges[r].last)
+				break;
+		}
+	}
+}
+
 /*
- * A row cannot be priced.  What keeps all rows of the table from it is said of
- * all of them, and they go on waiting; else the row is rejected.  Returns
- * whether to go on with the next one.
+ * A row cannot be priced: it is rejected, unless no row of the table can.
+ * Returns whether to go on with the next one.
  */
 static bool
 refuse_price(PriceLook *look, int64 id, const GuardError *error)
 {
 	GuardError	general;
 
-	if (look->moved.nranges > 0 ||
-		abp_guard(look->table, price_no_row, look, &general) == GUARD_DONE)
+	if (look->moved.nranges == 0 &&
+		abp_guard(look->table, price_no_row, look, &general) != GUARD_DONE)
 	{
-		move_to(look, id, OUTBOX_REJECTED, DT_NOBEGIN,
-				psprintf("its price cannot be stored: %s", error->message));
-		return true;
+		say_of_all(look, general.message);
+		return false;
 	}
-	for (int r = 0; r < look->ids->nranges; r++)
-	{
-		for (id = look->ids->ranges[r].first;; id++)
-		{
-			move_to(look, id, OUTBOX_UNPRICED, DT_NOBEGIN,
-					psprintf("no price of this table can be stored: %s", general.message));
-			if (id == look->ids->ranges[r].last)
-				break;
-		}
-	}
-	return false;
+	move_to(look, id, OUTBOX_REJECTED, DT_NOBEGIN,
+			psprintf("its price cannot be stored: %s", error->message));
+	return true;
 }
 
 /*
@@ -2117,6 +2429,8 @@ look_carefully(PriceLook *look)
 			abp_idset_add(&one, id, id, look->context);
 			part.ids = &one;
 			part.others = NIL;
+			part.nrows = 0;
+			memset(&part.seen, 0, sizeof(IdSet));
 			memset(&part.priced, 0, sizeof(IdSet));
 			memset(&part.moved, 0, sizeof(IdSet));
 			abp_guard_start_clock();
@@ -2137,7 +2451,8 @@ look_carefully(PriceLook *look)
 				{
 					OutboxEntry *other = lfirst(lc);
 
-					move_to(look, id, other->state, other->not_before, other->error);
+					if (abp_idset_contains(&other->ids, id))
+						move_to(look, id, other->state, other->not_before, other->error);
 				}
 			}
 			if (id == look->ids->ranges[r].last)
@@ -2147,12 +2462,95 @@ look_carefully(PriceLook *look)
 	return all;
 }
 
+/* Rows to be locked under guard. */
+typedef struct GuardedLock
+{
+	const UsageTable *table;
+	IdSet		ids;
+	IdSet		locked;
+} GuardedLock;
+
+static void
+lock_rows(void *arg)
+{
+	GuardedLock *lock = arg;
+
+	lock->locked = abp_usage_lock(lock->table, &lock->ids);
+}
+
 /* A step of the scan over a table's unpriced entries. */
 typedef struct UnpricedStep
 {
+	bool		tidy;			/* false: nothing was done yet */
 	bool		found;			/* an entry that was not the last one */
 	bool		complete;		/* all of its rows were looked at */
 } UnpricedStep;
+
+/*
+ * Price what can be priced of an unpriced entry, and tell where its rows
+ * belong, row by row if need be.  Only such as we can lock, and that nobody
+ * has taken out of the entry meanwhile: who changes a row decides where it
+ * stands.  Returns whether these were all.
+ */
+static bool
+price_entry(PriceLook *look, IdSet *wanted, GuardOutcome looked)
+{
+	PriceLook	before = *look;
+	GuardedLock lock = {look->table, *wanted};
+	GuardError	error;
+	GuardOutcome outcome = abp_guard(look->table, lock_rows, &lock, &error);
+	IdSet		still;
+	IdSet	   *ours = palloc(sizeof(IdSet));
+	ListCell   *lc;
+
+	if (outcome == GUARD_PASSES)
+		lock.locked.nranges = 0;
+	PushActiveSnapshot(GetLatestSnapshot());
+	still = abp_outbox_entry_left(look->entry);
+	PopActiveSnapshot();
+	*ours = abp_idset_intersect(outcome == GUARD_DONE || outcome == GUARD_PASSES ? &lock.locked :
+								&lock.ids, &still);
+	if (outcome != GUARD_DONE && outcome != GUARD_PASSES)
+	{
+		memset(&look->moved, 0, sizeof(IdSet));
+		look->others = NIL;
+		look->ids = ours;
+		say_of_all(look, error.message);
+		return false;
+	}
+	if (ours->nranges == 0)
+	{
+		look->others = NIL;
+		return false;
+	}
+
+	if (looked == GUARD_DONE)
+	{
+		look->priced = abp_idset_intersect(&look->priced, ours);
+		foreach(lc, look->others)
+		{
+			OutboxEntry *other = lfirst(lc);
+
+			other->ids = abp_idset_intersect(&other->ids, ours);
+		}
+		look->moved = abp_idset_intersect(&look->moved, ours);
+		abp_guard_start_clock();
+		looked = abp_guard(look->table, price_rows, look, &error);
+	}
+	if (looked != GUARD_DONE)
+	{
+		*look = before;
+		look->ids = ours;
+		look->nrows = 0;
+		memset(&look->seen, 0, sizeof(IdSet));
+		memset(&look->priced, 0, sizeof(IdSet));
+		memset(&look->moved, 0, sizeof(IdSet));
+		look->others = NIL;
+		if (!look_carefully(look))
+			return false;
+	}
+	return abp_idset_count(ours) == abp_idset_count(wanted);
+}
 
 /*
  * Rows that wait for a price: price and release those that have one by now,
@@ -2164,46 +2562,48 @@ release_unpriced(const UsageTable *table, const ServerOptions *server, void *arg
 {
 	UnpricedStep *step = arg;
 	Position   *position = position_of(table->relid);
-	ItemPointerData tid;
-	OutboxEntry *entry = abp_outbox_next_unpriced(table->relid, &position->unpriced_cursor, &tid);
-	PriceLook	look = {
-		.table = table,.server = server,.entry = entry,.context = CurrentMemoryContext
-	};
-	PriceLook	before;
+	OutboxEntry *entry;
+	PriceLook	look = {.table = table,.server = server,.context = CurrentMemoryContext};
+	IdSet		wanted;
 	GuardError	error;
 	GuardOutcome outcome;
 	OutboxEntry *out;
 	int			nout = 0;
 	ListCell   *lc;
 
-	step->found = entry != NULL;
 	step->complete = true;
+	step->tidy = abp_outbox_tidy(table->relid, TIDY_PER_TURN);
+	if (!step->tidy)
+		return;
+	CommandCounterIncrement();
+	UpdateActiveSnapshotCommandId();
+	entry = abp_outbox_next_unpriced(table->relid, &position->unpriced_cursor);
+	step->found = entry != NULL;
 	if (entry == NULL)
 		return;
 
+	look.entry = entry;
 	look.ids = &entry->ids;
-	before = look;
 	abp_guard_start_clock();
 	outcome = abp_guard(table, look_at_rows, &look, &error);
-	if (outcome == GUARD_DONE && look.priced.nranges == 0 && look.others == NIL)
-		return;
-
-	/* Somebody is about to change the entry: it is looked at again. */
-	if (!abp_outbox_take_entry(&tid))
-	{
-		step->complete = false;
-		return;
-	}
 	if (outcome == GUARD_DONE)
 	{
-		abp_guard_start_clock();
-		outcome = abp_guard(table, price_rows, &look, &error);
+		wanted = abp_idset_copy(&look.priced);
+		abp_idset_add_set(&wanted, &look.moved, CurrentMemoryContext);
+		if (wanted.nranges == 0)
+			return;
 	}
-	if (outcome != GUARD_DONE)
-	{
-		look = before;
-		step->complete = look_carefully(&look);
-	}
+	else
+		wanted = abp_idset_copy(&entry->ids);
+	abp_idset_sort(&wanted);
+
+	step->complete = price_entry(&look, &wanted, outcome);
+	if (look.others == NIL)
+		return;
+	if (!abp_outbox_take_entry(entry))
+		ereport(ERROR,
+				(errcode(ERRCODE_LOCK_NOT_AVAILABLE),
+				 errmsg("another transaction is at rows that wait for a price")));
 	out = palloc((1 + list_length(look.others)) * sizeof(OutboxEntry));
 	foreach(lc, look.others)
 	{
@@ -2214,6 +2614,15 @@ release_unpriced(const UsageTable *table, const ServerOptions *server, void *arg
 	out[nout] = *entry;
 	out[nout++].ids = abp_idset_subtract(&entry->ids, &look.moved);
 	abp_outbox_put(out, nout);
+}
+
+/* The same by one snapshot, of what stands in the outbox and of the rows. */
+static void
+release_unpriced_at_once(const UsageTable *table, const ServerOptions *server, void *arg)
+{
+	PushActiveSnapshot(GetLatestSnapshot());
+	release_unpriced(table, server, arg);
+	PopActiveSnapshot();
 }
 
 /* Go on with the scan over a table's rows that wait for a price. */
@@ -2231,7 +2640,7 @@ scan_unpriced(const UsageTable *table, const ServerOptions *server)
 	}
 
 	/* What comes from now on is for the next scan. */
-	if (position->unpriced_cursor == PG_INT64_MIN)
+	if (position->unpriced_cursor.id == PG_INT64_MIN)
 	{
 		position->scanned_for = prices_generation;
 		position->unpriced_left = false;
@@ -2242,18 +2651,27 @@ scan_unpriced(const UsageTable *table, const ServerOptions *server)
 
 		CHECK_FOR_INTERRUPTS();
 
-		if (guarded(release_unpriced, table, server, &step) != GUARD_DONE)
+		if (guarded(release_unpriced_at_once, table, server, &step) != GUARD_DONE)
+		{
+			/* what is ready has its turn before */
+			position->unpriced_at = in_ms(TRANSIENT_MS);
 			return;
+		}
+		if (!step.tidy)
+		{
+			due_at(in_ms(GATHER_MIN_MS));
+			return;
+		}
 		position->unpriced_left |= !step.complete;
 		if (step.found)
 			continue;
 
-		position->unpriced_cursor = PG_INT64_MIN;
+		position->unpriced_cursor = ENTRY_CURSOR_START;
 		if (!position->unpriced_left)
 			position->looked_for = position->scanned_for;
 		else
 		{
-			position->unpriced_at = in_ms(TRANSIENT_MS);
+			position->unpriced_at = in_ms(HELD_MS);
 			due_at(position->unpriced_at);
 		}
 		if (!wants_prices(position) || position->unpriced_left)
@@ -2293,16 +2711,15 @@ recover(List *tables)
 		Shipment   *shipment =
 		new_shipment(lane_of(left->server, table == NULL ? InvalidOid : table->role));
 		char	   *server = shipment->delivery.server;
+		MemoryContext old;
 
 		shipment->delivery = *left;
 		shipment->delivery.server = server;
-		shipment->delivery.ids = (IdSet)
-		{
-			0
-		};
-		for (int i = 0; i < left->ids.nranges; i++)
-			abp_idset_add(&shipment->delivery.ids, left->ids.ranges[i].first,
-						  left->ids.ranges[i].last, shipment->context);
+		old = MemoryContextSwitchTo(shipment->context);
+		shipment->delivery.ids = abp_idset_copy(&left->ids);
+		shipment->delivery.vanished_ids = abp_idset_copy(&left->vanished_ids);
+		copy_keys(&shipment->delivery, left);
+		MemoryContextSwitchTo(old);
 		shipment->delivery.nevents = abp_idset_count(&left->ids);
 		shipment->stage = SHIPMENT_WAITING;
 		shipment->retry_at = DT_NOBEGIN;
@@ -2377,7 +2794,8 @@ settle_answered(List *tables)
 		{
 			UsageTable *table = find_table(tables, shipment->delivery.usage_table);
 
-			settle(shipment, table == NULL ? NULL : options_of(table));
+			settle(shipment, table == NULL ? NULL : options_of(table),
+				   table == NULL ? 0 : table->ledger_from);
 		}
 	}
 }
@@ -2585,7 +3003,7 @@ prepare_table(const UsageTable *table, const ServerOptions *server, List **depar
 		}
 		if (!take_quota(server))
 			break;
-		if (guarded(prepare_next, table, server, &next) != GUARD_DONE)
+		if (guarded(prepare_next_at_once, table, server, &next) != GUARD_DONE)
 		{
 			if (next.shipment != NULL)
 				drop_shipment(next.shipment);
@@ -2667,6 +3085,7 @@ forget_positions_except(List *tables)
 		if (find_table(tables, position->usage_table) == NULL)
 		{
 			positions = foreach_delete_current(positions, lc);
+			abp_idset_free(&position->held);
 			pfree(position);
 		}
 	}
@@ -2691,12 +3110,12 @@ current_tables(bool *armed)
 		tables_read_at = 0;
 		known_tables = NIL;
 		MemoryContextReset(tables_context);
-		known_tables = abp_usage_tables(&known_armed);
+		known_tables = abp_usage_tables(armed);
 		forget_positions_except(known_tables);
 		tables_read_at = now;
 		MemoryContextSwitchTo(old);
 	}
-	*armed = known_armed;
+	*armed = abp_database_standing() == DATABASE_ARMED;
 	return known_tables;
 }
 
@@ -2778,6 +3197,22 @@ serve_table(const UsageTable *table, bool fresh, List **departures)
 		due_at(due);
 }
 
+/* The worker waits for an update of the extension, and says so once. */
+static void
+warn_of_old_version(const ShipScope *scope)
+{
+	static bool warned = false;
+
+	if (warned || scope->in_procedure || OidIsValid(abp_extension_relation("ledger")))
+		return;
+	warned = true;
+	ereport(WARNING,
+			(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+			 errmsg("extension \"aibilling_polar\" of database \"%s\" is older than its library: usage is queued and not sent",
+					get_database_name(MyDatabaseId)),
+			 errhint("Run ALTER EXTENSION aibilling_polar UPDATE in it.")));
+}
+
 /*
  * A turn's transaction: settle what has ended, prepare what is next.  Returns
  * the requests to make, in turn_context.
@@ -2806,13 +3241,16 @@ work(const ShipScope *scope)
 		return NIL;
 	}
 	if (!abp_extension_installed())
+	{
+		warn_of_old_version(scope);
 		return NIL;
+	}
 
 	price_relids[0] = abp_extension_relation("price");
 	price_relids[1] = abp_extension_relation("model_alias");
 	price_relids[2] = abp_extension_relation("service_tier_rule");
 	price_relids[3] = abp_extension_relation("price_source");
-	price_relids[4] = abp_extension_relation("usage_table");	/* attached with rows */
+	price_relids[4] = abp_extension_relation("attachment"); /* attached with rows */
 
 	tables = current_tables(&armed);
 	MemoryContextSwitchTo(turn_context);
@@ -3030,6 +3468,6 @@ abp_ship_is_locked_out(Oid relid)
 	return position->unpriced_left ||
 		(position->locked_since != 0 &&
 		 TimestampDifferenceExceeds(position->locked_since, now, LOCKED_LONG_MS)) ||
-		(position->entries_locked_since != 0 &&
-		 TimestampDifferenceExceeds(position->entries_locked_since, now, LOCKED_LONG_MS));
+		(position->held.nranges > 0 &&
+		 TimestampDifferenceExceeds(position->held_since, now, LOCKED_LONG_MS));
 }

@@ -182,11 +182,7 @@ REVOKE ALL ON aibilling.attachment, aibilling.ledger, aibilling.outbox_entry FRO
 REVOKE ALL ON FUNCTION aibilling.store_below(), aibilling.on_table_ddl() FROM PUBLIC;
 
 -- ---------------------------------------------------------------------------
--- Prices, and what replies cost
--- ---------------------------------------------------------------------------
-
--- ---------------------------------------------------------------------------
--- Copies, dumps and replication
+-- Copies, dumps, replication, and clients as people have them
 -- ---------------------------------------------------------------------------
 
 -- A publication FOR ALL TABLES refuses UPDATE and DELETE of a table without a
@@ -214,3 +210,7 @@ CREATE EVENT TRIGGER aibilling_on_drop_extension ON ddl_command_start
 	EXECUTE FUNCTION aibilling.on_drop_extension();
 COMMENT ON EVENT TRIGGER aibilling_on_drop_extension IS
 'Warns of rows that DROP EXTENSION takes from the outbox (extension aibilling_polar)';
+
+-- ---------------------------------------------------------------------------
+-- Prices, and what replies cost
+-- ---------------------------------------------------------------------------

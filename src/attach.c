@@ -45,8 +45,8 @@ PG_FUNCTION_INFO_V1(abp_sql_attach);
 PG_FUNCTION_INFO_V1(abp_sql_detach);
 PG_FUNCTION_INFO_V1(abp_sql_on_sql_drop);
 PG_FUNCTION_INFO_V1(abp_sql_on_server_ddl);
-PG_FUNCTION_INFO_V1(abp_sql_on_drop_extension);
 PG_FUNCTION_INFO_V1(abp_sql_on_table_ddl);
+PG_FUNCTION_INFO_V1(abp_sql_on_drop_extension);
 
 static char *
 qualified_name(Oid relid)
@@ -455,11 +455,12 @@ attach_table(Oid relid, const char *server, const char *existing)
 	args[2] = ObjectIdGetDatum(foreign->serverid);
 	abp_become_extension_owner(&saved);
 	SPI_connect();
-	SPI_execute_with_args("INSERT INTO aibilling.attachment (usage, server, serverid)"
-						  " VALUES ($1, $2, $3)"
-						  " ON CONFLICT (usage) DO UPDATE SET server = excluded.server,"
-						  " serverid = excluded.serverid,"
-						  " blocked_until = NULL, blocked_reason = NULL",
+	SPI_execute_with_args(psprintf("INSERT INTO aibilling.%s (usage, server, serverid)"
+								   " VALUES ($1, $2, $3)"
+								   " ON CONFLICT (usage) DO UPDATE SET server = excluded.server,"
+								   " serverid = excluded.serverid,"
+								   " blocked_until = NULL, blocked_reason = NULL",
+								   abp_attachment_table()),
 						  3, argtypes, args, NULL, false, 0);
 	SPI_finish();
 	abp_restore_user(&saved);
@@ -467,7 +468,7 @@ attach_table(Oid relid, const char *server, const char *existing)
 	abp_database_arm(true);
 	if (strcmp(existing, "send") == 0)
 		enqueue_existing(relid);
-	CacheInvalidateRelcacheByRelid(abp_extension_relation("attachment"));
+	CacheInvalidateRelcacheByRelid(abp_extension_relation(abp_attachment_table()));
 	abp_wake_at_commit();
 }
 
@@ -525,7 +526,7 @@ abp_sql_detach(PG_FUNCTION_ARGS)
 	AtEOXact_GUC(false, guc_level);
 
 	abp_usage_table_forget(relid);
-	CacheInvalidateRelcacheByRelid(abp_extension_relation("attachment"));
+	CacheInvalidateRelcacheByRelid(abp_extension_relation(abp_attachment_table()));
 	PG_RETURN_VOID();
 }
 
@@ -632,21 +633,6 @@ abp_sql_on_server_ddl(PG_FUNCTION_ARGS)
 }
 
 /*
- * ddl_command_start of what may drop the extension: in a session that has not
- * called us yet, this call loads the library, and the library's hook sees what
- * the extension's own event triggers, dropped with it, cannot.
- */
-Datum
-abp_sql_on_drop_extension(PG_FUNCTION_ARGS)
-{
-	if (!CALLED_AS_EVENT_TRIGGER(fcinfo))
-		ereport(ERROR,
-				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
-				 errmsg("function \"aibilling.on_drop_extension\" can only be called as an event trigger")));
-	PG_RETURN_NULL();
-}
-
-/*
  * Rows of a usage table that were gone when they were to be sent, and are there
  * again with their partition: put them back into the outbox.
  */
@@ -717,5 +703,20 @@ abp_sql_on_table_ddl(PG_FUNCTION_ARGS)
 			abp_usage_table_attached(relid, &serverid, &ledger_from))
 			requeue_returned(relid, ledger_from);
 	}
+	PG_RETURN_NULL();
+}
+
+/*
+ * ddl_command_start of what may drop the extension: in a session that has not
+ * called us yet, this call loads the library, and the library's hook sees what
+ * the extension's own event triggers, dropped with it, cannot.
+ */
+Datum
+abp_sql_on_drop_extension(PG_FUNCTION_ARGS)
+{
+	if (!CALLED_AS_EVENT_TRIGGER(fcinfo))
+		ereport(ERROR,
+				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
+				 errmsg("function \"aibilling.on_drop_extension\" can only be called as an event trigger")));
 	PG_RETURN_NULL();
 }

@@ -189,13 +189,15 @@ typedef struct ReadPlans
 static List *read_plans = NIL;	/* of ReadPlans, in TopMemoryContext */
 
 /*
- * Is the extension there, and all of it?  Not while it is being created.
+ * Is the extension there, all of it and of this library's version?  Not while
+ * it is being created, nor before it is updated.
  */
 bool
 abp_extension_installed(void)
 {
 	return OidIsValid(get_extension_oid("aibilling_polar", true)) &&
-		OidIsValid(abp_extension_relation("database_identity"));
+		OidIsValid(abp_extension_relation("database_identity")) &&
+		OidIsValid(abp_extension_relation("ledger"));
 }
 
 /*
@@ -209,12 +211,40 @@ abp_extension_relation(const char *name)
 	return OidIsValid(namespace) ? get_relname_relid(name, namespace) : InvalidOid;
 }
 
+/*
+ * Raise an error if the extension is of an older version than its library,
+ * which then only prices and queues new rows.
+ */
+void
+abp_extension_check_version(void)
+{
+	if (OidIsValid(abp_extension_relation("outbox_entry")) &&
+		!OidIsValid(abp_extension_relation("ledger")))
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("extension \"aibilling_polar\" of this database is older than its library"),
+				 errdetail("The library is of version %s.  Until the extension is updated it prices and queues new usage rows, and does nothing else.",
+						   ABP_VERSION),
+				 errhint("Run ALTER EXTENSION aibilling_polar UPDATE.")));
+}
+
+/*
+ * The table of attachments: before 1.2 one with another name.
+ */
+const char *
+abp_attachment_table(void)
+{
+	return OidIsValid(abp_extension_relation("attachment")) ? "attachment" : "usage_table";
+}
+
 /* The same, of one that is needed. */
 static Oid
 needed_relation(const char *name)
 {
 	Oid			relid = abp_extension_relation(name);
 
+	if (!OidIsValid(relid))
+		abp_extension_check_version();
 	if (!OidIsValid(relid))
 		ereport(ERROR,
 				(errcode(ERRCODE_UNDEFINED_TABLE),
@@ -479,6 +509,26 @@ insert_into_index(Relation rel, Relation index, HeapTuple tuple, const Datum *va
 	index_insert(index, key, nulls, &tuple->t_self, rel, UNIQUE_CHECK_NO, false, NULL);
 }
 
+/* Before 1.2 an entry has its first and its last id: 1.2's update reads that. */
+static bool
+is_of_old_form(TupleDesc desc)
+{
+	return strcmp(NameStr(TupleDescAttr(desc, Anum_entry_id - 1)->attname), "first") == 0;
+}
+
+/* Make the values of an entry those of its old form. */
+static void
+take_old_form(Datum *values, bool *nulls, const IdSet *ids)
+{
+	values[Anum_entry_error] = values[Anum_entry_error - 1];
+	nulls[Anum_entry_error] = nulls[Anum_entry_error - 1];
+	values[Anum_entry_ids] = values[Anum_entry_ids - 1];
+	nulls[Anum_entry_ids] = ids->nranges == 1;
+	values[Anum_entry_id - 1] = Int64GetDatum(ids->ranges[0].first);
+	values[Anum_entry_id] = Int64GetDatum(ids->ranges[ids->nranges - 1].last);
+	nulls[Anum_entry_id] = false;
+}
+
 /*
  * Write one entry: nearly every commit of a usage row does, so without what
  * the executor would look up of indexes in general.
@@ -511,6 +561,8 @@ write_entry(EntryWriter *writer, const OutboxEntry *entry, IdSet *ids)
 	if (entry->error != NULL)
 		values[Anum_entry_error - 1] = PointerGetDatum(error_text(entry->error));
 
+	if (writer->index == NULL && is_of_old_form(desc))
+		take_old_form(values, nulls, ids);
 	tuple = heap_form_tuple(desc, values, nulls);
 	if (writer->index == NULL)
 		insert_generally(writer->rel, tuple);
@@ -1223,6 +1275,7 @@ abp_outbox_count(Oid usage_table, char state, int64 exact_limit,
 {
 	int64		count;
 
+	*estimated = false;
 	PushActiveSnapshot(GetLatestSnapshot());
 	count = count_ids(usage_table, state, exact_limit, estimated, first_id);
 	if (has_removals(usage_table))
@@ -1231,9 +1284,22 @@ abp_outbox_count(Oid usage_table, char state, int64 exact_limit,
 	return Max(count, 0);
 }
 
+/* How many waiting ids an entry adds, or takes away. */
+static int64
+counted_ids(HeapTuple tuple, TupleDesc desc)
+{
+	char		state = ENTRY_FORM(tuple)->state;
+	IdSet		ids = read_entry_ids(tuple, desc);
+	int64		count = abp_idset_count(&ids);
+
+	CHECK_FOR_INTERRUPTS();
+	abp_idset_free(&ids);
+	return state == OUTBOX_NOT_QUEUED ? 0 : OUTBOX_IS_REMOVAL(state) ? -count : count;
+}
+
 /*
- * How many ids wait, of whatever table.  Without an index: this is asked while
- * the outbox is being dropped, when its indexes are gone.
+ * How many ids all entries hold, of whatever table.  Without an index: this is
+ * asked while the outbox is being dropped, when its index is gone.
  */
 int64
 abp_outbox_count_all(void)
@@ -1247,20 +1313,12 @@ abp_outbox_count_all(void)
 	scan = systable_beginscan(rel, InvalidOid, false, GetActiveSnapshot(), 0, NULL);
 	while ((tuple = systable_getnext(scan)) != NULL)
 	{
-		char		state = ENTRY_FORM(tuple)->state;
-		IdSet		ids = read_entry_ids(tuple, RelationGetDescr(rel));
-
-		CHECK_FOR_INTERRUPTS();
-		if (OUTBOX_IS_REMOVAL(state))
-			count -= abp_idset_count(&ids);
-		else if (state != OUTBOX_NOT_QUEUED)
-			count += abp_idset_count(&ids);
-		pfree(ids.ranges);
+		count += counted_ids(tuple, RelationGetDescr(rel));
 	}
 	systable_endscan(scan);
 	PopActiveSnapshot();
 	table_close(rel, NoLock);
-	return count;
+	return Max(count, 0);
 }
 
 /*
@@ -1281,11 +1339,7 @@ abp_outbox_discard(Oid usage_table)
 	begin_ordered_scan(&scan, "outbox_entry", "outbox_entry_key", 1, &key, RowExclusiveLock);
 	while ((tuple = next_ordered(&scan)) != NULL)
 	{
-		IdSet		ids = read_entry_ids(tuple, RelationGetDescr(scan.rel));
-
-		if (ENTRY_FORM(tuple)->state != OUTBOX_NOT_QUEUED)
-			count += abp_idset_count(&ids) * (OUTBOX_IS_REMOVAL(ENTRY_FORM(tuple)->state) ? -1 : 1);
-		abp_idset_free(&ids);
+		count += counted_ids(tuple, RelationGetDescr(scan.rel));
 		simple_heap_delete(scan.rel, &tuple->t_self);
 	}
 	end_ordered_scan(&scan);
@@ -2331,6 +2385,21 @@ column_or(HeapTuple tuple, AttrNumber column, TupleDesc desc, Datum if_null)
 	return isnull ? if_null : value;
 }
 
+/* A column that the extension has since 1.2, of a tuple; before that 0. */
+static int64
+new_column(HeapTuple tuple, AttrNumber column, TupleDesc desc)
+{
+	return column > desc->natts ? 0 : DatumGetInt64(column_or(tuple, column, desc, 0));
+}
+
+static void
+begin_attachment_scan(OrderedScan *scan, int nkeys, ScanKey keys)
+{
+	const char *table = abp_attachment_table();
+
+	begin_ordered_scan(scan, table, psprintf("%s_pkey", table), nkeys, keys, AccessShareLock);
+}
+
 /* A text column of a tuple, copied to the current memory context, or NULL. */
 static char *
 column_string(HeapTuple tuple, AttrNumber column, TupleDesc desc)
@@ -2451,7 +2520,7 @@ abp_usage_tables(bool *armed)
 	PushActiveSnapshot(GetLatestSnapshot());
 	*armed = abp_database_standing() == DATABASE_ARMED;
 	states = read_server_states(by_role);
-	begin_ordered_scan(&scan, "attachment", "attachment_pkey", 0, NULL, AccessShareLock);
+	begin_attachment_scan(&scan, 0, NULL);
 	while ((tuple = systable_getnext_ordered(scan.scan, ForwardScanDirection)) != NULL)
 	{
 		const AttachmentForm *form = ATTACHMENT_FORM(tuple);
@@ -2467,8 +2536,8 @@ abp_usage_tables(bool *armed)
 			DatumGetTimestampTz(column_or(tuple, Anum_attachment_blocked_until, desc,
 										  TimestampTzGetDatum(DT_NOBEGIN)));
 		table->blocked_reason = column_string(tuple, Anum_attachment_blocked_reason, desc);
-		table->ledger_from = DatumGetInt64(column_or(tuple, Anum_attachment_ledger_from, desc, 0));
-		table->not_queued = DatumGetInt64(column_or(tuple, Anum_attachment_not_queued, desc, 0));
+		table->ledger_from = new_column(tuple, Anum_attachment_ledger_from, desc);
+		table->not_queued = new_column(tuple, Anum_attachment_not_queued, desc);
 
 		describe_table(table);
 		if (by_role && OidIsValid(table->owner) &&
@@ -2499,13 +2568,12 @@ abp_usage_table_attached(Oid relid, Oid *serverid, int64 *ledger_from)
 	ScanKeyInit(&key, Anum_attachment_usage, BTEqualStrategyNumber, F_OIDEQ,
 				ObjectIdGetDatum(relid));
 	PushActiveSnapshot(GetLatestSnapshot());
-	begin_ordered_scan(&scan, "attachment", "attachment_pkey", 1, &key, AccessShareLock);
+	begin_attachment_scan(&scan, 1, &key);
 	tuple = systable_getnext_ordered(scan.scan, ForwardScanDirection);
 	if (tuple != NULL)
 	{
 		*serverid = server_of(ATTACHMENT_FORM(tuple), abp_database_standing() == DATABASE_ARMED);
-		*ledger_from = DatumGetInt64(column_or(tuple, Anum_attachment_ledger_from,
-											   RelationGetDescr(scan.rel), 0));
+		*ledger_from = new_column(tuple, Anum_attachment_ledger_from, RelationGetDescr(scan.rel));
 	}
 	end_ordered_scan(&scan);
 	PopActiveSnapshot();
@@ -3128,6 +3196,5 @@ IdSet
 abp_usage_reprice(const UsageTable *table, IdSet *ids)
 {
 	return select_ids(table, "UPDATE %s u SET cost_status = u.cost_status"
-					  " WHERE u.id OPERATOR(pg_catalog.=) ANY ($1)"
-					  " RETURNING u.id::pg_catalog.int8", ids);
+					  " WHERE u.id OPERATOR(pg_catalog.=) ANY ($1) RETURNING u.id::pg_catalog.int8", ids);
 }

@@ -161,6 +161,8 @@ typedef bool (*UsageRowCallback) (const UsageRow *row, Jsonb *whole, void *arg);
 
 /* the outbox */
 extern bool abp_extension_installed(void);
+extern void abp_extension_check_version(void);
+extern const char *abp_attachment_table(void);
 extern Oid	abp_extension_relation(const char *name);
 extern void abp_outbox_put(OutboxEntry *entries, int nentries);
 extern bool abp_outbox_put_at_commit(OutboxEntry *entries, int nentries);

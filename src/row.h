@@ -97,9 +97,9 @@ typedef struct UsageRow
 	int64		cost_nanos;
 	Numeric		cost_cents;		/* NULL if not known */
 	TextView	cost_status;
-	const UsageColumns *columns;	/* of its table; NULL: all plain */
 	bool		maybe_changing; /* another transaction may be changing it;
 								 * only in rows that abp_usage_read has read */
+	const UsageColumns *columns;	/* of its table; NULL: all plain */
 } UsageRow;
 
 extern void abp_usage_row_read(const Datum *values, const bool *nulls,

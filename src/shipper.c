@@ -23,6 +23,7 @@
 #include "catalog/pg_extension.h"
 #include "catalog/pg_proc.h"
 #include "catalog/pg_type.h"
+#include "commands/dbcommands.h"
 #include "commands/extension.h"
 #include "common/hashfn.h"
 #include "common/pg_prng.h"
@@ -2429,6 +2430,22 @@ current_tables(bool *armed)
 	return known_tables;
 }
 
+/* The worker waits for an update of the extension, and says so once. */
+static void
+warn_of_old_version(const ShipScope *scope)
+{
+	static bool warned = false;
+
+	if (warned || scope->in_procedure || OidIsValid(abp_extension_relation("ledger")))
+		return;
+	warned = true;
+	ereport(WARNING,
+			(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+			 errmsg("extension \"aibilling_polar\" of database \"%s\" is older than its library: usage is queued and not sent",
+					get_database_name(MyDatabaseId)),
+			 errhint("Run ALTER EXTENSION aibilling_polar UPDATE in it.")));
+}
+
 /*
  * A turn's transaction: settle what has ended, prepare what is next.  Returns
  * the requests to make, in turn_context.
@@ -2457,7 +2474,10 @@ work(const ShipScope *scope)
 		return NIL;
 	}
 	if (!abp_extension_installed())
+	{
+		warn_of_old_version(scope);
 		return NIL;
+	}
 
 	price_relids[0] = abp_extension_relation("price");
 	price_relids[1] = abp_extension_relation("model_alias");

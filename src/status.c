@@ -282,14 +282,14 @@ status_words(const UsageTable *table, bool armed, int worker_pid, int64 ready,
 	if (rejected > 0)
 		appendStringInfo(&words, "; " INT64_FORMAT " rows are rejected (aibilling.outbox)",
 						 rejected);
-	faults = abp_usage_columns_faults(table->relid);
-	if (*faults != '\0')
-		appendStringInfo(&words, "; warning: %s", faults);
 	if (not_queued > 0)
 		appendStringInfo(&words, "; " INT64_FORMAT " rows were priced and not queued: aibilling_polar.enqueue was off",
 						 not_queued);
 	if (abp_ids_may_repeat(table->relid))
 		appendStringInfoString(&words, "; warning: nothing keeps two rows from having the same id; add a UNIQUE index on (id)");
+	faults = abp_usage_columns_faults(table->relid);
+	if (*faults != '\0')
+		appendStringInfo(&words, "; warning: %s", faults);
 	if (totals->unexpected_duplicates > 0)
 		appendStringInfo(&words, "; warning: " INT64_FORMAT " events were not counted, Polar had their external_id before",
 						 totals->unexpected_duplicates);

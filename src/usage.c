@@ -74,6 +74,7 @@ typedef struct UsageRelation
 	Oid			serverid;
 	int64		ledger_from;	/* its last delivery before a TRUNCATE */
 	Oid			id_index;		/* InvalidOid: not looked for, or none */
+	bool		counts_not_queued;	/* since the extension's 1.2 */
 	int			natts;
 	UsageColumns columns;
 	Datum	   *values;			/* scratch: one tuple's columns */
@@ -244,8 +245,8 @@ default_of(UsageRelation *known, Relation rel, UsageColumn column)
 }
 
 /*
- * The tuple with defaults where it has NULL.  They may run code of a user's,
- * which may change what is known of the relation: look it up again.
+ * The tuple with defaults where it has NULL.  Defaults may run code of a user's, which may change what is known of
+ * the relation: look it up again.
  */
 static HeapTuple
 tuple_with_defaults(UsageRelation *known, Relation rel, HeapTuple tuple, const bool *nulls)
@@ -396,11 +397,12 @@ know_relation(Relation rel)
 	pfree(problem);
 
 	find_defaults(known, rel);
-	attachments_relid = abp_extension_relation("attachment");
+	attachments_relid = abp_extension_relation(abp_attachment_table());
 
 	/* Looking the server up may let in news of a change: then look again. */
 	known->valid = true;
 	known->id_index = InvalidOid;
+	known->counts_not_queued = OidIsValid(abp_extension_relation("ledger"));
 	known->usage_table = find_usage_table(rel, &serverid, &ledger_from);
 	known->serverid = serverid;
 	known->ledger_from = ledger_from;
@@ -834,10 +836,10 @@ on_transaction_end(XactEvent event, void *arg)
 {
 	if (event != XACT_EVENT_COMMIT && event != XACT_EVENT_PREPARE && event != XACT_EVENT_ABORT)
 		return;
-	returning = NULL;			/* its memory goes with the transaction */
-	returning_level = 0;
 	defaults_context = NULL;
 	defaults_transaction++;
+	returning = NULL;			/* its memory goes with the transaction */
+	returning_level = 0;
 	warned_command = InvalidCommandId;
 	repricing_table = InvalidOid;
 }
@@ -962,28 +964,33 @@ id_index(Relation rel, AttrNumber id)
 	return found;
 }
 
+/* A scan key for an id, whatever integer it is stored as. */
+static void
+init_id_key(ScanKey key, const UsageRelation *known, int64 id)
+{
+	Oid			stored = known->columns.stored[COL_ID];
+
+	ScanKeyEntryInitialize(key, 0, known->columns.attnums[COL_ID], BTEqualStrategyNumber,
+						   INT8OID, InvalidOid,
+						   stored == INT8OID ? F_INT8EQ : stored == INT4OID ? F_INT48EQ : F_INT28EQ,
+						   Int64GetDatum(id));
+}
+
 /* Look at the rows of an id in a table that has rows itself. */
 static bool
 look_in_leaf(Relation rel, int64 id, Snapshot snapshot, RowLook look, void *arg)
 {
 	UsageRelation *known = know_relation(rel);
-	AttrNumber	attnum = known->columns.attnums[COL_ID];
-	Oid			type = known->columns.stored[COL_ID];
 	ScanKeyData key;
 	SysScanDesc scan;
 	Oid			index;
 	HeapTuple	tuple;
 	bool		found = false;
 
-	if (!abp_usage_value_fits(&known->columns, COL_ID, Int64GetDatum(id)))
-		return false;
 	if (!OidIsValid(known->id_index))
-		known->id_index = id_index(rel, attnum);
+		known->id_index = id_index(rel, known->columns.attnums[COL_ID]);
 	index = known->id_index;
-	ScanKeyInit(&key, attnum, BTEqualStrategyNumber,
-				type == INT2OID ? F_INT2EQ : type == INT4OID ? F_INT4EQ : F_INT8EQ,
-				type == INT2OID ? Int16GetDatum((int16) id) :
-				type == INT4OID ? Int32GetDatum((int32) id) : Int64GetDatum(id));
+	init_id_key(&key, known, id);
 	scan = systable_beginscan(rel, index, OidIsValid(index), snapshot, 1, &key);
 	while (!found && (tuple = systable_getnext(scan)) != NULL)
 	{
@@ -1612,7 +1619,8 @@ abp_sql_enqueue_usage(PG_FUNCTION_ARGS)
 	}
 	if (enqueue_is_off(known->usage_table))
 	{
-		abp_collect_not_queued(known->usage_table, row.id);
+		if (known->counts_not_queued)
+			abp_collect_not_queued(known->usage_table, row.id);
 		return PointerGetDatum(NULL);
 	}
 
@@ -1655,6 +1663,7 @@ abp_sql_guard_usage(PG_FUNCTION_ARGS)
 {
 	TriggerData *trigdata = (TriggerData *) fcinfo->context;
 	Relation	rel;
+	TupleDesc	desc;
 	UsageRelation *known;
 	Datum		values[NUM_USAGE_COLUMNS];
 	bool		nulls[NUM_USAGE_COLUMNS];
@@ -1664,15 +1673,17 @@ abp_sql_guard_usage(PG_FUNCTION_ARGS)
 	bool		own;
 	bool		has_moved;
 
+	abp_extension_check_version();
 	check_trigger(fcinfo, "guard_usage",
 				  TRIGGER_EVENT_AFTER | TRIGGER_EVENT_ROW | TRIGGER_EVENT_DELETE,
 				  TRIGGER_EVENT_AFTER | TRIGGER_EVENT_ROW | TRIGGER_EVENT_DELETE,
 				  "AFTER DELETE FOR EACH ROW");
 	rel = trigdata->tg_relation;
+	desc = RelationGetDescr(rel);
 	known = know_relation(rel);
 	if (!OidIsValid(known->usage_table))
 		return PointerGetDatum(NULL);
-	read_columns(known, trigdata->tg_trigtuple, RelationGetDescr(rel), values, nulls);
+	read_columns(known, trigdata->tg_trigtuple, desc, values, nulls);
 	if (nulls[COL_ID])
 		return PointerGetDatum(NULL);
 	id = DatumGetInt64(values[COL_ID]);

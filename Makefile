@@ -20,6 +20,7 @@ OBJS = \
 	src/status.o \
 	src/sync.o \
 	src/usage.o \
+	src/usage_formats.o \
 	src/wake.o \
 	src/worker.o
 

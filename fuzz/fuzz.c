@@ -132,6 +132,7 @@ fuzz_normalize(const char *data, size_t size)
 	TextView	format = {name, strlen(name)};
 	char	   *json = pnstrdup(data, size);
 	Jsonb	   *raw = NULL;
+	UsageCall	call = {{NULL, 0}, false};
 	NormalizedUsage usage;
 	StringInfoData reason;
 	MemoryContext caller = CurrentMemoryContext;
@@ -159,7 +160,7 @@ fuzz_normalize(const char *data, size_t size)
 		return;
 	}
 	initStringInfo(&reason);
-	if (!abp_normalize_usage(format, raw, &usage, &reason))
+	if (!abp_normalize_usage(format, raw, &call, &usage, &reason))
 	{
 		must_be_text(reason.data);
 		return;

@@ -32,6 +32,7 @@
 #include "mb/pg_wchar.h"
 #include "miscadmin.h"
 #include "utils/builtins.h"
+#include "utils/memutils.h"
 #include "utils/varlena.h"
 
 #include "normalize.h"
@@ -593,18 +594,35 @@ abp_usage_is_zero(Numeric number)
 	return compare_numeric(number, int64_to_numeric(0)) == 0;
 }
 
-/* The whole number from 0 to the largest bigint, or what is wrong with it. */
+/*
+ * The whole number from 0 to the largest bigint, or what is wrong with it.
+ * Each INSERT reads a dozen: the bounds are made once, and JSON's integers
+ * are known by their scale.
+ */
 static const char *
 whole_number(Numeric number, int64 *value)
 {
+	static Numeric largest = NULL;
+	static Numeric zero;
+
+	if (largest == NULL)
+	{
+		MemoryContext old = MemoryContextSwitchTo(TopMemoryContext);
+
+		zero = int64_to_numeric(0);
+		largest = int64_to_numeric(PG_INT64_MAX);
+		MemoryContextSwitchTo(old);
+	}
+
 	if (numeric_is_nan(number) || numeric_is_inf(number) ||
-		compare_numeric(number, int64_to_numeric(PG_INT64_MAX)) > 0)
+		compare_numeric(number, largest) > 0)
 		return "beyond the range of bigint";
-	if (compare_numeric(number, int64_to_numeric(0)) < 0)
+	if (compare_numeric(number, zero) < 0)
 		return "negative";
 	*value = DatumGetInt64(DirectFunctionCall1(numeric_int8,
 											   NumericGetDatum(number)));
-	if (compare_numeric(number, int64_to_numeric(*value)) != 0)
+	if (DatumGetInt32(DirectFunctionCall1(numeric_scale, NumericGetDatum(number))) != 0 &&
+		compare_numeric(number, int64_to_numeric(*value)) != 0)
 		return "not a whole number";
 	return NULL;
 }
@@ -674,6 +692,34 @@ read_group(Reading *r, JsonbContainer *usage, const RuleGroup *group,
 	return true;
 }
 
+/* The bit of a key in a mask of keys. */
+static inline uint64
+key_bit(const char *key, int len)
+{
+	return UINT64CONST(1) << ((len * 7 + key[0] + 3 * key[len - 1]) & 63);
+}
+
+/*
+ * The bits of all keys of an object: most of a description's paths are in no
+ * one object, and need not be searched for.
+ */
+static uint64
+key_mask(JsonbContainer *object)
+{
+	uint32		n = JsonContainerSize(object);
+	const char *base = (const char *) (object->children + 2 * n);
+	uint64		mask = 0;
+
+	for (uint32 i = 0; i < n; i++)
+	{
+		uint32		len = getJsonbLength(object, i);
+
+		if (len > 0)
+			mask |= key_bit(base + getJsonbOffset(object, i), len);
+	}
+	return mask;
+}
+
 /*
  * Read every field of the format's description that the object has.  Of
  * several rules for one field the first with a number above 0 counts: some
@@ -682,11 +728,15 @@ read_group(Reading *r, JsonbContainer *usage, const RuleGroup *group,
 bool
 abp_usage_read_counts(Reading *r, JsonbContainer *usage, Count *count)
 {
+	bool		masked = !r->other_case && JsonContainerIsObject(usage);
+	uint64		mask = masked ? key_mask(usage) : 0;
+
 	for (int i = 0; i < r->format->nrules; i++)
 	{
 		const Rule *rule = &r->format->rules[i];
 
 		if (count[rule->field].value == 0 &&
+			!(masked && (mask & key_bit(rule->path, strcspn(rule->path, "/"))) == 0) &&
 			!abp_usage_read_count(r, usage, rule->path, &count[rule->field]))
 			return false;
 	}
@@ -696,6 +746,8 @@ abp_usage_read_counts(Reading *r, JsonbContainer *usage, Count *count)
 
 		for (int i = 0; group->places[i]; i++)
 		{
+			if (masked && (mask & key_bit(group->places[i], strlen(group->places[i]))) == 0)
+				continue;
 			if (!read_group(r, usage, group, group->places[i], count))
 				return false;
 		}

@@ -401,35 +401,28 @@ find_key(Reading *r, JsonbContainer *container, const char *key, int len,
 }
 
 /*
- * Follow a path.  Returns false only when the path leads through something
- * that is not an object, and then gives *blocked, the length of the path up
- * to there.  *present says whether there is a value at its end.
+ * Follow a path: is there a value at its end?  A path that leads through
+ * something else than objects ends nowhere, and what it leads through is
+ * left for check_rest().
  */
 static bool
 find_path(Reading *r, JsonbContainer *container, const char *path,
-		  bool *present, JsonbValue *found, int *blocked)
+		  JsonbValue *found)
 {
 	const char *step = path;
 
-	*present = false;
 	for (;;)
 	{
 		const char *slash = strchr(step, '/');
 		int			len = slash ? slash - step : (int) strlen(step);
 
 		if (!find_key(r, container, step, len, found))
-			return true;
+			return false;
 		if (slash == NULL)
-		{
-			*present = true;
 			return true;
-		}
 		if (found->type != jbvBinary ||
 			!JsonContainerIsObject(found->val.binary.data))
-		{
-			*blocked = slash - path;
 			return false;
-		}
 		container = found->val.binary.data;
 		step = slash + 1;
 	}
@@ -440,13 +433,10 @@ static JsonbContainer *
 find_container(Reading *r, JsonbContainer *container, const char *path)
 {
 	JsonbValue	found;
-	bool		present;
-	int			blocked;
 
 	if (*path == '\0')
 		return container;
-	if (!find_path(r, container, path, &present, &found, &blocked) ||
-		!present || found.type != jbvBinary)
+	if (!find_path(r, container, path, &found) || found.type != jbvBinary)
 		return NULL;
 	return found.val.binary.data;
 }
@@ -480,11 +470,9 @@ char *
 abp_usage_string(Reading *r, JsonbContainer *container, const char *path)
 {
 	JsonbValue	found;
-	bool		present;
-	int			blocked;
 
-	if (find_path(r, container, path, &present, &found, &blocked) &&
-		present && found.type == jbvString && found.val.string.len > 0)
+	if (find_path(r, container, path, &found) &&
+		found.type == jbvString && found.val.string.len > 0)
 		return pnstrdup(found.val.string.val, found.val.string.len);
 	return NULL;
 }
@@ -522,11 +510,8 @@ bool
 abp_usage_has(Reading *r, JsonbContainer *container, const char *path)
 {
 	JsonbValue	found;
-	bool		present;
-	int			blocked;
 
-	return JsonContainerIsObject(container) &&
-		find_path(r, container, path, &present, &found, &blocked) && present;
+	return JsonContainerIsObject(container) && find_path(r, container, path, &found);
 }
 
 /*
@@ -559,13 +544,7 @@ static bool
 find_number(Reading *r, JsonbContainer *container, const char *path,
 			bool *present, JsonbValue *found)
 {
-	int			blocked;
-
-	if (!find_path(r, container, path, present, found, &blocked))
-		return abp_usage_doubt(r, "%s is not an object",
-							   abp_usage_path_name(pnstrdup(path, blocked)));
-	if (*present && found->type == jbvBinary)
-		*present = false;
+	*present = find_path(r, container, path, found) && found->type != jbvBinary;
 	if (*present && found->type != jbvNumeric)
 	{
 		*present = false;
@@ -663,10 +642,8 @@ read_group(Reading *r, JsonbContainer *usage, const RuleGroup *group,
 		   const char *place, Count *count)
 {
 	JsonbValue	found;
-	bool		present;
-	int			blocked;
 
-	if (!find_path(r, usage, place, &present, &found, &blocked) || !present)
+	if (!find_path(r, usage, place, &found))
 		return true;
 	if (found.type != jbvBinary)
 		return abp_usage_doubt(r, "%s is not an object", abp_usage_path_name(place));
@@ -805,14 +782,9 @@ abp_usage_read_amount(Reading *r, JsonbContainer *container, const char *path,
 					  Numeric *amount)
 {
 	JsonbValue	found;
-	bool		present;
-	int			blocked;
 	Numeric		number;
 
-	if (!find_path(r, container, path, &present, &found, &blocked))
-		return abp_usage_doubt(r, "%s is not an object",
-							   abp_usage_path_name(pnstrdup(path, blocked)));
-	if (!present)
+	if (!find_path(r, container, path, &found))
 		return true;
 
 	if (found.type == jbvNumeric)
@@ -849,10 +821,8 @@ abp_usage_read_flag(Reading *r, JsonbContainer *container, const char *path,
 					bool *flag)
 {
 	JsonbValue	found;
-	bool		present;
-	int			blocked;
 
-	if (!find_path(r, container, path, &present, &found, &blocked) || !present)
+	if (!find_path(r, container, path, &found))
 		return true;
 	if (found.type != jbvBool)
 		return abp_usage_doubt(r, "%s is neither true nor false but %s",

@@ -1293,8 +1293,8 @@ static const char *const ai_sdk_harmless[] = {
 	"*providerMetadata/openrouter/usage/totalTokens",
 	/* Anthropic: what was cut from the context, and fetched pages */
 	"*contextManagement/*", "*webFetchRequests", "*web_fetch_requests",
-	/* positions in the text that sources belong to */
-	"*grounding*",
+	/* positions in the text that sources belong to, and in a recording */
+	"*grounding*", "segments/*",
 	NULL
 };
 
@@ -1362,6 +1362,7 @@ static const struct
 	{FIELD_CACHE_WRITE, true, "anthropic/cacheCreationInputTokens"},
 	{FIELD_CACHE_READ, false, "openai/cachedPromptTokens"},
 	{FIELD_CACHE_READ, false, "deepseek/promptCacheHitTokens"},
+	{FIELD_UNCACHED, false, "deepseek/promptCacheMissTokens"},
 	{FIELD_REASONING, false, "openai/reasoningTokens"},
 	{FIELD_CITATION, false, "perplexity/usage/citationTokens"},
 	{FIELD_WEB_SEARCH, false, "perplexity/usage/numSearchQueries"}

@@ -113,8 +113,8 @@ static HTAB *moved = NULL;
 /* The command that has warned of a row that cannot be sent. */
 static CommandId warned_command = InvalidCommandId;
 
-/* The command that has told of a usage object in doubt. */
-static CommandId noted_command = InvalidCommandId;
+/* The start of the statement that has told of a usage object in doubt. */
+static TimestampTz noted_statement = 0;
 
 /*
  * The table whose rows are being priced again, and at which nesting level:
@@ -761,7 +761,6 @@ on_transaction_end(XactEvent event, void *arg)
 			moved = NULL;
 			moving.row.usage_table = InvalidOid;
 			warned_command = InvalidCommandId;
-			noted_command = InvalidCommandId;
 			repricing_table = InvalidOid;
 			break;
 		default:
@@ -896,17 +895,15 @@ warn_rejected(Relation rel, int64 id, const char *reason)
 }
 
 /*
- * Tell, once a command, of a usage object whose numbers are in doubt although
+ * Tell, once a statement, of a usage object whose numbers are in doubt although
  * the cost is known.
  */
 void
 abp_usage_note_doubt(const char *doubt)
 {
-	CommandId	command = GetCurrentCommandId(false);
-
-	if (noted_command == command)
+	if (noted_statement == GetCurrentStatementStartTimestamp())
 		return;
-	noted_command = command;
+	noted_statement = GetCurrentStatementStartTimestamp();
 	ereport(NOTICE,
 			(errmsg("the reported cost is used, but the usage object is in doubt: %s", doubt),
 			 errdetail("Counts that make no sense are left out. aibilling.explain_cost() tells the same of each row.")));

@@ -520,18 +520,17 @@ extra_openai(Reading *r)
 }
 
 /*
- * OpenRouter: cost is what it charges.  With the caller's own key that is
- * only its fee, and the provider's charge comes on top; otherwise the
- * provider's charge is in it already.
+ * OpenRouter: the fee is what it charges.  With the caller's own key the
+ * provider's charge comes on top; otherwise that is in it already.
  */
 static bool
-cost_openrouter(Reading *r)
+cost_with_own_key(Reading *r, const char *fee_path, const char *charge_path)
 {
 	Numeric		fee = NULL;
-	Numeric		upstream = NULL;
+	Numeric		charge = NULL;
 	bool		own_key = false;
 
-	if (!abp_usage_read_amount(r, r->usage, "cost", &fee) ||
+	if (!abp_usage_read_amount(r, r->usage, fee_path, &fee) ||
 		!abp_usage_read_flag(r, r->usage, "is_byok", &own_key))
 		return false;
 	if (!own_key)
@@ -539,15 +538,20 @@ cost_openrouter(Reading *r)
 		r->cost = fee;
 		return true;
 	}
-	if (!abp_usage_read_amount(r, r->usage, "cost_details/upstream_inference_cost",
-							   &upstream))
+	if (!abp_usage_read_amount(r, r->usage, charge_path, &charge))
 		return false;
 	/* without the larger part, the cost is not known */
-	if (fee && upstream)
+	if (fee && charge)
 		r->cost = DatumGetNumeric(DirectFunctionCall2(numeric_add,
 													  NumericGetDatum(fee),
-													  NumericGetDatum(upstream)));
+													  NumericGetDatum(charge)));
 	return true;
+}
+
+static bool
+cost_openrouter(Reading *r)
+{
+	return cost_with_own_key(r, "cost", "cost_details/upstream_inference_cost");
 }
 
 /*
@@ -1027,17 +1031,13 @@ static const Envelope openrouter_envelopes[] = {
 	{"data", "", NULL, "data/native_tokens_prompt"}
 };
 
-/* The generation endpoint's answer has its cost as usage, a number. */
+/* Its generation endpoint names the two otherwise. */
 static bool
 cost_openrouter_any(Reading *r)
 {
-	bool		own_key = false;
-
-	if (!abp_usage_has(r, r->usage, "total_cost"))
-		return cost_openrouter(r);
-	if (!abp_usage_read_flag(r, r->usage, "is_byok", &own_key))
-		return false;
-	return own_key || abp_usage_read_amount(r, r->usage, "total_cost", &r->cost);
+	if (abp_usage_has(r, r->usage, "total_cost"))
+		return cost_with_own_key(r, "total_cost", "upstream_inference_cost");
+	return cost_openrouter(r);
 }
 
 /*
@@ -1372,10 +1372,48 @@ static const char *const metadata_names[] = {
 	"providerMetadata", "experimental_providerMetadata"
 };
 
+/* Is a count one that the provider's own object has, nested or as it stands? */
+static bool
+agrees_with(const Reading *inner, Field field, const Count *count)
+{
+	return !count->given || count->value == inner->count[field].value ||
+		count->value == inner->reported[field].value;
+}
+
 /*
- * Take over what the provider's own object says, if it speaks of the same
- * call: its totals are the SDK's, or the SDK's leave out what adapters are
- * known to leave out (cached tokens, thoughts, prompts of tools).
+ * Does the provider's own object speak of the same call as the SDK's counts?
+ * The SDK's totals may leave out what adapters are known to leave out: cached
+ * tokens, thoughts, prompts of tools.
+ */
+static bool
+is_same_call(Reading *r, const Reading *inner)
+{
+	static const Field parts[] = {FIELD_CACHE_READ, FIELD_CACHE_WRITE, FIELD_REASONING};
+	const Count *count = r->count;
+	int64		uncached = count[FIELD_UNCACHED].value + count[FIELD_CACHE_READ].value +
+	count[FIELD_CACHE_WRITE].value;
+	int64		total = count[FIELD_INPUT].value + count[FIELD_OUTPUT].value;
+
+	if (!agrees_with(inner, FIELD_INPUT, &count[FIELD_INPUT]) ||
+		!agrees_with(inner, FIELD_OUTPUT, &count[FIELD_OUTPUT]) ||
+		count[FIELD_OUTPUT_TEXT].value > inner->count[FIELD_OUTPUT].value)
+		return false;
+	for (int i = 0; i < lengthof(parts); i++)
+	{
+		if (inner->count[parts[i]].given && count[parts[i]].value > 0 &&
+			!agrees_with(inner, parts[i], &count[parts[i]]))
+			return false;
+	}
+	if (count[FIELD_UNCACHED].given && count[FIELD_INPUT].given &&
+		uncached != count[FIELD_INPUT].value)
+		return false;
+	return !count[FIELD_TOTAL].given || count[FIELD_TOTAL].value == total ||
+		count[FIELD_TOTAL].value == inner->reported[FIELD_TOTAL].value ||
+		count[FIELD_TOTAL].value == inner->count[FIELD_INPUT].value + inner->count[FIELD_OUTPUT].value;
+}
+
+/*
+ * Take over what the provider's own object says, if it is one of this call.
  */
 static bool
 take_provider_object(Reading *r, const char *format, JsonbContainer *object,
@@ -1390,23 +1428,14 @@ take_provider_object(Reading *r, const char *format, JsonbContainer *object,
 	r->repeated[0] = inner->reported;
 	r->repeated[1] = inner->count;
 
-	if ((count[FIELD_INPUT].given &&
-		 count[FIELD_INPUT].value != inner->count[FIELD_INPUT].value &&
-		 count[FIELD_INPUT].value != inner->reported[FIELD_INPUT].value) ||
-		(count[FIELD_OUTPUT].given &&
-		 count[FIELD_OUTPUT].value != inner->count[FIELD_OUTPUT].value &&
-		 count[FIELD_OUTPUT].value != inner->reported[FIELD_OUTPUT].value) ||
-		(text > 0 && text > inner->count[FIELD_OUTPUT].value))
-	{
-		/* Cohere bills less than it counts, and the SDK has what it counts. */
-		if (strcmp(format, "cohere") != 0 &&
-			!abp_usage_doubt(r, "%s (%lld in, %lld out) and the SDK's own counts (%lld in, %lld out) disagree",
-							 path, (long long) inner->count[FIELD_INPUT].value,
-							 (long long) inner->count[FIELD_OUTPUT].value,
-							 (long long) count[FIELD_INPUT].value,
-							 (long long) count[FIELD_OUTPUT].value))
-			return false;
-	}
+	/* Cohere bills less than it counts, and the SDK has what it counts. */
+	if (strcmp(format, "cohere") != 0 && !is_same_call(r, inner) &&
+		!abp_usage_doubt(r, "%s (%lld in, %lld out) and the SDK's own counts (%lld in, %lld out) disagree, or these do not add up",
+						 path, (long long) inner->count[FIELD_INPUT].value,
+						 (long long) inner->count[FIELD_OUTPUT].value,
+						 (long long) count[FIELD_INPUT].value,
+						 (long long) count[FIELD_OUTPUT].value))
+		return false;
 	for (int f = 0; f < NUM_FIELDS; f++)
 	{
 		if (inner->count[f].given && (inner->count[f].value > 0 || !count[f].given))

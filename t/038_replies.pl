@@ -103,7 +103,44 @@ FROM (SELECT c->>'format' AS format, c->'raw' AS raw, result(c->>'format', c->'r
 WHERE before <> 'refused' AND result(format, jsonb_set(raw, path, to_jsonb(number + 1))) = before
 ORDER BY 1
 SQL
-diag($free);
+is_deeply(
+	[ split /\n/, $free ],
+	[qw(
+	ai.response.avgCompletionTokensPerSecond ai.settings.maxOutputTokens contextWindow costUSD
+	created data.embedding details.text_candidates_tokens details.text_prompt_tokens duration
+	embedding embeddings.values embeddingsByType.float
+	experimental_providerMetadata.openai.acceptedPredictionTokens
+	experimental_providerMetadata.openai.rejectedPredictionTokens gen_ai.request.max_tokens
+	gen_ai.request.temperature gen_ai.usage.cost gen_ai.usage.text.input_tokens
+	gen_ai.usage.text.output_tokens http.response.status_code lc maxOutputTokens
+	modelUsage.claude-sonnet-4-5.contextWindow modelUsage.claude-sonnet-4-5.costUSD num_turns
+	perf_metrics.prompt_tokens prompt_filter_results.prompt_index
+	providerMetadata.google.groundingMetadata.groundingSupports.groundingChunkIndices
+	providerMetadata.google.groundingMetadata.groundingSupports.segment.endIndex
+	providerMetadata.google.groundingMetadata.groundingSupports.segment.startIndex
+	response.status_code response.usage.input_token_details.cached_tokens_details.text_tokens
+	response.usage.input_token_details.text_tokens response.usage.output_token_details.text_tokens
+	results.index results.relevance_score segments.avg_logprob segments.end segments.endSecond
+	segments.id segments.start segments.startSecond segments.tokens server.port
+	server_tool_use.web_fetch_requests time_info.queue_time time_info.total_time total_cost_usd
+	usage.acceptance_rate usage.completion_tokens_after_first_per_sec
+	usage.completion_tokens_details.accepted_prediction_tokens
+	usage.completion_tokens_details.rejected_prediction_tokens usage.context_window
+	usage.details.input_tokens usage.details.output_tokens usage.height
+	usage.input_token_details.text_tokens usage.input_tokens_by_modality.tokens
+	usage.input_tokens_details.cached_tokens_per_turn
+	usage.input_tokens_details.input_tokens_per_turn usage.input_tokens_details.text_tokens
+	usage.iterations.input_tokens usage.max_tokens usage.outputTokenDetails.textTokens
+	usage.output_tokens_by_modality.tokens usage.output_tokens_details.output_tokens_per_turn
+	usage.output_tokens_details.text_tokens usage.prompt_tokens_details.text_tokens
+	usage.queue_time usage.raw.input_token_details.text_tokens
+	usage.raw.output_token_details.text_tokens usage.start_time usage.time_to_first_token
+	usage.tokens.inputTokens usage.tokens.outputTokens usage.tokens_per_second usage.total_latency
+	usage.total_tokens usage.width usageMetadata.billablePromptUsage.textCount
+	usageMetadata.promptTokensDetails.tokenCount
+	usageMetadata.toolUsePromptTokensDetails.tokenCount words.end words.start
+	)],
+	'numbers that may be larger without a change cost nothing');
 
 $node->stop;
 done_testing();

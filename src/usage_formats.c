@@ -152,22 +152,22 @@ static const RuleGroup openai_groups[] = {
 
 static const char *const openai_harmless[] = {
 	/* text is what remains of a total, at the total's own price */
-	"*text_tokens",
+	"text_tokens", "*/text_tokens",
 	/* OpenAI: both are in completion_tokens already */
-	"*accepted_prediction_tokens", "*rejected_prediction_tokens",
+	"*/accepted_prediction_tokens", "*/rejected_prediction_tokens",
 	/* pydantic-ai: Anthropic's own totals, of which its input_tokens is made;
 	 * text of Gemini; tools of the application */
 	"details/input_tokens", "details/output_tokens", "details/text_*", "tool_calls",
 	/* Anthropic: fetching pages costs nothing beside its tokens */
-	"*web_fetch_requests", "*tool_search_requests",
+	"*/web_fetch_requests", "*/tool_search_requests",
 	/* OpenRouter: all tools; its searches are read */
 	"server_tool_use_details/tool_calls_*",
 	/* Alibaba: the size of an image, whose price does not depend on it */
 	"width", "height",
 	/* Anthropic's and OpenRouter's costs in parts */
 	"cost_details/*", "cost/*",
-	/* vectors of a reply that has no usage object of its own */
-	"embedding*", "data/*", "segments/*", "words/*", "x_groq/*",
+	/* what replies have that have no usage object of their own */
+	"data/*", "segments/*", "words/*", "x_groq/*",
 	NULL
 };
 
@@ -592,8 +592,8 @@ static const Rule anthropic_rules[] = {
 static const char *const anthropic_harmless[] = {
 	/* fetching pages and finding tools cost nothing beside their tokens */
 	"server_tool_use/web_fetch_requests", "server_tool_use/tool_search_requests",
-	/* the Agent SDK's own estimate and the model's limits */
-	"*costUSD", "*contextWindow", "*maxOutputTokens",
+	/* the Agent SDK's own estimate */
+	"costUSD", "*/costUSD",
 	"cost_details/*",
 	NULL
 };
@@ -935,7 +935,7 @@ static const Rule bedrock_rules[] = {
 
 static const char *const bedrock_harmless[] = {
 	/* vectors of Titan's embeddings, which have no usage object */
-	"embedding*",
+	"embedding", "embeddingsByType/*",
 	NULL
 };
 
@@ -1015,12 +1015,15 @@ static const Rule openrouter_rules[] = {
 };
 
 static const char *const openrouter_harmless[] = {
-	"*text_tokens", "*accepted_prediction_tokens", "*rejected_prediction_tokens",
-	"cost_details/*", "server_tool_use*/*",
+	"text_tokens", "*/text_tokens", "*/accepted_prediction_tokens", "*/rejected_prediction_tokens",
+	"*/web_fetch_requests", "*/tool_search_requests",
+	"server_tool_use_details/tool_calls_*", "cost_details/*",
 	/* its generation endpoint: counts by one tokenizer for all models, what
 	 * the cost is made of, attempts of other providers */
-	"tokens_*", "usage*", "upstream_inference_cost", "num_*", "cache_discount",
-	"generation_time", "provider_responses/*",
+	"tokens_prompt", "tokens_completion", "usage", "usage_cache", "usage_data",
+	"usage_web", "usage_file", "upstream_inference_cost", "num_search_results",
+	"num_media_prompt", "num_media_completion", "num_input_audio_prompt",
+	"provider_responses/*",
 	NULL
 };
 
@@ -1107,7 +1110,7 @@ static const Rule xai_rules[] = {
 };
 
 static const char *const xai_harmless[] = {
-	"*text_tokens", "*accepted_prediction_tokens", "*rejected_prediction_tokens",
+	"text_tokens", "*/text_tokens", "*/accepted_prediction_tokens", "*/rejected_prediction_tokens",
 	/* the sum of server_side_tool_usage_details; the size of the context */
 	"num_server_side_tools_used", "context_details/*",
 	/* tools of others cost their tokens alone */
@@ -1219,8 +1222,8 @@ static const Envelope cohere_envelopes[] = {
 };
 
 static const char *const litellm_harmless[] = {
-	"*text_tokens", "*accepted_prediction_tokens", "*rejected_prediction_tokens",
-	"*web_fetch_requests", "*tool_search_requests", "cost_details/*",
+	"text_tokens", "*/text_tokens", "*/accepted_prediction_tokens", "*/rejected_prediction_tokens",
+	"*/web_fetch_requests", "*/tool_search_requests", "cost_details/*",
 	"segments/*", "words/*", "data/*", "x_groq/*",
 	/* what else a row of LiteLLM_SpendLogs has where it has no usage object */
 	"metadata/*", "proxy_server_request/*", "response/*", "messages/*",
@@ -1284,17 +1287,17 @@ static const Rule ai_sdk_flat_rules[] = {
 };
 
 static const char *const ai_sdk_harmless[] = {
-	"*textTokens",
+	"*/textTokens",
 	/* OpenAI's prediction tokens are in the output already */
-	"*acceptedPredictionTokens", "*rejectedPredictionTokens",
+	"*/acceptedPredictionTokens", "*/rejectedPredictionTokens",
 	/* the gateway's and OpenRouter's costs are read; the rest says how they
 	 * come about */
-	"*providerMetadata/gateway/*", "*providerMetadata/openrouter/usage/cost*",
-	"*providerMetadata/openrouter/usage/totalTokens",
+	"providerMetadata/gateway/*", "providerMetadata/openrouter/usage/cost*",
+	"providerMetadata/openrouter/usage/totalTokens",
 	/* Anthropic: what was cut from the context, and fetched pages */
-	"*contextManagement/*", "*webFetchRequests", "*web_fetch_requests",
+	"*/contextManagement/*", "*/web_fetch_requests",
 	/* positions in the text that sources belong to, and in a recording */
-	"*grounding*", "segments/*",
+	"*/groundingMetadata/*", "segments/*",
 	NULL
 };
 
@@ -1732,8 +1735,8 @@ static const char *const otel_harmless[] = {
 	"*.cost", "*.cost.*", "*_cost", "*.cost_*",
 	/* pydantic-ai: the provider's own totals, and text of Gemini */
 	"gen_ai.usage.details.input_tokens", "gen_ai.usage.details.output_tokens",
-	"gen_ai.usage.details.text_*", "*accepted_prediction_tokens",
-	"*rejected_prediction_tokens",
+	"gen_ai.usage.details.text_*", "*.accepted_prediction_tokens",
+	"*.rejected_prediction_tokens",
 	NULL
 };
 

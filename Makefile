@@ -21,6 +21,8 @@ OBJS = \
 	src/sync.o \
 	src/usage.o \
 	src/usage_formats.o \
+	src/usage_frameworks.o \
+	src/usage_object.o \
 	src/wake.o \
 	src/worker.o
 

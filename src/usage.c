@@ -467,7 +467,7 @@ find_fault(const UsageRow *row, bool read_raw, UsageRow *filled)
  * What is wrong with the raw usage object of a row whose cost is reported, in
  * words, palloc'd; NULL if nothing is.
  */
-char *
+char	   *
 abp_usage_doubt_of(const UsageRow *row)
 {
 	UsageRow	filled = *row;

@@ -3,8 +3,8 @@
  * usage_formats.h
  *	  What a provider's usage object looks like, and how one is read.
  *
- * Shared by the engine (normalize.c) and the descriptions of the formats
- * (usage_formats.c) alone.
+ * Shared by the engine (normalize.c, usage_object.c) and the descriptions of
+ * the formats (usage_formats.c, usage_frameworks.c) alone.
  *
  *-------------------------------------------------------------------------
  */
@@ -106,6 +106,11 @@ typedef enum ReasoningMode
 
 typedef struct Reading Reading;
 
+/* For descriptions: a table and its length. */
+#define RULES(array) .rules = (array), .nrules = lengthof(array)
+#define GROUPS(array) .groups = (array), .ngroups = lengthof(array)
+#define ENVELOPES(array) .envelopes = (array), .nenvelopes = lengthof(array)
+
 #define MAX_PATHS 6
 
 /*
@@ -176,15 +181,27 @@ struct Reading
 	StringInfo	doubt;			/* what is wrong although the cost is known */
 };
 
-/* usage_formats.c */
-extern const UsageFormat *abp_usage_formats(int *nformats);
+/* usage_formats.c, usage_frameworks.c */
+extern const UsageFormat abp_usage_ai_sdk;
+extern const UsageFormat abp_usage_otel;
+extern const UsageFormat *const *abp_usage_formats(int *nformats);
 extern const UsageFormat *abp_usage_format(const char *name);
+extern bool abp_usage_count_grounding(Reading *r, JsonbContainer *grounding);
 
-/* normalize.c: a function that returns bool returns false if r is refused */
+/* normalize.c */
+extern bool abp_usage_read_inner(Reading *r, const UsageFormat *format,
+								 JsonbContainer *object, Reading *inner);
+
+/*
+ * usage_object.c: where it is not a question, a function that returns bool
+ * returns false if the object is refused.
+ */
 extern bool abp_usage_refuse(Reading *r, const char *fmt,...) pg_attribute_printf(2, 3);
 extern bool abp_usage_doubt(Reading *r, const char *fmt,...) pg_attribute_printf(2, 3);
 extern bool abp_usage_cost_known(const Reading *r);
 extern char *abp_usage_path_name(const char *path);
+extern JsonbContainer *abp_usage_container(Reading *r, JsonbContainer *container,
+										   const char *path);
 extern JsonbContainer *abp_usage_object(Reading *r, JsonbContainer *container,
 										const char *path);
 extern JsonbContainer *abp_usage_list(Reading *r, JsonbContainer *container,
@@ -192,6 +209,8 @@ extern JsonbContainer *abp_usage_list(Reading *r, JsonbContainer *container,
 extern JsonbContainer *abp_usage_list_item(JsonbContainer *list, uint32 i);
 extern char *abp_usage_string(Reading *r, JsonbContainer *container,
 							  const char *path);
+extern char *abp_usage_first_string(Reading *r, JsonbContainer *container,
+									const char *const *paths);
 extern bool abp_usage_string_is(Reading *r, JsonbContainer *container,
 								const char *path, const char *str);
 extern bool abp_usage_has(Reading *r, JsonbContainer *container, const char *path);
@@ -207,8 +226,8 @@ extern bool abp_usage_read_amount(Reading *r, JsonbContainer *container,
 								  const char *path, Numeric *amount);
 extern bool abp_usage_read_flag(Reading *r, JsonbContainer *container,
 								const char *path, bool *flag);
-extern bool abp_usage_read_inner(Reading *r, const UsageFormat *format,
-								 JsonbContainer *object, Reading *inner);
 extern bool abp_usage_is_zero(Numeric number);
+extern void abp_usage_mark_seen(Reading *r, const void *value);
+extern bool abp_usage_check_rest(Reading *r);
 
 #endif							/* ABP_USAGE_FORMATS_H */

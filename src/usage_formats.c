@@ -105,7 +105,9 @@ static const Rule input_detail_rules[] = {
 	{FIELD_CACHE_WRITE_5M, "ephemeral_5m_input_tokens"},
 	{FIELD_CACHE_WRITE_1H, "ephemeral_1h_input_tokens"},
 	{FIELD_INPUT_AUDIO, "audio"},
-	{FIELD_INPUT_IMAGE, "image"}
+	{FIELD_INPUT_IMAGE, "image"},
+	{FIELD_CACHE_READ, "flex_cache_read"},
+	{FIELD_CACHE_READ, "priority_cache_read"}
 };
 
 static const Rule output_detail_rules[] = {
@@ -115,6 +117,8 @@ static const Rule output_detail_rules[] = {
 	{FIELD_OUTPUT_VIDEO, "video_tokens"},
 	/* LangChain */
 	{FIELD_REASONING, "reasoning"},
+	{FIELD_REASONING, "flex_reasoning"},
+	{FIELD_REASONING, "priority_reasoning"},
 	{FIELD_OUTPUT_AUDIO, "audio"},
 	{FIELD_OUTPUT_IMAGE, "image"}
 };
@@ -157,6 +161,10 @@ static const char *const openai_harmless[] = {
 	 * text of Gemini; tools of the application
 	 */
 	"details/input_tokens", "details/output_tokens", "details/text_*", "tool_calls",
+	/* LangChain: what remains of a total, at the tier that the key names */
+	"*_token_details/flex", "*_token_details/priority",
+	/* Codex: the session so far */
+	"total_token_usage/*",
 	/* Anthropic: fetching pages costs nothing beside its tokens */
 	"*/web_fetch_requests", "*/tool_search_requests",
 	/* OpenRouter: all tools; its searches are read */
@@ -567,6 +575,19 @@ cost_openai(Reading *r)
 	return r->cost != NULL || cost_openrouter(r);
 }
 
+/* LangChain names the tier in the keys of its details. */
+static const char *
+tier_openai(Reading *r)
+{
+	if (abp_usage_has(r, r->usage, "input_token_details/flex") ||
+		abp_usage_has(r, r->usage, "output_token_details/flex"))
+		return "flex";
+	if (abp_usage_has(r, r->usage, "input_token_details/priority") ||
+		abp_usage_has(r, r->usage, "output_token_details/priority"))
+		return "priority";
+	return NULL;
+}
+
 /* ----------------------------------------------------------------
  *		Anthropic
  * ----------------------------------------------------------------
@@ -791,7 +812,15 @@ add_modalities(Reading *r, const ModalityList *modality, Count *cached)
 				 abp_usage_string_is(r, item, "modality", "DOCUMENT"))
 			field = modality->image;
 		else if (abp_usage_string_is(r, item, "modality", "VIDEO"))
+		{
 			field = modality->video;
+			/* The Live API has a price of its own for what it sees. */
+			if (field < 0 && !modality->cached && tokens.value > 0 &&
+				abp_usage_has(r, r->usage, "responseTokenCount") &&
+				!abp_usage_doubt(r, "%s has %lld tokens of video, whose price in the Live API is not that of text",
+								 modality->path, (long long) tokens.value))
+				return false;
+		}
 
 		if (field >= 0 &&
 			!abp_usage_add_count(r, &r->count[field], tokens.value, modality->path))
@@ -1117,6 +1146,8 @@ static const Rule xai_rules[] = {
 
 static const char *const xai_harmless[] = {
 	"text_tokens", "*/text_tokens", "*/accepted_prediction_tokens", "*/rejected_prediction_tokens",
+	/* the SDK's name of text_tokens */
+	"prompt_text_tokens",
 	/* the sum of server_side_tool_usage_details; the size of the context */
 	"num_server_side_tools_used", "context_details/*",
 	/* tools of others cost their tokens alone */
@@ -1124,11 +1155,51 @@ static const char *const xai_harmless[] = {
 	NULL
 };
 
-/* As num_sources_used, what a search found is in the ticks where these are. */
+/* The SDK lists the tools that xAI ran, one name for each call. */
+static bool
+count_xai_tools(Reading *r)
+{
+	static const struct
+	{
+		const char *name;
+		Field		field;
+	}			tools[] =
+	{
+		{"SERVER_SIDE_TOOL_WEB_SEARCH", FIELD_WEB_SEARCH},
+		{"SERVER_SIDE_TOOL_X_SEARCH", FIELD_X_SEARCH},
+		{"SERVER_SIDE_TOOL_CODE_EXECUTION", FIELD_CODE_EXECUTION},
+		{"SERVER_SIDE_TOOL_COLLECTIONS_SEARCH", FIELD_FILE_SEARCH}
+	};
+	JsonbContainer *list = abp_usage_list(r, r->usage, "server_side_tools_used");
+
+	for (uint32 i = 0; list && i < JsonContainerSize(list); i++)
+	{
+		JsonbValue *item = getIthJsonbValueFromContainer(list, i);
+		int			t = 0;
+
+		CHECK_FOR_INTERRUPTS();
+		if (item->type != jbvString)
+			continue;
+		while (t < lengthof(tools) &&
+			   !(strlen(tools[t].name) == item->val.string.len &&
+				 memcmp(tools[t].name, item->val.string.val, item->val.string.len) == 0))
+			t++;
+		if (t == lengthof(tools))
+		{
+			if (!abp_usage_doubt(r, "server_side_tools_used has %.*s, and what it costs is not known here",
+								 Min(item->val.string.len, 60), item->val.string.val))
+				return false;
+		}
+		else if (!abp_usage_add_count(r, &r->count[tools[t].field], 1, "server_side_tools_used"))
+			return false;
+	}
+	return true;
+}
+
 static bool
 extra_xai(Reading *r)
 {
-	return count_images(r) && count_tool_calls(r);
+	return count_images(r) && count_xai_tools(r) && count_tool_calls(r);
 }
 
 /*
@@ -1275,7 +1346,8 @@ static const UsageFormat openai = {
 	.generation_id = {"id", "provider_response_id"},
 	.service_tier = {"service_tier"},
 	.extra = extra_openai,
-	.cost = cost_openai
+	.cost = cost_openai,
+	.tier = tier_openai
 };
 
 static const UsageFormat anthropic = {
@@ -1304,6 +1376,14 @@ static const UsageFormat gemini = {
 	.extra = extra_gemini
 };
 
+/* Bedrock's latency-optimized inference has prices of its own. */
+static const char *
+tier_bedrock(Reading *r)
+{
+	return abp_usage_string_is(r, r->root, "performanceConfig/latency", "optimized") ?
+		"optimized" : NULL;
+}
+
 static const UsageFormat bedrock = {
 	.name = "bedrock",
 	RULES(bedrock_rules),
@@ -1312,7 +1392,8 @@ static const UsageFormat bedrock = {
 	.generation_id = {"ResponseMetadata/RequestId", "$metadata/requestId"},
 	.service_tier = {"serviceTier/type"},
 	.cache_excluded = true,
-	.extra = extra_bedrock
+	.extra = extra_bedrock,
+	.tier = tier_bedrock
 };
 
 static const UsageFormat openrouter = {

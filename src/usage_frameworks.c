@@ -217,7 +217,9 @@ take_provider_object(Reading *r, const char *format, JsonbContainer *object,
 static bool
 add_provider_counts(Reading *r)
 {
-	bool		has_details = abp_usage_object(r, r->usage, "inputTokenDetails") != NULL ||
+	/* then they are in the SDK's own counts, or in the provider's object */
+	bool		has_details = r->nested ||
+	abp_usage_object(r, r->usage, "inputTokenDetails") != NULL ||
 	abp_usage_object(r, r->usage, "inputTokens") != NULL;
 	int64		excluded = 0;
 
@@ -296,6 +298,61 @@ check_single_step(Reading *r)
 						   (long long) all[FIELD_OUTPUT].value);
 }
 
+/*
+ * Tools that the provider ran, where its own object does not count them: the
+ * SDK has their calls among the parts of the result.
+ */
+static bool
+count_provider_tools(Reading *r)
+{
+	static const struct
+	{
+		const char *name;
+		int			field;		/* a Field, or -1: another model's tokens */
+	}			tools[] =
+	{
+		{"web_search", FIELD_WEB_SEARCH},
+		{"web_search_preview", FIELD_WEB_SEARCH},
+		{"x_search", FIELD_X_SEARCH},
+		{"file_search", FIELD_FILE_SEARCH},
+		{"code_interpreter", FIELD_SESSION},
+		{"code_execution", FIELD_CODE_EXECUTION},
+		{"image_generation", -1}
+	};
+	JsonbContainer *list = abp_usage_list(r, r->root, "content");
+	Count		calls[NUM_FIELDS] = {0};
+
+	if (list == NULL)
+		list = abp_usage_list(r, r->root, "toolCalls");
+	for (uint32 i = 0; list && i < JsonContainerSize(list); i++)
+	{
+		JsonbContainer *item = abp_usage_list_item(list, i);
+		bool		provider_ran = false;
+
+		if (item == NULL || !abp_usage_string_is(r, item, "type", "tool-call"))
+			continue;
+		if (!abp_usage_read_flag(r, item, "providerExecuted", &provider_ran))
+			return false;
+		for (int t = 0; provider_ran && t < lengthof(tools); t++)
+		{
+			if (!abp_usage_string_is(r, item, "toolName", tools[t].name))
+				continue;
+			if (tools[t].field >= 0)
+				calls[tools[t].field].value++;
+			else if (!abp_usage_doubt(r, "content has a call of %s, whose tokens are another model's and not in the usage object; insert them as a row of their own",
+									  tools[t].name))
+				return false;
+		}
+	}
+	for (int f = 0; f < NUM_FIELDS; f++)
+	{
+		if (calls[f].value > 0 && !r->count[f].given &&
+			!abp_usage_add_count(r, &r->count[f], calls[f].value, "content"))
+			return false;
+	}
+	return true;
+}
+
 static bool
 extra_ai_sdk(Reading *r)
 {
@@ -321,7 +378,7 @@ extra_ai_sdk(Reading *r)
 											abp_usage_path_name(provider_objects[i].path)))
 			return false;
 	}
-	if (!add_provider_counts(r))
+	if (!add_provider_counts(r) || !count_provider_tools(r))
 		return false;
 	for (int i = 0; i < lengthof(grounding); i++)
 	{

@@ -4,12 +4,14 @@ MODULE_big = aibilling_polar
 OBJS = \
 	src/aibilling_polar.o \
 	src/attach.o \
+	src/collect.o \
 	src/config.o \
 	src/cost.o \
 	src/functions.o \
 	src/http.o \
 	src/idset.o \
 	src/normalize.o \
+	src/object_access.o \
 	src/operate.o \
 	src/outbox.o \
 	src/polar.o \
@@ -41,6 +43,7 @@ REGRESS = \
 	server \
 	usage \
 	rows \
+	columns \
 	outbox
 REGRESS_OPTS = --temp-instance=tmp_check --temp-config=regress.conf \
 	--load-extension=$(EXTENSION) --encoding=UTF8 --no-locale

@@ -1028,7 +1028,7 @@ tidy_block(Oid usage_table, char state, int64 first)
 	MemoryContext context = AllocSetContextCreate(CurrentMemoryContext, "aibilling outbox block",
 												  ALLOCSET_DEFAULT_SIZES);
 	MemoryContext old = MemoryContextSwitchTo(context);
-	IdBlock	   *block = palloc(sizeof(IdBlock));
+	IdBlock    *block = palloc(sizeof(IdBlock));
 	int			done = 0;
 
 	read_removals(block, usage_table, state, first);

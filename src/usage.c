@@ -1734,7 +1734,8 @@ abp_sql_guard_usage(PG_FUNCTION_ARGS)
 	if (place.where == ROW_NOT_SENT || place.where == ROW_DELIVERED)
 		return PointerGetDatum(NULL);
 
-	row = (RowColumns) {
+	row = (RowColumns)
+	{
 		values, nulls
 	};
 	has_moved = look_for_rows(known->usage_table, id, SnapshotSelf, is_same_row, &row);

@@ -2277,20 +2277,27 @@ abp_server_state_by_role(void)
 	return by_role;
 }
 
-/* Does a subscription of this database fill the outbox? */
+/* Does a subscription of this database fill the tables by which rows are sent? */
 static bool
 outbox_is_subscribed(void)
 {
+	static const char *const tables[] = {
+		"outbox_entry", "ledger", "attachment", "delivery", "usage_table"
+	};
 	Relation	rel = table_open(SubscriptionRelRelationId, AccessShareLock);
-	ScanKeyData key;
-	SysScanDesc scan;
-	bool		found;
+	bool		found = false;
 
-	ScanKeyInit(&key, Anum_pg_subscription_rel_srrelid, BTEqualStrategyNumber, F_OIDEQ,
-				ObjectIdGetDatum(needed_relation("outbox_entry")));
-	scan = systable_beginscan(rel, SubscriptionRelSrrelidSrsubidIndexId, true, NULL, 1, &key);
-	found = HeapTupleIsValid(systable_getnext(scan));
-	systable_endscan(scan);
+	for (int i = 0; i < lengthof(tables) && !found; i++)
+	{
+		ScanKeyData key;
+		SysScanDesc scan;
+
+		ScanKeyInit(&key, Anum_pg_subscription_rel_srrelid, BTEqualStrategyNumber, F_OIDEQ,
+					ObjectIdGetDatum(abp_extension_relation(tables[i])));
+		scan = systable_beginscan(rel, SubscriptionRelSrrelidSrsubidIndexId, true, NULL, 1, &key);
+		found = HeapTupleIsValid(systable_getnext(scan));
+		systable_endscan(scan);
+	}
 	table_close(rel, AccessShareLock);
 	return found;
 }

@@ -9,6 +9,7 @@ OBJS = \
 	src/functions.o \
 	src/http.o \
 	src/idset.o \
+	src/names.o \
 	src/normalize.o \
 	src/operate.o \
 	src/outbox.o \

@@ -44,6 +44,7 @@ PG_FUNCTION_INFO_V1(abp_sql_polar_cost);
 PG_FUNCTION_INFO_V1(abp_sql_cost);
 PG_FUNCTION_INFO_V1(abp_sql_explain_cost);
 PG_FUNCTION_INFO_V1(abp_sql_explain_usage_cost);
+PG_FUNCTION_INFO_V1(abp_sql_priced_model);
 PG_FUNCTION_INFO_V1(abp_sql_convert_cost);
 
 /* Arguments of the cost family, in order. */
@@ -120,6 +121,7 @@ get_cost_arguments(FunctionCallInfo fcinfo, PriceRequest *request,
 		PG_GETARG_TIMESTAMPTZ(COST_ARG_AT);
 	request->counts = counts;
 	request->provider_cost = NULL;
+	request->from_reply = false;
 }
 
 /* Price the arguments.  Returns false if the cost is not known. */
@@ -355,11 +357,14 @@ abp_sql_explain_usage_cost(PG_FUNCTION_ARGS)
 									   " reasoning_tokens::pg_catalog.int8,"
 									   " request_count::pg_catalog.int8,"
 									   " web_search_count::pg_catalog.int8,"
-									   " %s::pg_catalog.numeric"
+									   " %s::pg_catalog.numeric,"
+									   " %s IS NOT NULL"
 									   " FROM %s"
 									   " WHERE id OPERATOR(pg_catalog.=) $1",
 									   get_attnum(relid, "cost_cents") == InvalidAttrNumber ?
 									   "NULL" : "cost_cents",
+									   get_attnum(relid, "raw_usage") == InvalidAttrNumber ?
+									   "NULL" : "raw_usage",
 									   qualified_name),
 							  1, &id_type, &id, NULL, true, 0) != SPI_OK_SELECT)
 		elog(ERROR, "SPI_execute_with_args failed");
@@ -405,6 +410,8 @@ abp_sql_explain_usage_cost(PG_FUNCTION_ARGS)
 			counts.given[i] = !isnull;
 			counts.value[i] = isnull ? 0 : DatumGetInt64(datum);
 		}
+		datum = SPI_getbinval(tuple, tupdesc, 8 + NUM_USAGE_COUNTS, &isnull);
+		request.from_reply = DatumGetBool(datum);
 		datum = SPI_getbinval(tuple, tupdesc, 7 + NUM_USAGE_COUNTS, &isnull);
 		request.counts = &counts;
 		put_explanation((ReturnSetInfo *) fcinfo->resultinfo, &request,
@@ -413,6 +420,28 @@ abp_sql_explain_usage_cost(PG_FUNCTION_ARGS)
 	SPI_finish();
 
 	return (Datum) 0;
+}
+
+/*
+ * aibilling.priced_model(provider text, model text, OUT provider, OUT model)
+ */
+Datum
+abp_sql_priced_model(PG_FUNCTION_ARGS)
+{
+	TextView	provider = text_argument(fcinfo, 0);
+	TextView	model = text_argument(fcinfo, 1);
+	TupleDesc	tupdesc;
+	Datum		values[2] = {0};
+	bool		nulls[2] = {true, true};
+
+	if (get_call_result_type(fcinfo, NULL, &tupdesc) != TYPEFUNC_COMPOSITE)
+		elog(ERROR, "return type must be a row type");
+	if (abp_price_find_model(&provider, &model))
+	{
+		values[0] = text_view_value(provider, &nulls[0]);
+		values[1] = text_view_value(model, &nulls[1]);
+	}
+	PG_RETURN_DATUM(HeapTupleGetDatum(heap_form_tuple(BlessTupleDesc(tupdesc), values, nulls)));
 }
 
 Datum

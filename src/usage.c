@@ -408,7 +408,8 @@ price_request(const UsageRow *row)
 		.service_tier = row->service_tier,
 		.at = row->occurred_at,
 		.counts = &row->counts,
-		.provider_cost = row->provider_cost
+		.provider_cost = row->provider_cost,
+		.from_reply = row->raw_usage != NULL
 	};
 
 	return request;
@@ -864,7 +865,7 @@ warn_rejected(Relation rel, int64 id, const char *reason)
 }
 
 static void
-warn_unpriced(const char *reason)
+warn_unpriced(const UsageRow *row, const char *reason)
 {
 	char		key[128];
 	bool		found;
@@ -882,10 +883,15 @@ warn_unpriced(const char *reason)
 	strlcpy(key, reason, sizeof(key));
 	hash_search(warned_models, key, HASH_ENTER, &found);
 	if (!found)
+	{
+		PriceRequest request = price_request(row);
+		char	   *hint = abp_price_hint(&request);
+
 		ereport(WARNING,
 				(errcode(ERRCODE_WARNING),
 				 errmsg("usage is held until it can be priced: %s", reason),
-				 errhint("Add the price to aibilling.price; what is held is listed in aibilling.unpriced.")));
+				 errhint("%s", hint ? hint : "What is held is listed in aibilling.unpriced.")));
+	}
 }
 
 /* --- triggers ---------------------------------------------------------------- */
@@ -1232,7 +1238,7 @@ abp_sql_enqueue_usage(PG_FUNCTION_ARGS)
 		if (verdict.state == OUTBOX_REJECTED)
 			warn_rejected(rel, row.id, verdict.error);
 		else if (verdict.state == OUTBOX_UNPRICED)
-			warn_unpriced(verdict.error);
+			warn_unpriced(&row, verdict.error);
 	}
 
 	if (was_removed(known->usage_table, row.id))

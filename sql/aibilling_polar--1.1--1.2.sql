@@ -526,57 +526,65 @@ COMMENT ON FUNCTION aibilling.read_genai_prices(jsonb) IS
 
 -- A name that a rule leaves open at its end is narrowed to what marks a date or
 -- version of the same model, as dev/update-prices does it for the bundle.
-CREATE FUNCTION aibilling.genai_names(provider text, rule jsonb)
-RETURNS TABLE (kind text, pattern text)
+CREATE FUNCTION aibilling.genai_names(catalogue jsonb) RETURNS jsonb
 LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
 SET search_path = pg_catalog, pg_temp
 AS $names$
-	WITH RECURSIVE leaf (rule) AS (
-		SELECT rule
+	WITH RECURSIVE leaf (provider, model, n, m, rule) AS (
+		SELECT p.value ->> 'id', m.value ->> 'id', p.ordinality, m.ordinality, m.value -> 'match'
+		FROM jsonb_array_elements(catalogue) WITH ORDINALITY p
+		CROSS JOIN LATERAL jsonb_array_elements(
+			CASE jsonb_typeof(p.value -> 'models') WHEN 'array' THEN p.value -> 'models' END) WITH ORDINALITY m
 		UNION ALL
-		SELECT e.value FROM leaf CROSS JOIN LATERAL jsonb_array_elements(
-			CASE jsonb_typeof(leaf.rule -> 'or') WHEN 'array' THEN leaf.rule -> 'or' END) e
+		SELECT l.provider, l.model, l.n, l.m, e.value
+		FROM leaf l CROSS JOIN LATERAL jsonb_array_elements(
+			CASE jsonb_typeof(l.rule -> 'or') WHEN 'array' THEN l.rule -> 'or' END) e
 	), literal AS (
-		SELECT CASE WHEN k.key = 'and' THEN 'starts_with' ELSE k.key END AS key,
+		SELECT l.*, CASE WHEN k.key = 'and' THEN 'starts_with' ELSE k.key END AS key,
 			CASE WHEN k.key = 'and' THEN k.value -> 0 ->> 'starts_with' ELSE k.value #>> '{}' END AS text
-		FROM leaf CROSS JOIN LATERAL jsonb_each(CASE jsonb_typeof(leaf.rule) WHEN 'object' THEN leaf.rule END) k
+		FROM leaf l CROSS JOIN LATERAL jsonb_each(CASE jsonb_typeof(l.rule) WHEN 'object' THEN l.rule END) k
 		WHERE k.key <> 'or'
-	), open AS (
-		SELECT l.*, CASE
-			WHEN l.text ~ '([-@:]|-20\d\d|-0)$' THEN ARRAY['*']
-			WHEN provider = 'aws' THEN CASE
-				WHEN l.text ~ '-v?\d$' AND l.text !~ 'claude-[a-z]+(-\d)+$' THEN ARRAY['', ':*']
-				WHEN l.text ~ '-20\d{6}$' THEN ARRAY['', '-v?', '-v?:*']
-				ELSE ARRAY['', '-v?', '-v?:*', '-202*'] END
-			WHEN provider = 'anthropic' THEN ARRAY['', '-202*', '-latest', '@*']
-			WHEN provider = 'google' THEN ARRAY['', '-202*', '-latest', '-0*', '@*']
-			WHEN provider = 'openai' THEN ARRAY['', '-202*', '-latest', '-preview', '-preview-202*', '-0*', ':*']
-			WHEN provider = 'mistral' THEN ARRAY['', '-latest', '-2???']
-			ELSE ARRAY['', '-202*', '-latest', '-0*'] END AS endings
-		FROM literal l
 	), name AS (
-		SELECT key, text AS pattern FROM open WHERE key = 'equals'
-		UNION ALL
-		SELECT o.key, CASE o.key WHEN 'contains' THEN '*' ELSE '' END || o.text || e.ending
-		FROM open o CROSS JOIN LATERAL unnest(o.endings) AS e (ending)
-		WHERE o.key IN ('starts_with', 'contains') AND o.text !~ '[*?\\]'
-		UNION ALL
-		SELECT key, '*' || text FROM open WHERE key = 'ends_with' AND text !~ '[*?\\]'
-		UNION ALL
-		-- of a regular expression only a literal, with the digits of a date at its end
-		SELECT o.key, replace(m.literal[1], '\', '')
-		FROM open o
-		CROSS JOIN LATERAL regexp_match(
-			regexp_replace(regexp_replace(o.text, '\\d\{4\}-\\d\{2\}-\\d\{2\}\$$', '202?-??-??$'), '\\d\{8\}\$$', '202?????$'),
-			'^\^((?:[^\\^$.*+()\[\]{}|]|\\[.\[\]])+)\$$') AS m (literal)
-		WHERE o.key = 'regex'
+		SELECT l.*, e.pattern
+		FROM literal l
+		CROSS JOIN LATERAL (
+			SELECT l.text AS pattern WHERE l.key = 'equals'
+			UNION ALL
+			SELECT CASE l.key WHEN 'contains' THEN '*' ELSE '' END || l.text || unnest(CASE
+				WHEN l.text ~ '([-@:]|-20\d\d|-0)$' THEN ARRAY['*']
+				WHEN l.provider = 'aws' THEN CASE
+					WHEN l.text ~ '-v?\d$' AND l.text !~ 'claude-[a-z]+(-\d)+$' THEN ARRAY['', ':*']
+					WHEN l.text ~ '-20\d{6}$' THEN ARRAY['', '-v?', '-v?:*']
+					ELSE ARRAY['', '-v?', '-v?:*', '-202*'] END
+				WHEN l.provider = 'anthropic' THEN ARRAY['', '-202*', '-latest', '@*']
+				WHEN l.provider = 'google' THEN ARRAY['', '-202*', '-latest', '-0*', '@*']
+				WHEN l.provider = 'openai' THEN ARRAY['', '-202*', '-latest', '-preview', '-preview-202*', '-0*', ':*']
+				WHEN l.provider = 'mistral' THEN ARRAY['', '-latest', '-2???']
+				ELSE ARRAY['', '-202*', '-latest', '-0*'] END)
+			WHERE l.key IN ('starts_with', 'contains') AND l.text !~ '[*?\\]'
+			UNION ALL
+			SELECT '*' || l.text WHERE l.key = 'ends_with' AND l.text !~ '[*?\\]'
+			UNION ALL
+			-- of a regular expression only a literal, with the digits of a date at its end
+			SELECT replace((regexp_match(
+				regexp_replace(regexp_replace(l.text, '\\d\{4\}-\\d\{2\}-\\d\{2\}\$$', '202?-??-??$'), '\\d\{8\}\$$', '202?????$'),
+				'^\^((?:[^\\^$.*+()\[\]{}|]|\\[.\[\]])+)\$$'))[1], '\', '')
+			WHERE l.key = 'regex'
+		) AS e
+		WHERE e.pattern IS NOT NULL
+	), named AS (
+		SELECT n, m, provider, model,
+			coalesce(jsonb_agg(DISTINCT pattern) FILTER (WHERE key = 'equals' OR pattern !~ '[*?]'), '[]') AS exact,
+			coalesce(jsonb_agg(DISTINCT pattern) FILTER (WHERE key <> 'equals' AND pattern ~ '[*?]'), '[]') AS glob
+		FROM name
+		GROUP BY n, m, provider, model
 	)
-	SELECT DISTINCT CASE WHEN n.key <> 'equals' AND n.pattern ~ '[*?]' THEN 'glob' ELSE 'exact' END, n.pattern
-	FROM name n
-	WHERE n.pattern IS NOT NULL
+	SELECT jsonb_agg(jsonb_build_object('provider', provider, 'model', model, 'exact', exact, 'glob', glob) ORDER BY n, m)
+	FROM named
 $names$;
-COMMENT ON FUNCTION aibilling.genai_names(text, jsonb) IS
-'the names that a match rule of genai-prices gives to a model of the provider, as patterns of aibilling.model_alias';
+COMMENT ON FUNCTION aibilling.genai_names(jsonb) IS
+'the names that the match rules of genai-prices give to models, as patterns of aibilling.model_alias: [{provider, model, exact: [], glob: []}, ...]';
+
 
 CREATE FUNCTION aibilling.put_aliases(names jsonb, fallbacks jsonb, source text) RETURNS bigint
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE
@@ -746,6 +754,124 @@ AS $$
 	FROM unknown
 $$;
 
+-- A price for what had none is no change: it holds from where the card does.  And
+-- a price that the catalogue only implies is not a suspicious one.
+CREATE OR REPLACE FUNCTION aibilling.changed_cards(prices aibilling.catalogue_price[], source text)
+RETURNS SETOF aibilling.price_card
+LANGUAGE sql STABLE STRICT PARALLEL SAFE
+SET search_path = pg_catalog, pg_temp
+SET enable_nestloop = off
+AS $$
+	WITH given AS MATERIALIZED (
+		SELECT p.*, concat_ws('|', p.context_above, p.daily_from, p.daily_to, p.price_column) AS slot
+		FROM unnest(prices) AS p
+		WHERE p.price IS NOT NULL
+	), stored AS MATERIALIZED (
+		SELECT p.*, concat_ws('|', p.context_above, p.daily_from, p.daily_to, p.price_column) AS slot
+		FROM aibilling.stored_prices(source) AS p
+	), stored_card AS MATERIALIZED (
+		SELECT provider, model, service_tier, valid_from, jsonb_object_agg(slot, price) AS content
+		FROM stored
+		GROUP BY provider, model, service_tier, valid_from
+	), given_card AS (
+		SELECT provider, model, service_tier, valid_from,
+			min(valid_from) OVER (PARTITION BY provider, model, service_tier) AS first_date,
+			jsonb_object_agg(slot, price) AS content
+		FROM given
+		GROUP BY provider, model, service_tier, valid_from
+	), compared AS (
+		SELECT DISTINCT ON (g.provider, g.model, g.service_tier, g.valid_from)
+			g.*, s.valid_from AS stored_from, s.content AS stored_content
+		FROM given_card g
+		LEFT JOIN stored_card s ON (s.provider, s.model, s.service_tier) = (g.provider, g.model, g.service_tier)
+			AND CASE
+				WHEN g.valid_from IS NOT NULL THEN s.valid_from <= g.valid_from
+				ELSE s.valid_from <= now() AND (g.first_date IS NULL OR s.valid_from < g.first_date)
+			END
+		ORDER BY g.provider, g.model, g.service_tier, g.valid_from, s.valid_from DESC NULLS LAST
+	), differing AS MATERIALIZED (
+		SELECT c.provider, c.model, c.service_tier, c.valid_from AS given_from, c.stored_from,
+			CASE
+				WHEN c.valid_from IS NOT NULL THEN c.valid_from
+				WHEN c.stored_from IS NULL THEN '-infinity'
+				WHEN c.first_date <= now() OR a.only_unknown THEN c.stored_from
+				ELSE now()
+			END AS valid_from
+		FROM compared c
+		-- Prices of what had none change no cost that was known; but reasoning
+		-- without a price costs what output does, a request nothing.
+		CROSS JOIN LATERAL (
+			SELECT c.stored_content <@ c.content AND NOT EXISTS (
+				SELECT FROM jsonb_object_keys(c.content) AS k (slot)
+				CROSS JOIN LATERAL regexp_replace(k.slot, '^.*\|', '') AS n (price_column)
+				WHERE NOT c.stored_content ? k.slot
+					AND (n.price_column IN ('reasoning', 'request', 'discount', 'multiplier', 'inherit')
+						OR EXISTS (SELECT FROM jsonb_object_keys(c.stored_content) AS s (slot)
+							WHERE regexp_replace(s.slot, '^.*\|', '') = n.price_column))) AS only_unknown
+		) AS a
+		WHERE c.stored_content IS DISTINCT FROM c.content
+			OR c.valid_from IS NOT NULL AND c.stored_from <> c.valid_from
+	), row_price AS (
+		SELECT d.provider, d.model, d.service_tier, d.given_from, g.context_above, g.daily_from, g.daily_to,
+			max(g.price) FILTER (WHERE g.price_column = 'input') AS input,
+			max(g.price) FILTER (WHERE g.price_column = 'output') AS output,
+			max(g.price) FILTER (WHERE g.price_column = 'cache_read') AS cache_read,
+			max(g.price) FILTER (WHERE g.price_column = 'cache_write_1h'
+				AND g.problem NOT LIKE 'as %' IS NOT FALSE) AS cache_write_1h
+		FROM differing d
+		JOIN given g ON (g.provider, g.model, g.service_tier) = (d.provider, d.model, d.service_tier)
+			AND g.valid_from IS NOT DISTINCT FROM d.given_from
+		GROUP BY 1, 2, 3, 4, 5, 6, 7
+	), standard AS (
+		SELECT provider, model, valid_from, context_above, daily_from, daily_to, price_column, price
+		FROM given
+		WHERE service_tier = 'standard' AND price_column IN ('input', 'output')
+	), finding AS (
+		SELECT r.provider, r.model, r.service_tier, r.given_from, f.finding
+		FROM row_price r
+		CROSS JOIN LATERAL (VALUES
+			(CASE WHEN r.cache_read > r.input
+				THEN format('cache_read %s above input %s', r.cache_read, r.input) END),
+			(CASE WHEN r.cache_write_1h NOT BETWEEN 1.5 * r.input AND 2.5 * r.input
+				THEN format('cache_write_1h %s not 1.5 to 2.5 times input %s', r.cache_write_1h, r.input) END)
+		) AS f (finding)
+		UNION ALL
+		SELECT g.provider, g.model, g.service_tier, g.valid_from, f.finding
+		FROM given g
+		LEFT JOIN standard s ON (s.provider, s.model, s.context_above, s.price_column)
+				= (g.provider, g.model, g.context_above, g.price_column)
+			AND g.service_tier <> 'standard'
+			AND s.valid_from IS NOT DISTINCT FROM g.valid_from
+			AND s.daily_from IS NOT DISTINCT FROM g.daily_from
+		CROSS JOIN LATERAL (VALUES
+			(CASE WHEN g.price < 0 THEN format('%s %s is negative', g.price_column, g.price) END),
+			(CASE WHEN g.price > 1000 AND g.price_column IN ('input', 'output')
+				THEN format('%s %s above 1000', g.price_column, g.price) END),
+			(CASE WHEN g.price > 1000000 THEN format('%s %s above 1000000', g.price_column, g.price) END),
+			(CASE WHEN g.price_column = 'discount' AND g.price > 1
+				THEN format('discount %s above 1', g.price) END),
+			(CASE WHEN g.service_tier = 'priority' AND g.price > 5 * s.price
+				THEN format('%s %s above 5 times standard %s', g.price_column, g.price, s.price) END),
+			(CASE WHEN g.service_tier IN ('batch', 'flex') AND g.price > s.price
+				THEN format('%s %s above standard %s', g.price_column, g.price, s.price) END)
+		) AS f (finding)
+		UNION ALL
+		SELECT d.provider, d.model, d.service_tier, d.given_from,
+			format('%s from %s to %s, more than 3 times', g.price_column, s.price, g.price)
+		FROM differing d
+		JOIN given g ON (g.provider, g.model, g.service_tier) = (d.provider, d.model, d.service_tier)
+			AND g.valid_from IS NOT DISTINCT FROM d.given_from
+		JOIN stored s ON (s.provider, s.model, s.service_tier, s.valid_from, s.slot)
+			= (d.provider, d.model, d.service_tier, d.stored_from, g.slot)
+		WHERE g.price > 3 * s.price OR 3 * g.price < s.price
+	)
+	SELECT d.provider, d.model, d.service_tier, d.given_from, d.stored_from, d.valid_from,
+		string_agg(DISTINCT f.finding, '; ')
+	FROM differing d
+	LEFT JOIN finding f ON (f.provider, f.model, f.service_tier) = (d.provider, d.model, d.service_tier)
+		AND f.given_from IS NOT DISTINCT FROM d.given_from
+	GROUP BY 1, 2, 3, 4, 5, 6
+$$;
 DROP FUNCTION aibilling.price_rows(aibilling.catalogue_price[], aibilling.price_card[]);
 CREATE FUNCTION aibilling.price_rows(prices aibilling.catalogue_price[], cards aibilling.price_card[])
 RETURNS TABLE (provider text, model text, service_tier text, context_above bigint, valid_from timestamptz,
@@ -925,18 +1051,10 @@ BEGIN
 
 	IF format = 'genai-prices' THEN
 		PERFORM aibilling.put_aliases(
-			(SELECT jsonb_agg(jsonb_build_object('provider', n.provider, 'model', n.model, 'exact', n.exact, 'glob', n.glob) ORDER BY n.n, n.m)
-			 FROM (
-				SELECT p.value ->> 'id' AS provider, m.value ->> 'id' AS model, p.ordinality AS n, m.ordinality AS m,
-					coalesce(jsonb_agg(g.pattern) FILTER (WHERE g.kind = 'exact'), '[]') AS exact,
-					coalesce(jsonb_agg(g.pattern) FILTER (WHERE g.kind = 'glob'), '[]') AS glob
-				FROM jsonb_array_elements(catalogue) WITH ORDINALITY p
-				CROSS JOIN LATERAL jsonb_array_elements(
-					CASE jsonb_typeof(p.value -> 'models') WHEN 'array' THEN p.value -> 'models' END) WITH ORDINALITY m
-				CROSS JOIN LATERAL aibilling.genai_names(p.value ->> 'id', m.value -> 'match') g
-				GROUP BY 1, 2, 3, 4
-			 ) AS n
-			 WHERE EXISTS (SELECT FROM aibilling.price s WHERE (s.provider, s.model, s.source) = (n.provider, n.model, 'genai-prices'))),
+			(SELECT jsonb_agg(n.value ORDER BY n.ordinality)
+			 FROM jsonb_array_elements(aibilling.genai_names(catalogue)) WITH ORDINALITY n
+			 WHERE EXISTS (SELECT FROM aibilling.price s
+				WHERE (s.provider, s.model, s.source) = (n.value ->> 'provider', n.value ->> 'model', 'genai-prices'))),
 			(SELECT coalesce(jsonb_object_agg(p.value ->> 'id', p.value -> 'fallback_model_providers'), '{}')
 			 FROM jsonb_array_elements(catalogue) p
 			 WHERE jsonb_typeof(p.value -> 'fallback_model_providers') = 'array'),
@@ -1306,7 +1424,7 @@ REVOKE ALL ON FUNCTION
 	aibilling.image_price_is_by_token(numeric, numeric),
 	aibilling.complete_prices(aibilling.catalogue_price[]),
 	aibilling.correct_genai_prices(aibilling.catalogue_price[]),
-	aibilling.genai_names(text, jsonb),
+	aibilling.genai_names(jsonb),
 	aibilling.put_aliases(jsonb, jsonb, text),
 	aibilling.price_rows(aibilling.catalogue_price[], aibilling.price_card[]),
 	aibilling.priced_model(text, text),
@@ -1320,7 +1438,7 @@ GRANT EXECUTE ON FUNCTION
 	aibilling.image_price_is_by_token(numeric, numeric),
 	aibilling.complete_prices(aibilling.catalogue_price[]),
 	aibilling.correct_genai_prices(aibilling.catalogue_price[]),
-	aibilling.genai_names(text, jsonb),
+	aibilling.genai_names(jsonb),
 	aibilling.put_aliases(jsonb, jsonb, text),
 	aibilling.price_rows(aibilling.catalogue_price[], aibilling.price_card[]),
 	aibilling.priced_model(text, text),

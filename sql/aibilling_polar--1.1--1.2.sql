@@ -474,7 +474,8 @@ AS $$
 			('input_mchars', 'units.character', 1000000),
 			('input_gpixels', 'units.pixel', 1000000000),
 			('rerank_searches_kcount', 'units.query', 1000),
-			('storage_searches_kcount', 'units.file_search', 1000)
+			('storage_searches_kcount', 'units.file_search', 1000),
+			('social_searches_kcount', 'units.x_search', 1000), ('code_executions_kcount', 'units.code_execution', 1000)
 		) AS d (key, price_column, per) USING (key)
 	), tier AS (
 		SELECT i.provider, i.model, i.n, i.key,

@@ -1276,6 +1276,8 @@ DECLARE
 	old_rows aibilling.price[];
 	known jsonb;			-- names that had a price when the change begins
 	known_here jsonb;
+	given_here jsonb := given;
+	units_here jsonb := given_units;
 	last_origin text;
 	target timestamptz;
 	prefix text;
@@ -1385,9 +1387,9 @@ BEGIN
 			CONTINUE WHEN last_origin = format('%s %s %s', entry.by_rule, entry.source, entry.valid_from);
 			-- What had a price is changed from now on; what had none gets one where
 			-- there is still none.
-			SELECT coalesce(jsonb_object_agg(key, value), '{}') INTO given
+			SELECT coalesce(jsonb_object_agg(key, value), '{}') INTO given_here
 			FROM jsonb_each(given) WHERE known ? key OR NOT known_here ? key;
-			SELECT coalesce(jsonb_object_agg(key, value), '{}') INTO given_units
+			SELECT coalesce(jsonb_object_agg(key, value), '{}') INTO units_here
 			FROM jsonb_each(given_units) WHERE known ? key OR NOT known_here ? key;
 		END IF;
 		last_origin := format('%s %s %s', entry.by_rule, entry.source, entry.valid_from);
@@ -1398,9 +1400,10 @@ BEGIN
 				= (of_provider, of_model, tier, 'user', target);
 		END IF;
 		FOREACH price_row IN ARRAY old_rows LOOP
-			price_row := aibilling.changed_price(price_row, given, given_units);
+			price_row := aibilling.changed_price(price_row, given_here, units_here);
 			price_row.note := CASE
-				WHEN entry.source <> 'user' OR entry.by_rule THEN concat_ws('; ', prefix, price_row.note)
+				WHEN entry.source <> 'user' OR entry.by_rule THEN concat_ws('; ', prefix,
+					nullif(regexp_replace(price_row.note, '^(copied from|follows) [^;]*(; )?', ''), ''))
 				WHEN target = began THEN regexp_replace(price_row.note, '^follows ', 'copied from ')
 				ELSE price_row.note END;
 			price_row.source := 'user';

@@ -1599,6 +1599,67 @@ abp_price_usage(const PriceRequest *request, bool noerror, PricedCost *cost)
 }
 
 /*
+ * Does a list such as "input, output" have this name?
+ */
+static bool
+list_has_name(const char *list, int len, TextView name)
+{
+	const char *end = list + len;
+
+	while (list < end)
+	{
+		const char *comma = memchr(list, ',', end - list);
+		int			item = (comma != NULL ? comma : end) - list;
+
+		if (item == name.len && memcmp(list, name.data, item) == 0)
+			return true;
+		list += item;
+		while (list < end && (*list == ',' || *list == ' '))
+			list++;
+	}
+	return false;
+}
+
+/*
+ * What the note of a card says of one bucket.  Remarks of imports that name
+ * the prices they are about ("as input: cache_read, cache_write") are shown
+ * for these only, the rest of the note for all.  palloc'd; NULL if it says
+ * nothing.
+ */
+static const char *
+note_of_bucket(const char *note, TextView bucket)
+{
+	static const char *const of_some[] = {"as ", "twice ", "free beside ", "half of standard"};
+	StringInfoData shown;
+
+	if (note == NULL)
+		return NULL;
+
+	initStringInfo(&shown);
+	for (const char *remark = note, *next; remark != NULL; remark = next)
+	{
+		const char *separator = strstr(remark, "; ");
+		int			len = separator != NULL ? separator - remark : strlen(remark);
+		const char *colon = NULL;
+
+		next = separator != NULL ? separator + 2 : NULL;
+		for (int i = 0; i < lengthof(of_some) && colon == NULL; i++)
+		{
+			if (strncmp(remark, of_some[i], strlen(of_some[i])) == 0)
+				colon = memchr(remark, ':', len);
+		}
+		if (colon != NULL)
+		{
+			if (!list_has_name(colon + 2, remark + len - colon - 2, bucket))
+				continue;
+			len = colon - remark;
+		}
+		appendStringInfo(&shown, "%s%.*s", shown.len > 0 ? "; " : "", len, remark);
+	}
+	return shown.len > 0 ? shown.data : NULL;
+}
+
+/*
  * Price a request and say how.  The buckets' amounts add up to the exact
  * cost; a bucket without a price has none.  Texts point into the cache, so
  * use them before pricing anything else; the rest is palloc'd in the current
@@ -1654,7 +1715,8 @@ abp_price_explain(const PriceRequest *request, PriceExplanation *explanation)
 		else if (bucket->amount == NULL)
 			bucket->note = "no price";
 		else
-			bucket->note = in_force.window->notes[in_force.rate - in_force.window->rates];
+			bucket->note = note_of_bucket(in_force.window->notes[in_force.rate - in_force.window->rates],
+										  bucket->name);
 
 		/* What to do is said once. */
 		if (bucket->amount == NULL && hint != NULL)

@@ -323,7 +323,8 @@ AS $$
 $$;
 
 -- The planner takes every array for one of ten elements and would compare all of
--- a catalogue with all of it: hence enable_nestloop below.
+-- a catalogue with all of it: hence enable_nestloop below, and no compilation for
+-- the costs that this seems to have.
 
 -- genai-prices computes a part that has no price of its own with the price of
 -- what it is a part of.  What its prices say is what it computes.
@@ -331,6 +332,7 @@ CREATE FUNCTION aibilling.complete_prices(prices aibilling.catalogue_price[]) RE
 LANGUAGE sql STABLE STRICT PARALLEL SAFE
 SET search_path = pg_catalog, pg_temp
 SET enable_nestloop = off
+SET jit = off
 AS $$
 	WITH source AS MATERIALIZED (
 		SELECT p.*, concat_ws('|', p.valid_from, p.daily_from, p.daily_to, p.provider, p.model) AS entry
@@ -387,6 +389,7 @@ CREATE FUNCTION aibilling.correct_genai_prices(prices aibilling.catalogue_price[
 LANGUAGE sql STABLE STRICT PARALLEL SAFE
 SET search_path = pg_catalog, pg_temp
 SET enable_nestloop = off
+SET jit = off
 AS $$
 	WITH fee (model, low, medium, high) AS (VALUES
 		-- Perplexity's fee for a request depends on how much of the web is read
@@ -591,6 +594,7 @@ CREATE FUNCTION aibilling.put_aliases(names jsonb, fallbacks jsonb, source text)
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE
 SET search_path = pg_catalog, pg_temp
 SET enable_nestloop = off
+SET jit = off
 AS $$
 #variable_conflict use_column
 DECLARE
@@ -646,6 +650,7 @@ CREATE OR REPLACE FUNCTION aibilling.clean_prices(prices aibilling.catalogue_pri
 LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
 SET search_path = pg_catalog, pg_temp
 SET enable_nestloop = off
+SET jit = off
 AS $$
 	WITH cleaned AS MATERIALIZED (
 		-- units are jsonb and hold any number of decimals, the columns 9
@@ -762,6 +767,7 @@ RETURNS SETOF aibilling.price_card
 LANGUAGE sql STABLE STRICT PARALLEL SAFE
 SET search_path = pg_catalog, pg_temp
 SET enable_nestloop = off
+SET jit = off
 AS $$
 	WITH given AS MATERIALIZED (
 		SELECT p.*, concat_ws('|', p.context_above, p.daily_from, p.daily_to, p.price_column) AS slot
@@ -882,6 +888,7 @@ RETURNS TABLE (provider text, model text, service_tier text, context_above bigin
 LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
 SET search_path = pg_catalog, pg_temp
 SET enable_nestloop = off
+SET jit = off
 AS $$
 	WITH price AS MATERIALIZED (
 		SELECT c.provider, c.model, c.service_tier, p.context_above, c.valid_from, p.daily_from, p.daily_to,

@@ -292,6 +292,8 @@ AS $$
 		AND jsonb_typeof(k.value) <> 'null'
 		AND NOT (v.number = 0 AND k.key = 'discount')
 		AND NOT (v.number = 0 AND zero_is_unset AND k.key NOT IN ('prompt', 'completion'))
+	-- the first of two prices of an image counts: that of one that is made
+	ORDER BY k.key = 'image'
 $$;
 COMMENT ON FUNCTION aibilling.read_router_prices(jsonb, boolean) IS
 'the prices in one pricing object of OpenRouter or Narev; its member reference has the prices that an override changes; zero_is_unset: 0 means that the price is not known, except of prompt and completion';

@@ -1712,11 +1712,13 @@ abp_price_explain(const PriceRequest *request, PriceExplanation *explanation)
 			bucket->amount = NULL;
 			bucket->note = explanation->missing;
 		}
-		else if (bucket->amount == NULL)
-			bucket->note = "no price";
 		else
+		{
 			bucket->note = note_of_bucket(in_force.window->notes[in_force.rate - in_force.window->rates],
 										  bucket->name);
+			if (bucket->amount == NULL)
+				bucket->note = bucket->note == NULL ? "no price" : psprintf("no price; %s", bucket->note);
+		}
 
 		/* What to do is said once. */
 		if (bucket->amount == NULL && hint != NULL)

@@ -161,6 +161,7 @@ static ModelEntry recent_models[RECENT_MODELS];
 static int	similar_searches = 0;
 static bool cache_stale = true;
 static bool cache_until_xact_end = false;
+static bool has_set_price = false;	/* does this database have it? */
 static int	loads_running = 0;
 static Oid	price_table_oids[lengthof(price_tables)];
 
@@ -744,6 +745,9 @@ read_price_rows(ModelKey key, Snapshot snapshot, int *nrows)
 	HeapTuple	tuple;
 	int			size = 16;
 	PriceRow   *rows = palloc(sizeof(PriceRow) * size);
+
+	/* both came with version 1.2 of the extension */
+	has_set_price = inherit != 0;
 
 	ScanKeyInit(&keys[0], Anum_price_provider, BTEqualStrategyNumber, F_TEXTEQ,
 				text_view_datum(key.provider));
@@ -1398,8 +1402,13 @@ abp_price_hint(const PriceRequest *request)
 	if (model->similar != NULL)
 		appendStringInfo(&hint, "Perhaps you meant %s: correct the row, or give the name in aibilling.model_alias. For what is new, once you know its price: ",
 						 model->similar);
-	else
+	else if (has_set_price)
 		appendStringInfoString(&hint, "Once you know the price: ");
+	if (!has_set_price)
+	{
+		appendStringInfoString(&hint, "ALTER EXTENSION aibilling_polar UPDATE brings aibilling.set_price(), which adds a price.");
+		return hint.data;
+	}
 
 	/* A tier that a rule prices has the standard tier's prices. */
 	if (of_tier && (in_force.tier_factor != NULL ||

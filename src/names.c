@@ -617,7 +617,7 @@ closest_name(TextView name)
  * such as 'model "gpt-5"', palloc'd; NULL if no name is near.  Reads the names
  * of all prices of the provider, so call it rarely.
  */
-char *
+char	   *
 abp_similar_name(ModelKey key, Snapshot snapshot)
 {
 	static SPIPlanPtr plan = NULL;

@@ -1374,7 +1374,7 @@ time_literal(TimestampTz at)
  * It changes the card that is in force, from the request's time on.  A model
  * that has no card at all gets one for all time.
  */
-char *
+char	   *
 abp_price_hint(const PriceRequest *request)
 {
 	RateInForce in_force;
@@ -1547,7 +1547,7 @@ round_to_nanos(const ExactCost *cost, bool noerror, int64 *nanos)
 bool
 abp_price_find_model(TextView *provider, TextView *model)
 {
-	const PriceRequest request = {.provider = *provider, .model = *model};
+	const PriceRequest request = {.provider = *provider,.model = *model};
 	const PriceModel *found;
 
 	abp_price_init();

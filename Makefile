@@ -4,6 +4,7 @@ MODULE_big = aibilling_polar
 OBJS = \
 	src/aibilling_polar.o \
 	src/attach.o \
+	src/collect.o \
 	src/config.o \
 	src/cost.o \
 	src/functions.o \
@@ -11,6 +12,7 @@ OBJS = \
 	src/idset.o \
 	src/names.o \
 	src/normalize.o \
+	src/object_access.o \
 	src/operate.o \
 	src/outbox.o \
 	src/polar.o \
@@ -39,6 +41,7 @@ REGRESS = \
 	server \
 	usage \
 	rows \
+	columns \
 	outbox
 REGRESS_OPTS = --temp-instance=tmp_check --temp-config=regress.conf \
 	--load-extension=$(EXTENSION) --encoding=UTF8 --no-locale

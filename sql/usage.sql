@@ -56,7 +56,15 @@ SELECT aibilling.attach('own', 'polar');
 DROP INDEX own_key;
 CREATE INDEX own_partial ON own (id) WHERE id > 5;
 SELECT aibilling.attach('own', 'polar');
-CREATE INDEX own_id ON own (id);
+CREATE INDEX own_plain ON own (id);
+SELECT aibilling.attach('own', 'polar');
+CREATE UNIQUE INDEX own_wide ON own (id, external_id);
+SELECT aibilling.attach('own', 'polar');
+ALTER TABLE own ADD CONSTRAINT own_deferred UNIQUE (id) DEFERRABLE;
+SELECT aibilling.attach('own', 'polar');
+DROP INDEX own_plain, own_wide;
+ALTER TABLE own DROP CONSTRAINT own_deferred;
+CREATE UNIQUE INDEX own_id ON own (id) INCLUDE (external_id);
 ALTER TABLE own ALTER id DROP NOT NULL;
 INSERT INTO own (id) VALUES (NULL);
 SELECT aibilling.attach('own', 'polar', existing => 'send');
@@ -68,7 +76,7 @@ SELECT aibilling.attach('own', 'polar');
 ALTER TABLE own ADD COLUMN units json, ADD COLUMN tags jsonb DEFAULT '{}' NOT NULL;
 SELECT aibilling.attach('own', 'polar');
 ALTER TABLE own ALTER COLUMN units TYPE jsonb;
-ALTER TABLE own ALTER COLUMN id TYPE integer;
+ALTER TABLE own ALTER COLUMN id TYPE numeric;
 SELECT aibilling.attach('own', 'polar');
 ALTER TABLE own ALTER COLUMN id TYPE bigint;
 
@@ -170,7 +178,7 @@ DROP SERVER other;
 CREATE TABLE forged (LIKE u INCLUDING ALL);
 CREATE TRIGGER p BEFORE INSERT OR UPDATE ON forged FOR EACH ROW EXECUTE FUNCTION aibilling.price_usage();
 CREATE TRIGGER e AFTER INSERT ON forged FOR EACH ROW EXECUTE FUNCTION aibilling.enqueue_usage();
-CREATE TRIGGER g BEFORE DELETE ON forged FOR EACH ROW EXECUTE FUNCTION aibilling.guard_usage();
+CREATE TRIGGER g AFTER DELETE ON forged FOR EACH ROW EXECUTE FUNCTION aibilling.guard_usage();
 INSERT INTO forged (provider, model, external_customer_id, input_tokens) VALUES ('acme', 'm', 'c', 10)
 RETURNING cost_nanos;
 INSERT INTO forged (provider, model, external_customer_id, input_tokens) VALUES ('acme', 'm', 'c', 20)
@@ -207,11 +215,11 @@ INSERT INTO u (units) VALUES ('{"image": -1}');
 INSERT INTO u (units) VALUES ('{"image": "two"}');
 INSERT INTO u (tags) VALUES ('"a"');
 \set VERBOSITY terse
-INSERT INTO u (tags) VALUES (NULL);
+INSERT INTO u (tags) VALUES ('1');
 \set VERBOSITY default
 INSERT INTO u (external_id) VALUES ('');
 INSERT INTO u (external_id) VALUES (repeat('ä', 128));
-INSERT INTO u (external_id) VALUES (NULL);
+INSERT INTO u (external_id) VALUES (repeat('x', 256));
 INSERT INTO u (occurred_at) VALUES ('infinity');
 INSERT INTO u (occurred_at) VALUES ('0044-03-15 BC');
 INSERT INTO u (customer_id) VALUES ('not-a-uuid');

@@ -1644,6 +1644,29 @@ $$;
 COMMENT ON FUNCTION aibilling.set_price(text, text, numeric, numeric, numeric, numeric, numeric, numeric, numeric, numeric, jsonb, text, timestamptz) IS
 'Enters prices of a model and changes nothing else: copies the card in force at valid_from (NULL: now), with its context steps and daily windows, to source user and sets what is given in each of its rows (units: key by key). Where nothing is in force it makes a card, for all time unless valid_from is given. Cards that come after valid_from are copied too: there a price that had been unknown stays as they have it. Returns the rows written. Needs INSERT on aibilling.price, and DELETE to replace a card of the same valid_from';
 
+CREATE FUNCTION aibilling.price_hint(usage regclass, id bigint) RETURNS text
+LANGUAGE c STABLE STRICT AS 'MODULE_PATHNAME', 'abp_sql_price_hint';
+COMMENT ON FUNCTION aibilling.price_hint(regclass, bigint) IS
+'What to do about a row that lacks a price, read with the rights of the caller: the closest name, and the statement to type, as the warning of its INSERT said; NULL if it lacks none or is not there';
+
+-- Only for whoever has the owner's rights: others would run the policies of the
+-- table, which are its owner's code.
+CREATE OR REPLACE VIEW aibilling.unpriced WITH (security_barrier) AS
+SELECT u.usage_table, u.reason, u.rows,
+	CASE WHEN EXISTS (SELECT FROM pg_class c WHERE c.oid = u.usage_table AND pg_has_role(current_user, c.relowner, 'USAGE'))
+		THEN aibilling.price_hint(u.usage_table, u.first) END AS hint
+FROM (
+	SELECT e.usage_table, e.error AS reason,
+		sum((SELECT sum(coalesce(upper(r), 9223372036854775807) - lower(r)) FROM unnest(w) r))::bigint AS rows,
+		min(lower(w)) AS first
+	FROM aibilling.outbox_entry e,
+		LATERAL aibilling.waiting_ids(e.usage_table, e.state, e.ctid, e.id, e.ids) w
+	WHERE e.state = 'u' AND aibilling.may_see(e.usage_table) AND NOT isempty(w)
+	GROUP BY e.usage_table, e.error
+) AS u;
+COMMENT ON COLUMN aibilling.unpriced.hint IS
+'What to do about the first of these rows, as aibilling.price_hint() says it; NULL for others than who has the rights of the table''s owner';
+
 REVOKE ALL ON FUNCTION
 	aibilling.image_price_is_by_token(numeric, numeric),
 	aibilling.complete_prices(aibilling.catalogue_price[]),
@@ -1652,6 +1675,7 @@ REVOKE ALL ON FUNCTION
 	aibilling.put_aliases(jsonb, jsonb, text),
 	aibilling.price_rows(aibilling.catalogue_price[], aibilling.price_card[]),
 	aibilling.priced_model(text, text),
+	aibilling.price_hint(regclass, bigint),
 	aibilling.card_in_force(text, text, text, timestamptz),
 	aibilling.note_without(text, text[]),
 	aibilling.changed_price(aibilling.price, jsonb, jsonb),
@@ -1666,6 +1690,7 @@ GRANT EXECUTE ON FUNCTION
 	aibilling.put_aliases(jsonb, jsonb, text),
 	aibilling.price_rows(aibilling.catalogue_price[], aibilling.price_card[]),
 	aibilling.priced_model(text, text),
+	aibilling.price_hint(regclass, bigint),
 	aibilling.card_in_force(text, text, text, timestamptz),
 	aibilling.note_without(text, text[]),
 	aibilling.changed_price(aibilling.price, jsonb, jsonb),

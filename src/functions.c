@@ -45,6 +45,7 @@ PG_FUNCTION_INFO_V1(abp_sql_polar_cost);
 PG_FUNCTION_INFO_V1(abp_sql_cost);
 PG_FUNCTION_INFO_V1(abp_sql_explain_cost);
 PG_FUNCTION_INFO_V1(abp_sql_explain_usage_cost);
+PG_FUNCTION_INFO_V1(abp_sql_price_hint);
 PG_FUNCTION_INFO_V1(abp_sql_priced_model);
 PG_FUNCTION_INFO_V1(abp_sql_convert_cost);
 
@@ -320,19 +321,16 @@ abp_sql_explain_cost(PG_FUNCTION_ARGS)
 }
 
 /*
- * Explain the cost of a stored row, read with the caller's rights.  The casts
- * make sure of the types behind the Datums, whatever table was named.
+ * Select what prices a stored row, with the caller's rights, into the current
+ * SPI result.  The casts make sure of the types behind the Datums, whatever
+ * table was named.
  */
-Datum
-abp_sql_explain_usage_cost(PG_FUNCTION_ARGS)
+static void
+select_usage_row(Oid relid, Datum id)
 {
-	Oid			relid = PG_GETARG_OID(0);
-	Datum		id = PG_GETARG_DATUM(1);
 	Oid			id_type = INT8OID;
 	char	   *name = get_rel_name(relid);
 	char	   *qualified_name;
-
-	InitMaterializedSRF(fcinfo, 0);
 
 	if (name == NULL)
 		ereport(ERROR,
@@ -342,8 +340,6 @@ abp_sql_explain_usage_cost(PG_FUNCTION_ARGS)
 		quote_qualified_identifier(get_namespace_name(get_rel_namespace(relid)),
 								   name);
 
-	if (SPI_connect() != SPI_OK_CONNECT)
-		elog(ERROR, "SPI_connect failed");
 	if (SPI_execute_with_args(psprintf("SELECT provider::pg_catalog.text,"
 									   " model::pg_catalog.text,"
 									   " service_tier::pg_catalog.text,"
@@ -369,58 +365,120 @@ abp_sql_explain_usage_cost(PG_FUNCTION_ARGS)
 									   qualified_name),
 							  1, &id_type, &id, NULL, true, 0) != SPI_OK_SELECT)
 		elog(ERROR, "SPI_execute_with_args failed");
+}
+
+/*
+ * The request of a row that select_usage_row() has found; it points into
+ * *counts and the SPI result.  Returns the stored cost in cents, or NULL.
+ */
+static Numeric
+get_usage_request(uint64 row, PriceRequest *request, UsageCounts *counts)
+{
+	TupleDesc	tupdesc = SPI_tuptable->tupdesc;
+	HeapTuple	tuple = SPI_tuptable->vals[row];
+	TextView   *texts[3] = {
+		&request->provider, &request->model, &request->service_tier
+	};
+	Datum		datum;
+	bool		isnull;
+
+	memset(request, 0, sizeof(*request));
+	memset(counts, 0, sizeof(*counts));
+	for (int i = 0; i < 3; i++)
+	{
+		datum = SPI_getbinval(tuple, tupdesc, 1 + i, &isnull);
+		if (!isnull)
+		{
+			text	   *value = DatumGetTextPP(datum);
+
+			texts[i]->data = VARDATA_ANY(value);
+			texts[i]->len = VARSIZE_ANY_EXHDR(value);
+		}
+	}
+	datum = SPI_getbinval(tuple, tupdesc, 4, &isnull);
+	request->at = isnull ? GetCurrentTransactionStartTimestamp() :
+		DatumGetTimestampTz(datum);
+	datum = SPI_getbinval(tuple, tupdesc, 5, &isnull);
+	counts->units = isnull ? NULL : DatumGetJsonbP(datum);
+	datum = SPI_getbinval(tuple, tupdesc, 6, &isnull);
+	request->provider_cost = isnull ? NULL : DatumGetNumeric(datum);
+	for (int i = 0; i < NUM_USAGE_COUNTS; i++)
+	{
+		datum = SPI_getbinval(tuple, tupdesc, 7 + i, &isnull);
+		counts->given[i] = !isnull;
+		counts->value[i] = isnull ? 0 : DatumGetInt64(datum);
+	}
+	request->counts = counts;
+	datum = SPI_getbinval(tuple, tupdesc, 8 + NUM_USAGE_COUNTS, &isnull);
+	request->from_reply = DatumGetBool(datum);
+	datum = SPI_getbinval(tuple, tupdesc, 7 + NUM_USAGE_COUNTS, &isnull);
+	return isnull ? NULL : DatumGetNumeric(datum);
+}
+
+/* Explain the cost of a stored row. */
+Datum
+abp_sql_explain_usage_cost(PG_FUNCTION_ARGS)
+{
+	Oid			relid = PG_GETARG_OID(0);
+
+	InitMaterializedSRF(fcinfo, 0);
+
+	if (SPI_connect() != SPI_OK_CONNECT)
+		elog(ERROR, "SPI_connect failed");
+	select_usage_row(relid, PG_GETARG_DATUM(1));
 	if (SPI_processed == 0)
 		ereport(ERROR,
 				(errcode(ERRCODE_NO_DATA_FOUND),
 				 errmsg("there is no row with id " INT64_FORMAT " in \"%s\"",
-						DatumGetInt64(id), name)));
+						PG_GETARG_INT64(1), get_rel_name(relid))));
 
 	for (uint64 row = 0; row < SPI_processed; row++)
 	{
-		TupleDesc	tupdesc = SPI_tuptable->tupdesc;
-		HeapTuple	tuple = SPI_tuptable->vals[row];
-		PriceRequest request = {0};
-		UsageCounts counts = {0};
-		TextView   *texts[3] = {
-			&request.provider, &request.model, &request.service_tier
-		};
-		Datum		datum;
-		bool		isnull;
+		PriceRequest request;
+		UsageCounts counts;
+		Numeric		stored_cents = get_usage_request(row, &request, &counts);
 
-		for (int i = 0; i < 3; i++)
-		{
-			datum = SPI_getbinval(tuple, tupdesc, 1 + i, &isnull);
-			if (!isnull)
-			{
-				text	   *value = DatumGetTextPP(datum);
-
-				texts[i]->data = VARDATA_ANY(value);
-				texts[i]->len = VARSIZE_ANY_EXHDR(value);
-			}
-		}
-		datum = SPI_getbinval(tuple, tupdesc, 4, &isnull);
-		request.at = isnull ? GetCurrentTransactionStartTimestamp() :
-			DatumGetTimestampTz(datum);
-		datum = SPI_getbinval(tuple, tupdesc, 5, &isnull);
-		counts.units = isnull ? NULL : abp_usage_json(datum);
-		datum = SPI_getbinval(tuple, tupdesc, 6, &isnull);
-		request.provider_cost = isnull ? NULL : DatumGetNumeric(datum);
-		for (int i = 0; i < NUM_USAGE_COUNTS; i++)
-		{
-			datum = SPI_getbinval(tuple, tupdesc, 7 + i, &isnull);
-			counts.given[i] = !isnull;
-			counts.value[i] = isnull ? 0 : DatumGetInt64(datum);
-		}
-		datum = SPI_getbinval(tuple, tupdesc, 8 + NUM_USAGE_COUNTS, &isnull);
-		request.from_reply = DatumGetBool(datum);
-		datum = SPI_getbinval(tuple, tupdesc, 7 + NUM_USAGE_COUNTS, &isnull);
-		request.counts = &counts;
-		put_explanation((ReturnSetInfo *) fcinfo->resultinfo, &request,
-						isnull ? NULL : DatumGetNumeric(datum));
+		put_explanation((ReturnSetInfo *) fcinfo->resultinfo, &request, stored_cents);
 	}
 	SPI_finish();
 
 	return (Datum) 0;
+}
+
+/*
+ * aibilling.price_hint(usage regclass, id bigint): what to do about a stored
+ * row without a price.
+ */
+Datum
+abp_sql_price_hint(PG_FUNCTION_ARGS)
+{
+	MemoryContext caller = CurrentMemoryContext;
+	char	   *hint = NULL;
+
+	if (SPI_connect() != SPI_OK_CONNECT)
+		elog(ERROR, "SPI_connect failed");
+	select_usage_row(PG_GETARG_OID(0), PG_GETARG_DATUM(1));
+	if (SPI_processed > 0)
+	{
+		PriceRequest request;
+		UsageCounts counts;
+		CountsProblem problem;
+		ExactCost	cost;
+		CostStatus	status = COST_REPORTED;
+
+		(void) get_usage_request(0, &request, &counts);
+		if (request.provider_cost == NULL && abp_cost_consistent(&counts, &problem))
+			status = abp_price_cost(&request, &cost, NULL);
+		if (status == COST_UNPRICED || status == COST_INCOMPLETE)
+			hint = abp_price_hint(&request);
+		if (hint != NULL)
+			hint = MemoryContextStrdup(caller, hint);
+	}
+	SPI_finish();
+
+	if (hint == NULL)
+		PG_RETURN_NULL();
+	PG_RETURN_TEXT_P(cstring_to_text(hint));
 }
 
 /*

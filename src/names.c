@@ -578,15 +578,16 @@ abp_find_name(ModelKey key, Snapshot snapshot, TryName try_name, void *arg)
 /* --- names that are near -------------------------------------------------- */
 
 /*
- * The nearest name of those in the current SPI result, or data == NULL.  Half
- * of its letters may differ, and at most four, as in core's closest match.
+ * The nearest name of those in the current SPI result, or data == NULL.  A
+ * third of its letters may differ, two that are swapped in a short one, and
+ * four at most.
  */
 static TextView
 closest_name(TextView name)
 {
 	TextView	closest = {NULL, 0};
 	TextView	folded = abp_fold_name(name);
-	int			limit = Min(4, folded.len / 2);
+	int			limit = Min(4, (folded.len + 1) / 3);
 
 	if (folded.len > MAX_COMPARED)
 		return closest;

@@ -1399,7 +1399,7 @@ abp_price_hint(const PriceRequest *request)
 		return pstrdup("UPDATE the row's column provider. What is held is listed in aibilling.unpriced.");
 
 	initStringInfo(&hint);
-	if (model->similar != NULL)
+	if (model->ntiers == 0 && similar_name(model, request) != NULL)
 		appendStringInfo(&hint, "Perhaps you meant %s: correct the row, or give the name in aibilling.model_alias. For what is new, once you know its price: ",
 						 model->similar);
 	else if (has_set_price)
@@ -1723,10 +1723,11 @@ abp_price_explain(const PriceRequest *request, PriceExplanation *explanation)
 		}
 		else
 		{
-			bucket->note = note_of_bucket(in_force.window->notes[in_force.rate - in_force.window->rates],
-										  bucket->name);
-			if (bucket->amount == NULL)
-				bucket->note = bucket->note == NULL ? "no price" : psprintf("no price; %s", bucket->note);
+			const char *own = bucket->amount == NULL ? "no price" : bucket->note;
+			const char *of_card = note_of_bucket(in_force.window->notes[in_force.rate - in_force.window->rates],
+												 bucket->name);
+
+			bucket->note = own == NULL ? of_card : of_card == NULL ? own : psprintf("%s; %s", own, of_card);
 		}
 
 		/* What to do is said once. */

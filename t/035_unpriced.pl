@@ -246,6 +246,8 @@ $warnings = said('postgres', "INSERT INTO usage ($columns, cache_read_tokens, un
 	VALUES ('lacking', 'acme', 'known-1', 'c', 6000, 1000, '{\"image\": 1}', '2026-05-01 10:00:00.25+00')");
 like($warnings, qr/set_price\('acme', 'known-1', cache_read => \?, units => '\{"image": \?\}', valid_from => '2026-05-01 10:00:00\.250000\+00'\);/,
 	'the hint names what is missing, and since when');
+like($node->safe_psql('postgres', "SELECT hint FROM aibilling.unpriced WHERE reason LIKE '%known-1%'"),
+	qr/set_price\('acme', 'known-1', cache_read => \?, .*valid_from => '2026-05-01 10:00:00\.250000\+00'\);/, 'aibilling.unpriced has the hint, too');
 like($node->safe_psql('postgres', "SELECT string_agg(note, ' ') FROM usage u, aibilling.explain_cost('usage', u.id) WHERE external_id = 'lacking'"),
 	qr/no price\. .*set_price\('acme', 'known-1', cache_read => \?/, 'explain_cost says the same');
 $node->safe_psql('postgres', statement_of($warnings));

@@ -614,6 +614,13 @@ AS $$
 		('mistral-large-latest', 'mistral-large-2512', '2025-12-02 00:00+00'),
 		('codestral-latest', 'codestral', NULL),
 		('codestral-latest', 'codestral-2508', '2025-07-30 00:00+00')
+	), published (provider, model, price_column, price) AS (VALUES
+		-- two dollars for a thousand searches, 15 and 30 for a million characters
+		('cohere', 'rerank-v3.5', 'units.query', 0.002),
+		('cohere', 'rerank-english-v3.0', 'units.query', 0.002),
+		('cohere', 'rerank-multilingual-v3.0', 'units.query', 0.002),
+		('openai', 'tts-1', 'units.character', 0.000015),
+		('openai', 'tts-1-hd', 'units.character', 0.00003)
 	), price AS MATERIALIZED (
 		SELECT * FROM unnest(prices)
 	)
@@ -632,9 +639,14 @@ AS $$
 	FROM latest l JOIN price p ON (p.provider, p.model) = ('mistral', l.model)
 	WHERE p.price IS NOT NULL AND p.valid_from IS NULL
 		AND NOT EXISTS (SELECT FROM price o WHERE (o.provider, o.model) = ('mistral', l.name))
+	UNION ALL
+	SELECT b.provider, b.model, 'standard', 0, NULL, NULL, NULL, b.price_column, b.price, 'published by the provider'
+	FROM published b
+	WHERE b.provider IN (SELECT provider FROM price)
+		AND NOT EXISTS (SELECT FROM price o WHERE (o.provider, o.model) = (b.provider, b.model))
 $$;
 COMMENT ON FUNCTION aibilling.correct_genai_prices(aibilling.catalogue_price[]) IS
-'the prices of genai-prices, with what it has otherwise than the provider publishes it: names of Mistral''s that lead to the newest model, fees of Perplexity''s by the size of the search context';
+'the prices of genai-prices, with what it lacks or has otherwise than the provider publishes it: names of Mistral''s that lead to the newest model, fees of Perplexity''s by the size of the search context, rerank models of Cohere''s, speech of OpenAI''s';
 
 CREATE OR REPLACE FUNCTION aibilling.read_genai_prices(catalogue jsonb) RETURNS SETOF aibilling.catalogue_price
 LANGUAGE sql STABLE STRICT PARALLEL SAFE

@@ -399,7 +399,7 @@ get_usage_request(uint64 row, PriceRequest *request, UsageCounts *counts)
 	request->at = isnull ? GetCurrentTransactionStartTimestamp() :
 		DatumGetTimestampTz(datum);
 	datum = SPI_getbinval(tuple, tupdesc, 5, &isnull);
-	counts->units = isnull ? NULL : DatumGetJsonbP(datum);
+	counts->units = isnull ? NULL : abp_usage_json(datum);
 	datum = SPI_getbinval(tuple, tupdesc, 6, &isnull);
 	request->provider_cost = isnull ? NULL : DatumGetNumeric(datum);
 	for (int i = 0; i < NUM_USAGE_COUNTS; i++)

@@ -1679,21 +1679,6 @@ FROM (
 COMMENT ON COLUMN aibilling.unpriced.hint IS
 'What to do about the first of these rows, as aibilling.price_hint() says it; NULL for others than who has the rights of the table''s owner';
 
-REVOKE ALL ON FUNCTION
-	aibilling.image_price_is_by_token(numeric, numeric),
-	aibilling.complete_prices(aibilling.catalogue_price[]),
-	aibilling.correct_genai_prices(aibilling.catalogue_price[]),
-	aibilling.genai_names(jsonb),
-	aibilling.put_aliases(jsonb, jsonb, text),
-	aibilling.price_rows(aibilling.catalogue_price[], aibilling.price_card[]),
-	aibilling.priced_model(text, text),
-	aibilling.price_hint(regclass, bigint),
-	aibilling.card_in_force(text, text, text, timestamptz),
-	aibilling.note_without(text, text[]),
-	aibilling.changed_price(aibilling.price, jsonb, jsonb),
-	aibilling.price_in_tier(aibilling.price, text, numeric),
-	aibilling.set_price(text, text, numeric, numeric, numeric, numeric, numeric, numeric, numeric, numeric, jsonb, text, timestamptz)
-FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION
 	aibilling.image_price_is_by_token(numeric, numeric),
 	aibilling.complete_prices(aibilling.catalogue_price[]),

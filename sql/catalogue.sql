@@ -64,15 +64,9 @@ TRUNCATE aibilling.price, aibilling.price_quarantine;
 
 -- What a tier costs beyond a step of the standard tier: as the catalogue says,
 -- half where it is half below, else unknown, which is not the price below.
+\set steps '{ "long": {"litellm_provider": "step", "input_cost_per_token": 1e-6, "output_cost_per_token": 4e-6, "cache_read_input_token_cost": 1e-7, "search_context_cost_per_query": {"search_context_size_low": 0.01}, "input_cost_per_token_above_200k_tokens": 2e-6, "output_cost_per_token_above_200k_tokens": 6e-6, "input_cost_per_token_flex": 5e-7, "output_cost_per_token_flex": 2e-6, "cache_read_input_token_cost_flex": 5e-8, "input_cost_per_token_batches": 5e-7, "output_cost_per_token_batches": 3e-6, "input_cost_per_token_priority": 2e-6, "output_cost_per_token_priority": 8e-6, "cache_read_input_token_cost_priority": 2e-7, "output_cost_per_token_above_200k_tokens_priority": 12e-6}}'
 SELECT action, model, service_tier AS tier, context_above AS above, price_column, new_price, reason
-FROM aibilling.import_prices('{
-	"long": {"litellm_provider": "step", "input_cost_per_token": 1e-6, "output_cost_per_token": 4e-6,
-		"cache_read_input_token_cost": 1e-7, "search_context_cost_per_query": {"search_context_size_low": 0.01},
-		"input_cost_per_token_above_200k_tokens": 2e-6, "output_cost_per_token_above_200k_tokens": 6e-6,
-		"input_cost_per_token_flex": 5e-7, "output_cost_per_token_flex": 2e-6, "cache_read_input_token_cost_flex": 5e-8,
-		"input_cost_per_token_batches": 5e-7, "output_cost_per_token_batches": 3e-6,
-		"input_cost_per_token_priority": 2e-6, "output_cost_per_token_priority": 8e-6, "cache_read_input_token_cost_priority": 2e-7,
-		"output_cost_per_token_above_200k_tokens_priority": 12e-6}}', 'litellm', false)
+FROM aibilling.import_prices(:'steps', 'litellm', false)
 WHERE service_tier <> 'standard';
 SELECT tier, input, cost_usd, status FROM unnest(ARRAY['standard', 'flex', 'batch', 'priority']) tier,
 	unnest(ARRAY[200000, 200001]) input, aibilling.cost('step', 'long', input, 1000000, service_tier => tier, web_search_count => 1);
@@ -80,14 +74,7 @@ SELECT bucket, note FROM aibilling.explain_cost('step', 'long', 300000, 10, 5, s
 -- a tier's step without a price for the rest
 SELECT bucket, price, note ~ 'does not say what input' AS said FROM aibilling.explain_cost('step', 'long', 300000, 10, 5, service_tier => 'priority');
 -- the same again: nothing to do
-SELECT count(*) FROM aibilling.import_prices('{
-	"long": {"litellm_provider": "step", "input_cost_per_token": 1e-6, "output_cost_per_token": 4e-6,
-		"cache_read_input_token_cost": 1e-7, "search_context_cost_per_query": {"search_context_size_low": 0.01},
-		"input_cost_per_token_above_200k_tokens": 2e-6, "output_cost_per_token_above_200k_tokens": 6e-6,
-		"input_cost_per_token_flex": 5e-7, "output_cost_per_token_flex": 2e-6, "cache_read_input_token_cost_flex": 5e-8,
-		"input_cost_per_token_batches": 5e-7, "output_cost_per_token_batches": 3e-6,
-		"input_cost_per_token_priority": 2e-6, "output_cost_per_token_priority": 8e-6, "cache_read_input_token_cost_priority": 2e-7,
-		"output_cost_per_token_above_200k_tokens_priority": 12e-6}}', 'litellm', false);
+SELECT count(*) FROM aibilling.import_prices(:'steps', 'litellm', false);
 -- Two entries of one model; a price of a token in the place of an image's.
 SELECT action, provider, model, price_column, new_price, reason
 FROM aibilling.import_prices('{

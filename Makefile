@@ -23,6 +23,9 @@ OBJS = \
 	src/status.o \
 	src/sync.o \
 	src/usage.o \
+	src/usage_formats.o \
+	src/usage_frameworks.o \
+	src/usage_object.o \
 	src/wake.o \
 	src/worker.o
 

@@ -34,6 +34,7 @@
 #include "price.h"
 #include "row.h"
 #include "server.h"
+#include "usage.h"
 #include "wake.h"
 
 /* --- cost ---------------------------------------------------------------- */
@@ -256,16 +257,22 @@ numeric_value(Numeric value, bool *isnull)
 
 /*
  * Put the explanation of a request into a function's result set: of a row
- * that is stored at stored_cents, or of one that is not (NULL).
+ * that is stored at stored_cents, or of one that is not (NULL).  doubt is
+ * what is wrong with the row's usage object although its cost is reported,
+ * or NULL.
  */
 static void
-put_explanation(ReturnSetInfo *rsinfo, const PriceRequest *request, Numeric stored_cents)
+put_explanation(ReturnSetInfo *rsinfo, const PriceRequest *request, Numeric stored_cents,
+				const char *doubt)
 {
 	PriceExplanation explanation;
 
 	abp_price_explain(request, &explanation);
 	if (stored_cents != NULL)
 		abp_cost_add_difference(&explanation.buckets, &explanation.nbuckets, stored_cents);
+	if (doubt != NULL && explanation.nbuckets > 0)
+		explanation.buckets[0].note = psprintf("%s; the usage object is in doubt: %s",
+											   explanation.buckets[0].note, doubt);
 	for (int i = 0; i < explanation.nbuckets; i++)
 	{
 		const CostBucket *bucket = &explanation.buckets[i];
@@ -316,8 +323,26 @@ abp_sql_explain_cost(PG_FUNCTION_ARGS)
 
 	InitMaterializedSRF(fcinfo, 0);
 	get_cost_arguments(fcinfo, &request, &counts);
-	put_explanation((ReturnSetInfo *) fcinfo->resultinfo, &request, NULL);
+	put_explanation((ReturnSetInfo *) fcinfo->resultinfo, &request, NULL, NULL);
 	return (Datum) 0;
+}
+
+/* A text column of a row that SPI has read; .data == NULL for NULL. */
+static TextView
+spi_text(HeapTuple tuple, TupleDesc tupdesc, int column)
+{
+	TextView	view = {NULL, 0};
+	bool		isnull;
+	Datum		datum = SPI_getbinval(tuple, tupdesc, column, &isnull);
+
+	if (!isnull)
+	{
+		text	   *value = DatumGetTextPP(datum);
+
+		view.data = VARDATA_ANY(value);
+		view.len = VARSIZE_ANY_EXHDR(value);
+	}
+	return view;
 }
 
 /*
@@ -331,6 +356,7 @@ select_usage_row(Oid relid, Datum id)
 	Oid			id_type = INT8OID;
 	char	   *name = get_rel_name(relid);
 	char	   *qualified_name;
+	bool		has_raw;
 
 	if (name == NULL)
 		ereport(ERROR,
@@ -339,6 +365,8 @@ select_usage_row(Oid relid, Datum id)
 	qualified_name =
 		quote_qualified_identifier(get_namespace_name(get_rel_namespace(relid)),
 								   name);
+	has_raw = get_attnum(relid, "raw_usage") != InvalidAttrNumber &&
+		get_attnum(relid, "usage_format") != InvalidAttrNumber;
 
 	if (SPI_execute_with_args(psprintf("SELECT provider::pg_catalog.text,"
 									   " model::pg_catalog.text,"
@@ -355,46 +383,38 @@ select_usage_row(Oid relid, Datum id)
 									   " request_count::pg_catalog.int8,"
 									   " web_search_count::pg_catalog.int8,"
 									   " %s::pg_catalog.numeric,"
-									   " %s IS NOT NULL"
+									   " %s::pg_catalog.jsonb,"
+									   " %s::pg_catalog.text"
 									   " FROM %s"
 									   " WHERE id OPERATOR(pg_catalog.=) $1",
 									   get_attnum(relid, "cost_cents") == InvalidAttrNumber ?
 									   "NULL" : "cost_cents",
-									   get_attnum(relid, "raw_usage") == InvalidAttrNumber ?
-									   "NULL" : "raw_usage",
+									   has_raw ? "raw_usage" : "NULL",
+									   has_raw ? "usage_format" : "NULL",
 									   qualified_name),
 							  1, &id_type, &id, NULL, true, 0) != SPI_OK_SELECT)
 		elog(ERROR, "SPI_execute_with_args failed");
 }
 
 /*
- * The request of a row that select_usage_row() has found; it points into
- * *counts and the SPI result.  Returns the stored cost in cents, or NULL.
+ * The request of a row that select_usage_row() has found, and what of the row
+ * tells a doubt; both point into *counts and the SPI result.  Returns the
+ * stored cost in cents, or NULL.
  */
 static Numeric
-get_usage_request(uint64 row, PriceRequest *request, UsageCounts *counts)
+get_usage_request(uint64 row, PriceRequest *request, UsageCounts *counts, UsageRow *stored)
 {
 	TupleDesc	tupdesc = SPI_tuptable->tupdesc;
 	HeapTuple	tuple = SPI_tuptable->vals[row];
-	TextView   *texts[3] = {
-		&request->provider, &request->model, &request->service_tier
-	};
 	Datum		datum;
 	bool		isnull;
 
 	memset(request, 0, sizeof(*request));
 	memset(counts, 0, sizeof(*counts));
-	for (int i = 0; i < 3; i++)
-	{
-		datum = SPI_getbinval(tuple, tupdesc, 1 + i, &isnull);
-		if (!isnull)
-		{
-			text	   *value = DatumGetTextPP(datum);
-
-			texts[i]->data = VARDATA_ANY(value);
-			texts[i]->len = VARSIZE_ANY_EXHDR(value);
-		}
-	}
+	memset(stored, 0, sizeof(*stored));
+	request->provider = spi_text(tuple, tupdesc, 1);
+	request->model = spi_text(tuple, tupdesc, 2);
+	request->service_tier = spi_text(tuple, tupdesc, 3);
 	datum = SPI_getbinval(tuple, tupdesc, 4, &isnull);
 	request->at = isnull ? GetCurrentTransactionStartTimestamp() :
 		DatumGetTimestampTz(datum);
@@ -409,8 +429,15 @@ get_usage_request(uint64 row, PriceRequest *request, UsageCounts *counts)
 		counts->value[i] = isnull ? 0 : DatumGetInt64(datum);
 	}
 	request->counts = counts;
+
+	stored->model = request->model;
+	stored->counts = *counts;
+	stored->provider_cost = request->provider_cost;
+	stored->usage_format = spi_text(tuple, tupdesc, 9 + NUM_USAGE_COUNTS);
 	datum = SPI_getbinval(tuple, tupdesc, 8 + NUM_USAGE_COUNTS, &isnull);
-	request->from_reply = DatumGetBool(datum);
+	stored->raw_usage = isnull ? NULL : DatumGetJsonbP(datum);
+	request->from_reply = stored->raw_usage != NULL;
+
 	datum = SPI_getbinval(tuple, tupdesc, 7 + NUM_USAGE_COUNTS, &isnull);
 	return isnull ? NULL : DatumGetNumeric(datum);
 }
@@ -436,9 +463,12 @@ abp_sql_explain_usage_cost(PG_FUNCTION_ARGS)
 	{
 		PriceRequest request;
 		UsageCounts counts;
-		Numeric		stored_cents = get_usage_request(row, &request, &counts);
+		UsageRow	stored;
+		Numeric		stored_cents = get_usage_request(row, &request, &counts, &stored);
 
-		put_explanation((ReturnSetInfo *) fcinfo->resultinfo, &request, stored_cents);
+		/* A doubt is read out of the usage object again: it has no column. */
+		put_explanation((ReturnSetInfo *) fcinfo->resultinfo, &request, stored_cents,
+						abp_usage_doubt_of(&stored));
 	}
 	SPI_finish();
 
@@ -462,11 +492,12 @@ abp_sql_price_hint(PG_FUNCTION_ARGS)
 	{
 		PriceRequest request;
 		UsageCounts counts;
+		UsageRow	stored;
 		CountsProblem problem;
 		ExactCost	cost;
 		CostStatus	status = COST_REPORTED;
 
-		(void) get_usage_request(0, &request, &counts);
+		(void) get_usage_request(0, &request, &counts, &stored);
 		if (request.provider_cost == NULL && abp_cost_consistent(&counts, &problem))
 			status = abp_price_cost(&request, &cost, NULL);
 		if (status == COST_UNPRICED || status == COST_INCOMPLETE)
@@ -525,6 +556,7 @@ abp_sql_normalize_usage(PG_FUNCTION_ARGS)
 	text	   *name = PG_GETARG_TEXT_PP(0);
 	Jsonb	   *raw = PG_GETARG_JSONB_P(1);
 	TextView	format = {VARDATA_ANY(name), VARSIZE_ANY_EXHDR(name)};
+	UsageCall	call = {{NULL, 0}, false};
 	NormalizedUsage usage;
 	StringInfoData reason;
 	TupleDesc	tupdesc;
@@ -542,10 +574,12 @@ abp_sql_normalize_usage(PG_FUNCTION_ARGS)
 				 errhint("%s", abp_usage_format_hint(format))));
 
 	initStringInfo(&reason);
-	if (!abp_normalize_usage(format, raw, &usage, &reason))
+	if (!abp_normalize_usage(format, raw, &call, &usage, &reason))
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg_internal("%s", reason.data)));
+	if (usage.doubt != NULL)
+		abp_usage_note_doubt(usage.doubt);
 
 	/* The counts' order is that of the columns. */
 	for (n = 0; n < NUM_USAGE_COUNTS; n++)

@@ -364,6 +364,7 @@ abp_sql_arm(PG_FUNCTION_ARGS)
 {
 	if (!abp_owns_database(MyDatabaseId, GetUserId()))
 		aclcheck_error(ACLCHECK_NOT_OWNER, OBJECT_DATABASE, get_database_name(MyDatabaseId));
+	abp_extension_check_version();
 	abp_database_arm(false);
 	abp_wake_at_commit();
 	PG_RETURN_VOID();

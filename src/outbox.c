@@ -666,11 +666,17 @@ static IdSet
 read_entry_ids(HeapTuple tuple, TupleDesc desc)
 {
 	IdSet		ids = {0};
+	int64		first = ENTRY_FORM(tuple)->id;
+	int64		last = first;
+	AttrNumber	column = Anum_entry_ids;
 	bool		isnull;
-	Datum		value = heap_getattr(tuple, Anum_entry_ids, desc, &isnull);
+	Datum		value;
 
+	if (unlikely(is_of_old_form(desc)))
+		last = DatumGetInt64(heap_getattr(tuple, column++, desc, &isnull));
+	value = heap_getattr(tuple, column, desc, &isnull);
 	if (isnull)
-		abp_idset_add(&ids, ENTRY_FORM(tuple)->id, ENTRY_FORM(tuple)->id, CurrentMemoryContext);
+		abp_idset_add(&ids, first, last, CurrentMemoryContext);
 	else
 		ids = abp_idset_from_multirange(value);
 	return ids;
@@ -1028,7 +1034,7 @@ tidy_block(Oid usage_table, char state, int64 first)
 	MemoryContext context = AllocSetContextCreate(CurrentMemoryContext, "aibilling outbox block",
 												  ALLOCSET_DEFAULT_SIZES);
 	MemoryContext old = MemoryContextSwitchTo(context);
-	IdBlock	   *block = palloc(sizeof(IdBlock));
+	IdBlock    *block = palloc(sizeof(IdBlock));
 	int			done = 0;
 
 	read_removals(block, usage_table, state, first);

@@ -246,6 +246,13 @@ canonical_tier(TextView tier)
 	return tier;
 }
 
+/* Is this a name of the standard tier, or none? */
+bool
+abp_price_tier_is_standard(TextView tier)
+{
+	return canonical_tier(tier).data == standard_tier.data;
+}
+
 /*
  * Is this the tier that a request names, or, with "fold", the same but for its
  * case and white space?

@@ -65,7 +65,8 @@
 #define RATE_LIMITED_MS (60 * 1000) /* after a 429 without Retry-After */
 #define PROBE_MS (5 * 60 * 1000)	/* between tries while a server refuses us */
 #define TRANSIENT_MS (10 * 1000)	/* after an error that passes by itself */
-#define HELD_MS 1000			/* until a row that others change is looked at again */
+#define HELD_MS 1000			/* until a row that others change is looked at
+								 * again */
 #define SKEW_MS 5000			/* hold rows whose time Polar calls the future */
 
 /*
@@ -188,7 +189,8 @@ typedef struct Filling
 	Shipment   *shipment;
 	const UsageTable *table;
 	const ServerOptions *server;
-	char		taken_from;		/* the rows' state, 0: they have been sent before */
+	char		taken_from;		/* the rows' state, 0: they have been sent
+								 * before */
 	bool		rows_are_settled;	/* nobody is changing those that come now */
 	int64		max_rows;
 	int64		nrows;
@@ -2481,7 +2483,7 @@ work(const ShipScope *scope)
 	price_relids[1] = abp_extension_relation("model_alias");
 	price_relids[2] = abp_extension_relation("service_tier_rule");
 	price_relids[3] = abp_extension_relation("price_source");
-	price_relids[4] = abp_extension_relation("attachment");	/* attached with rows */
+	price_relids[4] = abp_extension_relation("attachment"); /* attached with rows */
 
 	tables = current_tables(&armed);
 	MemoryContextSwitchTo(turn_context);

@@ -132,6 +132,7 @@ abp_sql_usage_status(PG_FUNCTION_ARGS)
 	SavedUser	saved;
 	MemoryContext caller = CurrentMemoryContext;
 
+	abp_extension_check_version();
 	if (get_call_result_type(fcinfo, NULL, &desc) != TYPEFUNC_COMPOSITE)
 		elog(ERROR, "return type must be a row type");
 	if (!may_see(PG_GETARG_OID(0)))
@@ -437,6 +438,7 @@ abp_sql_status(PG_FUNCTION_ARGS)
 	List	   *tables;
 	ListCell   *lc;
 
+	abp_extension_check_version();
 	InitMaterializedSRF(fcinfo, 0);
 	tables = abp_usage_tables(&armed);
 	foreach(lc, tables)

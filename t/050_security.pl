@@ -182,7 +182,8 @@ $node->wait_settled;
 is($node->safe_psql('postgres', q{
 	SELECT string_agg(p.oid::regprocedure::text, ' ' ORDER BY p.proname) FROM pg_proc p
 	WHERE p.pronamespace = 'aibilling'::regnamespace AND NOT has_function_privilege('stranger', p.oid, 'EXECUTE')}),
-	'aibilling.on_server_ddl() aibilling.on_sql_drop() aibilling.polar_fdw_validator(text[],oid) aibilling.price_changed()',
+	'aibilling.on_drop_extension() aibilling.on_server_ddl() aibilling.on_sql_drop() aibilling.on_table_ddl() '
+	  . 'aibilling.polar_fdw_validator(text[],oid) aibilling.price_changed() aibilling.store_below()',
 	'what PUBLIC may not execute');
 is($node->safe_psql('postgres', q{
 	SELECT string_agg(c.relname || ' ' || p, ', ' ORDER BY c.relname, p)
@@ -273,7 +274,7 @@ allowed('owner', 'GRANT SELECT ON usage TO stranger');
 refused('stranger', "$columns;
 	CREATE TRIGGER a BEFORE INSERT OR UPDATE ON forged FOR EACH ROW EXECUTE FUNCTION aibilling.price_usage();
 	CREATE TRIGGER b AFTER INSERT ON forged FOR EACH ROW EXECUTE FUNCTION aibilling.enqueue_usage();
-	CREATE TRIGGER c BEFORE DELETE ON forged FOR EACH ROW EXECUTE FUNCTION aibilling.guard_usage();
+	CREATE TRIGGER c AFTER DELETE ON forged FOR EACH ROW EXECUTE FUNCTION aibilling.guard_usage();
 	$row; DELETE FROM forged; $row",
 	qr/table "forged" is not attached: its rows are priced but not sent/, 'triggers on another table warn');
 is($node->safe_psql('postgres', "SELECT cost_nanos FROM forged"), '1000000000000', 'its rows are priced');
@@ -283,7 +284,7 @@ is($node->safe_psql('postgres', "SELECT count(*) FROM aibilling.outbox"), '0', '
 for my $function ('price_usage', 'enqueue_usage', 'guard_usage', 'truncate_usage')
 {
 	for my $definition ('BEFORE INSERT ON forged FOR EACH STATEMENT', 'AFTER INSERT ON forged FOR EACH STATEMENT',
-		'AFTER DELETE ON forged FOR EACH ROW', 'BEFORE DELETE ON forged FOR EACH STATEMENT')
+		'BEFORE DELETE ON forged FOR EACH ROW', 'BEFORE DELETE ON forged FOR EACH STATEMENT')
 	{
 		my (undef, $error) = as('stranger', "DROP TABLE forged; $columns; $row;
 			CREATE TRIGGER a $definition EXECUTE FUNCTION aibilling.$function();

@@ -435,20 +435,17 @@ like($err, qr/cast by eve/, 'her cast is called as eve');
 unlike($err, qr/cast by $super/, 'and not as the superuser who reprices');
 allowed('eve', 'DROP TABLE eve.cast');
 
-# A deferred trigger would fire when the worker commits, as nobody in particular.
+# A deferred trigger does not wait for the worker's commit, where it would run as nobody in particular.
 allowed('eve', q{
 CREATE CONSTRAINT TRIGGER late AFTER UPDATE ON eve.usage DEFERRABLE INITIALLY DEFERRED
 	FOR EACH ROW EXECUTE FUNCTION eve.fired();
 INSERT INTO eve.usage (external_id, provider, model, external_customer_id, input_tokens) VALUES ('eve3', 'eves', 'late', 'c', 10);});
 $node->safe_psql('postgres', "INSERT INTO aibilling.price (provider, model, input) VALUES ('eves', 'late', 1)");
-ok($node->wait_status('blocked: cannot fire deferred trigger within security-restricted operation', 'eve.usage'),
-	'a deferred trigger is not fired');
-allowed('app', "$insert ('fourth', 'p', 'm', 'c', 0.01)");
 $polar->wait(events => 8);
-pass('and holds nobody else up');
-allowed('eve', 'DROP TRIGGER late ON eve.usage');
-allowed('eve', "SELECT aibilling.resume('eves')");
+pass('a deferred trigger holds no row up');
+allowed('app', "$insert ('fourth', 'p', 'm', 'c', 0.01)");
 $polar->wait(events => 9);
+allowed('eve', 'DROP TRIGGER late ON eve.usage');
 is($node->safe_psql('postgres', "SELECT string_agg(DISTINCT who, ' ') FROM eve.witness"), 'eve', 'still as eve only');
 
 # A name that comes to mean a function of another role.
@@ -496,7 +493,7 @@ $node->poll_query_until('postgres', "SELECT EXISTS (SELECT FROM pg_stat_activity
 	AND backend_type = 'aibilling_polar worker')") or die 'the function was not called';
 allowed('app', "$insert ('fifth', 'p', 'm', 'c', 0.01)");
 $polar->wait(events => 11, timeout => 60);
-ok($node->wait_status('blocked: canceling statement due to statement timeout', 'eve.usage'),
+ok($node->wait_status('blocked: code that runs when its rows are read took longer than 500 ms', 'eve.usage'),
 	'a function that sleeps is cancelled, and its table blocked');
 is($polar->summary->{stored}, 11, 'what others have is delivered');
 allowed('eve', "ALTER SERVER eves OPTIONS (SET metadata_function 'eve.meta')");

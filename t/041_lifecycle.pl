@@ -889,7 +889,7 @@ $node->stop;
 # --- versions ------------------------------------------------------------------------------
 
 {
-	my $versions = new_node('versions', 'from_1_0');
+	my $versions = new_node('versions', 'from_1_0, from_1_1');
 	my $polar = PolarServer->new;
 	my $url = $polar->url;
 	my $token = $polar->token;

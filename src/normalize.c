@@ -782,7 +782,7 @@ abp_normalize_usage(TextView format, Jsonb *raw, const UsageCall *call,
 
 	r.base = (const char *) raw;
 	r.size = VARSIZE(raw);
-	r.seen = palloc0(r.size / sizeof(uint32) / BITS_PER_BYTE + 1);
+	r.seen = palloc0(r.size / BITS_PER_BYTE + 1);
 	r.top = &raw->root;
 	locate_usage(&r);
 	if (!read_usage(&r))

@@ -80,8 +80,8 @@ static const char *const output_details[] = {
 	"completion_token_details", NULL
 };
 
-static const char *const pydantic_details[] = {"details", NULL};
-static const char *const own_place[] = {"cache_creation_token_details", NULL};
+static const char *const pydantic_places[] = {"details", NULL};
+static const char *const cache_creation_places[] = {"cache_creation_token_details", NULL};
 
 static const Rule input_detail_rules[] = {
 	{FIELD_CACHE_READ, "cached_tokens"},
@@ -146,8 +146,8 @@ static const Rule pydantic_detail_rules[] = {
 static const RuleGroup openai_groups[] = {
 	{input_details, input_detail_rules, lengthof(input_detail_rules)},
 	{output_details, output_detail_rules, lengthof(output_detail_rules)},
-	{own_place, cache_creation_rules, lengthof(cache_creation_rules)},
-	{pydantic_details, pydantic_detail_rules, lengthof(pydantic_detail_rules)}
+	{cache_creation_places, cache_creation_rules, lengthof(cache_creation_rules)},
+	{pydantic_places, pydantic_detail_rules, lengthof(pydantic_detail_rules)}
 };
 
 static const char *const openai_harmless[] = {
@@ -928,7 +928,6 @@ extra_gemini(Reading *r)
 	if (cached.given && !count[FIELD_CACHE_READ].given)
 		count[FIELD_CACHE_READ] = cached;
 
-	/* An embedding that is all audio has no other total. */
 	r->other_case = true;
 	candidates = abp_usage_list(r, r->root, "candidates");
 	for (uint32 i = 0; candidates && i < JsonContainerSize(candidates); i++)

@@ -175,8 +175,8 @@ struct Reading
 	Numeric		cost;			/* USD, or NULL */
 	const char *base;			/* the bytes handed over */
 	Size		size;
-	uint8	   *seen;			/* a bit for each of their words: was the
-								 * value that starts there read? */
+	uint8	   *seen;			/* a bit for each of them: was the value that
+								 * starts there read? */
 	StringInfo	reason;			/* why it is refused */
 	StringInfo	doubt;			/* what is wrong although the cost is known */
 };

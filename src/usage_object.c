@@ -25,6 +25,9 @@
 /* Objects in a usage object are not nested deeper than this. */
 #define MAX_DEPTH 32
 
+/* Longer paths are cut in messages. */
+#define MAX_PATH_BYTES 200
+
 /* Longer doubts are cut: one number that nothing reads tells enough. */
 #define MAX_DOUBT_BYTES 400
 
@@ -202,25 +205,24 @@ decimal_to_numeric(const char *str, int len)
 
 /*
  * A value that is read, or an object that has been looked at whole, is known
- * by its place in the jsonb: values are aligned there, so that a bit for each
- * word is enough.
+ * by the place of its first byte in the jsonb.
  */
 void
 abp_usage_mark_seen(Reading *r, const void *value)
 {
-	Size		word = ((const char *) value - r->base) / sizeof(uint32);
+	const char *byte = value;
 
-	if ((const char *) value >= r->base && word * sizeof(uint32) < r->size)
-		r->seen[word / 8] |= 1 << (word % 8);
+	if (byte >= r->base && byte < r->base + r->size)
+		r->seen[(byte - r->base) / BITS_PER_BYTE] |= 1 << (byte - r->base) % BITS_PER_BYTE;
 }
 
 static bool
 is_seen(const Reading *r, const void *value)
 {
-	Size		word = ((const char *) value - r->base) / sizeof(uint32);
+	const char *byte = value;
 
-	return (const char *) value >= r->base && word * sizeof(uint32) < r->size &&
-		(r->seen[word / 8] & (1 << (word % 8))) != 0;
+	return byte >= r->base && byte < r->base + r->size &&
+		(r->seen[(byte - r->base) / BITS_PER_BYTE] & (1 << (byte - r->base) % BITS_PER_BYTE)) != 0;
 }
 
 /*
@@ -751,7 +753,10 @@ abp_usage_read_amount(Reading *r, JsonbContainer *container, const char *path,
 	}
 	else if (found.type == jbvString &&
 			 is_decimal(found.val.string.val, found.val.string.len))
+	{
 		number = decimal_to_numeric(found.val.string.val, found.val.string.len);
+		abp_usage_mark_seen(r, found.val.string.val);
+	}
 	else
 		return abp_usage_doubt(r, "%s is not a decimal number but %s",
 							   abp_usage_path_name(path), value_text(&found));
@@ -812,17 +817,23 @@ typedef enum Look
 } Look;
 
 /*
- * Numbers under such keys are measures: times, rates, limits, settings, the
- * numbers of things.  Nobody sells these.
+ * Numbers under such keys are measures: times, rates, limits, settings.
+ * Nobody sells these.
  */
 static const char *const measure_words[] = {
-	"at", "budget", "bytes", "code", "confidence", "created", "delay",
-	"elapsed", "id", "index", "latency", "limit", "logprob", "logprobs",
-	"max", "min", "ms", "ns", "per", "percent", "percentage", "probability",
-	"rate", "ratio", "remaining", "reset", "score", "seed", "speed", "status",
-	"temperature", "throughput", "time", "timestamp", "tps", "ttft", "ttl",
-	"version", "window", NULL
+	"budget", "delay", "elapsed", "latency", "limit", "max", "min", "ms", "ns",
+	"per", "percent", "percentage", "probability", "rate", "ratio", "remaining",
+	"reset", "speed", "throughput", "time", "tps", "ttft", "ttl", "window", NULL
 };
+
+/* Nor, unless they are of tokens, the numbers that things go by. */
+static const char *const name_words[] = {
+	"at", "bytes", "code", "confidence", "created", "id", "index", "logprob",
+	"logprobs", "score", "seed", "status", "temperature", "timestamp", "version",
+	NULL
+};
+
+static const char *const token_words[] = {"token", "tokens", NULL};
 
 /* What is sold; a measure of it may be what it is sold by. */
 static const char *const sold_words[] = {
@@ -1018,7 +1029,9 @@ check_unread(Reading *r, const Place *place, Look look, JsonbValue *value)
 		return true;
 	if (look == LOOK_LIKELY && !has_word(key, len, count_words))
 		return true;
-	if (has_word(key, len, measure_words) && !has_word(key, len, sold_words))
+	if (!has_word(key, len, sold_words) &&
+		(has_word(key, len, measure_words) ||
+		 (has_word(key, len, name_words) && !has_word(key, len, token_words))))
 		return true;
 
 	path = place_path(place);
@@ -1029,9 +1042,32 @@ check_unread(Reading *r, const Place *place, Look look, JsonbValue *value)
 	}
 	if (says_it_again(r, path, look, value->val.numeric))
 		return true;
-	return abp_usage_doubt(r, "%s is %s, which format \"%s\" does not read, and it may cost something",
+	return abp_usage_doubt(r, "%.*s is %s, which format \"%s\" does not read, and it may cost something",
+						   pg_mbcliplen(path, strlen(path), MAX_PATH_BYTES),
 						   abp_usage_path_name(path), value_text(value),
 						   r->format->name);
+}
+
+/*
+ * Judge an item of a list if it is an OpenTelemetry attribute; *is_attribute
+ * says whether it is.
+ */
+static bool
+check_attribute(Reading *r, JsonbContainer *item, bool *is_attribute)
+{
+	JsonbValue	name;
+	JsonbValue	value;
+	JsonbContainer *where;
+	Place		place = {.depth = 1};
+
+	*is_attribute = JsonContainerIsObject(item) &&
+		read_attribute(item, &name, &value, &where);
+	if (!*is_attribute || is_seen(r, where) ||
+		(value.type != jbvNumeric && value.type != jbvString))
+		return true;
+	place.key[0] = name.val.string.val;
+	place.len[0] = name.val.string.len;
+	return check_unread(r, &place, LOOK_SCOPE, &value);
 }
 
 /*
@@ -1063,31 +1099,22 @@ check_container(Reading *r, JsonbContainer *container, Place *place, Look look)
 		/* an item of a list goes by the list's own key */
 		place->depth += !is_list;
 		place->level++;
-		if (v.type == jbvBinary)
+		if (v.type == jbvNumeric || v.type == jbvString)
 		{
-			JsonbValue	name;
-			JsonbContainer *attribute;
-
-			if (look == LOOK_SCOPE && is_list &&
-				read_attribute(JsonContainerIsObject(v.val.binary.data) ?
-							   v.val.binary.data : NULL, &name, &v, &attribute))
-			{
-				Place		named = {.key = {name.val.string.val},
-				.len = {name.val.string.len},.depth = 1};
-
-				if (!is_seen(r, attribute) && v.type != jbvBinary &&
-					(v.type == jbvNumeric || v.type == jbvString) &&
-					!check_unread(r, &named, look, &v))
-					return false;
-			}
-			else if (v.type == jbvBinary && !is_seen(r, v.val.binary.data) &&
-					 !check_container(r, v.val.binary.data, place, look))
+			if (!is_seen(r, v.type == jbvNumeric ? (void *) v.val.numeric : v.val.string.val) &&
+				!check_unread(r, place, look, &v))
 				return false;
 		}
-		else if ((v.type == jbvString ||
-				  (v.type == jbvNumeric && !is_seen(r, v.val.numeric))) &&
-				 !check_unread(r, place, look, &v))
-			return false;
+		else if (v.type == jbvBinary && !is_seen(r, v.val.binary.data))
+		{
+			bool		is_attribute = false;
+
+			if (look == LOOK_SCOPE && is_list &&
+				!check_attribute(r, v.val.binary.data, &is_attribute))
+				return false;
+			if (!is_attribute && !check_container(r, v.val.binary.data, place, look))
+				return false;
+		}
 		place->depth -= !is_list;
 		place->level--;
 	}

@@ -119,7 +119,7 @@ typedef struct Reading Reading;
  * harmless: paths of numbers that cost nothing of their own, although no rule
  * reads them: repetitions and breakdowns of what is counted, and measures.
  * From the usage object, or from the root for what stands beside it; a '*'
- * stands for any characters, and letters' case and '_' do not matter.
+ * stands for any characters.
  */
 typedef struct UsageFormat
 {

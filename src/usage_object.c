@@ -896,35 +896,34 @@ has_text(const char *key, int len, const char *const *texts)
 }
 
 /*
- * Does a path fit a pattern?  '*' stands for any characters; letters' case
- * and '_' do not matter.
+ * Does a path fit a pattern?  '*' stands for any characters; with other_case,
+ * letters' case and '_' do not matter.
  */
 static bool
-path_fits(const char *path, const char *pattern)
+path_fits(const char *path, const char *pattern, bool other_case)
 {
-	for (;;)
+	for (;; path++, pattern++)
 	{
-		while (*path == '_')
+		while (other_case && *path == '_')
 			path++;
-		while (*pattern == '_')
+		while (other_case && *pattern == '_')
 			pattern++;
 		if (*pattern == '*')
 		{
 			for (pattern++;; path++)
 			{
-				if (path_fits(path, pattern))
+				if (path_fits(path, pattern, other_case))
 					return true;
 				if (*path == '\0')
 					return false;
 			}
 		}
-		if (pg_ascii_tolower((unsigned char) *path) !=
-			pg_ascii_tolower((unsigned char) *pattern))
+		if (*path != *pattern &&
+			!(other_case && pg_ascii_tolower((unsigned char) *path) ==
+			  pg_ascii_tolower((unsigned char) *pattern)))
 			return false;
 		if (*path == '\0')
 			return true;
-		path++;
-		pattern++;
 	}
 }
 
@@ -974,7 +973,7 @@ says_it_again(const Reading *r, const char *path, Look look, Numeric number)
 	{
 		const Rule *rule = &r->format->rules[i];
 
-		if (r->reported[rule->field].value == value && path_fits(path, rule->path))
+		if (r->reported[rule->field].value == value && path_fits(path, rule->path, r->other_case))
 			return true;
 	}
 	for (int g = 0; g < r->format->ngroups; g++)
@@ -993,7 +992,7 @@ says_it_again(const Reading *r, const char *path, Look look, Numeric number)
 				const Rule *rule = &group->rules[i];
 
 				if (r->reported[rule->field].value == value &&
-					path_fits(path + len + 1, rule->path))
+					path_fits(path + len + 1, rule->path, r->other_case))
 					return true;
 			}
 		}
@@ -1037,7 +1036,7 @@ check_unread(Reading *r, const Place *place, Look look, JsonbValue *value)
 	path = place_path(place);
 	for (int i = 0; r->format->harmless && r->format->harmless[i]; i++)
 	{
-		if (path_fits(path, r->format->harmless[i]))
+		if (path_fits(path, r->format->harmless[i], r->other_case))
 			return true;
 	}
 	if (says_it_again(r, path, look, value->val.numeric))

@@ -8,6 +8,7 @@ OBJS = \
 	src/config.o \
 	src/cost.o \
 	src/functions.o \
+	src/guard.o \
 	src/http.o \
 	src/idset.o \
 	src/normalize.o \

@@ -434,6 +434,19 @@ read_columns(const UsageRelation *known, HeapTuple tuple, TupleDesc desc,
 	}
 }
 
+/*
+ * Put defaults into a new tuple where it has NULL.  Returns what is known of the
+ * relation then, and its columns.
+ */
+static UsageRelation *
+fill_defaults(UsageRelation *known, Relation rel, HeapTuple *tuple, Datum *values, bool *nulls)
+{
+	*tuple = tuple_with_defaults(known, rel, *tuple, nulls);
+	known = know_relation(rel);
+	read_columns(known, *tuple, RelationGetDescr(rel), values, nulls);
+	return known;
+}
+
 /* --- what a row must be ---------------------------------------------------- */
 
 /* Why a row is not one of usage: the words of an error. */
@@ -1521,11 +1534,7 @@ abp_sql_price_usage(PG_FUNCTION_ARGS)
 			read_columns(known, tuple, desc, values, nulls);
 		}
 		if (unlikely(lacks_defaults(known, nulls)))
-		{
-			tuple = tuple_with_defaults(known, rel, tuple, nulls);
-			known = know_relation(rel);
-			read_columns(known, tuple, desc, values, nulls);
-		}
+			known = fill_defaults(known, rel, &tuple, values, nulls);
 		changed = billed_columns_changed(old_values, old_nulls, values, nulls, &raw_changed);
 		if (!changed && !is_repriced(known, DatumGetInt64(old_values[COL_ID])) &&
 			(!raw_changed || nulls[COL_RAW_USAGE]))
@@ -1542,16 +1551,16 @@ abp_sql_price_usage(PG_FUNCTION_ARGS)
 	{
 		read_columns(known, tuple, desc, values, nulls);
 
+		if (unlikely(nulls[COL_ID] && lacks_defaults(known, nulls)))
+			known = fill_defaults(known, rel, &tuple, values, nulls);
 		if (OidIsValid(known->usage_table) && !nulls[COL_ID] &&
 			remains_as_it_is(known, values, nulls))
 			return PointerGetDatum(tuple);
-
-		if (unlikely(lacks_defaults(known, nulls)))
-		{
-			tuple = tuple_with_defaults(known, rel, tuple, nulls);
-			known = know_relation(rel);
+		/* the look at other rows has used the relation's scratch */
+		if (unlikely(!nulls[COL_COST_STATUS]))
 			read_columns(known, tuple, desc, values, nulls);
-		}
+		if (unlikely(lacks_defaults(known, nulls)))
+			known = fill_defaults(known, rel, &tuple, values, nulls);
 	}
 
 	abp_usage_row_read(values, nulls, &row);

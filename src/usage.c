@@ -670,7 +670,8 @@ price_request(const UsageRow *row)
 		.service_tier = row->service_tier,
 		.at = row->occurred_at,
 		.counts = &row->counts,
-		.provider_cost = row->provider_cost
+		.provider_cost = row->provider_cost,
+		.from_reply = row->raw_usage != NULL
 	};
 
 	return request;
@@ -1218,7 +1219,7 @@ abp_usage_note_doubt(const char *doubt)
 }
 
 static void
-warn_unpriced(const char *reason)
+warn_unpriced(const UsageRow *row, const char *reason)
 {
 	char		key[128];
 	bool		found;
@@ -1236,10 +1237,15 @@ warn_unpriced(const char *reason)
 	strlcpy(key, reason, sizeof(key));
 	hash_search(warned_models, key, HASH_ENTER, &found);
 	if (!found)
+	{
+		PriceRequest request = price_request(row);
+		char	   *hint = abp_price_hint(&request);
+
 		ereport(WARNING,
 				(errcode(ERRCODE_WARNING),
 				 errmsg("usage is held until it can be priced: %s", reason),
-				 errhint("Add the price to aibilling.price; what is held is listed in aibilling.unpriced.")));
+				 errhint("%s", hint ? hint : "What is held is listed in aibilling.unpriced.")));
+	}
 }
 
 /* --- triggers ---------------------------------------------------------------- */
@@ -1680,7 +1686,7 @@ abp_sql_enqueue_usage(PG_FUNCTION_ARGS)
 		if (state.state == OUTBOX_REJECTED)
 			warn_rejected(rel, row.id, state.error);
 		else if (state.state == OUTBOX_UNPRICED)
-			warn_unpriced(state.error);
+			warn_unpriced(&row, state.error);
 	}
 	abp_collect_inserted(known->usage_table, row.id, &state);
 	return PointerGetDatum(NULL);

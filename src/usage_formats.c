@@ -615,7 +615,7 @@ static const char *const anthropic_harmless[] = {
 	/* fetching pages and finding tools cost nothing beside their tokens */
 	"server_tool_use/web_fetch_requests", "server_tool_use/tool_search_requests",
 	/* the Agent SDK's own estimate */
-	"costUSD", "*/costUSD",
+	"costUSD", "*/costUSD", "total_cost_usd",
 	"cost_details/*",
 	NULL
 };

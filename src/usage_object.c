@@ -1069,6 +1069,16 @@ check_attribute(Reading *r, JsonbContainer *item, bool *is_attribute)
 	return check_unread(r, &place, LOOK_SCOPE, &value);
 }
 
+/* Is the last key of a place that of an object of usage? */
+static bool
+is_usage_key(const Place *place)
+{
+	static const char *const usage[] = {"usage", NULL};
+
+	return place->depth > 0 &&
+		has_text(place->key[place->depth - 1], place->len[place->depth - 1], usage);
+}
+
 /*
  * Look at all that an object or a list has, at any depth.
  */
@@ -1111,7 +1121,9 @@ check_container(Reading *r, JsonbContainer *container, Place *place, Look look)
 			if (look == LOOK_SCOPE && is_list &&
 				!check_attribute(r, v.val.binary.data, &is_attribute))
 				return false;
-			if (!is_attribute && !check_container(r, v.val.binary.data, place, look))
+			if (!is_attribute &&
+				!check_container(r, v.val.binary.data, place,
+								 look == LOOK_LIKELY && is_usage_key(place) ? LOOK_BESIDE : look))
 				return false;
 		}
 		place->depth -= !is_list;
@@ -1121,26 +1133,17 @@ check_container(Reading *r, JsonbContainer *container, Place *place, Look look)
 }
 
 /*
- * A number that nothing has read does not pass: look at what is left of the
- * usage object, at the other objects of usage beside it, and where else the
- * format's provider puts charges.
+ * Look at what stands beside the usage object: other objects of usage, and
+ * counts.
  */
-bool
-abp_usage_check_rest(Reading *r)
+static bool
+check_root(Reading *r)
 {
-	static const char *const usage_text[] = {"usage", NULL};
-	Place		place = {.depth = 0};
-	JsonbIterator *it;
+	Place		place = {.depth = 1};
+	JsonbIterator *it = JsonbIteratorInit(r->root);
 	JsonbIteratorToken token;
 	JsonbValue	v;
 
-	if (!check_container(r, r->usage, &place, r->format->scope ? LOOK_SCOPE : LOOK_ALL))
-		return false;
-	if (r->root == r->usage || !JsonContainerIsObject(r->root))
-		return true;
-
-	abp_usage_mark_seen(r, r->usage);
-	it = JsonbIteratorInit(r->root);
 	while ((token = JsonbIteratorNext(&it, &v, true)) != WJB_DONE)
 	{
 		if (token == WJB_KEY)
@@ -1148,16 +1151,42 @@ abp_usage_check_rest(Reading *r)
 			place.key[0] = v.val.string.val;
 			place.len[0] = v.val.string.len;
 		}
-		else if (token == WJB_VALUE && v.type == jbvBinary &&
-				 !is_seen(r, v.val.binary.data) &&
-				 has_text(place.key[0], place.len[0], usage_text))
+		if (token != WJB_VALUE)
+			continue;
+		/* texts are names there, of keys, of users, of requests */
+		if (v.type == jbvNumeric)
 		{
-			place.depth = 1;
+			if (!is_seen(r, v.val.numeric) && !check_unread(r, &place, LOOK_LIKELY, &v))
+				return false;
+		}
+		else if (v.type == jbvBinary && !is_seen(r, v.val.binary.data) && is_usage_key(&place))
+		{
 			if (!check_container(r, v.val.binary.data, &place, LOOK_BESIDE))
 				return false;
 			abp_usage_mark_seen(r, v.val.binary.data);
 		}
 	}
+	return true;
+}
+
+/*
+ * A number that nothing has read does not pass: look at what is left of the
+ * usage object, at what stands beside it, and where else the format's
+ * provider puts charges.
+ */
+bool
+abp_usage_check_rest(Reading *r)
+{
+	Place		place = {.depth = 0};
+
+	if (!check_container(r, r->usage, &place, r->format->scope ? LOOK_SCOPE : LOOK_ALL))
+		return false;
+	if (r->root == r->usage || !JsonContainerIsObject(r->root))
+		return true;
+
+	abp_usage_mark_seen(r, r->usage);
+	if (!check_root(r))
+		return false;
 	for (int i = 0; r->format->beside && r->format->beside[i]; i++)
 	{
 		JsonbContainer *object = abp_usage_container(r, r->root, r->format->beside[i]);

@@ -108,7 +108,7 @@ is_deeply(
 	experimental_providerMetadata.openai.rejectedPredictionTokens gen_ai.request.max_tokens
 	gen_ai.request.temperature gen_ai.usage.cost gen_ai.usage.text.input_tokens
 	gen_ai.usage.text.output_tokens http.response.status_code input_token_details.flex lc
-	maxOutputTokens metadata.metrics.latencyMs modelInput.max_tokens
+	maxOutputTokens max_output_tokens metadata.metrics.latencyMs modelInput.max_tokens
 	modelUsage.claude-sonnet-4-5.contextWindow modelUsage.claude-sonnet-4-5.costUSD num_turns
 	output_token_details.flex payload.info.model_context_window
 	payload.info.total_token_usage.cached_input_tokens payload.info.total_token_usage.input_tokens

@@ -233,6 +233,14 @@ COMMENT ON COLUMN aibilling.price_quarantine.quarantined_at IS
 COMMENT ON TYPE aibilling.catalogue_price IS
 'one price of a catalogue, in the units of aibilling.price; price_column is a column of that table or units.KEY, or inherit with the price 0: what this row leaves out is unknown; valid_from NULL means that the catalogue gives no date; price NULL means that it cannot be used, for the reason in problem; problem beside a price is a remark';
 
+-- For names whose exact spelling finds nothing.
+CREATE INDEX price_folded_model ON aibilling.price (lower(model));
+COMMENT ON INDEX aibilling.price_folded_model IS 'Finds a model in any case';
+CREATE INDEX model_alias_folded_pattern ON aibilling.model_alias (lower(pattern));
+COMMENT ON INDEX aibilling.model_alias_folded_pattern IS 'Finds an exact alias in any case';
+CREATE INDEX model_alias_folded_glob ON aibilling.model_alias (translate(lower(provider), '_', '-')) WHERE kind = 'glob';
+COMMENT ON INDEX aibilling.model_alias_folded_glob IS 'Finds the globs of a provider in any case';
+
 CREATE OR REPLACE FUNCTION aibilling.stored_prices(source text) RETURNS SETOF aibilling.catalogue_price
 LANGUAGE sql STABLE STRICT PARALLEL SAFE
 SET search_path = pg_catalog, pg_temp

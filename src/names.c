@@ -69,6 +69,7 @@ typedef struct NameSearch
 	TextView	providers[MAX_PROVIDER_NAMES];	/* the given one first */
 	TextView	model;
 	TextView	stripped;		/* model without "provider/"; else model */
+	bool		renamed;		/* is it another name than the given one? */
 	Snapshot	snapshot;
 	TryName		try_name;
 	void	   *arg;
@@ -96,17 +97,25 @@ typedef struct NameSearch
 #define FOLDED_PROVIDER(column) \
 	"pg_catalog.translate(pg_catalog.lower(" column "), '_', '-')"
 
-/* The same in any case, and for each name of the provider. */
+/*
+ * The same in any case, and for each name of the provider.  Globs without a
+ * capital have been tried by then, unless the name itself was another ($4).
+ */
 #define FOLDED_ALIAS_QUERY \
 	"SELECT a.kind OPERATOR(pg_catalog.=) 'glob', pg_catalog.lower(a.pattern)," \
 	" a.to_provider, a.to_model, a.priority" \
-	" FROM aibilling.model_alias a LEFT JOIN aibilling.price_source s" \
+	" FROM (SELECT * FROM aibilling.model_alias" \
+	" WHERE pg_catalog.lower(pattern) OPERATOR(pg_catalog.=) ANY (ARRAY[$2, $3])" \
+	" AND kind OPERATOR(pg_catalog.=) 'exact'" \
+	" UNION ALL SELECT * FROM aibilling.model_alias" \
+	" WHERE " FOLDED_PROVIDER("provider") " OPERATOR(pg_catalog.=)" \
+	" ANY (pg_catalog.array_append($1, '*'))" \
+	" AND kind OPERATOR(pg_catalog.=) 'glob'" \
+	" AND ($4 OR pattern OPERATOR(pg_catalog.<>) pg_catalog.lower(pattern))) AS a" \
+	" LEFT JOIN aibilling.price_source s" \
 	" ON s.source OPERATOR(pg_catalog.=) a.source" \
-	" WHERE (" FOLDED_PROVIDER("a.provider") " OPERATOR(pg_catalog.=) ANY ($1)" \
-	" OR a.provider OPERATOR(pg_catalog.=) '*')" \
-	" AND (a.kind OPERATOR(pg_catalog.=) 'glob'" \
-	" OR pg_catalog.lower(a.pattern) OPERATOR(pg_catalog.=) $2" \
-	" OR pg_catalog.lower(a.pattern) OPERATOR(pg_catalog.=) $3)" \
+	" WHERE " FOLDED_PROVIDER("a.provider") " OPERATOR(pg_catalog.=)" \
+	" ANY (pg_catalog.array_append($1, '*'))" \
 	" ORDER BY a.priority DESC," \
 	" pg_catalog.array_position($1, " FOLDED_PROVIDER("a.provider") ")," \
 	" a.source OPERATOR(pg_catalog.=) 'user' DESC, s.priority NULLS LAST," \
@@ -116,32 +125,30 @@ typedef struct NameSearch
 #define FOLDED_CARD_QUERY \
 	"SELECT p.provider, p.model FROM aibilling.price p" \
 	" WHERE " FOLDED_PROVIDER("p.provider") " OPERATOR(pg_catalog.=) ANY ($1)" \
-	" AND (pg_catalog.lower(p.model) OPERATOR(pg_catalog.=) $2" \
-	" OR pg_catalog.lower(p.model) OPERATOR(pg_catalog.=) $3)" \
+	" AND pg_catalog.lower(p.model) OPERATOR(pg_catalog.=) ANY (ARRAY[$2, $3])" \
 	" GROUP BY p.provider, p.model" \
 	" ORDER BY pg_catalog.lower(p.model) OPERATOR(pg_catalog.=) $2 DESC," \
 	" pg_catalog.array_position($1, " FOLDED_PROVIDER("p.provider") ")," \
 	" p.provider, p.model"
 
-/*
- * The names that there are, of the providers in $1 or, if it is NULL, of
- * providers themselves.
- */
-#define ALL_NAMES_QUERY \
-	"SELECT DISTINCT CASE WHEN $1 IS NULL THEN p.provider ELSE p.model END" \
-	" FROM (SELECT provider, model FROM aibilling.price" \
-	" UNION SELECT provider, pattern FROM aibilling.model_alias" \
-	" WHERE kind OPERATOR(pg_catalog.=) 'exact'" \
-	" AND provider OPERATOR(pg_catalog.<>) '*') AS p" \
-	" WHERE $1 IS NULL OR " FOLDED_PROVIDER("p.provider") " OPERATOR(pg_catalog.=) ANY ($1)" \
+/* The models of the providers in $1, and the providers. */
+#define MODELS_QUERY \
+	"SELECT p.model FROM aibilling.price p" \
+	" WHERE p.provider OPERATOR(pg_catalog.=) ANY ($1)" \
+	" UNION SELECT a.pattern FROM aibilling.model_alias a" \
+	" WHERE a.provider OPERATOR(pg_catalog.=) ANY ($1)" \
+	" AND a.kind OPERATOR(pg_catalog.=) 'exact'" \
 	" ORDER BY 1"
+#define PROVIDERS_QUERY \
+	"SELECT DISTINCT p.provider FROM aibilling.price p" \
+	" WHERE $1 IS NOT NULL ORDER BY 1"
 
 /* Run a query with the names as its parameters, all of it. */
 static void
-run_names_query(SPIPlanPtr *plan, const char *query, Datum *values, const char *nulls,
-				int nargs, Snapshot snapshot)
+run_names_query(SPIPlanPtr *plan, const char *query, Datum *values, int nargs,
+				Snapshot snapshot)
 {
-	Oid			types[3] = {TEXTARRAYOID, TEXTOID, TEXTOID};
+	Oid			types[4] = {TEXTARRAYOID, TEXTOID, TEXTOID, BOOLOID};
 	int			result;
 
 	if (*plan == NULL)
@@ -154,7 +161,7 @@ run_names_query(SPIPlanPtr *plan, const char *query, Datum *values, const char *
 		*plan = prepared;
 	}
 
-	result = SPI_execute_snapshot(*plan, values, nulls, snapshot,
+	result = SPI_execute_snapshot(*plan, values, NULL, snapshot,
 								  InvalidSnapshot, true, false, 0);
 	if (result != SPI_OK_SELECT)
 		elog(ERROR, "SPI_execute_snapshot failed: %s",
@@ -298,15 +305,16 @@ static bool
 try_aliases(const NameSearch *search, SPIPlanPtr *plan, const char *query, Datum providers,
 			bool (*try_cards) (const NameSearch *search, TextView model, Datum providers))
 {
-	Datum		values[3] = {
-		providers, text_view_datum(search->model), text_view_datum(search->stripped)
+	Datum		values[4] = {
+		providers, text_view_datum(search->model), text_view_datum(search->stripped),
+		BoolGetDatum(search->renamed)
 	};
 	AliasTarget *aliases;
 	AliasTarget *globs;
 	int			naliases;
 	int			nglobs = 0;
 
-	run_names_query(plan, query, values, NULL, 3, search->snapshot);
+	run_names_query(plan, query, values, 4, search->snapshot);
 	naliases = SPI_processed;
 	aliases = palloc(sizeof(AliasTarget) * (naliases + 1));
 	globs = palloc(sizeof(AliasTarget) * (naliases + 1));
@@ -347,13 +355,18 @@ try_aliases(const NameSearch *search, SPIPlanPtr *plan, const char *query, Datum
 	return false;
 }
 
-/* The cards of exactly this name. */
+/* The cards of exactly this name, of the first of the providers that has any. */
 static bool
-try_exact_card(const NameSearch *search, TextView model, Datum providers)
+try_exact_cards(const NameSearch *search, TextView model, Datum providers)
 {
-	ModelKey	key = {search->providers[0], model};
+	for (int i = 0; i < search->nproviders; i++)
+	{
+		ModelKey	key = {search->providers[i], model};
 
-	return search->try_name(key, search->arg);
+		if (search->try_name(key, search->arg))
+			return true;
+	}
+	return false;
 }
 
 /* Those of this name in any case, of all of the provider's names. */
@@ -363,7 +376,7 @@ try_folded_cards(const NameSearch *search, TextView model, Datum providers)
 	static SPIPlanPtr plan = NULL;
 	Datum		values[3] = {providers, text_view_datum(model), text_view_datum(model)};
 
-	run_names_query(&plan, FOLDED_CARD_QUERY, values, NULL, 3, search->snapshot);
+	run_names_query(&plan, FOLDED_CARD_QUERY, values, 3, search->snapshot);
 	for (uint64 i = 0; i < SPI_processed; i++)
 	{
 		ModelKey	key = {result_text(i, 1), result_text(i, 2)};
@@ -541,38 +554,47 @@ abp_find_name(ModelKey key, Snapshot snapshot, TryName try_name, void *arg)
 {
 	static SPIPlanPtr alias_plan = NULL;
 	static SPIPlanPtr folded_plan = NULL;
-	TextView	names[MAX_PROVIDER_NAMES];
 	NameSearch	search = {
+		.nproviders = 1,
+		.providers = {key.provider},
 		.model = key.model,
 		.snapshot = snapshot,
 		.try_name = try_name,
 		.arg = arg
 	};
+	TextView	names[MAX_PROVIDER_NAMES];
 	int			nnames;
-	Datum		folded;
+	Datum		providers;
 
 	/* Most names are those of a card: look no further then. */
 	if (try_name(key, arg))
 		return true;
 
+	search.stripped = without_provider(key.model, &key.provider, 1);
+	if (try_aliases(&search, &alias_plan, ALIAS_QUERY, text_array(&key.provider, 1),
+					try_exact_cards))
+		return true;
+
 	nnames = provider_synonyms(key.provider, names);
-	for (int i = 0; i < nnames; i++)
+	if (nnames > 1)
 	{
-		search.providers[0] = names[i];
-		search.stripped = without_provider(key.model, names, i == 0 ? 1 : nnames);
-		if (i > 0 && try_exact_card(&search, key.model, (Datum) 0))
-			return true;
-		if (try_aliases(&search, &alias_plan, ALIAS_QUERY,
-						text_array(search.providers, 1), try_exact_card))
+		search.nproviders = nnames - 1;
+		memcpy(search.providers, names + 1, sizeof(TextView) * (nnames - 1));
+		search.stripped = without_provider(key.model, names, nnames);
+		providers = text_array(search.providers, search.nproviders);
+		if (try_exact_cards(&search, search.model, providers) ||
+			try_aliases(&search, &alias_plan, ALIAS_QUERY, providers, try_exact_cards))
 			return true;
 	}
 
 	search.nproviders = folded_synonyms(key.provider, search.providers);
 	search.model = fold_model(key.model);
+	search.renamed = !text_view_equal(search.model, key.model) ||
+		!text_view_equal(search.providers[0], key.provider);
 	search.stripped = without_provider(search.model, search.providers, search.nproviders);
-	folded = text_array(search.providers, search.nproviders);
-	return try_folded_cards(&search, search.model, folded) ||
-		try_aliases(&search, &folded_plan, FOLDED_ALIAS_QUERY, folded, try_folded_cards);
+	providers = text_array(search.providers, search.nproviders);
+	return try_folded_cards(&search, search.model, providers) ||
+		try_aliases(&search, &folded_plan, FOLDED_ALIAS_QUERY, providers, try_folded_cards);
 }
 
 /* --- names that are near -------------------------------------------------- */
@@ -621,9 +643,10 @@ closest_name(TextView name)
 char	   *
 abp_similar_name(ModelKey key, Snapshot snapshot)
 {
-	static SPIPlanPtr plan = NULL;
+	static SPIPlanPtr models_plan = NULL;
+	static SPIPlanPtr providers_plan = NULL;
 	TextView	providers[MAX_PROVIDER_NAMES];
-	int			nproviders = folded_synonyms(key.provider, providers);
+	int			nproviders = provider_synonyms(key.provider, providers);
 	Datum		value = text_array(providers, nproviders);
 	TextView	closest;
 	const char *what;
@@ -631,7 +654,7 @@ abp_similar_name(ModelKey key, Snapshot snapshot)
 	if (key.provider.len == 0 || key.model.len == 0)
 		return NULL;
 
-	run_names_query(&plan, ALL_NAMES_QUERY, &value, " ", 1, snapshot);
+	run_names_query(&models_plan, MODELS_QUERY, &value, 1, snapshot);
 	if (SPI_processed > 0)
 	{
 		TextView	model = fold_model(key.model);
@@ -642,7 +665,7 @@ abp_similar_name(ModelKey key, Snapshot snapshot)
 	else
 	{
 		what = "provider";
-		run_names_query(&plan, ALL_NAMES_QUERY, &value, "n", 1, snapshot);
+		run_names_query(&providers_plan, PROVIDERS_QUERY, &value, 1, snapshot);
 		closest = closest_name(key.provider);
 	}
 	return closest.data == NULL ? NULL :

@@ -52,7 +52,6 @@ static const struct
 	{FIELD_PAGE, "page"},
 	{FIELD_QUERY, "query"},
 	{FIELD_CHARACTER, "character"},
-	{FIELD_PIXEL, "pixel"},
 	{FIELD_SESSION, "session"},
 	{FIELD_X_SEARCH, "x_search"},
 	{FIELD_FILE_SEARCH, "file_search"},

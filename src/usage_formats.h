@@ -59,11 +59,10 @@ typedef enum Field
 	FIELD_IMAGE,
 	FIELD_PAGE,
 	FIELD_QUERY,
-	FIELD_CHARACTER,
-	FIELD_PIXEL
+	FIELD_CHARACTER
 } Field;
 
-#define NUM_FIELDS (FIELD_PIXEL + 1)
+#define NUM_FIELDS (FIELD_CHARACTER + 1)
 
 /* A count that a format does not report has given = false. */
 typedef struct Count

@@ -2206,6 +2206,7 @@ typedef struct PriceLook
 	int64		nrows;
 	IdSet		seen;
 	IdSet		priced;			/* can be priced by now */
+	IdSet		gone;			/* have no row: sending them will tell */
 	IdSet		moved;			/* are in "others" */
 	List	   *others;			/* OutboxEntry *, of rows that are ready by
 								 * now, have another reason to wait, or are
@@ -2243,6 +2244,20 @@ move_to(PriceLook *look, int64 id, char state, TimestampTz not_before, const cha
 	abp_idset_add(&other->ids, id, id, look->context);
 	abp_idset_add(&look->moved, id, id, look->context);
 	MemoryContextSwitchTo(old);
+}
+
+static void
+move_all(PriceLook *look, const IdSet *ids, char state, const char *error)
+{
+	for (int i = 0; i < ids->nranges; i++)
+	{
+		for (int64 id = ids->ranges[i].first;; id++)
+		{
+			move_to(look, id, state, DT_NOBEGIN, error);
+			if (id == ids->ranges[i].last)
+				break;
+		}
+	}
 }
 
 static bool
@@ -2329,15 +2344,7 @@ reject_shared(PriceLook *look)
 
 		other->ids = abp_idset_subtract(&other->ids, &shared);
 	}
-	for (int i = 0; i < shared.nranges; i++)
-	{
-		for (int64 id = shared.ranges[i].first;; id++)
-		{
-			move_to(look, id, OUTBOX_REJECTED, DT_NOBEGIN, SHARED_ID);
-			if (id == shared.ranges[i].last)
-				break;
-		}
-	}
+	move_all(look, &shared, OUTBOX_REJECTED, SHARED_ID);
 }
 
 static void
@@ -2348,7 +2355,11 @@ look_at_rows(void *arg)
 	if (look->server->send_unpriced)
 		look->priced = abp_idset_copy(look->ids);
 	else
+	{
 		abp_usage_read(look->table, look->ids, false, look_for_price, look);
+		look->gone = abp_idset_subtract(look->ids, &look->seen);
+		move_all(look, &look->gone, OUTBOX_READY, NULL);
+	}
 	if (look->nrows > abp_idset_count(&look->seen))
 		reject_shared(look);
 }
@@ -2396,15 +2407,7 @@ say_of_all(PriceLook *look, const char *problem)
 
 	if (look->entry->error != NULL && strcmp(look->entry->error, error) == 0)
 		return;
-	for (int r = 0; r < look->ids->nranges; r++)
-	{
-		for (int64 id = look->ids->ranges[r].first;; id++)
-		{
-			move_to(look, id, OUTBOX_UNPRICED, DT_NOBEGIN, error);
-			if (id == look->ids->ranges[r].last)
-				break;
-		}
-	}
+	move_all(look, look->ids, OUTBOX_UNPRICED, error);
 }
 
 /*
@@ -2530,6 +2533,7 @@ price_entry(PriceLook *look, IdSet *wanted, GuardOutcome looked)
 
 	if (outcome == GUARD_PASSES)
 		lock.locked.nranges = 0;
+	abp_idset_add_set(&lock.locked, &look->gone, CurrentMemoryContext);
 	PushActiveSnapshot(GetLatestSnapshot());
 	still = abp_outbox_entry_left(look->entry);
 	PopActiveSnapshot();

@@ -512,6 +512,14 @@ subtest '18: many reasons and times, and subtransactions' => sub {
 	is(sql("SELECT count(*) FROM aibilling.outbox_entry WHERE usage_table = 'many'::regclass"), '0', 'the outbox is empty');
 };
 
+subtest '5: unpriced rows that are gone' => sub {
+	$node->psql('postgres', ins('parts', 'pu1,pu2') =~ s/'m'/'nowhere'/r);
+	like(outbox('parts'), qr/unpriced, .*unpriced/, 'they wait for a price');
+	sql('TRUNCATE parts_a; INSERT INTO aibilling.price (provider, model, input) VALUES (\'acme\', \'elsewhere\', 1)');
+	$polar->wait_for(sub { outbox('parts') eq '' }, 'the next look at prices');
+	is(sql("SELECT sum(vanished) FROM aibilling.delivery WHERE usage_table = 'parts'::regclass") >= 2, 1, 'finds them gone, and counts them');
+};
+
 subtest '24, 25: what is not queued, and tables that are gone' => sub {
 	sql("SELECT aibilling.create_usage_table('unsent', 'polar')");
 	sql('SET aibilling_polar.enqueue = off; ' . ins('unsent', 'us1,us2,us3'));

@@ -300,6 +300,9 @@ class Stress:
         self.failures.append("left after three minutes: %s" % left)
         for line in session.run("SELECT usage_table, pending, unpriced, rejected, in_flight, status FROM aibilling.status") or []:
             self.failures.append("  " + line)
+        for line in session.run("SELECT usage_table, usage_id, state, not_before, error FROM aibilling.outbox WHERE state <> 'rejected'"
+                                " AND usage_table <> 'eve.usage'::regclass LIMIT 10") or []:
+            self.failures.append("  " + line)
 
     def compare(self, session):
         events = collections.defaultdict(list)

@@ -35,7 +35,7 @@ if [ ! -s "$PGDATA/PG_VERSION" ]; then
 	rm "$password"
 	echo 'host all all all scram-sha-256' >>"$PGDATA/pg_hba.conf"
 	shift
-	pg_ctl -w -o "-c listen_addresses='' $(printf ' %s' "$@")" start >/dev/null
+	pg_ctl -w -o "-c listen_addresses='' $(printf ' %s' "$@")" start
 	set -- postgres "$@"
 	[ "$database" = postgres ] || createdb -U "$user" "$database"
 	for file in /docker-entrypoint-initdb.d/*; do
@@ -44,6 +44,6 @@ if [ ! -s "$PGDATA/PG_VERSION" ]; then
 		*.sql) psql -v ON_ERROR_STOP=1 --no-psqlrc -U "$user" -d "$database" -f "$file" ;;
 		esac
 	done
-	pg_ctl -w -m fast stop >/dev/null
+	pg_ctl -w -m fast stop
 fi
 exec "$@"

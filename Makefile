@@ -4,6 +4,7 @@ MODULE_big = aibilling_polar
 OBJS = \
 	src/aibilling_polar.o \
 	src/attach.o \
+	src/collect.o \
 	src/config.o \
 	src/cost.o \
 	src/functions.o \

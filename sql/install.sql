@@ -26,7 +26,7 @@ WHERE a.grantee = 0 AND a.privilege_type = 'EXECUTE'
 	AND p.proname NOT IN ('cost', 'cost_nanos', 'cost_cents', 'polar_cost', 'explain_cost', 'convert_cost',
 		'normalize_usage',
 		'create_usage_table', 'attach', 'detach', 'usage_status', 'preview', 'sync', 'pause', 'resume',
-		'retry', 'reprice', 'arm', 'may_see', 'status_rows',
+		'retry', 'reprice', 'arm', 'may_see', 'status_rows', 'waiting_ids',
 		'import_prices', 'load_bundled_prices', 'fetch_prices', 'release_price', 'register_price_source',
 		'bundled_prices', 'stored_prices', 'changed_cards', 'price_rows', 'catalogue_number', 'clean_price',
 		'clean_prices', 'read_litellm', 'read_models_dev', 'read_genai_prices', 'read_router_prices',
@@ -64,7 +64,7 @@ ORDER BY p.oid::regprocedure::text COLLATE "C";
 SELECT a.attrelid::regclass AS relation, a.attname COLLATE "C" AS undescribed
 FROM member m
 JOIN pg_class c ON m.classid = 'pg_class'::regclass AND m.objid = c.oid AND c.relkind IN ('r', 'v')
-JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped AND a.attislocal
 WHERE col_description(a.attrelid, a.attnum) IS NULL
 	AND NOT (c.relname = 'price_quarantine'
 		AND a.attname IN (SELECT attname FROM pg_attribute WHERE attrelid = 'aibilling.price'::regclass))
@@ -77,11 +77,11 @@ UNION ALL
 SELECT pg_describe_object(tableoid, oid, 0) FROM pg_event_trigger
 WHERE obj_description(oid, 'pg_event_trigger') IS NULL;
 
--- Tables whose rows pg_dump would forget.
+-- Tables whose rows pg_dump would forget; those that others inherit have none.
 SELECT c.oid::regclass AS not_dumped
 FROM member m
 JOIN pg_class c ON m.classid = 'pg_class'::regclass AND m.objid = c.oid
-WHERE c.relkind = 'r'
+WHERE c.relkind = 'r' AND NOT c.relhassubclass
 	AND NOT c.oid = ANY (SELECT unnest(extconfig) FROM pg_extension WHERE extname = 'aibilling_polar')
 ORDER BY c.oid::regclass::text COLLATE "C";
 

@@ -56,7 +56,15 @@ SELECT aibilling.attach('own', 'polar');
 DROP INDEX own_key;
 CREATE INDEX own_partial ON own (id) WHERE id > 5;
 SELECT aibilling.attach('own', 'polar');
-CREATE INDEX own_id ON own (id);
+CREATE INDEX own_plain ON own (id);
+SELECT aibilling.attach('own', 'polar');
+CREATE UNIQUE INDEX own_wide ON own (id, external_id);
+SELECT aibilling.attach('own', 'polar');
+ALTER TABLE own ADD CONSTRAINT own_deferred UNIQUE (id) DEFERRABLE;
+SELECT aibilling.attach('own', 'polar');
+DROP INDEX own_plain, own_wide;
+ALTER TABLE own DROP CONSTRAINT own_deferred;
+CREATE UNIQUE INDEX own_id ON own (id) INCLUDE (external_id);
 ALTER TABLE own ALTER id DROP NOT NULL;
 INSERT INTO own (id) VALUES (NULL);
 SELECT aibilling.attach('own', 'polar', existing => 'send');
@@ -170,7 +178,7 @@ DROP SERVER other;
 CREATE TABLE forged (LIKE u INCLUDING ALL);
 CREATE TRIGGER p BEFORE INSERT OR UPDATE ON forged FOR EACH ROW EXECUTE FUNCTION aibilling.price_usage();
 CREATE TRIGGER e AFTER INSERT ON forged FOR EACH ROW EXECUTE FUNCTION aibilling.enqueue_usage();
-CREATE TRIGGER g BEFORE DELETE ON forged FOR EACH ROW EXECUTE FUNCTION aibilling.guard_usage();
+CREATE TRIGGER g AFTER DELETE ON forged FOR EACH ROW EXECUTE FUNCTION aibilling.guard_usage();
 INSERT INTO forged (provider, model, external_customer_id, input_tokens) VALUES ('acme', 'm', 'c', 10)
 RETURNING cost_nanos;
 INSERT INTO forged (provider, model, external_customer_id, input_tokens) VALUES ('acme', 'm', 'c', 20)

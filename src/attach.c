@@ -7,9 +7,14 @@
  */
 #include "postgres.h"
 
+#include "access/genam.h"
+#include "access/htup_details.h"
 #include "access/table.h"
+#include "catalog/indexing.h"
 #include "catalog/namespace.h"
+#include "catalog/partition.h"
 #include "catalog/pg_class.h"
+#include "catalog/pg_index.h"
 #include "catalog/pg_type.h"
 #include "commands/event_trigger.h"
 #include "executor/spi.h"
@@ -19,6 +24,7 @@
 #include "nodes/makefuncs.h"
 #include "storage/lmgr.h"
 #include "utils/builtins.h"
+#include "utils/fmgroids.h"
 #include "utils/guc.h"
 #include "utils/inval.h"
 #include "utils/lsyscache.h"
@@ -27,9 +33,11 @@
 #include "utils/varlena.h"
 
 #include "attach.h"
+#include "collect.h"
 #include "compat.h"
 #include "outbox.h"
 #include "server.h"
+#include "usage.h"
 #include "wake.h"
 
 PG_FUNCTION_INFO_V1(abp_sql_create_usage_table);
@@ -37,6 +45,7 @@ PG_FUNCTION_INFO_V1(abp_sql_attach);
 PG_FUNCTION_INFO_V1(abp_sql_detach);
 PG_FUNCTION_INFO_V1(abp_sql_on_sql_drop);
 PG_FUNCTION_INFO_V1(abp_sql_on_server_ddl);
+PG_FUNCTION_INFO_V1(abp_sql_on_table_ddl);
 
 static char *
 qualified_name(Oid relid)
@@ -241,24 +250,66 @@ check_usage_relation(Oid relid)
 	table_close(rel, NoLock);
 }
 
-/* Is there an index that finds rows by id alone? */
+/*
+ * Has a table a valid index on "id"?  Unique: one on exactly that column, so
+ * that no two of its rows can have the same id.  Takes no lock on the table.
+ */
+static bool
+has_id_index(Oid relid, bool unique)
+{
+	AttrNumber	id = get_attnum(relid, "id");
+	Relation	catalogue = table_open(IndexRelationId, AccessShareLock);
+	ScanKeyData key;
+	SysScanDesc scan;
+	HeapTuple	tuple;
+	bool		found = false;
+
+	ScanKeyInit(&key, Anum_pg_index_indrelid, BTEqualStrategyNumber, F_OIDEQ,
+				ObjectIdGetDatum(relid));
+	scan = systable_beginscan(catalogue, IndexIndrelidIndexId, true, NULL, 1, &key);
+	while (!found && (tuple = systable_getnext(scan)) != NULL)
+	{
+		Form_pg_index index = (Form_pg_index) GETSTRUCT(tuple);
+
+		found = index->indisvalid && index->indkey.values[0] == id &&
+			heap_attisnull(tuple, Anum_pg_index_indpred, NULL) &&
+			(!unique || (index->indisunique && index->indimmediate && index->indnkeyatts == 1));
+	}
+	systable_endscan(scan);
+	table_close(catalogue, AccessShareLock);
+	return found;
+}
+
+/*
+ * May rows of a usage table share an id, against its rule?  Not in a partitioned
+ * table, whose key may hold more: there the rows themselves are looked at.
+ */
+bool
+abp_ids_may_repeat(Oid relid)
+{
+	return get_rel_relkind(relid) == RELKIND_RELATION && !has_id_index(relid, true);
+}
+
+/*
+ * Check that rows are found by their id, and that it is theirs alone: outbox and
+ * ledger know a row by it.
+ */
 static void
 check_id_index(Oid relid)
 {
-	Oid			argtypes[1] = {OIDOID};
-	Datum		args[1] = {ObjectIdGetDatum(relid)};
-
-	SPI_execute_with_args("SELECT FROM pg_index i JOIN pg_attribute a"
-						  " ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]"
-						  " WHERE i.indrelid = $1 AND i.indisvalid AND i.indpred IS NULL"
-						  " AND a.attname = 'id'",
-						  1, argtypes, args, NULL, false, 1);
-	if (SPI_processed == 0)
+	if (abp_ids_may_repeat(relid))
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("table \"%s\" has no unique index on column \"id\"",
+						get_rel_name(relid)),
+				 errdetail("Deliveries are recorded by id: no two rows may have the same."),
+				 errhint("Add a primary key or a valid, not deferrable UNIQUE index on (id).")));
+	if (!has_id_index(relid, false))
 		ereport(ERROR,
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 				 errmsg("table \"%s\" has no index that begins with column \"id\"",
 						get_rel_name(relid)),
-				 errhint("Add a primary key: (id), or (id, partition key) of a partitioned table.")));
+				 errhint("Add a primary key on (id, partition key).")));
 }
 
 static const char *const trigger_ddl[] = {
@@ -267,7 +318,8 @@ static const char *const trigger_ddl[] = {
 	" FOR EACH ROW EXECUTE FUNCTION aibilling.price_usage()",
 	"CREATE TRIGGER zz_aibilling_enqueue AFTER INSERT ON %s"
 	" FOR EACH ROW EXECUTE FUNCTION aibilling.enqueue_usage()",
-	"CREATE TRIGGER zz_aibilling_guard BEFORE DELETE ON %s"
+	/* after: a row that moves to another partition is there again by then */
+	"CREATE TRIGGER zz_aibilling_guard AFTER DELETE ON %s"
 	" FOR EACH ROW EXECUTE FUNCTION aibilling.guard_usage()",
 	"CREATE TRIGGER zz_aibilling_truncate BEFORE TRUNCATE ON %s"
 	" FOR EACH STATEMENT EXECUTE FUNCTION aibilling.truncate_usage()"
@@ -298,6 +350,7 @@ enqueue_existing(Oid relid)
 	MemoryContext context = CurrentMemoryContext;
 	Portal		cursor;
 	UsageTable *table = abp_attached_table(relid);
+	IdSet		known;
 	SavedUser	saved;
 
 	abp_become_table_owner(table, &saved);
@@ -335,32 +388,17 @@ enqueue_existing(Oid relid)
 	SPI_finish();
 	abp_restore_user(&saved);
 
-	/* Without those that the ledger or the outbox knows. */
+	/* Without those that the outbox or the ledger knows. */
+	for (int i = 0; i < NUM_OUTBOX_STATES; i++)
 	{
-		Oid			argtypes[1] = {REGCLASSOID};
-		Datum		args[1] = {ObjectIdGetDatum(relid)};
+		IdSet		known = abp_outbox_peek(relid, abp_outbox_states[i], PG_INT64_MAX);
 
-		abp_become_extension_owner(&saved);
-		SPI_connect();
-		SPI_execute_with_args("SELECT usage_ids FROM aibilling.delivery"
-							  " WHERE usage_table = $1 AND state IN ('sending', 'delivered')"
-							  " UNION ALL SELECT coalesce(ids, int8multirange(int8range(first, last, '[]')))"
-							  " FROM aibilling.outbox_entry WHERE usage_table = $1",
-							  1, argtypes, args, NULL, false, 0);
-		for (uint64 i = 0; i < SPI_processed; i++)
-		{
-			bool		isnull;
-			IdSet		known = abp_idset_from_multirange(SPI_getbinval(SPI_tuptable->vals[i],
-																		SPI_tuptable->tupdesc, 1, &isnull));
-			MemoryContext old = MemoryContextSwitchTo(context);
-
-			priced.ids = abp_idset_subtract(&priced.ids, &known);
-			unpriced.ids = abp_idset_subtract(&unpriced.ids, &known);
-			MemoryContextSwitchTo(old);
-		}
-		SPI_finish();
-		abp_restore_user(&saved);
+		priced.ids = abp_idset_subtract(&priced.ids, &known);
+		unpriced.ids = abp_idset_subtract(&unpriced.ids, &known);
 	}
+	known = abp_ledger_ids(relid, table->ledger_from);
+	priced.ids = abp_idset_subtract(&priced.ids, &known);
+	unpriced.ids = abp_idset_subtract(&unpriced.ids, &known);
 	abp_outbox_put(&priced, 1);
 	abp_outbox_put(&unpriced, 1);
 }
@@ -409,7 +447,7 @@ attach_table(Oid relid, const char *server, const char *existing)
 	args[2] = ObjectIdGetDatum(foreign->serverid);
 	abp_become_extension_owner(&saved);
 	SPI_connect();
-	SPI_execute_with_args("INSERT INTO aibilling.usage_table (usage, server, serverid)"
+	SPI_execute_with_args("INSERT INTO aibilling.attachment (usage, server, serverid)"
 						  " VALUES ($1, $2, $3)"
 						  " ON CONFLICT (usage) DO UPDATE SET server = excluded.server,"
 						  " serverid = excluded.serverid,"
@@ -421,7 +459,7 @@ attach_table(Oid relid, const char *server, const char *existing)
 	abp_database_arm(true);
 	if (strcmp(existing, "send") == 0)
 		enqueue_existing(relid);
-	CacheInvalidateRelcacheByRelid(abp_extension_relation("usage_table"));
+	CacheInvalidateRelcacheByRelid(abp_extension_relation("attachment"));
 	abp_wake_at_commit();
 }
 
@@ -455,7 +493,8 @@ abp_sql_detach(PG_FUNCTION_ARGS)
 				 errhint("Use 'refuse' or 'discard'.")));
 	abp_check_table_owner(relid);
 	(void) abp_attached_table(relid);
-	LockRelationOid(relid, ShareRowExclusiveLock);
+	/* against those who change rows, and the shipper: what is asked stays so */
+	LockRelationOid(relid, AccessExclusiveLock);
 	abp_check_table_owner(relid);	/* it may have changed hands meanwhile */
 
 	if (abp_ledger_sending(relid))
@@ -478,7 +517,7 @@ abp_sql_detach(PG_FUNCTION_ARGS)
 	AtEOXact_GUC(false, guc_level);
 
 	abp_usage_table_forget(relid);
-	CacheInvalidateRelcacheByRelid(abp_extension_relation("usage_table"));
+	CacheInvalidateRelcacheByRelid(abp_extension_relation("attachment"));
 	PG_RETURN_VOID();
 }
 
@@ -532,11 +571,13 @@ abp_sql_on_sql_drop(PG_FUNCTION_ARGS)
 	{
 		Oid			relid = lfirst_oid(lc);
 		Oid			serverid;
+		int64		ledger_from;
 		int64		count;
 
-		if (!abp_usage_table_attached(relid, &serverid))
+		if (!abp_usage_table_attached(relid, &serverid, &ledger_from))
 			continue;
 		count = abp_outbox_discard(relid);
+		abp_collect_truncated(relid);
 		abp_usage_table_forget(relid);
 		if (count > 0)
 			ereport(WARNING,
@@ -579,5 +620,79 @@ abp_sql_on_server_ddl(PG_FUNCTION_ARGS)
 		strcmp(GetCommandTagName(((EventTriggerData *) fcinfo->context)->tag), "ALTER SERVER") == 0)
 		abp_usage_tables_follow_servers();
 	abp_wake_at_commit();
+	PG_RETURN_NULL();
+}
+
+/*
+ * Rows of a usage table that were gone when they were to be sent, and are there
+ * again with their partition: put them back into the outbox.
+ */
+static void
+requeue_returned(Oid relid, int64 ledger_from)
+{
+	ListCell   *lc;
+
+	foreach(lc, abp_ledger_vanished(relid, ledger_from))
+	{
+		Delivery   *delivery = lfirst(lc);
+		OutboxEntry entry = {
+			.usage_table = relid,
+			.state = OUTBOX_READY,
+			.outcome_unknown = delivery->outcome_unknown,
+			.ids = abp_usage_existing(relid, &delivery->vanished_ids)
+		};
+
+		if (entry.ids.nranges == 0)
+			continue;
+		abp_outbox_put(&entry, 1);
+		abp_ledger_returned(delivery, &entry.ids);
+		abp_wake_at_commit();
+	}
+}
+
+/*
+ * ddl_command_end of ALTER TABLE: a partition may have been attached again.
+ */
+Datum
+abp_sql_on_table_ddl(PG_FUNCTION_ARGS)
+{
+	List	   *altered = NIL;
+	ListCell   *lc;
+	MemoryContext caller = CurrentMemoryContext;
+
+	if (!CALLED_AS_EVENT_TRIGGER(fcinfo))
+		ereport(ERROR,
+				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
+				 errmsg("function \"aibilling.on_table_ddl\" can only be called as an event trigger")));
+	if (!abp_extension_installed())
+		PG_RETURN_NULL();
+
+	SPI_connect();
+	SPI_execute("SELECT objid FROM pg_catalog.pg_event_trigger_ddl_commands()"
+				" WHERE object_type OPERATOR(pg_catalog.=) 'table'", true, 0);
+	for (uint64 i = 0; i < SPI_processed; i++)
+	{
+		bool		isnull;
+		Oid			relid = DatumGetObjectId(SPI_getbinval(SPI_tuptable->vals[i],
+														   SPI_tuptable->tupdesc, 1, &isnull));
+		MemoryContext old = MemoryContextSwitchTo(caller);
+
+		altered = lappend_oid(altered, relid);
+		MemoryContextSwitchTo(old);
+	}
+	SPI_finish();
+
+	foreach(lc, altered)
+	{
+		Oid			relid = lfirst_oid(lc);
+		Oid			serverid;
+		int64		ledger_from;
+
+		if (get_rel_relispartition(relid))
+			relid = llast_oid(get_partition_ancestors(relid));
+		if (get_rel_relkind(relid) == RELKIND_PARTITIONED_TABLE &&
+			abp_usage_table_attached(relid, &serverid, &ledger_from))
+			requeue_returned(relid, ledger_from);
+	}
 	PG_RETURN_NULL();
 }

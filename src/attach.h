@@ -14,5 +14,6 @@
 
 extern void abp_check_table_owner(Oid relid);
 extern UsageTable *abp_attached_table(Oid relid);
+extern bool abp_ids_may_repeat(Oid relid);
 
 #endif							/* ABP_ATTACH_H */

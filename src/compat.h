@@ -105,6 +105,15 @@
 	(pg_proc_aclcheck((funcid), (roleid), ACL_EXECUTE) == ACLCHECK_OK)
 #endif
 
+/* 18 can count an index scan's searches. */
+#if PG_VERSION_NUM >= 180000
+#define abp_index_beginscan(rel, index, snapshot, nkeys) \
+	index_beginscan((rel), (index), (snapshot), NULL, (nkeys), 0)
+#else
+#define abp_index_beginscan(rel, index, snapshot, nkeys) \
+	index_beginscan((rel), (index), (snapshot), (nkeys), 0)
+#endif
+
 /* A JSON parser's actions may end the parse from 16 on; before, they are void. */
 #if PG_VERSION_NUM >= 160000
 #define ABP_JSON_ACTION JsonParseErrorType

@@ -63,6 +63,49 @@ abp_idset_add(IdSet *set, int64 first, int64 last, MemoryContext context)
 }
 
 /*
+ * Add the ids of another set to one that lives in "context".
+ */
+void
+abp_idset_add_set(IdSet *set, const IdSet *other, MemoryContext context)
+{
+	for (int i = 0; i < other->nranges; i++)
+		abp_idset_add(set, other->ranges[i].first, other->ranges[i].last, context);
+}
+
+/*
+ * A copy of a set, in the current memory context.
+ */
+IdSet
+abp_idset_copy(const IdSet *set)
+{
+	IdSet		copy = {0};
+
+	abp_idset_add_set(&copy, set, CurrentMemoryContext);
+	return copy;
+}
+
+/*
+ * Take all ids out of a set; its memory is kept for others.
+ */
+void
+abp_idset_clear(IdSet *set)
+{
+	set->nranges = 0;
+	set->unsorted = false;
+}
+
+/*
+ * Make a set the empty one and free its memory.
+ */
+void
+abp_idset_free(IdSet *set)
+{
+	if (set->ranges != NULL)
+		pfree(set->ranges);
+	memset(set, 0, sizeof(*set));
+}
+
+/*
  * Bring a set's ranges in order and merge those that touch.
  */
 void
@@ -88,29 +131,54 @@ abp_idset_sort(IdSet *set)
 	set->unsorted = false;
 }
 
+/* The first range of a set, in order, that does not end below an id. */
+static int
+first_range_from(const IdSet *set, int64 id)
+{
+	int			low = 0;
+	int			high = set->nranges;
+
+	while (low < high)
+	{
+		int			mid = low + (high - low) / 2;
+
+		if (set->ranges[mid].last < id)
+			low = mid + 1;
+		else
+			high = mid;
+	}
+	return low;
+}
+
 /*
  * Is an id in the set?
  */
 bool
 abp_idset_contains(IdSet *set, int64 id)
 {
-	int			low = 0;
-	int			high;
+	int			range;
 
 	abp_idset_sort(set);
-	high = set->nranges - 1;
-	while (low <= high)
-	{
-		int			mid = low + (high - low) / 2;
+	range = first_range_from(set, id);
+	return range < set->nranges && set->ranges[range].first <= id;
+}
 
-		if (id < set->ranges[mid].first)
-			high = mid - 1;
-		else if (id > set->ranges[mid].last)
-			low = mid + 1;
-		else
-			return true;
+/*
+ * How many ids of a set, in order, are below one of its ids?  -1 if that is
+ * not in it.
+ */
+int64
+abp_idset_rank(const IdSet *set, int64 id)
+{
+	int64		rank = 0;
+
+	for (int i = 0; i < set->nranges && set->ranges[i].first <= id; i++)
+	{
+		if (id <= set->ranges[i].last)
+			return rank + (id - set->ranges[i].first);
+		rank += set->ranges[i].last - set->ranges[i].first + 1;
 	}
-	return false;
+	return -1;
 }
 
 /*
@@ -134,11 +202,13 @@ IdSet
 abp_idset_subtract(IdSet *set, IdSet *other)
 {
 	IdSet		result = {0};
-	int			o = 0;
+	int			o;
 
 	abp_idset_sort(set);
 	abp_idset_sort(other);
 
+	/* Only what is near: "other" may be much larger. */
+	o = set->nranges > 0 ? first_range_from(other, set->ranges[0].first) : 0;
 	for (int i = 0; i < set->nranges; i++)
 	{
 		int64		first = set->ranges[i].first;
@@ -160,6 +230,19 @@ abp_idset_subtract(IdSet *set, IdSet *other)
 		if (left)
 			abp_idset_add(&result, first, last, CurrentMemoryContext);
 	}
+	return result;
+}
+
+/*
+ * The ids of "set" that are in "other", too, in the current memory context.
+ */
+IdSet
+abp_idset_intersect(IdSet *set, IdSet *other)
+{
+	IdSet		without = abp_idset_subtract(set, other);
+	IdSet		result = abp_idset_subtract(set, &without);
+
+	abp_idset_free(&without);
 	return result;
 }
 

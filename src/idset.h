@@ -30,10 +30,16 @@ typedef struct IdSet
 
 extern void abp_idset_add(IdSet *set, int64 first, int64 last,
 						  MemoryContext context);
+extern void abp_idset_add_set(IdSet *set, const IdSet *other, MemoryContext context);
+extern IdSet abp_idset_copy(const IdSet *set);
+extern void abp_idset_clear(IdSet *set);
+extern void abp_idset_free(IdSet *set);
 extern void abp_idset_sort(IdSet *set);
 extern bool abp_idset_contains(IdSet *set, int64 id);
 extern int64 abp_idset_count(IdSet *set);
+extern int64 abp_idset_rank(const IdSet *set, int64 id);
 extern IdSet abp_idset_subtract(IdSet *set, IdSet *other);
+extern IdSet abp_idset_intersect(IdSet *set, IdSet *other);
 extern IdSet abp_idset_split(IdSet *set, int64 count);
 extern Datum abp_idset_to_multirange(IdSet *set);
 extern IdSet abp_idset_from_multirange(Datum multirange);

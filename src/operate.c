@@ -23,6 +23,7 @@
 #include "utils/timestamp.h"
 
 #include "attach.h"
+#include "collect.h"
 #include "compat.h"
 #include "outbox.h"
 #include "polar.h"
@@ -296,6 +297,27 @@ abp_sql_resume(PG_FUNCTION_ARGS)
 }
 
 /*
+ * Of a table's rejected ids, those whose rows we can lock, or that have no row:
+ * an UPDATE that is under way decides itself what becomes of its row.
+ */
+static IdSet
+retriable(const UsageTable *table, IdSet *only)
+{
+	IdSet		ids = abp_outbox_peek(table->relid, OUTBOX_REJECTED, PG_INT64_MAX);
+	IdSet		own = abp_collect_changes(table->relid);
+	IdSet		visible;
+	IdSet		locked;
+
+	if (only != NULL)
+		ids = abp_idset_intersect(&ids, only);
+	ids = abp_idset_subtract(&ids, &own);
+	locked = abp_usage_lock(table, &ids);
+	visible = abp_usage_visible(table, &ids);
+	visible = abp_idset_subtract(&visible, &locked);
+	return abp_idset_subtract(&ids, &visible);
+}
+
+/*
  * aibilling.retry(usage, ids): send rejected rows again.  Returns how many.
  */
 Datum
@@ -303,13 +325,15 @@ abp_sql_retry(PG_FUNCTION_ARGS)
 {
 	Oid			relid;
 	IdSet		only = {0};
+	IdSet		ids;
+	UsageTable *table;
 	int64		count;
 
 	if (PG_ARGISNULL(0))
 		PG_RETURN_NULL();
 	relid = PG_GETARG_OID(0);
 	abp_check_table_owner(relid);
-	(void) abp_attached_table(relid);
+	table = abp_attached_table(relid);
 
 	if (!PG_ARGISNULL(1))
 	{
@@ -326,7 +350,8 @@ abp_sql_retry(PG_FUNCTION_ARGS)
 							  CurrentMemoryContext);
 		}
 	}
-	count = abp_outbox_retry(relid, PG_ARGISNULL(1) ? NULL : &only);
+	ids = retriable(table, PG_ARGISNULL(1) ? NULL : &only);
+	count = abp_outbox_make_ready(relid, OUTBOX_REJECTED, &ids);
 	abp_wake_at_commit();
 	PG_RETURN_INT64(count);
 }
@@ -354,7 +379,7 @@ abp_sql_arm(PG_FUNCTION_ARGS)
 
 typedef struct Repricing
 {
-	Oid			relid;
+	const UsageTable *table;
 	bool		dry_run;
 	IdSet		changed;
 	int64		kept;			/* rows that cannot be repriced */
@@ -369,7 +394,6 @@ reprice_row(const UsageRow *row, Jsonb *whole, void *arg)
 	Repricing  *repricing = arg;
 	PricedCost	cost;
 	RowPlace	place;
-	char		state = 0;
 	Datum		values[6];
 	bool		nulls[6] = {false};
 	const char *place_name;
@@ -385,22 +409,26 @@ reprice_row(const UsageRow *row, Jsonb *whole, void *arg)
 										   NumericGetDatum(row->cost_cents))))))
 		return true;
 
-	place = abp_outbox_find(repricing->relid, row->id, false, &state);
+	if (!abp_collect_find(repricing->table->relid, row->id, &place))
+		abp_outbox_find(repricing->table->relid, row->id, repricing->table->ledger_from, &place);
 	if (!possible)
 	{
 		/* The outbox tells of a row that has never had a cost. */
-		if (!row->has_cost_nanos && place == ROW_IN_OUTBOX && state == OUTBOX_REJECTED)
+		if (!row->has_cost_nanos && place.where == ROW_IN_OUTBOX && place.state == OUTBOX_REJECTED)
 			return true;
 		if (repricing->kept++ < MAX_KEPT_NAMED)
 			appendStringInfo(&repricing->kept_names, "%sRow " INT64_FORMAT ": %s.",
 							 repricing->kept > 1 ? "\n" : "", row->id, problem);
 	}
-	may_change = possible && (place == ROW_IN_OUTBOX || place == ROW_NOT_SENT);
-	place_name = place == ROW_SENDING ? "sending" :
-		place == ROW_DELIVERED ? "delivered" :
-		place == ROW_NOT_SENT ? "not_sent" :
-		state == OUTBOX_UNPRICED ? "unpriced" :
-		state == OUTBOX_REJECTED ? "rejected" : "pending";
+	may_change = possible &&
+		(place.where == ROW_NOT_SENT ||
+		 (place.where == ROW_IN_OUTBOX && !place.outcome_unknown &&
+		  !abp_ledger_has(repricing->table->relid, row->id, repricing->table->ledger_from)));
+	place_name = place.where == ROW_SENDING ? "sending" :
+		place.where == ROW_DELIVERED ? "delivered" :
+		place.where == ROW_NOT_SENT ? "not_sent" :
+		place.state == OUTBOX_UNPRICED ? "unpriced" :
+		place.state == OUTBOX_REJECTED ? "rejected" : "pending";
 
 	values[0] = Int64GetDatum(row->id);
 	values[1] = CStringGetTextDatum(place_name);
@@ -433,7 +461,8 @@ reprice_row(const UsageRow *row, Jsonb *whole, void *arg)
 Datum
 abp_sql_reprice(PG_FUNCTION_ARGS)
 {
-	Repricing	repricing = {PG_GETARG_OID(0), PG_GETARG_BOOL(3)};
+	Repricing	repricing = {NULL, PG_GETARG_BOOL(3)};
+	IdSet		own;
 	Oid			argtypes[2] = {TIMESTAMPTZOID, TIMESTAMPTZOID};
 	Datum		args[2] = {PG_GETARG_DATUM(1), PG_GETARG_DATUM(2)};
 	UsageTable *table;
@@ -441,8 +470,9 @@ abp_sql_reprice(PG_FUNCTION_ARGS)
 	SavedUser	saved;
 
 	InitMaterializedSRF(fcinfo, 0);
-	abp_check_table_owner(repricing.relid);
-	table = abp_attached_table(repricing.relid);
+	abp_check_table_owner(PG_GETARG_OID(0));
+	table = abp_attached_table(PG_GETARG_OID(0));
+	repricing.table = table;
 	repricing.result = (ReturnSetInfo *) fcinfo->resultinfo;
 	repricing.context = CurrentMemoryContext;
 	initStringInfo(&repricing.kept_names);
@@ -480,7 +510,9 @@ abp_sql_reprice(PG_FUNCTION_ARGS)
 	if (repricing.changed.nranges > 0)
 	{
 		abp_usage_price_again(table, &repricing.changed);
-		abp_outbox_release(table->relid, &repricing.changed);
+		own = abp_collect_changes(table->relid);
+		repricing.changed = abp_idset_subtract(&repricing.changed, &own);
+		(void) abp_outbox_make_ready(table->relid, OUTBOX_UNPRICED, &repricing.changed);
 		abp_wake_at_commit();
 	}
 	if (repricing.kept > 0)

@@ -3,9 +3,17 @@
  * outbox.c
  *	  The outbox, the ledger and the usage rows: all their SQL.
  *
- * The outbox holds entries of ids in one state.  No entry crosses a multiple
- * of OUTBOX_BLOCK, so that the entry of a given id is found by looking at the
- * entries that begin in the id's block, through the table's only index.
+ * The outbox holds entries of ids in one state.  An entry of one id has it as
+ * its key; one of several ids, which all lie in the same block of OUTBOX_BLOCK
+ * ids, has the block's first id.  So the entries of a given id are found under
+ * two keys, however much else waits.
+ *
+ * An UPDATE or DELETE of a usage row takes its id out of an entry by another
+ * entry, a removal, whose state is the capital letter: what is left is the
+ * entries less the removals, each id as often as it stands there.  So nobody
+ * but the shipper changes an entry, and statements on different rows never
+ * wait for each other.  The shipper brings entries and removals together.
+ *
  * Entries are inserted and taken through the table's access method, without
  * SQL: both happen for every batch, the first inside users' transactions.
  * So is read what a new session asks first, attachments and the ledger's
@@ -19,6 +27,7 @@
 #include "access/heapam.h"
 #include "access/table.h"
 #include "access/tableam.h"
+#include "access/transam.h"
 #include "access/xact.h"
 #include "access/xlog.h"
 #include "catalog/namespace.h"
@@ -29,6 +38,9 @@
 #include "executor/spi.h"
 #include "foreign/foreign.h"
 #include "miscadmin.h"
+#include "storage/bufmgr.h"
+#include "storage/lmgr.h"
+#include "storage/procarray.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
 #include "utils/fmgroids.h"
@@ -39,10 +51,12 @@
 #include "utils/memutils.h"
 #include "utils/multirangetypes.h"
 #include "utils/portal.h"
+#include "utils/rangetypes.h"
 #include "utils/rel.h"
 #include "utils/snapmgr.h"
 #include "utils/syscache.h"
 #include "utils/timestamp.h"
+#include "utils/typcache.h"
 
 #include "compat.h"
 #include "outbox.h"
@@ -66,30 +80,30 @@
 #define Anum_entry_usage_table 1
 #define Anum_entry_state 2
 #define Anum_entry_attempts 3
-#define Anum_entry_maybe_sent 4
+#define Anum_entry_outcome_unknown 4
 #define Anum_entry_not_before 5
-#define Anum_entry_first 6
-#define Anum_entry_last 7
-#define Anum_entry_ids 8
-#define Anum_entry_error 9
-#define Natts_entry 9
+#define Anum_entry_id 6
+#define Anum_entry_ids 7
+#define Anum_entry_error 8
+#define Natts_entry 8
 
-/* The columns up to "last" as they lie in a tuple: fixed lengths, no NULLs. */
+/* The columns up to "id" as they lie in a tuple: fixed lengths, no NULLs. */
 typedef struct EntryForm
 {
 	Oid			usage_table;
 	char		state;
 	int32		attempts;
-	bool		maybe_sent;
+	bool		outcome_unknown;
 	TimestampTz not_before;
-	int64		first;
-	int64		last;
+	int64		id;
 } EntryForm;
 
 #define ENTRY_FORM(tuple) ((const EntryForm *) GETSTRUCT(tuple))
 
-/* columns of aibilling.delivery that are read without SQL */
+/* columns of aibilling.ledger that are read without SQL */
 #define Anum_delivery_id 1
+#define Anum_delivery_usage_table 3
+#define Anum_delivery_usage_ids 4
 #define Anum_delivery_events 5
 #define Anum_delivery_state 7
 #define Anum_delivery_duplicates 11
@@ -120,7 +134,7 @@ typedef struct DeliveryTotalForm
 	int64		vanished;
 } DeliveryTotalForm;
 
-/* The columns up to "serverid" of aibilling.usage_table, as they lie in a tuple. */
+/* The columns up to "serverid" of aibilling.attachment, as they lie in a tuple. */
 typedef struct AttachmentForm
 {
 	Oid			usage;
@@ -130,10 +144,12 @@ typedef struct AttachmentForm
 
 #define ATTACHMENT_FORM(tuple) ((const AttachmentForm *) GETSTRUCT(tuple))
 
-/* columns of aibilling.usage_table */
+/* columns of aibilling.attachment */
 #define Anum_attachment_usage 1
 #define Anum_attachment_blocked_until 5
 #define Anum_attachment_blocked_reason 6
+#define Anum_attachment_ledger_from 7
+#define Anum_attachment_not_queued 8
 
 /* columns of aibilling.server_state */
 #define Anum_state_server 1
@@ -365,11 +381,20 @@ error_text(const char *error)
 
 /* --- the outbox ----------------------------------------------------------- */
 
+#define STATE_OF_REMOVAL(state) ((char) ((state) - 'A' + 'a'))
+
+const char	abp_outbox_states[NUM_OUTBOX_STATES] = {
+	OUTBOX_READY, OUTBOX_WAITING, OUTBOX_UNPRICED, OUTBOX_REJECTED
+};
+
+#define BLOCK_OF(id) ((id) & ~((int64) OUTBOX_BLOCK - 1))
+
 /* Where entries are written. */
 typedef struct EntryWriter
 {
 	Relation	rel;
 	Relation	index;			/* NULL: not as we have created them */
+	Relation	waiting;		/* opened for the first entry that waits */
 } EntryWriter;
 
 /* Does an index hold plain columns of every tuple? */
@@ -381,15 +406,24 @@ is_plain_index(Relation index)
 		heap_attisnull(index->rd_indextuple, Anum_pg_index_indpred, NULL);
 }
 
+/* The two indexes that we have created, in this order, and no other? */
+static bool
+indexes_are_ours(List *indexes)
+{
+	const char *second = list_length(indexes) == 2 ? get_rel_name(lsecond_oid(indexes)) : NULL;
+
+	return second != NULL && strcmp(second, "outbox_entry_waiting") == 0;
+}
+
 static void
 open_writer(EntryWriter *writer, Oid relid)
 {
 	List	   *indexes;
 
 	writer->rel = table_open(relid, RowExclusiveLock);
-	writer->index = NULL;
+	writer->index = writer->waiting = NULL;
 	indexes = RelationGetIndexList(writer->rel);
-	if (list_length(indexes) == 1)
+	if (indexes_are_ours(indexes))
 	{
 		writer->index = index_open(linitial_oid(indexes), RowExclusiveLock);
 		if (!is_plain_index(writer->index))
@@ -404,6 +438,8 @@ open_writer(EntryWriter *writer, Oid relid)
 static void
 close_writer(EntryWriter *writer)
 {
+	if (writer->waiting != NULL)
+		index_close(writer->waiting, NoLock);
 	if (writer->index != NULL)
 		index_close(writer->index, NoLock);
 	table_close(writer->rel, NoLock);
@@ -429,6 +465,19 @@ insert_generally(Relation rel, HeapTuple tuple)
 	PopActiveSnapshot();
 }
 
+/* Enter a tuple that is in the table into one of our indexes. */
+static void
+insert_into_index(Relation rel, Relation index, HeapTuple tuple, const Datum *values)
+{
+	Form_pg_index form = index->rd_index;
+	Datum		key[INDEX_MAX_KEYS];
+	bool		nulls[INDEX_MAX_KEYS] = {false};
+
+	for (int i = 0; i < form->indnatts; i++)
+		key[i] = values[form->indkey.values[i] - 1];
+	index_insert(index, key, nulls, &tuple->t_self, rel, UNIQUE_CHECK_NO, false, NULL);
+}
+
 /*
  * Write one entry: nearly every commit of a usage row does, so without what
  * the executor would look up of indexes in general.
@@ -440,6 +489,8 @@ write_entry(EntryWriter *writer, const OutboxEntry *entry, IdSet *ids)
 	Datum		values[MaxHeapAttributeNumber];
 	bool		nulls[MaxHeapAttributeNumber];
 	HeapTuple	tuple;
+	int64		first = ids->ranges[0].first;
+	bool		single = ids->nranges == 1 && first == ids->ranges[0].last;
 
 	/* beyond ours are the columns that a superuser has added */
 	for (int i = 0; i < desc->natts; i++)
@@ -448,34 +499,31 @@ write_entry(EntryWriter *writer, const OutboxEntry *entry, IdSet *ids)
 	values[Anum_entry_usage_table - 1] = ObjectIdGetDatum(entry->usage_table);
 	values[Anum_entry_state - 1] = CharGetDatum(entry->state);
 	values[Anum_entry_attempts - 1] = Int32GetDatum(entry->attempts);
-	values[Anum_entry_maybe_sent - 1] = BoolGetDatum(entry->maybe_sent);
+	values[Anum_entry_outcome_unknown - 1] = BoolGetDatum(entry->outcome_unknown);
 	values[Anum_entry_not_before - 1] =
 		TimestampTzGetDatum(entry->state == OUTBOX_WAITING ? entry->not_before : DT_NOBEGIN);
-	values[Anum_entry_first - 1] = Int64GetDatum(ids->ranges[0].first);
-	values[Anum_entry_last - 1] = Int64GetDatum(ids->ranges[ids->nranges - 1].last);
-	if (ids->nranges > 1)
+	values[Anum_entry_id - 1] = Int64GetDatum(single ? first : BLOCK_OF(first));
+	nulls[Anum_entry_ids - 1] = single;
+	if (!single)
 		values[Anum_entry_ids - 1] = abp_idset_to_multirange(ids);
-	else
-		nulls[Anum_entry_ids - 1] = true;
+	nulls[Anum_entry_error - 1] = entry->error == NULL;
 	if (entry->error != NULL)
 		values[Anum_entry_error - 1] = PointerGetDatum(error_text(entry->error));
-	else
-		nulls[Anum_entry_error - 1] = true;
 
 	tuple = heap_form_tuple(desc, values, nulls);
 	if (writer->index == NULL)
 		insert_generally(writer->rel, tuple);
 	else
 	{
-		Form_pg_index index = writer->index->rd_index;
-		Datum		key[INDEX_MAX_KEYS];
-		bool		key_nulls[INDEX_MAX_KEYS] = {false};
-
-		for (int i = 0; i < index->indnatts; i++)
-			key[i] = values[index->indkey.values[i] - 1];
 		simple_heap_insert(writer->rel, tuple);
-		index_insert(writer->index, key, key_nulls, &tuple->t_self, writer->rel,
-					 UNIQUE_CHECK_NO, false, NULL);
+		insert_into_index(writer->rel, writer->index, tuple, values);
+		if (entry->state == OUTBOX_WAITING)
+		{
+			if (writer->waiting == NULL)
+				writer->waiting = index_open(needed_relation("outbox_entry_waiting"),
+											 RowExclusiveLock);
+			insert_into_index(writer->rel, writer->waiting, tuple, values);
+		}
 	}
 	heap_freetuple(tuple);
 }
@@ -505,7 +553,7 @@ put_entries(Oid relid, OutboxEntry *entries, int nentries)
 
 			for (;;)
 			{
-				int64		this_block = first & ~((int64) OUTBOX_BLOCK - 1);
+				int64		this_block = BLOCK_OF(first);
 				int64		end = Min(last, this_block + (OUTBOX_BLOCK - 1));
 
 				CHECK_FOR_INTERRUPTS();
@@ -513,7 +561,7 @@ put_entries(Oid relid, OutboxEntry *entries, int nentries)
 				if (block.nranges > 0 && this_block != block_of)
 				{
 					write_entry(&writer, &entries[i], &block);
-					block.nranges = 0;
+					abp_idset_clear(&block);
 				}
 				block_of = this_block;
 				abp_idset_add(&block, first, end, context);
@@ -524,6 +572,7 @@ put_entries(Oid relid, OutboxEntry *entries, int nentries)
 		}
 		if (block.nranges > 0)
 			write_entry(&writer, &entries[i], &block);
+		abp_idset_free(&block);
 	}
 	close_writer(&writer);
 	MemoryContextSwitchTo(old);
@@ -559,6 +608,21 @@ abp_outbox_put_at_commit(OutboxEntry *entries, int nentries)
 	return true;
 }
 
+/* The ids of an entry's tuple, in the current memory context. */
+static IdSet
+read_entry_ids(HeapTuple tuple, TupleDesc desc)
+{
+	IdSet		ids = {0};
+	bool		isnull;
+	Datum		value = heap_getattr(tuple, Anum_entry_ids, desc, &isnull);
+
+	if (isnull)
+		abp_idset_add(&ids, ENTRY_FORM(tuple)->id, ENTRY_FORM(tuple)->id, CurrentMemoryContext);
+	else
+		ids = abp_idset_from_multirange(value);
+	return ids;
+}
+
 /* All of an entry's tuple, in the current memory context. */
 static OutboxEntry
 read_entry(HeapTuple tuple, TupleDesc desc)
@@ -568,22 +632,30 @@ read_entry(HeapTuple tuple, TupleDesc desc)
 		.usage_table = form->usage_table,
 		.state = form->state,
 		.attempts = form->attempts,
-		.maybe_sent = form->maybe_sent,
-		.not_before = form->not_before
+		.outcome_unknown = form->outcome_unknown,
+		.not_before = form->not_before,
+		.ids = read_entry_ids(tuple, desc)
 	};
 	bool		isnull;
-	Datum		value;
+	Datum		value = heap_getattr(tuple, Anum_entry_error, desc, &isnull);
 
-	value = heap_getattr(tuple, Anum_entry_ids, desc, &isnull);
-	if (isnull)
-		abp_idset_add(&entry.ids, form->first, form->last, CurrentMemoryContext);
-	else
-		entry.ids = abp_idset_from_multirange(value);
-
-	value = heap_getattr(tuple, Anum_entry_error, desc, &isnull);
 	if (!isnull)
 		entry.error = TextDatumGetCString(value);
 	return entry;
+}
+
+static bool
+entry_holds(HeapTuple tuple, TupleDesc desc, int64 id)
+{
+	bool		isnull;
+	Datum		ids = heap_getattr(tuple, Anum_entry_ids, desc, &isnull);
+	TypeCacheEntry *type;
+
+	if (isnull)
+		return ENTRY_FORM(tuple)->id == id;
+	type = lookup_type_cache(INT8MULTIRANGEOID, TYPECACHE_MULTIRANGE_INFO);
+	return multirange_contains_elem_internal(type->rngtype, DatumGetMultirangeTypeP(ids),
+											 Int64GetDatum(id));
 }
 
 /* A scan of one of the extension's tables, in the order of an index. */
@@ -595,13 +667,19 @@ typedef struct OrderedScan
 } OrderedScan;
 
 static void
-begin_ordered_scan(OrderedScan *scan, const char *table, const char *index,
-				   int nkeys, ScanKey keys, LOCKMODE lockmode)
+begin_ordered_scan_as_of(OrderedScan *scan, const char *table, const char *index,
+						 int nkeys, ScanKey keys, LOCKMODE lockmode, Snapshot snapshot)
 {
 	scan->rel = table_open(needed_relation(table), lockmode);
 	scan->index = index_open(needed_relation(index), lockmode);
-	scan->scan = systable_beginscan_ordered(scan->rel, scan->index,
-											GetActiveSnapshot(), nkeys, keys);
+	scan->scan = systable_beginscan_ordered(scan->rel, scan->index, snapshot, nkeys, keys);
+}
+
+static void
+begin_ordered_scan(OrderedScan *scan, const char *table, const char *index,
+				   int nkeys, ScanKey keys, LOCKMODE lockmode)
+{
+	begin_ordered_scan_as_of(scan, table, index, nkeys, keys, lockmode, GetActiveSnapshot());
 }
 
 static void
@@ -612,7 +690,18 @@ end_ordered_scan(OrderedScan *scan)
 	table_close(scan->rel, NoLock);
 }
 
-/* Begin a scan over the entries of one table and state. */
+static HeapTuple
+next_ordered(OrderedScan *scan)
+{
+	CHECK_FOR_INTERRUPTS();
+	return systable_getnext_ordered(scan->scan, ForwardScanDirection);
+}
+
+/*
+ * Begin a scan, by the active snapshot, over the entries of one table and
+ * state: those due by "until" where they wait for a time, else from from_id's
+ * block on.
+ */
 static void
 begin_entry_scan(OrderedScan *scan, Oid usage_table, char state, int64 from_id,
 				 TimestampTz until, LOCKMODE lockmode)
@@ -631,26 +720,392 @@ begin_entry_scan(OrderedScan *scan, Oid usage_table, char state, int64 from_id,
 	{
 		ScanKeyInit(&keys[2], Anum_entry_not_before, BTEqualStrategyNumber,
 					F_TIMESTAMPTZ_EQ, TimestampTzGetDatum(DT_NOBEGIN));
-		ScanKeyInit(&keys[3], Anum_entry_first, BTGreaterEqualStrategyNumber,
-					F_INT8GE, Int64GetDatum(from_id));
+		ScanKeyInit(&keys[3], Anum_entry_id, BTGreaterEqualStrategyNumber,
+					F_INT8GE, Int64GetDatum(BLOCK_OF(from_id)));
 		nkeys = 4;
 	}
 	begin_ordered_scan(scan, "outbox_entry", "outbox_entry_key", nkeys, keys, lockmode);
 }
 
+/* Begin a scan over the entries of one table and state with this key. */
+static void
+begin_key_scan(OrderedScan *scan, Oid usage_table, char state,
+			   StrategyNumber strategy, RegProcedure compare, int64 key, Snapshot snapshot)
+{
+	ScanKeyData keys[4];
+	int			nkeys = 0;
+	bool		waiting = state == OUTBOX_WAITING;
+
+	ScanKeyInit(&keys[nkeys++], Anum_entry_usage_table, BTEqualStrategyNumber,
+				F_OIDEQ, ObjectIdGetDatum(usage_table));
+	if (!waiting)
+	{
+		ScanKeyInit(&keys[nkeys++], Anum_entry_state, BTEqualStrategyNumber,
+					F_CHAREQ, CharGetDatum(state));
+		ScanKeyInit(&keys[nkeys++], Anum_entry_not_before, BTEqualStrategyNumber,
+					F_TIMESTAMPTZ_EQ, TimestampTzGetDatum(DT_NOBEGIN));
+	}
+	ScanKeyInit(&keys[nkeys++], Anum_entry_id, strategy, compare, Int64GetDatum(key));
+	begin_ordered_scan_as_of(scan, "outbox_entry",
+							 waiting ? "outbox_entry_waiting" : "outbox_entry_key",
+							 nkeys, keys, AccessShareLock, snapshot);
+}
+
+/* Has anything been taken out of a table's entries that still holds it? */
+static bool
+has_removals(Oid usage_table)
+{
+	ScanKeyData keys[2];
+	OrderedScan scan;
+	bool		found;
+
+	ScanKeyInit(&keys[0], Anum_entry_usage_table, BTEqualStrategyNumber,
+				F_OIDEQ, ObjectIdGetDatum(usage_table));
+	ScanKeyInit(&keys[1], Anum_entry_state, BTLessStrategyNumber,
+				F_CHARLT, CharGetDatum('a'));
+	begin_ordered_scan(&scan, "outbox_entry", "outbox_entry_key", 2, keys, AccessShareLock);
+	found = next_ordered(&scan) != NULL;
+	end_ordered_scan(&scan);
+	return found;
+}
+
 /*
- * Take up to max_ids ids out of the outbox: their entries are deleted in the
- * current transaction.  Entries that another transaction has locked (an
- * UPDATE of a pending row) are passed over, never waited for.
+ * The transaction that is deleting a tuple, or has just done so, of which we
+ * see the state before; InvalidTransactionId if none.
+ */
+static TransactionId
+deleter_of(HeapTuple tuple)
+{
+	HeapTupleHeader header = tuple->t_data;
+	TransactionId xid;
+
+	if ((header->t_infomask & HEAP_XMAX_INVALID) || HEAP_XMAX_IS_LOCKED_ONLY(header->t_infomask))
+		return InvalidTransactionId;
+	xid = HeapTupleHeaderGetUpdateXid(header);
+	if (TransactionIdIsCurrentTransactionId(xid) ||
+		(!TransactionIdIsInProgress(xid) && !TransactionIdDidCommit(xid)))
+		return InvalidTransactionId;
+	return xid;
+}
+
+/*
+ * Count the entries of one table and state, or the removals from it, that hold
+ * an id.  *busy is a transaction that is about to change that, if there is
+ * one.
+ */
+static int
+count_holders(Oid usage_table, char state, int64 id, bool *outcome_unknown, TransactionId *busy)
+{
+	int64		keys[2] = {id, BLOCK_OF(id)};
+	int			count = 0;
+
+	for (int i = 0; i < (keys[0] == keys[1] ? 1 : 2); i++)
+	{
+		SnapshotData dirty;
+		OrderedScan scan;
+		HeapTuple	tuple;
+
+		InitDirtySnapshot(dirty);
+		begin_key_scan(&scan, usage_table, state, BTEqualStrategyNumber, F_INT8EQ, keys[i],
+					   OUTBOX_IS_REMOVAL(state) ? &dirty : GetActiveSnapshot());
+		while ((tuple = next_ordered(&scan)) != NULL)
+		{
+			TransactionId other;
+
+			if (!entry_holds(tuple, RelationGetDescr(scan.rel), id))
+				continue;
+			other = OUTBOX_IS_REMOVAL(state) && TransactionIdIsValid(dirty.xmin) ? dirty.xmin :
+				deleter_of(tuple);
+			if (TransactionIdIsValid(other))
+				*busy = other;
+			*outcome_unknown |= ENTRY_FORM(tuple)->outcome_unknown;
+			count++;
+		}
+		end_ordered_scan(&scan);
+	}
+	return count;
+}
+
+/* How often is an id in the outbox, in each state? */
+static void
+look_into_outbox(Oid usage_table, int64 id, RowPlace *place, TransactionId *busy)
+{
+	bool		removals = has_removals(usage_table);
+	bool		ignored;
+
+	place->state = 0;
+	place->outcome_unknown = false;
+	for (int i = 0; i < NUM_OUTBOX_STATES; i++)
+	{
+		bool		outcome_unknown = false;
+		int			count = count_holders(usage_table, abp_outbox_states[i], id, &outcome_unknown, busy);
+
+		if (count > 0 && removals)
+			count -= count_holders(usage_table, OUTBOX_REMOVAL(abp_outbox_states[i]), id, &ignored, busy);
+		place->count[i] = Max(count, 0);
+		if (count > 0)
+		{
+			place->state = abp_outbox_states[i];
+			place->outcome_unknown |= outcome_unknown;
+		}
+	}
+}
+
+/* The entries and removals of one state in one block of ids. */
+typedef struct IdBlock
+{
+	uint16		removed[OUTBOX_BLOCK];	/* how often each id was taken out */
+	int64		first;
+	bool		any;
+} IdBlock;
+
+static void
+read_removals(IdBlock *block, Oid usage_table, char state, int64 id)
+{
+	OrderedScan scan;
+	HeapTuple	tuple;
+
+	memset(block, 0, sizeof(*block));
+	block->first = BLOCK_OF(id);
+	begin_key_scan(&scan, usage_table, OUTBOX_REMOVAL(state), BTGreaterEqualStrategyNumber, F_INT8GE,
+				   block->first, GetActiveSnapshot());
+	while ((tuple = next_ordered(&scan)) != NULL &&
+		   BLOCK_OF(ENTRY_FORM(tuple)->id) == block->first)
+	{
+		IdSet		ids = read_entry_ids(tuple, RelationGetDescr(scan.rel));
+
+		block->any = true;
+		for (int i = 0; i < ids.nranges; i++)
+		{
+			for (int64 at = ids.ranges[i].first; at - block->first <= ids.ranges[i].last - block->first; at++)
+			{
+				block->removed[at - block->first]++;
+				if (at == ids.ranges[i].last)
+					break;
+			}
+		}
+		abp_idset_free(&ids);
+	}
+	end_ordered_scan(&scan);
+}
+
+/* What is left of an entry's ids; each removal counts for one entry. */
+static IdSet
+left_of(const IdSet *ids, IdBlock *block)
+{
+	IdSet		left = {0};
+
+	for (int i = 0; i < ids->nranges; i++)
+	{
+		for (int64 id = ids->ranges[i].first;; id++)
+		{
+			if (block->removed[id - block->first] > 0)
+				block->removed[id - block->first]--;
+			else
+				abp_idset_add(&left, id, id, CurrentMemoryContext);
+			if (id == ids->ranges[i].last)
+				break;
+		}
+	}
+	return left;
+}
+
+/*
+ * The ids of an entry that are still in its state, by the active snapshot, in
+ * the current memory context.
+ */
+IdSet
+abp_outbox_left(Oid usage_table, char state, ItemPointer tid, int64 id, IdSet *ids)
+{
+	IdBlock		block;
+	IdSet		left = *ids;
+	OrderedScan scan;
+	HeapTuple	tuple;
+
+	abp_idset_sort(ids);
+	if (!has_removals(usage_table))
+		return left;
+	read_removals(&block, usage_table, state, id);
+	if (!block.any)
+		return left;
+	begin_key_scan(&scan, usage_table, state, BTGreaterEqualStrategyNumber, F_INT8GE, block.first,
+				   GetActiveSnapshot());
+	while ((tuple = next_ordered(&scan)) != NULL && BLOCK_OF(ENTRY_FORM(tuple)->id) == block.first)
+	{
+		IdSet		held = read_entry_ids(tuple, RelationGetDescr(scan.rel));
+
+		left = left_of(&held, &block);
+		if (ItemPointerEquals(&tuple->t_self, tid))
+			break;
+	}
+	end_ordered_scan(&scan);
+	return left;
+}
+
+/*
+ * The same of an entry that abp_outbox_next_unpriced has returned.
+ */
+IdSet
+abp_outbox_entry_left(const OutboxEntry *entry)
+{
+	IdSet		ids = abp_idset_copy(&entry->ids);
+	ItemPointerData tid = entry->tid;
+
+	return abp_outbox_left(entry->usage_table, entry->state, &tid, ids.ranges[0].first, &ids);
+}
+
+/* Delete a tuple that we see, unless another transaction has it. */
+static bool
+delete_entry(Relation rel, HeapTuple tuple)
+{
+	TM_FailureData failure;
+
+	return table_tuple_delete(rel, &tuple->t_self, GetCurrentCommandId(true), GetActiveSnapshot(),
+							  InvalidSnapshot, false, &failure, false) == TM_Ok;
+}
+
+/*
+ * Rewrite a block's entries in one state without what was taken out of them.
+ * Returns how many removals are done with; 0 if another transaction is at one
+ * of the entries: then all stays as it is.
+ */
+static int
+tidy_block(Oid usage_table, char state, int64 first)
+{
+	MemoryContext context = AllocSetContextCreate(CurrentMemoryContext, "aibilling outbox block",
+												  ALLOCSET_DEFAULT_SIZES);
+	MemoryContext old = MemoryContextSwitchTo(context);
+	IdBlock	   *block = palloc(sizeof(IdBlock));
+	int			done = 0;
+
+	read_removals(block, usage_table, state, first);
+	for (int pass = 0; pass < 3; pass++)
+	{
+		/* first a look, as what is done halfway cannot be undone */
+		bool		removals = pass == 2;
+		OrderedScan scan;
+		HeapTuple	tuple;
+
+		begin_key_scan(&scan, usage_table, removals ? OUTBOX_REMOVAL(state) : state,
+					   BTGreaterEqualStrategyNumber, F_INT8GE, first, GetActiveSnapshot());
+		while ((tuple = next_ordered(&scan)) != NULL && BLOCK_OF(ENTRY_FORM(tuple)->id) == first)
+		{
+			OutboxEntry entry;
+			IdSet		left;
+
+			if (TransactionIdIsValid(deleter_of(tuple)))
+			{
+				end_ordered_scan(&scan);
+				MemoryContextSwitchTo(old);
+				MemoryContextDelete(context);
+				return 0;
+			}
+			if (pass == 0)
+				continue;
+			if (removals)
+			{
+				done += delete_entry(scan.rel, tuple);
+				continue;
+			}
+			entry = read_entry(tuple, RelationGetDescr(scan.rel));
+			left = left_of(&entry.ids, block);
+			if (abp_idset_count(&left) == abp_idset_count(&entry.ids) ||
+				!delete_entry(scan.rel, tuple))
+				continue;
+			entry.ids = left;
+			abp_outbox_put(&entry, 1);
+		}
+		end_ordered_scan(&scan);
+	}
+	MemoryContextSwitchTo(old);
+	MemoryContextDelete(context);
+	return done;
+}
+
+/* Add up a table's rows that were not queued. */
+static void
+sum_up_not_queued(Oid usage_table)
+{
+	static Statement add = {
+		"WITH gone AS (DELETE FROM aibilling.outbox_entry WHERE usage_table = $1 AND state = 'n'"
+		"  AND not_before = '-infinity' RETURNING ids)"
+		" UPDATE aibilling.attachment SET not_queued = not_queued + (SELECT coalesce(sum("
+		"  coalesce((SELECT sum(coalesce(upper(r), 9223372036854775807) - lower(r)) FROM unnest(g.ids) r), 1)), 0)"
+		"  FROM gone g) WHERE usage = $1",
+		1, {REGCLASSOID}
+	};
+	Datum		values[1] = {ObjectIdGetDatum(usage_table)};
+	OrderedScan scan;
+	bool		any;
+
+	begin_entry_scan(&scan, usage_table, OUTBOX_NOT_QUEUED, PG_INT64_MIN, DT_NOEND, AccessShareLock);
+	any = next_ordered(&scan) != NULL;
+	end_ordered_scan(&scan);
+	if (any)
+		run_alone(&add, values, NULL);
+}
+
+/*
+ * Bring a table's entries in order: UPDATE and DELETE of usage rows only note
+ * what is to be taken out of them.  For the shipper, before it reads them, by
+ * the active snapshot.  Returns false if there is more to do than max_removals,
+ * or others are in the way.
+ */
+bool
+abp_outbox_tidy(Oid usage_table, int max_removals)
+{
+	int			done = 0;
+	bool		finished = true;
+	OrderedScan scan;
+	ScanKeyData keys[2];
+	HeapTuple	tuple;
+	char		state = 0;
+	int64		first = 0;
+
+	sum_up_not_queued(usage_table);
+	ScanKeyInit(&keys[0], Anum_entry_usage_table, BTEqualStrategyNumber,
+				F_OIDEQ, ObjectIdGetDatum(usage_table));
+	ScanKeyInit(&keys[1], Anum_entry_state, BTLessStrategyNumber,
+				F_CHARLT, CharGetDatum('a'));
+	begin_ordered_scan(&scan, "outbox_entry", "outbox_entry_key", 2, keys, RowExclusiveLock);
+	while ((tuple = next_ordered(&scan)) != NULL)
+	{
+		const EntryForm *form = ENTRY_FORM(tuple);
+		int			tidied;
+
+		if (state == form->state && first == BLOCK_OF(form->id))
+			continue;			/* done with its block */
+		if (done >= max_removals)
+		{
+			finished = false;
+			break;
+		}
+		state = form->state;
+		first = BLOCK_OF(form->id);
+		tidied = tidy_block(usage_table, STATE_OF_REMOVAL(state), first);
+		finished &= tidied > 0;
+		done += tidied;
+	}
+	end_ordered_scan(&scan);
+	return finished;
+}
+
+/*
+ * Take up to max_ids ids out of the outbox, by the active snapshot: their
+ * entries are deleted in the current transaction.  Entries that another
+ * transaction has are passed over, never waited for, and so are those that
+ * begin with an id of "except".  All that are taken may have been stored by
+ * Polar, or none.
  *
  * OUTBOX_WAITING: entries whose not_before is at most "until".  Other states:
  * from *cursor on, which is moved to a little before the last entry seen: rows
  * of lower ids may commit a little later.
  *
- * Returns the ids, in the current memory context.
+ * The caller has brought the entries in order (abp_outbox_tidy).  Returns the
+ * ids, in the current memory context.
  */
 IdSet
-abp_outbox_take(Oid usage_table, char state, TimestampTz until,
+abp_outbox_take(Oid usage_table, char state, TimestampTz until, IdSet *except,
 				int64 *cursor, int64 max_ids, TakenEntries *entries)
 {
 	IdSet		taken = {0};
@@ -660,44 +1115,32 @@ abp_outbox_take(Oid usage_table, char state, TimestampTz until,
 	OutboxEntry rest = {0};
 
 	memset(entries, 0, sizeof(TakenEntries));
-	PushActiveSnapshot(GetLatestSnapshot());
 	begin_entry_scan(&scan, usage_table, state, *cursor, until, RowExclusiveLock);
 
-	while (ntaken < max_ids)
+	while (ntaken < max_ids && (tuple = next_ordered(&scan)) != NULL)
 	{
-		TM_FailureData failure;
-		OutboxEntry entry;
-		int64		first;
+		OutboxEntry entry = read_entry(tuple, RelationGetDescr(scan.rel));
+		int64		first = entry.ids.ranges[0].first;
 
-		CHECK_FOR_INTERRUPTS();
-
-		tuple = systable_getnext_ordered(scan.scan, ForwardScanDirection);
-		if (tuple == NULL)
+		if (ntaken > 0 && entry.outcome_unknown != entries->outcome_unknown)
 			break;
-		entry = read_entry(tuple, RelationGetDescr(scan.rel));
-		first = entry.ids.ranges[0].first;
 		*cursor = first > PG_INT64_MIN + CURSOR_MARGIN ? first - CURSOR_MARGIN : PG_INT64_MIN + 1;
-
-		if (table_tuple_delete(scan.rel, &tuple->t_self, GetCurrentCommandId(true),
-							   GetActiveSnapshot(), InvalidSnapshot, false,
-							   &failure, false) != TM_Ok)
+		if (abp_idset_contains(except, first) || !delete_entry(scan.rel, tuple))
 			continue;
 
 		entries->attempts = Max(entries->attempts, entry.attempts);
-		entries->maybe_sent |= entry.maybe_sent;
+		entries->outcome_unknown = entry.outcome_unknown;
+		entries->state = state;
 		if (ntaken + abp_idset_count(&entry.ids) > max_ids)
 		{
 			rest = entry;
 			rest.ids = abp_idset_split(&entry.ids, max_ids - ntaken);
 		}
 		ntaken += abp_idset_count(&entry.ids);
-		for (int i = 0; i < entry.ids.nranges; i++)
-			abp_idset_add(&taken, entry.ids.ranges[i].first, entry.ids.ranges[i].last,
-						  CurrentMemoryContext);
+		abp_idset_add_set(&taken, &entry.ids, CurrentMemoryContext);
 	}
 
 	end_ordered_scan(&scan);
-	PopActiveSnapshot();
 	if (rest.ids.nranges > 0)
 		abp_outbox_put(&rest, 1);
 	CommandCounterIncrement();
@@ -706,217 +1149,137 @@ abp_outbox_take(Oid usage_table, char state, TimestampTz until,
 }
 
 /*
- * Where does a row stand?  ROW_IN_OUTBOX: also its state in the outbox; its
- * entry is locked against the shipper until the end of the transaction, and
- * with for_change against others who find it.
+ * Take one entry, which abp_outbox_next_unpriced has returned, out of the
+ * outbox.  Returns false if another transaction has it.
  */
-RowPlace
-abp_outbox_find(Oid usage_table, int64 id, bool for_change, char *state)
+bool
+abp_outbox_take_entry(const OutboxEntry *entry)
 {
-	static Statement place = {
-		"SELECT EXISTS (SELECT FROM aibilling.outbox_entry e"
-		" WHERE e.usage_table = $1 AND e.state = ANY ('{p,w,u,r}'::pg_catalog.\"char\"[])"
-		" AND e.first BETWEEN $3 AND $2 AND e.last >= $2"
-		" AND (e.ids IS NULL OR e.ids @> $2)),"
-		" (SELECT d.state = 'sending' FROM aibilling.delivery d"
-		" WHERE d.usage_ids @> $2 AND d.usage_table = $1"
-		" AND d.state IN ('sending', 'delivered') ORDER BY d.id DESC LIMIT 1)",
-		3, {REGCLASSOID, INT8OID, INT8OID}
-	};
-	static Statement lock[2] = {
-		{
-			"SELECT e.state FROM aibilling.outbox_entry e"
-			" WHERE e.usage_table = $1 AND e.state = ANY ('{p,w,u,r}'::pg_catalog.\"char\"[])"
-			" AND e.first BETWEEN $3 AND $2 AND e.last >= $2"
-			" AND (e.ids IS NULL OR e.ids @> $2) FOR KEY SHARE",
-			3, {REGCLASSOID, INT8OID, INT8OID}
-		},
-		{
-			"SELECT e.state FROM aibilling.outbox_entry e"
-			" WHERE e.usage_table = $1 AND e.state = ANY ('{p,w,u,r}'::pg_catalog.\"char\"[])"
-			" AND e.first BETWEEN $3 AND $2 AND e.last >= $2"
-			" AND (e.ids IS NULL OR e.ids @> $2) FOR UPDATE",
-			3, {REGCLASSOID, INT8OID, INT8OID}
-		}
-	};
-	Datum		values[3] = {
-		ObjectIdGetDatum(usage_table), Int64GetDatum(id),
-		Int64GetDatum(id & ~((int64) OUTBOX_BLOCK - 1))
-	};
-	RowPlace	where = ROW_NOT_SENT;
-	SavedUser	saved;
+	Relation	rel = table_open(needed_relation("outbox_entry"), RowExclusiveLock);
+	HeapTupleData tuple = {.t_self = entry->tid};
+	bool		taken = delete_entry(rel, &tuple);
 
-	abp_become_extension_owner(&saved);
-	SPI_connect();
-
-	/*
-	 * The shipper may move the row between the look and the lock: then look
-	 * again.  Each turn sees a later state of the tables.
-	 */
-	for (;;)
-	{
-		bool		isnull;
-		bool		in_outbox;
-		bool		sending;
-
-		CHECK_FOR_INTERRUPTS();
-
-		run(&place, values, NULL);
-		in_outbox = DatumGetBool(result_datum(0, 1, &isnull));
-		sending = DatumGetBool(result_datum(0, 2, &isnull));
-		if (!in_outbox)
-		{
-			where = isnull ? ROW_NOT_SENT : sending ? ROW_SENDING : ROW_DELIVERED;
-			break;
-		}
-		if (run(&lock[for_change ? 1 : 0], values, NULL) > 0)
-		{
-			where = ROW_IN_OUTBOX;
-			*state = DatumGetChar(result_datum(0, 1, &isnull));
-			break;
-		}
-	}
-
-	SPI_finish();
-	abp_restore_user(&saved);
-	return where;
+	table_close(rel, NoLock);
+	CommandCounterIncrement();
+	return taken;
 }
 
-/*
- * Take one id out of the outbox.  The caller holds its entry
- * (abp_outbox_find with for_change).
- */
-void
-abp_outbox_remove(Oid usage_table, int64 id)
+/* Count a table's entries in one state, or removals from it; see below. */
+static int64
+count_ids(Oid usage_table, char state, int64 exact_limit, bool *estimated, int64 *first_id)
 {
-	static Statement removal = {
-		"DELETE FROM aibilling.outbox_entry e"
-		" WHERE e.usage_table = $1 AND e.state = ANY ('{p,w,u,r}'::pg_catalog.\"char\"[])"
-		" AND e.first BETWEEN $3 AND $2 AND e.last >= $2"
-		" AND (e.ids IS NULL OR e.ids @> $2)"
-		" RETURNING e.state, e.attempts, e.not_before, coalesce(e.ids,"
-		" pg_catalog.int8multirange(pg_catalog.int8range(e.first, e.last, '[]'))), e.error,"
-		" e.maybe_sent",
-		3, {REGCLASSOID, INT8OID, INT8OID}
-	};
-	Datum		values[3] = {
-		ObjectIdGetDatum(usage_table), Int64GetDatum(id),
-		Int64GetDatum(id & ~((int64) OUTBOX_BLOCK - 1))
-	};
-	IdSet		only = {0};
-	OutboxEntry *rest;
-	uint64		nrest;
-	SavedUser	saved;
-	MemoryContext caller = CurrentMemoryContext;
+	OrderedScan scan;
+	HeapTuple	tuple;
+	int64		count = 0;
+	int64		lowest = PG_INT64_MAX;
+	int64		highest = PG_INT64_MIN;
 
-	abp_idset_add(&only, id, id, caller);
-	abp_become_extension_owner(&saved);
-	SPI_connect();
-	nrest = run(&removal, values, NULL);
-	rest = MemoryContextAllocZero(caller, sizeof(OutboxEntry) * Max(1, nrest));
-	for (uint64 i = 0; i < nrest; i++)
+	begin_entry_scan(&scan, usage_table, state, PG_INT64_MIN, DT_NOEND, AccessShareLock);
+	while (count < exact_limit && (tuple = next_ordered(&scan)) != NULL)
 	{
-		bool		isnull;
-		IdSet		ids = result_idset(i, 4, caller);
-		MemoryContext old = MemoryContextSwitchTo(caller);
+		const EntryForm *form = ENTRY_FORM(tuple);
+		IdSet		ids = read_entry_ids(tuple, RelationGetDescr(scan.rel));
 
-		rest[i].usage_table = usage_table;
-		rest[i].state = DatumGetChar(result_datum(i, 1, &isnull));
-		rest[i].attempts = DatumGetInt32(result_datum(i, 2, &isnull));
-		rest[i].not_before = DatumGetTimestampTz(result_datum(i, 3, &isnull));
-		rest[i].ids = abp_idset_subtract(&ids, &only);
-		rest[i].error = result_string(i, 5, caller);
-		rest[i].maybe_sent = DatumGetBool(result_datum(i, 6, &isnull));
-		MemoryContextSwitchTo(old);
+		lowest = Min(lowest, ids.ranges[0].first);
+		highest = Max(highest, form->id);
+		count += abp_idset_count(&ids);
+		abp_idset_free(&ids);
 	}
-	SPI_finish();
-	abp_restore_user(&saved);
+	end_ordered_scan(&scan);
+	if (first_id != NULL && count > 0)
+		*first_id = lowest;
 
-	abp_outbox_put(rest, nrest);
-	CommandCounterIncrement();
+	/* Anything behind?  Then its end tells how much, about. */
+	if (count >= exact_limit)
+	{
+		int64		last = PG_INT64_MIN;
+
+		begin_key_scan(&scan, usage_table, state, BTGreaterEqualStrategyNumber, F_INT8GE,
+					   PG_INT64_MIN, GetActiveSnapshot());
+		tuple = systable_getnext_ordered(scan.scan, BackwardScanDirection);
+		if (tuple != NULL)
+			last = ENTRY_FORM(tuple)->id;
+		end_ordered_scan(&scan);
+		if (last > highest)
+		{
+			float8		density = (float8) count / ((float8) highest - (float8) lowest + 1);
+
+			*estimated = true;
+			count += (int64) Min(((float8) last - (float8) highest) * density, 1e15);
+		}
+	}
+	return count;
 }
 
 /*
  * Count a table's ids in one state.  Exact up to exact_limit ids; beyond, the
- * rest is estimated from how densely the counted ids lie.  *first_id is the
- * lowest id, untouched if there is none.
+ * rest is estimated from how densely the counted ids lie, and *estimated is
+ * set.  *first_id is about the lowest id, untouched if there is none.
  */
 int64
 abp_outbox_count(Oid usage_table, char state, int64 exact_limit,
 				 bool *estimated, int64 *first_id)
 {
-	OrderedScan scan;
-	HeapTuple	tuple;
-	int64		count = 0;
-	int64		lowest = 0;
-	int64		reached = 0;
+	int64		count;
 
-	*estimated = false;
 	PushActiveSnapshot(GetLatestSnapshot());
-	begin_entry_scan(&scan, usage_table, state, PG_INT64_MIN, DT_NOEND, AccessShareLock);
-	while (count < exact_limit &&
-		   (tuple = systable_getnext_ordered(scan.scan, ForwardScanDirection)) != NULL)
-	{
-		const EntryForm *form = ENTRY_FORM(tuple);
-
-		CHECK_FOR_INTERRUPTS();
-
-		if (count == 0)
-			*first_id = lowest = form->first;
-		reached = form->last;
-		if (heap_attisnull(tuple, Anum_entry_ids, RelationGetDescr(scan.rel)))
-			count += form->last - form->first + 1;
-		else
-		{
-			OutboxEntry entry = read_entry(tuple, RelationGetDescr(scan.rel));
-
-			count += abp_idset_count(&entry.ids);
-			pfree(entry.ids.ranges);
-		}
-	}
-	end_ordered_scan(&scan);
-
-	/* Anything behind?  Then its end tells how much, about. */
-	if (count >= exact_limit)
-	{
-		begin_entry_scan(&scan, usage_table, state, PG_INT64_MIN, DT_NOEND, AccessShareLock);
-		tuple = systable_getnext_ordered(scan.scan, BackwardScanDirection);
-		if (tuple != NULL && ENTRY_FORM(tuple)->last > reached)
-		{
-			*estimated = true;
-			count += (int64) ((ENTRY_FORM(tuple)->last - reached) *
-							  (double) count / (reached - lowest + 1));
-		}
-		end_ordered_scan(&scan);
-	}
+	count = count_ids(usage_table, state, exact_limit, estimated, first_id);
+	if (has_removals(usage_table))
+		count -= count_ids(usage_table, OUTBOX_REMOVAL(state), exact_limit, estimated, NULL);
 	PopActiveSnapshot();
-	return count;
+	return Max(count, 0);
 }
 
 /*
- * Drop a table's entries.  Returns how many ids they held.
+ * Drop a table's entries.  Returns how many ids they held.  The caller has
+ * locked the table against those who change its rows, and the shipper.
  */
 int64
 abp_outbox_discard(Oid usage_table)
 {
-	static Statement discard = {
-		"WITH gone AS (DELETE FROM aibilling.outbox_entry e WHERE e.usage_table = $1"
-		" RETURNING e.first, e.last, e.ids)"
-		" SELECT coalesce(sum(coalesce((SELECT sum(upper(r) - lower(r)) FROM unnest(ids) r),"
-		" last - first + 1)), 0)::pg_catalog.int8 FROM gone",
-		1, {REGCLASSOID}
-	};
-	Datum		values[1] = {ObjectIdGetDatum(usage_table)};
-	int64		count;
-	SavedUser	saved;
+	int64		count = 0;
+	OrderedScan scan;
+	ScanKeyData key;
+	HeapTuple	tuple;
 
-	abp_become_extension_owner(&saved);
-	SPI_connect();
-	run(&discard, values, NULL);
-	count = result_int64(0, 1, 0);
-	SPI_finish();
-	abp_restore_user(&saved);
-	return count;
+	ScanKeyInit(&key, Anum_entry_usage_table, BTEqualStrategyNumber,
+				F_OIDEQ, ObjectIdGetDatum(usage_table));
+	PushActiveSnapshot(GetLatestSnapshot());
+	begin_ordered_scan(&scan, "outbox_entry", "outbox_entry_key", 1, &key, RowExclusiveLock);
+	while ((tuple = next_ordered(&scan)) != NULL)
+	{
+		IdSet		ids = read_entry_ids(tuple, RelationGetDescr(scan.rel));
+
+		if (ENTRY_FORM(tuple)->state != OUTBOX_NOT_QUEUED)
+			count += abp_idset_count(&ids) * (OUTBOX_IS_REMOVAL(ENTRY_FORM(tuple)->state) ? -1 : 1);
+		abp_idset_free(&ids);
+		simple_heap_delete(scan.rel, &tuple->t_self);
+	}
+	end_ordered_scan(&scan);
+	PopActiveSnapshot();
+	CommandCounterIncrement();
+	return Max(count, 0);
+}
+
+/*
+ * A scan over a table's ids in one state, in memory of the caller's: entry by
+ * entry what is left of each.  Returns NULL at the end.
+ */
+static OutboxEntry *
+next_left(OrderedScan *scan, OutboxEntry *entry)
+{
+	HeapTuple	tuple;
+
+	while ((tuple = next_ordered(scan)) != NULL)
+	{
+		*entry = read_entry(tuple, RelationGetDescr(scan->rel));
+		entry->tid = tuple->t_self;
+		entry->ids = abp_outbox_left(entry->usage_table, entry->state, &tuple->t_self,
+									 ENTRY_FORM(tuple)->id, &entry->ids);
+		if (entry->ids.nranges > 0)
+			return entry;
+	}
+	return NULL;
 }
 
 /*
@@ -927,66 +1290,54 @@ abp_outbox_peek(Oid usage_table, char state, int64 max_ids)
 {
 	IdSet		found = {0};
 	OrderedScan scan;
-	HeapTuple	tuple;
+	OutboxEntry entry;
 
 	PushActiveSnapshot(GetLatestSnapshot());
 	begin_entry_scan(&scan, usage_table, state, PG_INT64_MIN, DT_NOEND, AccessShareLock);
-	while (abp_idset_count(&found) < max_ids &&
-		   (tuple = systable_getnext_ordered(scan.scan, ForwardScanDirection)) != NULL)
-	{
-		IdSet		ids = read_entry(tuple, RelationGetDescr(scan.rel)).ids;
-
-		CHECK_FOR_INTERRUPTS();
-		for (int i = 0; i < ids.nranges; i++)
-			abp_idset_add(&found, ids.ranges[i].first, ids.ranges[i].last,
-						  CurrentMemoryContext);
-	}
+	while (abp_idset_count(&found) < max_ids && next_left(&scan, &entry) != NULL)
+		abp_idset_add_set(&found, &entry.ids, CurrentMemoryContext);
 	end_ordered_scan(&scan);
 	PopActiveSnapshot();
 	(void) abp_idset_split(&found, max_ids);
 	return found;
 }
 
-/* Move ids of a table from one state to ready: all, or those of "only". */
-static int64
-make_ready(Oid usage_table, char state, IdSet *only)
+/*
+ * Move ids of a table from one state to ready: all (only is NULL), or those of
+ * "only".  The caller has locked their rows.  Returns how many.
+ */
+int64
+abp_outbox_make_ready(Oid usage_table, char state, IdSet *only)
 {
 	int64		count = 0;
 	OrderedScan scan;
-	HeapTuple	tuple;
+	OutboxEntry entry;
+	MemoryContext context = AllocSetContextCreate(CurrentMemoryContext, "aibilling outbox move",
+												  ALLOCSET_DEFAULT_SIZES);
+	MemoryContext old;
 
 	PushActiveSnapshot(GetLatestSnapshot());
 	begin_entry_scan(&scan, usage_table, state, PG_INT64_MIN, DT_NOEND, RowExclusiveLock);
-	while ((tuple = systable_getnext_ordered(scan.scan, ForwardScanDirection)) != NULL)
+	old = MemoryContextSwitchTo(context);
+	while (next_left(&scan, &entry) != NULL)
 	{
-		TM_FailureData failure;
-		OutboxEntry out[2];		/* made ready, kept */
-
-		CHECK_FOR_INTERRUPTS();
-
-		out[0] = read_entry(tuple, RelationGetDescr(scan.rel));
-		out[1] = out[0];
-		out[1].ids = (IdSet)
-		{
-			0
-		};
 		if (only != NULL)
+			entry.ids = abp_idset_intersect(&entry.ids, only);
+		if (entry.ids.nranges > 0)
 		{
-			out[1].ids = abp_idset_subtract(&out[0].ids, only);
-			out[0].ids = abp_idset_subtract(&out[0].ids, &out[1].ids);
-		}
-		if (out[0].ids.nranges == 0 ||
-			table_tuple_delete(scan.rel, &tuple->t_self, GetCurrentCommandId(true),
-							   GetActiveSnapshot(), InvalidSnapshot, true,
-							   &failure, false) != TM_Ok)
-			continue;
+			OutboxEntry change[2] = {
+				{.usage_table = usage_table,.state = OUTBOX_REMOVAL(state),.ids = entry.ids},
+				{.usage_table = usage_table,.state = OUTBOX_READY,
+				.outcome_unknown = entry.outcome_unknown,.ids = entry.ids}
+			};
 
-		out[0].state = OUTBOX_READY;
-		out[0].attempts = 0;
-		out[0].error = NULL;
-		count += abp_idset_count(&out[0].ids);
-		abp_outbox_put(out, 2);
+			count += abp_idset_count(&entry.ids);
+			abp_outbox_put(change, lengthof(change));
+		}
+		MemoryContextReset(context);
 	}
+	MemoryContextSwitchTo(old);
+	MemoryContextDelete(context);
 	end_ordered_scan(&scan);
 	PopActiveSnapshot();
 	CommandCounterIncrement();
@@ -994,49 +1345,30 @@ make_ready(Oid usage_table, char state, IdSet *only)
 }
 
 /*
- * Make a table's rejected ids ready again: all, or those of "only".  Returns
- * how many.
- */
-int64
-abp_outbox_retry(Oid usage_table, IdSet *only)
-{
-	return make_ready(usage_table, OUTBOX_REJECTED, only);
-}
-
-/*
- * Make those of a table's unpriced ids ready that have been priced.
- */
-void
-abp_outbox_release(Oid usage_table, IdSet *ids)
-{
-	(void) make_ready(usage_table, OUTBOX_UNPRICED, ids);
-}
-
-/*
- * The lowest and the highest id of a table's entries in one state, which is
- * not OUTBOX_WAITING.  Returns false if there is none.
+ * About the lowest and the highest id of a table's entries in one state, which
+ * is not OUTBOX_WAITING: none is below *first or above *last.  Returns false
+ * if there is no entry.
  */
 bool
 abp_outbox_bounds(Oid usage_table, char state, int64 *first, int64 *last)
 {
 	OrderedScan scan;
+	OutboxEntry entry;
 	HeapTuple	tuple;
 	bool		found;
 
 	PushActiveSnapshot(GetLatestSnapshot());
 	begin_entry_scan(&scan, usage_table, state, PG_INT64_MIN, DT_NOEND, AccessShareLock);
-	tuple = systable_getnext_ordered(scan.scan, ForwardScanDirection);
-	found = tuple != NULL;
+	found = next_left(&scan, &entry) != NULL;
+	end_ordered_scan(&scan);
 	if (found)
 	{
-		*first = ENTRY_FORM(tuple)->first;
-		end_ordered_scan(&scan);
+		*first = BLOCK_OF(entry.ids.ranges[0].first);
 		begin_entry_scan(&scan, usage_table, state, PG_INT64_MIN, DT_NOEND, AccessShareLock);
 		tuple = systable_getnext_ordered(scan.scan, BackwardScanDirection);
-		if (tuple != NULL)
-			*last = ENTRY_FORM(tuple)->last;
+		*last = tuple == NULL ? *first : BLOCK_OF(ENTRY_FORM(tuple)->id) + (OUTBOX_BLOCK - 1);
+		end_ordered_scan(&scan);
 	}
-	end_ordered_scan(&scan);
 	PopActiveSnapshot();
 	return found;
 }
@@ -1049,74 +1381,144 @@ abp_outbox_next_due(Oid usage_table)
 {
 	TimestampTz due = DT_NOEND;
 	OrderedScan scan;
-	HeapTuple	tuple;
+	OutboxEntry entry;
 
 	PushActiveSnapshot(GetLatestSnapshot());
 	begin_entry_scan(&scan, usage_table, OUTBOX_WAITING, 0, DT_NOEND, AccessShareLock);
-	tuple = systable_getnext_ordered(scan.scan, ForwardScanDirection);
-	if (tuple != NULL)
-		due = ENTRY_FORM(tuple)->not_before;
+	if (next_left(&scan, &entry) != NULL)
+		due = entry.not_before;
 	end_ordered_scan(&scan);
 	PopActiveSnapshot();
 	return due;
 }
 
 /*
- * The next unpriced entry of a table from *cursor on, which is moved behind
- * it; NULL at the end.  In the current memory context.
+ * The next unpriced entry of a table behind *cursor, which is moved to it; NULL
+ * at the end.  By the active snapshot, in the current memory context.
  */
 OutboxEntry *
-abp_outbox_next_unpriced(Oid usage_table, int64 *cursor)
+abp_outbox_next_unpriced(Oid usage_table, EntryCursor *cursor)
 {
-	OutboxEntry *entry = NULL;
+	OutboxEntry *entry = palloc(sizeof(OutboxEntry));
 	OrderedScan scan;
 	HeapTuple	tuple;
+	bool		found = false;
 
-	PushActiveSnapshot(GetLatestSnapshot());
-	begin_entry_scan(&scan, usage_table, OUTBOX_UNPRICED, *cursor, DT_NOEND, AccessShareLock);
-	tuple = systable_getnext_ordered(scan.scan, ForwardScanDirection);
-	if (tuple != NULL)
+	begin_entry_scan(&scan, usage_table, OUTBOX_UNPRICED, cursor->id, DT_NOEND, AccessShareLock);
+	while (!found && (tuple = next_ordered(&scan)) != NULL)
 	{
-		entry = palloc(sizeof(OutboxEntry));
+		const EntryForm *form = ENTRY_FORM(tuple);
+
+		/* entries of one key lie in the order of their places in the table */
+		if (form->id < cursor->id ||
+			(form->id == cursor->id && ItemPointerIsValid(&cursor->tid) &&
+			 ItemPointerCompare(&tuple->t_self, &cursor->tid) <= 0))
+			continue;
+		cursor->id = form->id;
+		cursor->tid = tuple->t_self;
 		*entry = read_entry(tuple, RelationGetDescr(scan.rel));
-		*cursor = entry->ids.ranges[0].first + 1;
+		entry->tid = tuple->t_self;
+		entry->ids = abp_outbox_left(usage_table, OUTBOX_UNPRICED, &tuple->t_self, form->id,
+									 &entry->ids);
+		found = entry->ids.nranges > 0;
 	}
 	end_ordered_scan(&scan);
-	PopActiveSnapshot();
-	return entry;
+	return found ? entry : NULL;
 }
 
 /* --- the ledger ----------------------------------------------------------- */
 
+/* The ids of rows that were gone, for the ledger. */
+static Datum
+vanished_ids(Delivery *delivery)
+{
+	return abp_idset_to_multirange(&delivery->vanished_ids);
+}
+
 /*
- * Enter a delivery in the ledger, as sending its first request.  Sets its id.
+ * What tells the rows of a request from others that have come to have their
+ * ids: a checksum of each one's external_id, in the order of the ids.
+ */
+static Datum
+event_keys(const Delivery *delivery)
+{
+	int64		count = abp_idset_count(unconstify(IdSet *, &delivery->ids));
+	bytea	   *keys = palloc(VARHDRSZ + count * sizeof(uint32));
+	char	   *at = VARDATA(keys);
+
+	SET_VARSIZE(keys, VARHDRSZ + count * sizeof(uint32));
+	if (delivery->keys != NULL &&
+		abp_idset_count(unconstify(IdSet *, &delivery->key_ids)) == count)
+	{
+		memcpy(at, delivery->keys, count * sizeof(uint32));
+		return PointerGetDatum(keys);
+	}
+	for (int i = 0; i < delivery->ids.nranges; i++)
+	{
+		for (int64 id = delivery->ids.ranges[i].first;; id++)
+		{
+			uint32		key = 0;
+
+			(void) abp_delivery_key(delivery, id, &key);
+			memcpy(at, &key, sizeof(key));
+			at += sizeof(key);
+			if (id == delivery->ids.ranges[i].last)
+				break;
+		}
+	}
+	return PointerGetDatum(keys);
+}
+
+/*
+ * The checksum of the external_id that a row had when it was first sent.
+ * Returns false if that is not known.
+ */
+bool
+abp_delivery_key(const Delivery *delivery, int64 id, uint32 *key)
+{
+	int64		rank = abp_idset_rank(&delivery->key_ids, id);
+
+	if (delivery->keys == NULL || rank < 0)
+		return false;
+	*key = delivery->keys[rank];
+	return true;
+}
+
+/*
+ * Enter a delivery in the ledger, as sending its first request, or as one that
+ * waits for it if attempts is 0.  Sets its id.
  */
 void
 abp_ledger_begin(Delivery *delivery)
 {
 	static Statement begin = {
-		"INSERT INTO aibilling.delivery (server, usage_table, usage_ids, events, bytes,"
-		" state, attempts, vanished, outcome_unknown, started_at)"
-		" VALUES ($1, $2, $3, $4, $5, 'sending', 1, $6, $7, pg_catalog.clock_timestamp())"
+		"INSERT INTO aibilling.ledger (server, usage_table, usage_ids, events, bytes,"
+		" state, attempts, vanished, outcome_unknown, vanished_ids, event_keys, started_at)"
+		" VALUES ($1, $2, $3, $4, $5, 'sending', $6, $7, $8, $9, $10, pg_catalog.clock_timestamp())"
 		" RETURNING id",
-		7, {NAMEOID, REGCLASSOID, INT8MULTIRANGEOID, INT4OID, INT8OID, INT8OID, BOOLOID}
+		10, {NAMEOID, REGCLASSOID, INT8MULTIRANGEOID, INT4OID, INT8OID, INT4OID, INT8OID, BOOLOID,
+		INT8MULTIRANGEOID, BYTEAOID}
 	};
-	Datum		values[7] = {
+	Datum		values[10] = {
 		DirectFunctionCall1(namein, CStringGetDatum(delivery->server)),
 		ObjectIdGetDatum(delivery->usage_table),
 		abp_idset_to_multirange(&delivery->ids),
 		Int32GetDatum(delivery->nevents),
 		Int64GetDatum(delivery->body.len),
+		Int32GetDatum(delivery->attempts),
 		Int64GetDatum(delivery->vanished),
-		BoolGetDatum(delivery->outcome_unknown)
+		BoolGetDatum(delivery->outcome_unknown),
+		vanished_ids(delivery),
+		event_keys(delivery)
 	};
+	char		nulls[11] = "          ";
 	SavedUser	saved;
 
 	abp_become_extension_owner(&saved);
 	SPI_connect();
-	run(&begin, values, NULL);
+	nulls[8] = delivery->vanished_ids.nranges == 0 ? 'n' : ' ';
+	run(&begin, values, nulls);
 	delivery->id = result_int64(0, 1, 0);
-	delivery->attempts = 1;
 	SPI_finish();
 	abp_restore_user(&saved);
 }
@@ -1128,24 +1530,30 @@ void
 abp_ledger_resend(Delivery *delivery)
 {
 	static Statement resend = {
-		"UPDATE aibilling.delivery SET usage_ids = $2, events = $3, bytes = $4,"
-		" vanished = $5, outcome_unknown = $6, attempts = attempts + 1, not_before = NULL"
+		"UPDATE aibilling.ledger SET usage_ids = $2, events = $3, bytes = $4,"
+		" vanished = $5, outcome_unknown = $6, vanished_ids = $7, event_keys = $8,"
+		" attempts = attempts + 1, not_before = NULL"
 		" WHERE id = $1 RETURNING attempts::pg_catalog.int8",
-		6, {INT8OID, INT8MULTIRANGEOID, INT4OID, INT8OID, INT8OID, BOOLOID}
+		8, {INT8OID, INT8MULTIRANGEOID, INT4OID, INT8OID, INT8OID, BOOLOID, INT8MULTIRANGEOID,
+		BYTEAOID}
 	};
-	Datum		values[6] = {
+	Datum		values[8] = {
 		Int64GetDatum(delivery->id),
 		abp_idset_to_multirange(&delivery->ids),
 		Int32GetDatum(delivery->nevents),
 		Int64GetDatum(delivery->body.len),
 		Int64GetDatum(delivery->vanished),
-		BoolGetDatum(delivery->outcome_unknown)
+		BoolGetDatum(delivery->outcome_unknown),
+		vanished_ids(delivery),
+		event_keys(delivery)
 	};
+	char		nulls[9] = "        ";
 	SavedUser	saved;
 
 	abp_become_extension_owner(&saved);
 	SPI_connect();
-	if (run(&resend, values, NULL) == 1)
+	nulls[6] = delivery->vanished_ids.nranges == 0 ? 'n' : ' ';
+	if (run(&resend, values, nulls) == 1)
 		delivery->attempts = result_int64(0, 1, 1);
 	SPI_finish();
 	abp_restore_user(&saved);
@@ -1159,19 +1567,20 @@ void
 abp_ledger_note(Delivery *delivery, const char *error, TimestampTz not_before)
 {
 	static Statement note = {
-		"UPDATE aibilling.delivery SET error = $2, not_before = $3, outcome_unknown = $4,"
-		" http_status = nullif($5, 0), usage_ids = $6, events = $7"
+		"UPDATE aibilling.ledger SET error = $2, not_before = $3, outcome_unknown = $4,"
+		" http_status = nullif($5, 0), usage_ids = $6, events = $7, event_keys = $8"
 		" WHERE id = $1",
-		7, {INT8OID, TEXTOID, TIMESTAMPTZOID, BOOLOID, INT4OID, INT8MULTIRANGEOID, INT4OID}
+		8, {INT8OID, TEXTOID, TIMESTAMPTZOID, BOOLOID, INT4OID, INT8MULTIRANGEOID, INT4OID, BYTEAOID}
 	};
-	Datum		values[7] = {
+	Datum		values[8] = {
 		Int64GetDatum(delivery->id),
 		PointerGetDatum(error_text(error)),
 		TimestampTzGetDatum(not_before),
 		BoolGetDatum(delivery->outcome_unknown),
 		Int32GetDatum(delivery->http_status),
 		abp_idset_to_multirange(&delivery->ids),
-		Int32GetDatum(delivery->nevents)
+		Int32GetDatum(delivery->nevents),
+		event_keys(delivery)
 	};
 
 	run_alone(&note, values, NULL);
@@ -1184,31 +1593,55 @@ void
 abp_ledger_finish(Delivery *delivery, const char *state, const char *error)
 {
 	static Statement finish = {
-		"UPDATE aibilling.delivery SET state = $2, http_status = nullif($3, 0),"
+		"UPDATE aibilling.ledger SET state = $2, http_status = nullif($3, 0),"
 		" inserted = $4, duplicates = $5, unexpected_duplicates = $6, vanished = $7,"
-		" error = $8, not_before = NULL, finished_at = pg_catalog.clock_timestamp()"
+		" error = $8, vanished_ids = $9, event_keys = NULL, not_before = NULL,"
+		" finished_at = pg_catalog.clock_timestamp()"
 		" WHERE id = $1",
-		8, {INT8OID, TEXTOID, INT4OID, INT8OID, INT8OID, INT8OID, INT8OID, TEXTOID}
+		9, {INT8OID, TEXTOID, INT4OID, INT8OID, INT8OID, INT8OID, INT8OID, TEXTOID, INT8MULTIRANGEOID}
 	};
-	Datum		values[8] = {
+	Datum		values[9] = {
 		Int64GetDatum(delivery->id),
 		CStringGetTextDatum(state),
 		Int32GetDatum(delivery->http_status),
 		Int64GetDatum(delivery->inserted),
 		Int64GetDatum(delivery->duplicates),
 		Int64GetDatum(delivery->unexpected_duplicates),
-		Int64GetDatum(delivery->vanished)
+		Int64GetDatum(delivery->vanished),
+		(Datum) 0,
+		vanished_ids(delivery)
 	};
-	char		nulls[9] = "        ";
+	char		nulls[10] = "         ";
 
 	if (strcmp(state, "delivered") != 0)
 		nulls[3] = nulls[4] = 'n';
+	if (delivery->vanished_ids.nranges == 0)
+		nulls[8] = 'n';
 	if (error == NULL)
 		nulls[7] = 'n';
 	else
 		values[7] = PointerGetDatum(error_text(error));
 
 	run_alone(&finish, values, nulls);
+}
+
+/* What event_keys has written, in the current memory context; NULL if nothing. */
+static uint32 *
+result_keys(uint64 row, int column, int64 count)
+{
+	bool		isnull;
+	Datum		value = result_datum(row, column, &isnull);
+	bytea	   *keys;
+	uint32	   *copy;
+
+	if (isnull)
+		return NULL;
+	keys = DatumGetByteaPP(value);
+	if (VARSIZE_ANY_EXHDR(keys) != count * sizeof(uint32))
+		return NULL;
+	copy = palloc(Max(1, count) * sizeof(uint32));
+	memcpy(copy, VARDATA_ANY(keys), count * sizeof(uint32));
+	return copy;
 }
 
 /*
@@ -1219,8 +1652,9 @@ List	   *
 abp_ledger_unsettled(void)
 {
 	static Statement unsettled = {
-		"SELECT d.id, d.server, d.usage_table, d.usage_ids, d.attempts, d.vanished"
-		" FROM aibilling.delivery d WHERE d.state = 'sending' ORDER BY d.id",
+		"SELECT d.id, d.server, d.usage_table, d.usage_ids, d.attempts, d.vanished,"
+		" d.vanished_ids, d.event_keys"
+		" FROM aibilling.ledger d WHERE d.state = 'sending' ORDER BY d.id",
 		0, {0}
 	};
 	MemoryContext caller = CurrentMemoryContext;
@@ -1243,6 +1677,9 @@ abp_ledger_unsettled(void)
 		delivery->ids = result_idset(i, 4, caller);
 		delivery->attempts = DatumGetInt32(result_datum(i, 5, &isnull));
 		delivery->vanished = result_int64(i, 6, 0);
+		delivery->vanished_ids = result_idset(i, 7, caller);
+		delivery->key_ids = abp_idset_copy(&delivery->ids);
+		delivery->keys = result_keys(i, 8, abp_idset_count(&delivery->ids));
 		delivery->outcome_unknown = true;
 		deliveries = lappend(deliveries, delivery);
 		MemoryContextSwitchTo(spi);
@@ -1252,27 +1689,273 @@ abp_ledger_unsettled(void)
 	return deliveries;
 }
 
+/* Begin a scan over the unsettled deliveries of a table, by the active snapshot. */
+static void
+begin_sending_scan(OrderedScan *scan, Oid usage_table)
+{
+	ScanKeyData key;
+
+	ScanKeyInit(&key, Anum_delivery_usage_table, BTEqualStrategyNumber, F_OIDEQ,
+				ObjectIdGetDatum(usage_table));
+	begin_ordered_scan(scan, "ledger", "ledger_sending", 1, &key, AccessShareLock);
+}
+
 /*
- * Is a delivery of this table unsettled?  InvalidOid: of any table.
+ * Is a delivery of this table unsettled?  By the latest state of the ledger,
+ * whatever the transaction's snapshot.
  */
 bool
 abp_ledger_sending(Oid usage_table)
 {
-	static Statement sending = {
-		"SELECT FROM aibilling.delivery d WHERE d.state = 'sending'"
-		" AND ($1 = 0 OR d.usage_table = $1) LIMIT 1",
-		1, {OIDOID}
-	};
-	Datum		values[1] = {ObjectIdGetDatum(usage_table)};
+	OrderedScan scan;
 	bool		found;
+
+	PushActiveSnapshot(GetLatestSnapshot());
+	begin_sending_scan(&scan, usage_table);
+	found = next_ordered(&scan) != NULL;
+	end_ordered_scan(&scan);
+	PopActiveSnapshot();
+	return found;
+}
+
+static bool
+delivery_holds(HeapTuple tuple, TupleDesc desc, int64 id)
+{
+	TypeCacheEntry *type = lookup_type_cache(INT8MULTIRANGEOID, TYPECACHE_MULTIRANGE_INFO);
+	bool		isnull;
+	Datum		ids = heap_getattr(tuple, Anum_delivery_usage_ids, desc, &isnull);
+
+	return !isnull &&
+		multirange_contains_elem_internal(type->rngtype, DatumGetMultirangeTypeP(ids),
+										  Int64GetDatum(id));
+}
+
+/* Is an id in flight, by the active snapshot? */
+static bool
+is_sending(Oid usage_table, int64 id)
+{
+	OrderedScan scan;
+	HeapTuple	tuple;
+	bool		found = false;
+
+	begin_sending_scan(&scan, usage_table);
+	while (!found && (tuple = next_ordered(&scan)) != NULL)
+		found = delivery_holds(tuple, RelationGetDescr(scan.rel), id);
+	end_ordered_scan(&scan);
+	return found;
+}
+
+/*
+ * The last delivery above "after" by which Polar has got an id, by the active
+ * snapshot; 0 if there is none.
+ */
+static int64
+last_delivered(Oid usage_table, int64 id, int64 after)
+{
+	Relation	rel = table_open(needed_relation("ledger"), AccessShareLock);
+	Relation	index = index_open(needed_relation("ledger_usage_ids"), AccessShareLock);
+	TupleTableSlot *slot = table_slot_create(rel, NULL);
+	IndexScanDesc scan;
+	ScanKeyData key;
+	int64		found = 0;
+
+	ScanKeyEntryInitialize(&key, 0, 1, RANGESTRAT_CONTAINS_ELEM, ANYELEMENTOID, InvalidOid,
+						   F_MULTIRANGE_CONTAINS_ELEM, Int64GetDatum(id));
+	scan = abp_index_beginscan(rel, index, GetActiveSnapshot(), 1);
+	index_rescan(scan, &key, 1, NULL, 0);
+	while (index_getnext_slot(scan, ForwardScanDirection, slot))
+	{
+		bool		should_free;
+		HeapTuple	tuple = ExecFetchSlotHeapTuple(slot, false, &should_free);
+		const DeliveryForm *form = DELIVERY_FORM(tuple);
+		bool		isnull;
+
+		CHECK_FOR_INTERRUPTS();
+
+		if (form->usage_table == usage_table && form->id > Max(after, found) &&
+			strcmp(TextDatumGetCString(heap_getattr(tuple, Anum_delivery_state,
+													RelationGetDescr(rel), &isnull)),
+				   "delivered") == 0 &&
+			delivery_holds(tuple, RelationGetDescr(rel), id))
+			found = form->id;
+		if (should_free)
+			heap_freetuple(tuple);
+	}
+	index_endscan(scan);
+	ExecDropSingleTupleTableSlot(slot);
+	index_close(index, NoLock);
+	table_close(rel, NoLock);
+	return found;
+}
+
+/*
+ * How many of an unsettled delivery's ids has another one brought to Polar,
+ * since the last TRUNCATE?
+ */
+int64
+abp_ledger_delivered_before(const Delivery *delivery, int64 ledger_from)
+{
+	int64		count = 0;
+
+	PushActiveSnapshot(GetLatestSnapshot());
+	for (int i = 0; i < delivery->ids.nranges; i++)
+	{
+		for (int64 id = delivery->ids.ranges[i].first;; id++)
+		{
+			count += last_delivered(delivery->usage_table, id, ledger_from) != 0;
+			if (id == delivery->ids.ranges[i].last)
+				break;
+		}
+	}
+	PopActiveSnapshot();
+	return count;
+}
+
+/* What the ledger, by the active snapshot, says of where a row stands. */
+static void
+look_into_ledger(Oid usage_table, int64 id, int64 ledger_from, RowPlace *place)
+{
+	if (is_sending(usage_table, id))
+		place->where = ROW_SENDING;
+	else if (place->state != 0)
+		place->where = ROW_IN_OUTBOX;
+	else if (last_delivered(usage_table, id, ledger_from) != 0)
+		place->where = ROW_DELIVERED;
+	else
+		place->where = ROW_NOT_SENT;
+}
+
+/*
+ * Where does a row stand?  By the latest state of the tables, whatever the
+ * transaction's snapshot.  What the ledger has up to "ledger_from" speaks of
+ * rows before the last TRUNCATE.
+ *
+ * Who holds the row's lock may rely on the answer until the transaction ends:
+ * the shipper passes a row over that another transaction has locked, and if it
+ * is taking the row at this moment, this function waits until it has.
+ */
+void
+abp_outbox_find(Oid usage_table, int64 id, int64 ledger_from, RowPlace *place)
+{
+	for (;;)
+	{
+		TransactionId busy = InvalidTransactionId;
+
+		CHECK_FOR_INTERRUPTS();
+
+		memset(place, 0, sizeof(*place));
+		PushActiveSnapshot(GetLatestSnapshot());
+		look_into_outbox(usage_table, id, place, &busy);
+		if (!TransactionIdIsValid(busy))
+			look_into_ledger(usage_table, id, ledger_from, place);
+		PopActiveSnapshot();
+		if (!TransactionIdIsValid(busy))
+			break;
+		XactLockTableWait(busy, NULL, NULL, XLTW_None);
+	}
+}
+
+/*
+ * Has Polar got a row, as far as the ledger knows?
+ */
+bool
+abp_ledger_has(Oid usage_table, int64 id, int64 ledger_from)
+{
+	bool		found;
+
+	PushActiveSnapshot(GetLatestSnapshot());
+	found = last_delivered(usage_table, id, ledger_from) != 0;
+	PopActiveSnapshot();
+	return found;
+}
+
+/*
+ * All ids of a table that are in flight or delivered since its last TRUNCATE,
+ * in the current memory context.
+ */
+IdSet
+abp_ledger_ids(Oid usage_table, int64 ledger_from)
+{
+	static Statement known = {
+		"SELECT d.usage_ids FROM aibilling.ledger d WHERE d.usage_table = $1"
+		" AND (d.state = 'sending' OR d.state = 'delivered' AND d.id > $2)",
+		2, {REGCLASSOID, INT8OID}
+	};
+	Datum		values[2] = {ObjectIdGetDatum(usage_table), Int64GetDatum(ledger_from)};
+	IdSet		all = {0};
+	MemoryContext caller = CurrentMemoryContext;
+	uint64		n;
 	SavedUser	saved;
 
 	abp_become_extension_owner(&saved);
 	SPI_connect();
-	found = run(&sending, values, NULL) > 0;
+	n = run(&known, values, NULL);
+	for (uint64 i = 0; i < n; i++)
+	{
+		IdSet		ids = result_idset(i, 1, CurrentMemoryContext);
+
+		abp_idset_add_set(&all, &ids, caller);
+		abp_idset_free(&ids);
+	}
 	SPI_finish();
 	abp_restore_user(&saved);
-	return found;
+	abp_idset_sort(&all);
+	return all;
+}
+
+/*
+ * The deliveries of a table, since its last TRUNCATE, that found rows gone: a
+ * list of Delivery with id, vanished_ids and outcome_unknown, in the current
+ * memory context.
+ */
+List	   *
+abp_ledger_vanished(Oid usage_table, int64 ledger_from)
+{
+	static Statement vanished = {
+		"SELECT d.id, d.vanished_ids, d.outcome_unknown FROM aibilling.ledger d"
+		" WHERE d.usage_table = $1 AND d.vanished_ids IS NOT NULL AND d.id > $2",
+		2, {REGCLASSOID, INT8OID}
+	};
+	Datum		values[2] = {ObjectIdGetDatum(usage_table), Int64GetDatum(ledger_from)};
+	List	   *list = NIL;
+	MemoryContext caller = CurrentMemoryContext;
+	uint64		n;
+	SavedUser	saved;
+
+	abp_become_extension_owner(&saved);
+	SPI_connect();
+	n = run(&vanished, values, NULL);
+	for (uint64 i = 0; i < n; i++)
+	{
+		Delivery   *delivery = MemoryContextAllocZero(caller, sizeof(Delivery));
+		MemoryContext spi = MemoryContextSwitchTo(caller);
+		bool		isnull;
+
+		delivery->id = result_int64(i, 1, 0);
+		delivery->usage_table = usage_table;
+		delivery->vanished_ids = result_idset(i, 2, caller);
+		delivery->outcome_unknown = DatumGetBool(result_datum(i, 3, &isnull));
+		list = lappend(list, delivery);
+		MemoryContextSwitchTo(spi);
+	}
+	SPI_finish();
+	abp_restore_user(&saved);
+	return list;
+}
+
+/*
+ * Rows that a delivery found gone are there again.
+ */
+void
+abp_ledger_returned(const Delivery *delivery, IdSet *ids)
+{
+	static Statement returned = {
+		"UPDATE aibilling.ledger SET vanished_ids = nullif(vanished_ids - $2, '{}') WHERE id = $1",
+		2, {INT8OID, INT8MULTIRANGEOID}
+	};
+	Datum		values[2] = {Int64GetDatum(delivery->id), abp_idset_to_multirange(ids)};
+
+	run_alone(&returned, values, NULL);
 }
 
 /*
@@ -1354,7 +2037,7 @@ begin_delivery_scan(OrderedScan *scan, StrategyNumber strategy, RegProcedure com
 	ScanKeyData key;
 
 	ScanKeyInit(&key, Anum_delivery_id, strategy, compare, Int64GetDatum(id));
-	begin_ordered_scan(scan, "delivery", "delivery_pkey", 1, &key, AccessShareLock);
+	begin_ordered_scan(scan, "ledger", "ledger_pkey", 1, &key, AccessShareLock);
 }
 
 /*
@@ -1416,9 +2099,9 @@ abp_ledger_sum_up(void)
 	static Statement sum_up = {
 		"INSERT INTO aibilling.delivery_total AS t"
 		" SELECT n.usage_table, n.up_to, r.* FROM"
-		" (SELECT d.usage_table, max(d.id) AS up_to FROM aibilling.delivery d"
+		" (SELECT d.usage_table, max(d.id) AS up_to FROM aibilling.ledger d"
 		"  WHERE d.id > (SELECT coalesce(max(o.up_to), 0) FROM aibilling.delivery_total o)"
-		"  AND d.id < coalesce((SELECT min(u.id) FROM aibilling.delivery u"
+		"  AND d.id < coalesce((SELECT min(u.id) FROM aibilling.ledger u"
 		"   WHERE u.state = 'sending'), 9223372036854775807)"
 		"  GROUP BY d.usage_table) n"
 		" LEFT JOIN aibilling.delivery_total o ON o.usage_table = n.usage_table,"
@@ -1427,7 +2110,7 @@ abp_ledger_sum_up(void)
 		"  coalesce(sum(d.duplicates), 0)::pg_catalog.int8 AS duplicates,"
 		"  coalesce(sum(d.unexpected_duplicates), 0)::pg_catalog.int8 AS unexpected_duplicates,"
 		"  coalesce(sum(d.vanished), 0)::pg_catalog.int8 AS vanished"
-		"  FROM aibilling.delivery d WHERE d.usage_table = n.usage_table"
+		"  FROM aibilling.ledger d WHERE d.usage_table = n.usage_table"
 		"  AND d.id > coalesce(o.up_to, 0) AND d.id <= n.up_to) r"
 		" ON CONFLICT (usage_table) DO UPDATE SET up_to = excluded.up_to,"
 		" deliveries = t.deliveries + excluded.deliveries,"
@@ -1450,7 +2133,7 @@ abp_ledger_recent_requests(const char *server, int limit)
 {
 	static Statement recent = {
 		"SELECT coalesce(sum(r.attempts), 0)::pg_catalog.int8 FROM"
-		" (SELECT d.attempts, d.started_at FROM aibilling.delivery d"
+		" (SELECT d.attempts, d.started_at FROM aibilling.ledger d"
 		"  WHERE d.server = $1 ORDER BY d.id DESC LIMIT $2) r"
 		" WHERE r.started_at > pg_catalog.clock_timestamp() - interval '1 minute'",
 		2, {NAMEOID, INT4OID}
@@ -1704,7 +2387,7 @@ abp_usage_tables(bool *armed)
 	PushActiveSnapshot(GetLatestSnapshot());
 	*armed = is_armed();
 	states = read_server_states(by_role);
-	begin_ordered_scan(&scan, "usage_table", "usage_table_pkey", 0, NULL, AccessShareLock);
+	begin_ordered_scan(&scan, "attachment", "attachment_pkey", 0, NULL, AccessShareLock);
 	while ((tuple = systable_getnext_ordered(scan.scan, ForwardScanDirection)) != NULL)
 	{
 		const AttachmentForm *form = ATTACHMENT_FORM(tuple);
@@ -1720,6 +2403,8 @@ abp_usage_tables(bool *armed)
 			DatumGetTimestampTz(column_or(tuple, Anum_attachment_blocked_until, desc,
 										  TimestampTzGetDatum(DT_NOBEGIN)));
 		table->blocked_reason = column_string(tuple, Anum_attachment_blocked_reason, desc);
+		table->ledger_from = DatumGetInt64(column_or(tuple, Anum_attachment_ledger_from, desc, 0));
+		table->not_queued = DatumGetInt64(column_or(tuple, Anum_attachment_not_queued, desc, 0));
 
 		describe_table(table);
 		if (by_role && OidIsValid(table->owner) &&
@@ -1738,10 +2423,10 @@ abp_usage_tables(bool *armed)
 
 /*
  * Is a table attached?  Then *serverid is its server, InvalidOid if that is
- * gone.
+ * gone, and *ledger_from the last delivery before its last TRUNCATE.
  */
 bool
-abp_usage_table_attached(Oid relid, Oid *serverid)
+abp_usage_table_attached(Oid relid, Oid *serverid, int64 *ledger_from)
 {
 	ScanKeyData key;
 	OrderedScan scan;
@@ -1750,10 +2435,14 @@ abp_usage_table_attached(Oid relid, Oid *serverid)
 	ScanKeyInit(&key, Anum_attachment_usage, BTEqualStrategyNumber, F_OIDEQ,
 				ObjectIdGetDatum(relid));
 	PushActiveSnapshot(GetLatestSnapshot());
-	begin_ordered_scan(&scan, "usage_table", "usage_table_pkey", 1, &key, AccessShareLock);
+	begin_ordered_scan(&scan, "attachment", "attachment_pkey", 1, &key, AccessShareLock);
 	tuple = systable_getnext_ordered(scan.scan, ForwardScanDirection);
 	if (tuple != NULL)
+	{
 		*serverid = server_of(ATTACHMENT_FORM(tuple), is_armed());
+		*ledger_from = DatumGetInt64(column_or(tuple, Anum_attachment_ledger_from,
+											   RelationGetDescr(scan.rel), 0));
+	}
 	end_ordered_scan(&scan);
 	PopActiveSnapshot();
 	return tuple != NULL;
@@ -1774,26 +2463,26 @@ abp_usage_tables_follow_servers(void)
 	};
 	static Statement follow[] = {
 		{
-			"UPDATE aibilling.delivery d SET server = s.srvname"
-			" FROM aibilling.usage_table t JOIN pg_catalog.pg_foreign_server s ON s.oid = t.serverid"
+			"UPDATE aibilling.ledger d SET server = s.srvname"
+			" FROM aibilling.attachment t JOIN pg_catalog.pg_foreign_server s ON s.oid = t.serverid"
 			" WHERE d.state = 'sending' AND d.usage_table = t.usage"
 			" AND d.server = t.server AND s.srvname <> t.server",
 			0, {0}
 		},
 		{
 			"DELETE FROM aibilling.server_state st"
-			" USING aibilling.usage_table t JOIN pg_catalog.pg_foreign_server s ON s.oid = t.serverid"
+			" USING aibilling.attachment t JOIN pg_catalog.pg_foreign_server s ON s.oid = t.serverid"
 			" WHERE st.server = s.srvname AND s.srvname <> t.server",
 			0, {0}
 		},
 		{
 			"UPDATE aibilling.server_state st SET server = s.srvname"
-			" FROM aibilling.usage_table t JOIN pg_catalog.pg_foreign_server s ON s.oid = t.serverid"
+			" FROM aibilling.attachment t JOIN pg_catalog.pg_foreign_server s ON s.oid = t.serverid"
 			" WHERE st.server = t.server AND s.srvname <> t.server",
 			0, {0}
 		},
 		{
-			"UPDATE aibilling.usage_table t SET server = s.srvname"
+			"UPDATE aibilling.attachment t SET server = s.srvname"
 			" FROM pg_catalog.pg_foreign_server s"
 			" WHERE s.oid = t.serverid AND s.srvname <> t.server",
 			0, {0}
@@ -1820,11 +2509,29 @@ void
 abp_usage_table_forget(Oid relid)
 {
 	static Statement forget = {
-		"DELETE FROM aibilling.usage_table t WHERE t.usage = $1", 1, {REGCLASSOID}
+		"DELETE FROM aibilling.attachment t WHERE t.usage = $1", 1, {REGCLASSOID}
 	};
 	Datum		values[1] = {ObjectIdGetDatum(relid)};
 
 	run_alone(&forget, values, NULL);
+}
+
+/*
+ * A table has been emptied: what the ledger has of it so far does not speak of
+ * the rows that come.
+ */
+void
+abp_usage_table_truncated(Oid relid)
+{
+	static Statement note = {
+		"UPDATE aibilling.attachment SET ledger_from ="
+		" (SELECT coalesce(max(d.id), 0) FROM aibilling.ledger d) WHERE usage = $1",
+		1, {REGCLASSOID}
+	};
+	Datum		values[1] = {ObjectIdGetDatum(relid)};
+
+	run_alone(&note, values, NULL);
+	CacheInvalidateRelcacheByRelid(abp_extension_relation("attachment"));
 }
 
 /* What abp_usage_tables returns has changed: a shipper elsewhere reads it again. */
@@ -1841,7 +2548,7 @@ void
 abp_usage_table_block(Oid relid, const char *reason, TimestampTz until)
 {
 	static Statement block = {
-		"UPDATE aibilling.usage_table SET blocked_reason = $2, blocked_until = $3"
+		"UPDATE aibilling.attachment SET blocked_reason = $2, blocked_until = $3"
 		" WHERE usage = $1",
 		3, {REGCLASSOID, TEXTOID, TIMESTAMPTZOID}
 	};
@@ -1861,7 +2568,7 @@ void
 abp_usage_table_unblock(Oid relid)
 {
 	static Statement unblock = {
-		"UPDATE aibilling.usage_table SET blocked_reason = NULL, blocked_until = NULL"
+		"UPDATE aibilling.attachment SET blocked_reason = NULL, blocked_until = NULL"
 		" WHERE usage = $1",
 		1, {REGCLASSOID}
 	};
@@ -1956,10 +2663,10 @@ abp_server_resume(const char *server, Oid role, bool by_operator)
  * from: duplicates of it are no surprise.
  */
 static void
-mark_maybe_sent(void)
+mark_outcome_unknown(void)
 {
 	static Statement mark = {
-		"UPDATE aibilling.outbox_entry SET maybe_sent = true WHERE NOT maybe_sent", 0, {0}
+		"UPDATE aibilling.outbox_entry SET outcome_unknown = true WHERE NOT outcome_unknown AND state >= 'a'", 0, {0}
 	};
 
 	run_alone(&mark, NULL, NULL);
@@ -1983,7 +2690,7 @@ abp_database_arm(bool only_first)
 		3, {INT8OID, OIDOID, INT8OID}
 	};
 	static Statement bind = {
-		"UPDATE aibilling.usage_table t SET serverid = s.oid"
+		"UPDATE aibilling.attachment t SET serverid = s.oid"
 		" FROM pg_catalog.pg_foreign_server s"
 		" WHERE s.srvname = t.server AND s.oid <> t.serverid",
 		0, {0}
@@ -1997,8 +2704,8 @@ abp_database_arm(bool only_first)
 	{
 		run_alone(&forget, NULL, NULL);
 		run_alone(&bind, NULL, NULL);
-		CacheInvalidateRelcacheByRelid(abp_extension_relation("usage_table"));
-		mark_maybe_sent();
+		CacheInvalidateRelcacheByRelid(abp_extension_relation("attachment"));
+		mark_outcome_unknown();
 	}
 	run_alone(&arm, values, NULL);
 	tell_shipper();
@@ -2025,7 +2732,7 @@ abp_database_check_timeline(void)
 	SPI_finish();
 	abp_restore_user(&saved);
 	if (changed)
-		mark_maybe_sent();
+		mark_outcome_unknown();
 }
 
 /* --- usage rows ----------------------------------------------------------- */
@@ -2072,7 +2779,8 @@ prepare_read(const UsageTable *table, bool whole, bool by_range)
 	initStringInfo(&sql);
 	appendStringInfoString(&sql, "SELECT ");
 	for (int i = 0; i < NUM_USAGE_COLUMNS; i++)
-		appendStringInfo(&sql, "%su.%s", i > 0 ? ", " : "", abp_usage_columns[i].name);
+		appendStringInfo(&sql, "u.%s, ", abp_usage_columns[i].name);
+	appendStringInfoString(&sql, "u.xmax");
 	if (whole)
 		appendStringInfoString(&sql, ", pg_catalog.to_jsonb(u)");
 	appendStringInfo(&sql, " FROM %s u WHERE u.id ", table->name);
@@ -2136,8 +2844,8 @@ reads_by_range(IdSet *ids, bool whole)
 }
 
 /*
- * Read usage rows, as the table's owner, and hand each to the callback, until
- * it returns false; with "whole", also as jsonb.  The rows live until the
+ * Read usage rows by the active snapshot, as the table's owner, and hand each
+ * to the callback, until it returns false; with "whole", also as jsonb.  The rows live until the
  * callback returns; few are in memory at a time.  Ids without a row are passed
  * over.  Returns the number of rows handed over.
  *
@@ -2184,7 +2892,7 @@ abp_usage_read(const UsageTable *table, IdSet *ids, bool whole,
 	/* The settings are for this plan, not for those in users' functions. */
 	guc_level = NewGUCNestLevel();
 	settings_for_ids();
-	portal = SPI_cursor_open(NULL, *plan, args, NULL, false);
+	portal = SPI_cursor_open(NULL, *plan, args, NULL, true);
 	AtEOXact_GUC(true, guc_level);
 
 	for (int i = 0; i < NUM_USAGE_COLUMNS; i++)
@@ -2209,8 +2917,8 @@ abp_usage_read(const UsageTable *table, IdSet *ids, bool whole,
 		old = MemoryContextSwitchTo(context);
 		for (uint64 i = 0; i < n && more; i++)
 		{
-			Datum		values[NUM_USAGE_COLUMNS + 1];
-			bool		nulls[NUM_USAGE_COLUMNS + 1];
+			Datum		values[NUM_USAGE_COLUMNS + 2];
+			bool		nulls[NUM_USAGE_COLUMNS + 2];
 			UsageRow	row;
 
 			CHECK_FOR_INTERRUPTS();
@@ -2220,7 +2928,9 @@ abp_usage_read(const UsageTable *table, IdSet *ids, bool whole,
 				!abp_idset_contains(ids, DatumGetInt64(values[COL_ID])))
 				continue;
 			abp_usage_row_read(values, nulls, &row);
-			more = callback(&row, whole ? DatumGetJsonbP(values[NUM_USAGE_COLUMNS]) : NULL, arg);
+			row.maybe_changing = !nulls[NUM_USAGE_COLUMNS] &&
+				TransactionIdIsValid(DatumGetTransactionId(values[NUM_USAGE_COLUMNS]));
+			more = callback(&row, whole ? DatumGetJsonbP(values[NUM_USAGE_COLUMNS + 1]) : NULL, arg);
 			nrows++;
 			MemoryContextReset(context);
 		}
@@ -2234,15 +2944,33 @@ abp_usage_read(const UsageTable *table, IdSet *ids, bool whole,
 	return nrows;
 }
 
+/* Is the version of a row that we see the last, which nobody is changing? */
+static bool
+is_settled(Relation rel, ItemPointer tid)
+{
+	HeapTupleData tuple = {.t_self = *tid};
+	Buffer		buffer;
+	bool		settled;
+
+	if (!heap_fetch(rel, SnapshotAny, &tuple, &buffer, false))
+		return false;
+	LockBuffer(buffer, BUFFER_LOCK_SHARE);
+	settled = TransactionIdIsCurrentTransactionId(HeapTupleHeaderGetRawXmax(tuple.t_data)) ||
+		HeapTupleSatisfiesUpdate(&tuple, GetCurrentCommandId(false), buffer) == TM_Ok;
+	LockBuffer(buffer, BUFFER_LOCK_UNLOCK);
+	ReleaseBuffer(buffer);
+	return settled;
+}
+
 /*
- * Price rows anew: an UPDATE that the table's own trigger turns into new
- * costs (usage.c).  Returns the ids of the rows that there are.
+ * Those of the rows, by the active snapshot, that no other transaction has
+ * changed since or is about to, in the current memory context.
  */
 IdSet
-abp_usage_reprice(const UsageTable *table, IdSet *ids)
+abp_usage_settled(const UsageTable *table, IdSet *ids)
 {
 	MemoryContext caller = CurrentMemoryContext;
-	IdSet		updated = {0};
+	IdSet		settled = {0};
 	Oid			argtypes[1] = {INT8ARRAYOID};
 	Datum		args[1];
 	SavedUser	saved;
@@ -2251,18 +2979,83 @@ abp_usage_reprice(const UsageTable *table, IdSet *ids)
 	settings_for_ids();
 	SPI_connect();
 	args[0] = ids_as_array(ids);
-	if (SPI_execute_with_args(psprintf("UPDATE %s u SET cost_status = u.cost_status"
-									   " WHERE u.id OPERATOR(pg_catalog.=) ANY ($1) RETURNING u.id",
-									   table->name),
-							  1, argtypes, args, NULL, false, 0) != SPI_OK_UPDATE_RETURNING)
-		elog(ERROR, "unexpected result of pricing usage rows");
+	SPI_execute_with_args(psprintf("SELECT u.id, u.tableoid, u.ctid FROM %s u"
+								   " WHERE u.id OPERATOR(pg_catalog.=) ANY ($1)", table->name),
+						  1, argtypes, args, NULL, true, 0);
+	for (uint64 i = 0; i < SPI_processed; i++)
+	{
+		int64		id = result_int64(i, 1, 0);
+		Relation	rel = table_open(result_oid(i, 2), AccessShareLock);
+		bool		isnull;
+
+		CHECK_FOR_INTERRUPTS();
+		if (rel->rd_tableam != GetHeapamTableAmRoutine() ||
+			is_settled(rel, (ItemPointer) DatumGetPointer(result_datum(i, 3, &isnull))))
+			abp_idset_add(&settled, id, id, caller);
+		table_close(rel, NoLock);
+	}
+	SPI_finish();
+	abp_restore_user(&saved);
+	return settled;
+}
+
+/* The first column of a statement about rows, run as the table's owner. */
+static IdSet
+select_ids(const UsageTable *table, const char *statement, IdSet *ids)
+{
+	MemoryContext caller = CurrentMemoryContext;
+	IdSet		found = {0};
+	Oid			argtypes[1] = {INT8ARRAYOID};
+	Datum		args[1];
+	SavedUser	saved;
+
+	abp_become_table_owner(table, &saved);
+	settings_for_ids();
+	SPI_connect();
+	args[0] = ids_as_array(ids);
+	if (SPI_execute_with_args(psprintf(statement, table->name), 1, argtypes, args, NULL,
+							  false, 0) < 0)
+		elog(ERROR, "unexpected result of looking at usage rows");
 	for (uint64 i = 0; i < SPI_processed; i++)
 	{
 		int64		id = result_int64(i, 1, 0);
 
-		abp_idset_add(&updated, id, id, caller);
+		abp_idset_add(&found, id, id, caller);
 	}
 	SPI_finish();
 	abp_restore_user(&saved);
-	return updated;
+	abp_idset_sort(&found);
+	return found;
+}
+
+/*
+ * Lock rows against changes until the transaction ends, without waiting for
+ * those who are changing them.  Returns the ids of the rows that we have, in
+ * the current memory context.
+ */
+IdSet
+abp_usage_lock(const UsageTable *table, IdSet *ids)
+{
+	return select_ids(table, "SELECT u.id FROM %s u WHERE u.id OPERATOR(pg_catalog.=) ANY ($1)"
+					  " FOR NO KEY UPDATE SKIP LOCKED", ids);
+}
+
+/*
+ * The ids of which there is a row, in the current memory context.
+ */
+IdSet
+abp_usage_visible(const UsageTable *table, IdSet *ids)
+{
+	return select_ids(table, "SELECT u.id FROM %s u WHERE u.id OPERATOR(pg_catalog.=) ANY ($1)", ids);
+}
+
+/*
+ * Price rows anew: an UPDATE that the table's own trigger turns into new
+ * costs (usage.c).  Returns the ids of the rows that there are.
+ */
+IdSet
+abp_usage_reprice(const UsageTable *table, IdSet *ids)
+{
+	return select_ids(table, "UPDATE %s u SET cost_status = u.cost_status"
+					  " WHERE u.id OPERATOR(pg_catalog.=) ANY ($1) RETURNING u.id", ids);
 }

@@ -12,6 +12,7 @@
 
 #include "lib/stringinfo.h"
 #include "nodes/pg_list.h"
+#include "storage/itemptr.h"
 
 #include "idset.h"
 #include "row.h"
@@ -21,6 +22,25 @@
 #define OUTBOX_WAITING 'w'		/* to be sent, but not before not_before */
 #define OUTBOX_UNPRICED 'u'		/* waits for a price */
 #define OUTBOX_REJECTED 'r'		/* waits for an UPDATE or retry() */
+#define NUM_OUTBOX_STATES 4
+
+/* An entry of rows that were priced and not queued, to be counted. */
+#define OUTBOX_NOT_QUEUED 'n'
+
+/* An entry that takes its ids out of a state again has the capital letter. */
+#define OUTBOX_REMOVAL(state) ((char) ((state) - 'a' + 'A'))
+#define OUTBOX_IS_REMOVAL(state) ((state) < 'a')
+
+extern const char abp_outbox_states[NUM_OUTBOX_STATES];
+
+/* What the outbox makes of a row. */
+typedef struct RowState
+{
+	char		state;
+	TimestampTz not_before;		/* OUTBOX_WAITING only, else DT_NOBEGIN */
+	char	   *error;			/* why it waits, or NULL */
+	bool		outcome_unknown;	/* may Polar have it? */
+} RowState;
 
 /* Ids of one usage table in one state.  All but "ids" may be shared. */
 typedef struct OutboxEntry
@@ -28,26 +48,46 @@ typedef struct OutboxEntry
 	Oid			usage_table;
 	char		state;
 	int			attempts;
-	bool		maybe_sent;		/* by a server whose ledger we do not have */
+	bool		outcome_unknown;	/* an earlier request may have stored them */
 	TimestampTz not_before;		/* OUTBOX_WAITING only, else DT_NOBEGIN */
 	IdSet		ids;
 	const char *error;			/* why it waits, or NULL */
+	ItemPointerData tid;		/* of abp_outbox_next_unpriced only */
 } OutboxEntry;
+
+/* Where a scan over entries stands; all zero but for "id" at the start. */
+typedef struct EntryCursor
+{
+	int64		id;
+	ItemPointerData tid;
+} EntryCursor;
+
+#define ENTRY_CURSOR_START ((EntryCursor) {PG_INT64_MIN})
 
 /* What abp_outbox_take tells of the entries that it took, together. */
 typedef struct TakenEntries
 {
+	char		state;
 	int			attempts;		/* the most */
-	bool		maybe_sent;		/* of any */
+	bool		outcome_unknown;	/* of all of them, or of none */
 } TakenEntries;
 
 /* Where a row stands. */
-typedef enum RowPlace
+typedef enum RowWhere
 {
 	ROW_NOT_SENT,				/* neither in the outbox nor in the ledger */
 	ROW_IN_OUTBOX,
 	ROW_SENDING,
 	ROW_DELIVERED
+} RowWhere;
+
+typedef struct RowPlace
+{
+	RowWhere	where;
+	char		state;			/* in the outbox, 0: not there */
+	bool		outcome_unknown;	/* may Polar have it, though it is there? */
+	int			count[NUM_OUTBOX_STATES];	/* how often it is there, in the
+											 * order of abp_outbox_states */
 } RowPlace;
 
 /* An attached usage table and its server, as the shipper sees them. */
@@ -67,6 +107,8 @@ typedef struct UsageTable
 	TimestampTz not_before;		/* DT_NOBEGIN: none */
 	TimestampTz blocked_until;	/* DT_NOBEGIN: not blocked */
 	char	   *blocked_reason;
+	int64		ledger_from;	/* the last delivery before the last TRUNCATE */
+	int64		not_queued;		/* rows priced without being queued, summed up */
 } UsageTable;
 
 /* What the ledger tells of a table. */
@@ -91,11 +133,13 @@ typedef struct Delivery
 	IdSet		ids;
 	int			attempts;		/* requests begun, this one included */
 	int			prior_attempts; /* of its ids, in earlier deliveries */
-	bool		outcome_unknown;	/* may an earlier attempt have been
-									 * stored? */
+	bool		outcome_unknown;	/* an earlier request may have stored it */
 	int64		vanished;
+	IdSet		vanished_ids;
 	int			nevents;
 	int64	   *event_ids;		/* the row of each event */
+	IdSet		key_ids;		/* the rows of the first request, and for each */
+	uint32	   *keys;			/* the checksum of its external_id, or NULL */
 	StringInfoData body;
 	int64		inserted;
 	int64		duplicates;
@@ -111,21 +155,25 @@ extern bool abp_extension_installed(void);
 extern Oid	abp_extension_relation(const char *name);
 extern void abp_outbox_put(OutboxEntry *entries, int nentries);
 extern bool abp_outbox_put_at_commit(OutboxEntry *entries, int nentries);
+extern void abp_outbox_find(Oid usage_table, int64 id, int64 ledger_from,
+							RowPlace *place);
+extern IdSet abp_outbox_left(Oid usage_table, char state, ItemPointer tid,
+							 int64 key, IdSet *ids);
+extern IdSet abp_outbox_entry_left(const OutboxEntry *entry);
+extern bool abp_outbox_tidy(Oid usage_table, int max_removals);
 extern IdSet abp_outbox_take(Oid usage_table, char state, TimestampTz until,
-							 int64 *cursor, int64 max_ids, TakenEntries *entries);
-extern RowPlace abp_outbox_find(Oid usage_table, int64 id, bool for_change,
-								char *state);
-extern void abp_outbox_remove(Oid usage_table, int64 id);
+							 IdSet *except, int64 *cursor, int64 max_ids,
+							 TakenEntries *entries);
+extern bool abp_outbox_take_entry(const OutboxEntry *entry);
 extern int64 abp_outbox_count(Oid usage_table, char state, int64 exact_limit,
 							  bool *estimated, int64 *first_id);
 extern int64 abp_outbox_discard(Oid usage_table);
 extern IdSet abp_outbox_peek(Oid usage_table, char state, int64 max_ids);
-extern void abp_outbox_release(Oid usage_table, IdSet *ids);
-extern int64 abp_outbox_retry(Oid usage_table, IdSet *only);
+extern int64 abp_outbox_make_ready(Oid usage_table, char state, IdSet *only);
 extern bool abp_outbox_bounds(Oid usage_table, char state, int64 *first,
 							  int64 *last);
 extern TimestampTz abp_outbox_next_due(Oid usage_table);
-extern OutboxEntry *abp_outbox_next_unpriced(Oid usage_table, int64 *cursor);
+extern OutboxEntry *abp_outbox_next_unpriced(Oid usage_table, EntryCursor *cursor);
 
 /* the ledger */
 extern void abp_ledger_begin(Delivery *delivery);
@@ -136,13 +184,20 @@ extern void abp_ledger_finish(Delivery *delivery, const char *state,
 							  const char *error);
 extern List *abp_ledger_unsettled(void);
 extern bool abp_ledger_sending(Oid usage_table);
+extern bool abp_ledger_has(Oid usage_table, int64 id, int64 ledger_from);
+extern int64 abp_ledger_delivered_before(const Delivery *delivery, int64 ledger_from);
+extern IdSet abp_ledger_ids(Oid usage_table, int64 ledger_from);
+extern List *abp_ledger_vanished(Oid usage_table, int64 ledger_from);
+extern void abp_ledger_returned(const Delivery *delivery, IdSet *ids);
+extern bool abp_delivery_key(const Delivery *delivery, int64 id, uint32 *key);
 extern void abp_ledger_totals(Oid usage_table, LedgerTotals *totals);
 extern void abp_ledger_sum_up(void);
 extern int	abp_ledger_recent_requests(const char *server, int limit);
 
 /* usage tables and servers */
 extern List *abp_usage_tables(bool *armed);
-extern bool abp_usage_table_attached(Oid relid, Oid *serverid);
+extern bool abp_usage_table_attached(Oid relid, Oid *serverid, int64 *ledger_from);
+extern void abp_usage_table_truncated(Oid relid);
 extern void abp_usage_tables_follow_servers(void);
 extern void abp_usage_table_forget(Oid relid);
 extern void abp_usage_table_block(Oid relid, const char *reason,
@@ -159,6 +214,9 @@ extern void abp_database_check_timeline(void);
 /* usage rows */
 extern uint64 abp_usage_read(const UsageTable *table, IdSet *ids, bool whole,
 							 UsageRowCallback callback, void *arg);
+extern IdSet abp_usage_settled(const UsageTable *table, IdSet *ids);
+extern IdSet abp_usage_lock(const UsageTable *table, IdSet *ids);
+extern IdSet abp_usage_visible(const UsageTable *table, IdSet *ids);
 extern IdSet abp_usage_reprice(const UsageTable *table, IdSet *ids);
 
 /* rights */

@@ -130,6 +130,7 @@ abp_usage_row_read(const Datum *values, const bool *nulls, UsageRow *row)
 	row->cost_cents = nulls[COL_COST_CENTS] ? NULL :
 		DatumGetNumeric(values[COL_COST_CENTS]);
 	row->cost_status = view_text(values, nulls, COL_COST_STATUS);
+	row->maybe_changing = false;
 }
 
 /*

@@ -82,6 +82,8 @@ typedef struct UsageRow
 	int64		cost_nanos;
 	Numeric		cost_cents;		/* NULL if not known */
 	TextView	cost_status;
+	bool		maybe_changing; /* another transaction may be changing it; only
+								 * in rows that abp_usage_read has read */
 } UsageRow;
 
 extern void abp_usage_row_read(const Datum *values, const bool *nulls,

@@ -29,6 +29,7 @@
 #include "executor/spi.h"
 #include "miscadmin.h"
 #include "pgstat.h"
+#include "port/pg_crc32c.h"
 #include "storage/ipc.h"
 #include "storage/lmgr.h"
 #include "storage/lock.h"
@@ -63,6 +64,7 @@
 #define RATE_LIMITED_MS (60 * 1000) /* after a 429 without Retry-After */
 #define PROBE_MS (5 * 60 * 1000)	/* between tries while a server refuses us */
 #define TRANSIENT_MS (10 * 1000)	/* after an error that passes by itself */
+#define HELD_MS 1000			/* until a row that others change is looked at again */
 #define SKEW_MS 5000			/* hold rows whose time Polar calls the future */
 
 /*
@@ -82,6 +84,9 @@
 
 /* The longest wait for an answer without a look at the tables. */
 #define IDLE_WAIT_MS 1000
+
+/* Why rows are rejected of which the outbox cannot tell one from the other. */
+#define SHARED_ID "id: several rows have it; delete all but one, and insert them with ids of their own"
 
 /* After so many deliveries the ledger is summed up. */
 #define SUM_UP_EVERY 1000
@@ -103,6 +108,9 @@
 
 /* How long a list of the attached tables is believed. */
 #define TABLES_MS 1000
+
+/* How many ids taken out of entries are dealt with in one turn, about. */
+#define TIDY_PER_TURN 10000
 
 /* How many unpriced entries are looked at in one turn. */
 #define UNPRICED_PER_TURN 32
@@ -144,8 +152,10 @@ typedef struct Position
 	Oid			usage_table;
 	int64		cursor;
 	TimestampTz restart_at;
-	int64		unpriced_cursor;
+	EntryCursor unpriced_cursor;
 	bool		look_for_prices;
+	IdSet		held;			/* rows that others were changing, */
+	TimestampTz held_until;		/* to be looked at again then */
 	bool		backlog;		/* did the last look leave rows behind? */
 } Position;
 
@@ -177,9 +187,17 @@ typedef struct Filling
 	Shipment   *shipment;
 	const UsageTable *table;
 	const ServerOptions *server;
+	char		taken_from;		/* the rows' state, 0: they have been sent before */
+	bool		rows_are_settled;	/* nobody is changing those that come now */
+	int64		max_rows;
+	int64		nrows;
+	int64	   *row_ids;		/* of each row, as they came */
+	uint32	   *event_keys;		/* of each event */
 	IdSet		seen;
+	IdSet		changing;		/* another transaction may be changing them */
 	IdSet		sent;
-	IdSet		left;			/* did not fit any more */
+	bool		full;			/* there were more than fit */
+	IdSet		left;			/* to be sent later */
 	List	   *exceptions;		/* of OutboxEntry */
 	MemoryContext context;
 } Filling;
@@ -413,7 +431,7 @@ position_of(Oid usage_table)
 	position = palloc0(sizeof(Position));
 	position->usage_table = usage_table;
 	position->cursor = PG_INT64_MIN;
-	position->unpriced_cursor = PG_INT64_MIN;
+	position->unpriced_cursor = ENTRY_CURSOR_START;
 	position->look_for_prices = true;
 	positions = lappend(positions, position);
 	MemoryContextSwitchTo(old);
@@ -584,6 +602,34 @@ call_function(Oid funcid, const char *option, Jsonb *whole, Datum *result,
 	return ok;
 }
 
+/* Free a shipment's request, which is built anew before it is sent again. */
+static void
+forget_request(Shipment *shipment)
+{
+	Delivery   *delivery = &shipment->delivery;
+
+	if (shipment->request != NULL)
+		abp_http_release(shipment->request);
+	shipment->request = NULL;
+	if (delivery->body.data != NULL)
+		pfree(delivery->body.data);
+	delivery->body.data = NULL;
+	if (delivery->event_ids != NULL)
+		pfree(delivery->event_ids);
+	delivery->event_ids = NULL;
+}
+
+/* Look at rows that others are changing again soon, if nothing tells before. */
+static void
+hold_rows(const UsageTable *table, const IdSet *ids)
+{
+	Position   *position = position_of(table->relid);
+
+	abp_idset_add_set(&position->held, ids, ship_context);
+	position->held_until = in_ms(HELD_MS);
+	due_at(position->held_until);
+}
+
 static void
 set_aside(Filling *filling, int64 id, const RowState *verdict)
 {
@@ -594,7 +640,7 @@ set_aside(Filling *filling, int64 id, const RowState *verdict)
 	entry->state = verdict->state;
 	entry->not_before = verdict->not_before;
 	entry->attempts = filling->shipment->delivery.prior_attempts;
-	entry->maybe_sent = filling->shipment->delivery.outcome_unknown;
+	entry->outcome_unknown = filling->shipment->delivery.outcome_unknown;
 	entry->error = verdict->error == NULL ? NULL : pstrdup(verdict->error);
 	abp_idset_add(&entry->ids, id, id, filling->context);
 	if (verdict->state == OUTBOX_UNPRICED)
@@ -660,6 +706,46 @@ abp_ship_call_functions(const ServerOptions *server, Jsonb *whole,
 	return true;
 }
 
+/* A checksum by which a row is known again. */
+static uint32
+external_id_key(const UsageRow *row)
+{
+	pg_crc32c	crc;
+
+	INIT_CRC32C(crc);
+	COMP_CRC32C(crc, row->external_id.data, row->external_id.len);
+	FIN_CRC32C(crc);
+	return crc;
+}
+
+/*
+ * A row has come.  Returns false if no event is made of it now: it is not the
+ * one that was sent under this id, or another transaction may be changing it,
+ * or there are more rows than ids.
+ */
+static bool
+notice_row(Filling *filling, const UsageRow *row)
+{
+	uint32		key;
+
+	if (filling->taken_from == 0 &&
+		abp_delivery_key(&filling->shipment->delivery, row->id, &key) &&
+		key != external_id_key(row))
+		return false;
+
+	if (filling->nrows <= filling->max_rows)
+		filling->row_ids[filling->nrows++] = row->id;
+	if (filling->nrows > filling->max_rows)
+		return false;
+	abp_idset_add(&filling->seen, row->id, row->id, filling->context);
+	if (filling->taken_from != 0 && row->maybe_changing)
+	{
+		abp_idset_add(&filling->changing, row->id, row->id, filling->context);
+		return false;
+	}
+	return true;
+}
+
 /*
  * Append one row's event to the request, or set the row aside.  Returns
  * whether there is room for more.
@@ -676,7 +762,8 @@ add_event(const UsageRow *row, Jsonb *whole, void *arg)
 	RowState	verdict;
 	char	   *failure = NULL;
 
-	abp_idset_add(&filling->seen, row->id, row->id, filling->context);
+	if (!filling->rows_are_settled && !notice_row(filling, row))
+		return filling->nrows <= filling->max_rows;
 	abp_usage_judge(row, filling->server, &verdict);
 	if (verdict.state != OUTBOX_READY)
 	{
@@ -702,86 +789,200 @@ add_event(const UsageRow *row, Jsonb *whole, void *arg)
 	{
 		body->len = before;
 		abp_idset_add(&filling->left, row->id, row->id, filling->context);
+		filling->full = true;
 		return false;
 	}
 	else
 	{
+		filling->event_keys[delivery->nevents] = external_id_key(row);
 		delivery->event_ids[delivery->nevents++] = row->id;
 		abp_idset_add(&filling->sent, row->id, row->id, filling->context);
 	}
 	return true;
 }
 
+static int
+compare_ids(const void *a, const void *b)
+{
+	int64		one = *(const int64 *) a;
+	int64		other = *(const int64 *) b;
+
+	return (one > other) - (one < other);
+}
+
+/* The ids of which more than one row has come. */
+static IdSet
+shared_ids(Filling *filling)
+{
+	IdSet		shared = {0};
+
+	if (filling->nrows == abp_idset_count(&filling->seen))
+		return shared;
+	qsort(filling->row_ids, filling->nrows, sizeof(int64), compare_ids);
+	for (int64 i = 1; i < filling->nrows; i++)
+	{
+		if (filling->row_ids[i] == filling->row_ids[i - 1])
+			abp_idset_add(&shared, filling->row_ids[i], filling->row_ids[i], filling->context);
+	}
+	return shared;
+}
+
 /*
- * Build a shipment's request from the rows of these ids.  Rows that cannot be
- * sent now go back to the outbox with their reason; the delivery's ids are
- * those that can.  Returns false if there were more than a request may hold.
+ * Read the rows of these ids and append their events to the request.  Rows that
+ * others may be changing come last, if by then nobody is: Filling.changing is
+ * left with the others.
+ */
+static void
+read_batch(Filling *filling, IdSet *ids, bool whole)
+{
+	Delivery   *delivery = &filling->shipment->delivery;
+	MemoryContext old = MemoryContextSwitchTo(filling->shipment->context);
+
+	forget_request(filling->shipment);
+	initStringInfo(&delivery->body);
+	delivery->nevents = 0;
+	filling->max_rows = abp_idset_count(ids);
+	delivery->event_ids = palloc(sizeof(int64) * Max(1, filling->max_rows));
+	MemoryContextSwitchTo(old);
+
+	filling->row_ids = palloc(sizeof(int64) * (filling->max_rows + 1));
+	filling->event_keys = palloc(sizeof(uint32) * Max(1, filling->max_rows));
+	appendStringInfoString(&delivery->body, "{\"events\":[");
+	abp_usage_read(filling->table, ids, whole, add_event, filling);
+	if (filling->changing.nranges > 0)
+	{
+		IdSet		settled = abp_usage_settled(filling->table, &filling->changing);
+
+		filling->changing = abp_idset_subtract(&filling->changing, &settled);
+		filling->rows_are_settled = true;
+		abp_usage_read(filling->table, &settled, whole, add_event, filling);
+		abp_idset_add_set(&filling->left, &filling->changing, filling->context);
+	}
+	appendStringInfoString(&delivery->body, "]}");
+}
+
+typedef struct EventKey
+{
+	int64		id;
+	uint32		key;
+} EventKey;
+
+static int
+compare_event_keys(const void *a, const void *b)
+{
+	return compare_ids(&((const EventKey *) a)->id, &((const EventKey *) b)->id);
+}
+
+/* Note by what the rows of a first request are known again. */
+static void
+keep_keys(Filling *filling)
+{
+	Delivery   *delivery = &filling->shipment->delivery;
+	EventKey   *keys = palloc(sizeof(EventKey) * Max(1, delivery->nevents));
+	bool		ascending = true;
+
+	for (int i = 0; i < delivery->nevents; i++)
+	{
+		keys[i].id = delivery->event_ids[i];
+		keys[i].key = filling->event_keys[i];
+		ascending &= i == 0 || keys[i - 1].id < keys[i].id;
+	}
+	if (!ascending)
+		qsort(keys, delivery->nevents, sizeof(EventKey), compare_event_keys);
+
+	delivery->keys = MemoryContextAlloc(filling->shipment->context,
+										sizeof(uint32) * Max(1, delivery->nevents));
+	for (int i = 0; i < delivery->nevents; i++)
+		delivery->keys[i] = keys[i].key;
+	memset(&delivery->key_ids, 0, sizeof(IdSet));
+	abp_idset_add_set(&delivery->key_ids, &delivery->ids, filling->shipment->context);
+}
+
+/*
+ * Build a shipment's request from the rows of these ids, by the active
+ * snapshot: ids taken from the outbox in a state, or with 0 ids that have been
+ * sent before.  Rows that cannot be sent now go back to the outbox with their
+ * reason; the delivery's ids are those that can.  Returns false if there were
+ * more than a request may hold.
  */
 static bool
 fill_shipment(Shipment *shipment, const UsageTable *table,
-			  const ServerOptions *server, IdSet *ids)
+			  const ServerOptions *server, IdSet *ids, char taken_from)
 {
 	Delivery   *delivery = &shipment->delivery;
-	Filling		filling = {
-		.shipment = shipment,
-		.table = table,
-		.server = server,
-		.context = CurrentMemoryContext
-	};
+	Filling		filling;
 	OutboxEntry *back;
 	int			nback = 0;
 	ListCell   *lc;
 	IdSet		unseen;
-	bool		whole;
-	MemoryContext old;
+	IdSet		shared = {0};
+	IdSet		wanted = *ids;
+	bool		whole = server->event_name_function != NULL || server->metadata_function != NULL;
 
-	whole = server->event_name_function != NULL || server->metadata_function != NULL;
-
-	old = MemoryContextSwitchTo(shipment->context);
-	initStringInfo(&delivery->body);
-	delivery->nevents = 0;
-	delivery->event_ids = palloc(sizeof(int64) * Max(1, abp_idset_count(ids)));
-	MemoryContextSwitchTo(old);
-
-	appendStringInfoString(&delivery->body, "{\"events\":[");
-	abp_usage_read(table, ids, whole, add_event, &filling);
-	appendStringInfoString(&delivery->body, "]}");
-
-	unseen = abp_idset_subtract(ids, &filling.seen);
-	if (filling.left.nranges == 0)
-		delivery->vanished += abp_idset_count(&unseen);
-	else
+	/* Ids of several rows are known by the rows: then without them. */
+	for (;;)
 	{
-		for (int i = 0; i < unseen.nranges; i++)
-			abp_idset_add(&filling.left, unseen.ranges[i].first,
-						  unseen.ranges[i].last, CurrentMemoryContext);
+		IdSet		more;
+
+		CHECK_FOR_INTERRUPTS();
+
+		filling = (Filling)
+		{
+			.shipment = shipment,.table = table,.server = server,.taken_from = taken_from,
+				.context = CurrentMemoryContext
+		};
+		read_batch(&filling, &wanted, whole);
+		more = shared_ids(&filling);
+		if (more.nranges == 0)
+			break;
+		abp_idset_add_set(&shared, &more, CurrentMemoryContext);
+		wanted = abp_idset_subtract(&wanted, &more);
 	}
 
-	back = palloc0(sizeof(OutboxEntry) * (list_length(filling.exceptions) + 1));
+	unseen = abp_idset_subtract(&wanted, &filling.seen);
+	if (filling.full)
+		abp_idset_add_set(&filling.left, &unseen, CurrentMemoryContext);
+	else
+	{
+		delivery->vanished += abp_idset_count(&unseen);
+		abp_idset_add_set(&delivery->vanished_ids, &unseen, shipment->context);
+	}
+
+	back = palloc0(sizeof(OutboxEntry) * (list_length(filling.exceptions) + 2));
 	foreach(lc, filling.exceptions)
 		back[nback++] = *(OutboxEntry *) lfirst(lc);
+	if (shared.nranges > 0)
+		back[nback++] = (OutboxEntry)
+	{
+		.usage_table = table->relid,
+			.state = OUTBOX_REJECTED,
+			.attempts = delivery->prior_attempts,
+			.outcome_unknown = delivery->outcome_unknown,
+			.ids = shared,
+			.error = SHARED_ID
+	};
 	if (filling.left.nranges > 0)
 		back[nback++] = (OutboxEntry)
 	{
 		.usage_table = table->relid,
-			.state = OUTBOX_READY,
+			.state = taken_from == 0 ? OUTBOX_READY : taken_from,
 			.attempts = delivery->prior_attempts,
-			.maybe_sent = delivery->outcome_unknown,
+			.outcome_unknown = delivery->outcome_unknown,
+			.not_before = GetCurrentTimestamp(),
 			.ids = filling.left
 	};
 	abp_outbox_put(back, nback);
 
-	delivery->ids = (IdSet)
-	{
-		0
-	};
-	for (int i = 0; i < filling.sent.nranges; i++)
-		abp_idset_add(&delivery->ids, filling.sent.ranges[i].first,
-					  filling.sent.ranges[i].last, shipment->context);
+	memset(&delivery->ids, 0, sizeof(IdSet));
+	abp_idset_add_set(&delivery->ids, &filling.sent, shipment->context);
 	abp_idset_sort(&delivery->ids);
-	if (filling.left.nranges > 0)
+	if (taken_from != 0)
+		keep_keys(&filling);
+	if (filling.changing.nranges > 0)
+		hold_rows(table, &filling.changing);
+	if (filling.full)
 		position_of(table->relid)->cursor = PG_INT64_MIN;
-	return filling.left.nranges == 0;
+	return !filling.full;
 }
 
 /* Rows that are gone are reported once, where they first are missed. */
@@ -807,7 +1008,7 @@ put_back(Shipment *shipment, IdSet ids, char state, TimestampTz not_before,
 		.state = state,
 		.attempts = shipment->delivery.prior_attempts +
 		(burn_attempt ? shipment->delivery.attempts : 0),
-		.maybe_sent = shipment->delivery.outcome_unknown,
+		.outcome_unknown = shipment->delivery.outcome_unknown,
 		.not_before = not_before,
 		.ids = ids,
 		.error = error
@@ -918,23 +1119,6 @@ give_back(Shipment *shipment, const char *error, bool burn_attempt)
 	drop_shipment(shipment);
 }
 
-/* Free a shipment's request, which is built anew before it is sent again. */
-static void
-forget_request(Shipment *shipment)
-{
-	Delivery   *delivery = &shipment->delivery;
-
-	if (shipment->request != NULL)
-		abp_http_release(shipment->request);
-	shipment->request = NULL;
-	if (delivery->body.data != NULL)
-		pfree(delivery->body.data);
-	delivery->body.data = NULL;
-	if (delivery->event_ids != NULL)
-		pfree(delivery->event_ids);
-	delivery->event_ids = NULL;
-}
-
 /*
  * Keep a delivery whose rows may have been stored, or are to be sent again:
  * at retry_at, not before its server allows it.
@@ -958,6 +1142,21 @@ return_or_keep(Shipment *shipment, const char *error, bool burn_attempt)
 		give_back(shipment, error, burn_attempt);
 }
 
+/* Two deliveries know the same rows again; in the current memory context. */
+static void
+copy_keys(Delivery *to, const Delivery *from)
+{
+	int64		count = abp_idset_count(unconstify(IdSet *, &from->key_ids));
+
+	to->key_ids = abp_idset_copy(&from->key_ids);
+	to->keys = NULL;
+	if (from->keys != NULL)
+	{
+		to->keys = palloc(sizeof(uint32) * Max(1, count));
+		memcpy(to->keys, from->keys, sizeof(uint32) * count);
+	}
+}
+
 /* Whose fault?  Send each half by itself. */
 static void
 halve(Shipment *shipment, const char *error)
@@ -971,6 +1170,7 @@ halve(Shipment *shipment, const char *error)
 	half->delivery.outcome_unknown = delivery->outcome_unknown;
 	half->delivery.ids = abp_idset_split(&delivery->ids, delivery->nevents / 2);
 	half->delivery.nevents = delivery->nevents - delivery->nevents / 2;
+	copy_keys(&half->delivery, delivery);
 	MemoryContextSwitchTo(old);
 
 	abp_ledger_begin(&half->delivery);
@@ -992,20 +1192,24 @@ reject_shipment(Shipment *shipment, const char *error)
 
 static void
 settle_delivered(Shipment *shipment, const Verdict *verdict, double elapsed_ms,
-				 const ServerOptions *server)
+				 const ServerOptions *server, int64 ledger_from)
 {
 	Delivery   *delivery = &shipment->delivery;
 	Lane	   *lane = shipment->lane;
 
 	delivery->inserted = verdict->inserted;
 	delivery->duplicates = verdict->duplicates;
+
+	/* An id that was delivered before may be of a row that has come back. */
 	if (verdict->duplicates > 0 && !delivery->outcome_unknown)
+		delivery->unexpected_duplicates =
+			Max(0, verdict->duplicates - abp_ledger_delivered_before(delivery, ledger_from));
+	if (delivery->unexpected_duplicates > 0)
 	{
-		delivery->unexpected_duplicates = verdict->duplicates;
 		ereport(WARNING,
 				(errcode(ERRCODE_DATA_EXCEPTION),
 				 errmsg(INT64_FORMAT " usage rows of delivery " INT64_FORMAT " were not counted: Polar had events with their external_id before",
-						verdict->duplicates, delivery->id),
+						delivery->unexpected_duplicates, delivery->id),
 				 errhint("Another producer, or a copy of this database, sends the same external ids.")));
 	}
 	abp_ledger_finish(delivery, "delivered", NULL);
@@ -1061,13 +1265,8 @@ settle_refused(Shipment *shipment, const Verdict *verdict)
 		return;
 	}
 
-	delivery->ids = (IdSet)
-	{
-		0
-	};
-	for (int i = 0; i < rest.nranges; i++)
-		abp_idset_add(&delivery->ids, rest.ranges[i].first, rest.ranges[i].last,
-					  shipment->context);
+	memset(&delivery->ids, 0, sizeof(IdSet));
+	abp_idset_add_set(&delivery->ids, &rest, shipment->context);
 	delivery->nevents = abp_idset_count(&delivery->ids);
 	keep_for_retry(shipment, DT_NOBEGIN, verdict->error);
 }
@@ -1108,7 +1307,7 @@ settle_server_error(Shipment *shipment, const Verdict *verdict)
  * Settle a request that has ended.
  */
 static void
-settle(Shipment *shipment, const ServerOptions *server)
+settle(Shipment *shipment, const ServerOptions *server, int64 ledger_from)
 {
 	const HttpReply *reply = abp_http_reply(shipment->request);
 	Delivery   *delivery = &shipment->delivery;
@@ -1152,7 +1351,7 @@ settle(Shipment *shipment, const ServerOptions *server)
 	switch (verdict->kind)
 	{
 		case VERDICT_DELIVERED:
-			settle_delivered(shipment, verdict, reply->elapsed_ms, server);
+			settle_delivered(shipment, verdict, reply->elapsed_ms, server, ledger_from);
 			break;
 		case VERDICT_ROWS_REFUSED:
 			lane_succeeded(lane);
@@ -1334,7 +1533,13 @@ take_ids(const UsageTable *table, Position *position, int64 max_ids,
 	int64		unused = 0;
 	IdSet		ids;
 
-	ids = abp_outbox_take(table->relid, OUTBOX_WAITING, start, &unused, max_ids, entries);
+	if (position->held.nranges > 0 && position->held_until <= start)
+	{
+		abp_idset_free(&position->held);
+		position->cursor = PG_INT64_MIN;
+	}
+	ids = abp_outbox_take(table->relid, OUTBOX_WAITING, start, &position->held, &unused, max_ids,
+						  entries);
 	if (ids.nranges > 0)
 		return ids;
 
@@ -1344,8 +1549,8 @@ take_ids(const UsageTable *table, Position *position, int64 max_ids,
 	{
 		bool		from_start = position->cursor == PG_INT64_MIN;
 
-		ids = abp_outbox_take(table->relid, OUTBOX_READY, start, &position->cursor,
-							  max_ids, entries);
+		ids = abp_outbox_take(table->relid, OUTBOX_READY, start, &position->held,
+							  &position->cursor, max_ids, entries);
 		if (from_start)
 		{
 			TimestampTz now = GetCurrentTimestamp();
@@ -1499,7 +1704,7 @@ guarded(TableWork work, const UsageTable *table, const ServerOptions *server, vo
 		RollbackAndReleaseCurrentSubTransaction();
 		CurrentResourceOwner = owner;
 		position_of(table->relid)->cursor = PG_INT64_MIN;
-		position_of(table->relid)->unpriced_cursor = PG_INT64_MIN;
+		position_of(table->relid)->unpriced_cursor = ENTRY_CURSOR_START;
 		if (table->blocked_reason == NULL)
 			ereport(WARNING,
 					(errcode(error->sqlerrcode),
@@ -1549,10 +1754,11 @@ prepare_next(const UsageTable *table, const ServerOptions *server, void *arg)
 	next->shipment = new_shipment(lane);
 	delivery = &next->shipment->delivery;
 	delivery->usage_table = table->relid;
+	delivery->attempts = 1;
 	delivery->prior_attempts = entries.attempts;
-	delivery->outcome_unknown = entries.maybe_sent;
+	delivery->outcome_unknown = entries.outcome_unknown;
 	start_work_limit();
-	if (!fill_shipment(next->shipment, table, server, &ids) || count == size)
+	if (!fill_shipment(next->shipment, table, server, &ids, entries.state) || count == size)
 		position->backlog = true;
 	else
 		next->gather_ms = Min(Max(count * GATHER_ROW_MS, GATHER_MIN_MS), GATHER_MAX_MS);
@@ -1571,6 +1777,25 @@ prepare_next(const UsageTable *table, const ServerOptions *server, void *arg)
 }
 
 /*
+ * The same by one snapshot, of what stands in the outbox and of the rows: a
+ * transaction that changes a row changes both.
+ */
+static void
+prepare_next_at_once(const UsageTable *table, const ServerOptions *server, void *arg)
+{
+	PushActiveSnapshot(GetLatestSnapshot());
+	if (abp_outbox_tidy(table->relid, TIDY_PER_TURN))
+	{
+		CommandCounterIncrement();
+		UpdateActiveSnapshotCommandId();
+		prepare_next(table, server, arg);
+	}
+	else
+		due_at(in_ms(GATHER_MIN_MS));
+	PopActiveSnapshot();
+}
+
+/*
  * Build a waiting shipment's request anew and enter another attempt, unless
  * none of its rows is left.
  */
@@ -1583,7 +1808,9 @@ rebuild(const UsageTable *table, const ServerOptions *server, void *arg)
 	IdSet		ids = delivery->ids;
 
 	start_work_limit();
-	(void) fill_shipment(shipment, table, server, &ids);
+	PushActiveSnapshot(GetLatestSnapshot());
+	(void) fill_shipment(shipment, table, server, &ids, 0);
+	PopActiveSnapshot();
 	report_vanished(delivery, table, vanished);
 	if (delivery->nevents > 0)
 	{
@@ -1598,6 +1825,8 @@ rebuild(const UsageTable *table, const ServerOptions *server, void *arg)
 typedef struct PriceLook
 {
 	const OutboxEntry *entry;
+	int64		nrows;
+	IdSet		seen;
 	IdSet		priced;			/* have a price by now */
 	List	   *others;			/* OutboxEntry *, of rows that have another
 								 * reason by now to wait, or are rejected */
@@ -1613,6 +1842,8 @@ look_for_price(const UsageRow *row, Jsonb *whole, void *arg)
 	MemoryContext old;
 	ListCell   *lc;
 
+	look->nrows++;
+	abp_idset_add(&look->seen, row->id, row->id, look->context);
 	abp_usage_judge_price(row, &verdict);
 	if (verdict.state == OUTBOX_READY)
 	{
@@ -1644,6 +1875,98 @@ look_for_price(const UsageRow *row, Jsonb *whole, void *arg)
 	return true;
 }
 
+static bool
+look_for_another(const UsageRow *row, Jsonb *whole, void *arg)
+{
+	return true;
+}
+
+/* Of what has been looked at, ids of several rows are rejected. */
+static void
+reject_shared(const UsageTable *table, PriceLook *look)
+{
+	OutboxEntry *shared = palloc(sizeof(OutboxEntry));
+	ListCell   *lc;
+
+	*shared = *look->entry;
+	memset(&shared->ids, 0, sizeof(IdSet));
+	shared->state = OUTBOX_REJECTED;
+	shared->error = SHARED_ID;
+	for (int i = 0; i < look->seen.nranges; i++)
+	{
+		for (int64 id = look->seen.ranges[i].first;; id++)
+		{
+			IdSet		one = {0};
+
+			abp_idset_add(&one, id, id, CurrentMemoryContext);
+			if (abp_usage_read(table, &one, false, look_for_another, NULL) > 1)
+				abp_idset_add(&shared->ids, id, id, CurrentMemoryContext);
+			abp_idset_free(&one);
+			if (id == look->seen.ranges[i].last)
+				break;
+		}
+	}
+
+	look->priced = abp_idset_subtract(&look->priced, &shared->ids);
+	foreach(lc, look->others)
+	{
+		OutboxEntry *other = lfirst(lc);
+
+		other->ids = abp_idset_subtract(&other->ids, &shared->ids);
+	}
+	look->others = lappend(look->others, shared);
+}
+
+/*
+ * What becomes of an unpriced entry whose rows have been looked at.  Of those
+ * that leave its state only such as we can lock, and that nobody has taken out
+ * of it meanwhile: who changes a row decides where it stands.
+ */
+static void
+divide_unpriced(const UsageTable *table, PriceLook *look, bool price)
+{
+	const OutboxEntry *entry = look->entry;
+	OutboxEntry *out = palloc((2 + list_length(look->others)) * sizeof(OutboxEntry));
+	int			nout = 0;
+	IdSet		leaving = abp_idset_copy(&look->priced);
+	IdSet		rest = abp_idset_copy(&entry->ids);
+	IdSet		still;
+	ListCell   *lc;
+
+	foreach(lc, look->others)
+		abp_idset_add_set(&leaving, &((OutboxEntry *) lfirst(lc))->ids, CurrentMemoryContext);
+	leaving = abp_usage_lock(table, &leaving);
+	PushActiveSnapshot(GetLatestSnapshot());
+	still = abp_outbox_entry_left(entry);
+	PopActiveSnapshot();
+	leaving = abp_idset_intersect(&leaving, &still);
+	if (leaving.nranges == 0 || !abp_outbox_take_entry(entry))
+		return;
+
+	foreach(lc, look->others)
+	{
+		out[nout] = *(OutboxEntry *) lfirst(lc);
+		out[nout].ids = abp_idset_intersect(&out[nout].ids, &leaving);
+		rest = abp_idset_subtract(&rest, &out[nout++].ids);
+	}
+	look->priced = abp_idset_intersect(&look->priced, &leaving);
+	if (look->priced.nranges > 0)
+	{
+		if (price)
+			abp_usage_price_again(table, &look->priced);
+		out[nout] = *entry;
+		out[nout].ids = look->priced;
+		out[nout].state = OUTBOX_READY;
+		out[nout].error = NULL;
+		rest = abp_idset_subtract(&rest, &out[nout++].ids);
+		position_of(table->relid)->cursor = PG_INT64_MIN;
+		start_work_limit();
+	}
+	out[nout] = *entry;
+	out[nout++].ids = rest;
+	abp_outbox_put(out, nout);
+}
+
 /*
  * Rows that wait for a price: price and release those that have one by now,
  * and have the others say what they lack by now.  Those that no price can help
@@ -1654,66 +1977,45 @@ release_unpriced(const UsageTable *table, const ServerOptions *server, void *arg
 {
 	Position   *position = position_of(table->relid);
 
+	PushActiveSnapshot(GetLatestSnapshot());
+	if (!abp_outbox_tidy(table->relid, TIDY_PER_TURN))
+	{
+		PopActiveSnapshot();
+		due_at(in_ms(GATHER_MIN_MS));
+		return;
+	}
+	CommandCounterIncrement();
+	UpdateActiveSnapshotCommandId();
+
 	for (int i = 0; i < UNPRICED_PER_TURN; i++)
 	{
 		OutboxEntry *entry = abp_outbox_next_unpriced(table->relid, &position->unpriced_cursor);
 		PriceLook	look = {.entry = entry,.context = CurrentMemoryContext};
-		OutboxEntry *out;
-		int			nout = 0;
-		int64		cursor;
-		TakenEntries entries;
-		IdSet		rest;
-		ListCell   *lc;
 
 		CHECK_FOR_INTERRUPTS();
 
 		if (entry == NULL)
 		{
-			position->unpriced_cursor = PG_INT64_MIN;
+			position->unpriced_cursor = ENTRY_CURSOR_START;
 			position->look_for_prices = false;
+			PopActiveSnapshot();
 			return;
 		}
 
 		if (i == 0)
 			start_work_limit();
 		if (server->send_unpriced)
-			look.priced = entry->ids;
+			look.priced = abp_idset_copy(&entry->ids);
 		else
 			abp_usage_read(table, &entry->ids, false, look_for_price, &look);
-		if (look.priced.nranges == 0 && look.others == NIL)
-			continue;
 
-		cursor = entry->ids.ranges[0].first;
-		rest = abp_outbox_take(table->relid, OUTBOX_UNPRICED, DT_NOEND, &cursor,
-							   abp_idset_count(&entry->ids), &entries);
-
-		/* What has left the outbox meanwhile, deleted, stays out of it. */
-		out = palloc((2 + list_length(look.others)) * sizeof(OutboxEntry));
-		foreach(lc, look.others)
-		{
-			IdSet	   *ids = &((OutboxEntry *) lfirst(lc))->ids;
-			IdSet		without = abp_idset_subtract(&rest, ids);
-
-			out[nout] = *(OutboxEntry *) lfirst(lc);
-			out[nout++].ids = abp_idset_subtract(&rest, &without);
-			rest = without;
-		}
-		out[nout] = *entry;
-		out[nout++].ids = abp_idset_subtract(&rest, &look.priced);
-
-		if (look.priced.nranges > 0)
-		{
-			if (!server->send_unpriced)
-				abp_usage_price_again(table, &look.priced);
-			out[nout] = *entry;
-			out[nout].ids = abp_idset_subtract(&rest, &out[nout - 1].ids);
-			out[nout].state = OUTBOX_READY;
-			out[nout++].error = NULL;
-			position->cursor = PG_INT64_MIN;
-			start_work_limit();
-		}
-		abp_outbox_put(out, nout);
+		/* Of rows that share an id one may be delivered: they are not priced. */
+		if (look.nrows > abp_idset_count(&look.seen))
+			reject_shared(table, &look);
+		if (look.priced.nranges > 0 || look.others != NIL)
+			divide_unpriced(table, &look, !server->send_unpriced);
 	}
+	PopActiveSnapshot();
 	due_at(DT_NOBEGIN);
 }
 
@@ -1748,16 +2050,15 @@ recover(List *tables)
 		Shipment   *shipment =
 		new_shipment(lane_of(left->server, table == NULL ? InvalidOid : table->role));
 		char	   *server = shipment->delivery.server;
+		MemoryContext old;
 
 		shipment->delivery = *left;
 		shipment->delivery.server = server;
-		shipment->delivery.ids = (IdSet)
-		{
-			0
-		};
-		for (int i = 0; i < left->ids.nranges; i++)
-			abp_idset_add(&shipment->delivery.ids, left->ids.ranges[i].first,
-						  left->ids.ranges[i].last, shipment->context);
+		old = MemoryContextSwitchTo(shipment->context);
+		shipment->delivery.ids = abp_idset_copy(&left->ids);
+		shipment->delivery.vanished_ids = abp_idset_copy(&left->vanished_ids);
+		copy_keys(&shipment->delivery, left);
+		MemoryContextSwitchTo(old);
 		shipment->delivery.nevents = abp_idset_count(&left->ids);
 		shipment->stage = SHIPMENT_WAITING;
 		shipment->retry_at = DT_NOBEGIN;
@@ -1831,7 +2132,8 @@ settle_answered(List *tables)
 		{
 			UsageTable *table = find_table(tables, shipment->delivery.usage_table);
 
-			settle(shipment, table == NULL ? NULL : options_of(table));
+			settle(shipment, table == NULL ? NULL : options_of(table),
+				   table == NULL ? 0 : table->ledger_from);
 		}
 	}
 }
@@ -2031,7 +2333,7 @@ prepare_table(const UsageTable *table, const ServerOptions *server, List **depar
 		}
 		if (!take_quota(server))
 			break;
-		if (guarded(prepare_next, table, server, &next) != ERRCODE_SUCCESSFUL_COMPLETION)
+		if (guarded(prepare_next_at_once, table, server, &next) != ERRCODE_SUCCESSFUL_COMPLETION)
 		{
 			if (next.shipment != NULL)
 				drop_shipment(next.shipment);
@@ -2160,7 +2462,7 @@ work(const ShipScope *scope)
 	price_relids[1] = abp_extension_relation("model_alias");
 	price_relids[2] = abp_extension_relation("service_tier_rule");
 	price_relids[3] = abp_extension_relation("price_source");
-	price_relids[4] = abp_extension_relation("usage_table");	/* attached with rows */
+	price_relids[4] = abp_extension_relation("attachment");	/* attached with rows */
 
 	tables = current_tables(&armed);
 	MemoryContextSwitchTo(turn_context);

@@ -23,9 +23,11 @@
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
 #include "utils/resowner.h"
+#include "utils/snapmgr.h"
 #include "utils/timestamp.h"
 #include "utils/varlena.h"
 
+#include "attach.h"
 #include "compat.h"
 #include "config.h"
 #include "outbox.h"
@@ -38,6 +40,7 @@
 #define STATUS_REASONS 3
 #define STATUS_ENTRIES 100
 
+PG_FUNCTION_INFO_V1(abp_sql_waiting_ids);
 PG_FUNCTION_INFO_V1(abp_sql_usage_status);
 PG_FUNCTION_INFO_V1(abp_sql_status);
 
@@ -69,6 +72,52 @@ database_is_listed(void)
 /* --- watching --------------------------------------------------------------------- */
 
 /*
+ * aibilling.waiting_ids(usage_table, state, entry, id, ids): what is left of an
+ * outbox entry.
+ */
+Datum
+abp_sql_waiting_ids(PG_FUNCTION_ARGS)
+{
+	IdSet		ids = {0};
+
+	for (int i = 0; i < 4; i++)
+	{
+		if (PG_ARGISNULL(i))
+			PG_RETURN_NULL();
+	}
+	if (may_see(PG_GETARG_OID(0)))
+	{
+		if (PG_ARGISNULL(4))
+			abp_idset_add(&ids, PG_GETARG_INT64(3), PG_GETARG_INT64(3), CurrentMemoryContext);
+		else
+			ids = abp_idset_from_multirange(PG_GETARG_DATUM(4));
+		ids = abp_outbox_left(PG_GETARG_OID(0), PG_GETARG_CHAR(1),
+							  (ItemPointer) PG_GETARG_POINTER(2), PG_GETARG_INT64(3), &ids);
+	}
+	PG_RETURN_DATUM(abp_idset_to_multirange(&ids));
+}
+
+/*
+ * In flight, in the outbox, or delivered.  Each part finds its rows by an index
+ * whatever the planner knows of the tables.
+ */
+static const char usage_status_query[] =
+"SELECT s.state, s.delivery_id, s.sent_at, s.attempts, s.error FROM ("
+" SELECT d.state, d.id AS delivery_id, d.started_at AS sent_at, d.attempts, d.error,"
+"  CASE d.state WHEN 'sending' THEN 1 ELSE 3 END AS place"
+"  FROM (SELECT * FROM aibilling.ledger l WHERE l.usage_ids @> $2 OFFSET 0) d"
+"  WHERE d.usage_table = $1 AND (d.state = 'sending' OR d.state = 'delivered' AND d.id >"
+"   coalesce((SELECT a.ledger_from FROM aibilling.attachment a WHERE a.usage = $1), 0))"
+" UNION ALL SELECT CASE e.state WHEN 'u' THEN 'unpriced' WHEN 'r' THEN 'rejected' ELSE 'pending' END,"
+"  NULL, NULL, e.attempts, e.error, 2 FROM ("
+"   SELECT o.*, o.ctid FROM aibilling.outbox_entry o WHERE o.usage_table = $1"
+"    AND o.state = ANY ('{p,u,r}'::\"char\"[]) AND o.not_before = '-infinity' AND o.id = ANY (ARRAY[$2, $2 & -1024])"
+"   UNION ALL SELECT o.*, o.ctid FROM aibilling.outbox_entry o WHERE o.usage_table = $1"
+"    AND o.state = 'w' AND o.id = ANY (ARRAY[$2, $2 & -1024])) e"
+"  WHERE aibilling.waiting_ids(e.usage_table, e.state, e.ctid, e.id, e.ids) @> $2) s"
+" ORDER BY s.place, s.delivery_id DESC LIMIT 1";
+
+/*
  * aibilling.usage_status(usage, id): where a row stands.
  */
 Datum
@@ -89,17 +138,7 @@ abp_sql_usage_status(PG_FUNCTION_ARGS)
 
 	abp_become_extension_owner(&saved);
 	SPI_connect();
-	SPI_execute_with_args("SELECT CASE e.state WHEN 'u' THEN 'unpriced' WHEN 'r' THEN 'rejected'"
-						  " ELSE 'pending' END, NULL::int8, NULL::timestamptz, e.attempts, e.error"
-						  " FROM aibilling.outbox_entry e WHERE e.usage_table = $1"
-						  " AND e.state = ANY ('{p,w,u,r}'::\"char\"[])"
-						  " AND e.first BETWEEN ($2 & -1024) AND $2 AND e.last >= $2"
-						  " AND (e.ids IS NULL OR e.ids @> $2)"
-						  " UNION ALL (SELECT d.state, d.id, d.started_at, d.attempts, d.error"
-						  " FROM aibilling.delivery d WHERE d.usage_ids @> $2 AND d.usage_table = $1"
-						  " AND d.state IN ('sending', 'delivered') ORDER BY d.id DESC LIMIT 1)"
-						  " LIMIT 1",
-						  2, argtypes, args, NULL, true, 0);
+	SPI_execute_with_args(usage_status_query, 2, argtypes, args, NULL, true, 0);
 	if (SPI_processed > 0)
 	{
 		for (int i = 0; i < 5; i++)
@@ -170,9 +209,10 @@ static void
 append_missing_prices(StringInfo words, const UsageTable *table)
 {
 	List	   *reasons = NIL;
-	int64		cursor = PG_INT64_MIN;
+	EntryCursor cursor = ENTRY_CURSOR_START;
 	ListCell   *lc;
 
+	PushActiveSnapshot(GetLatestSnapshot());
 	for (int i = 0; i < STATUS_ENTRIES; i++)
 	{
 		OutboxEntry *entry = abp_outbox_next_unpriced(table->relid, &cursor);
@@ -196,12 +236,14 @@ append_missing_prices(StringInfo words, const UsageTable *table)
 		appendStringInfo(words, "%s%s", reasons == NIL ? ": " : ", ", entry->error);
 		reasons = lappend(reasons, unconstify(char *, entry->error));
 	}
+	PopActiveSnapshot();
 }
 
 /* What happens now with a table, and why. */
 static char *
 status_words(const UsageTable *table, bool armed, int worker_pid, int64 ready,
-			 int64 unpriced, int64 rejected, const LedgerTotals *totals)
+			 int64 unpriced, int64 rejected, int64 not_queued,
+			 const LedgerTotals *totals)
 {
 	StringInfoData words;
 
@@ -236,6 +278,11 @@ status_words(const UsageTable *table, bool armed, int worker_pid, int64 ready,
 	if (rejected > 0)
 		appendStringInfo(&words, "; " INT64_FORMAT " rows are rejected (aibilling.outbox)",
 						 rejected);
+	if (not_queued > 0)
+		appendStringInfo(&words, "; " INT64_FORMAT " rows were priced and not queued: aibilling_polar.enqueue was off",
+						 not_queued);
+	if (abp_ids_may_repeat(table->relid))
+		appendStringInfoString(&words, "; warning: nothing keeps two rows from having the same id; add a UNIQUE index on (id)");
 	if (totals->unexpected_duplicates > 0)
 		appendStringInfo(&words, "; warning: " INT64_FORMAT " events were not counted, Polar had their external_id before",
 						 totals->unexpected_duplicates);
@@ -301,6 +348,7 @@ status_of_table(const UsageTable *table, bool armed, ReturnSetInfo *result)
 	int64		waiting;
 	int64		unpriced;
 	int64		rejected;
+	int64		not_queued;
 	int			worker_pid = abp_worker_pid();
 
 	ready = abp_outbox_count(table->relid, OUTBOX_READY, STATUS_EXACT_LIMIT, &estimated, &first);
@@ -310,6 +358,8 @@ status_of_table(const UsageTable *table, bool armed, ReturnSetInfo *result)
 								&ignored, &unused);
 	rejected = abp_outbox_count(table->relid, OUTBOX_REJECTED, STATUS_EXACT_LIMIT,
 								&ignored, &unused);
+	not_queued = table->not_queued +
+		abp_outbox_count(table->relid, OUTBOX_NOT_QUEUED, STATUS_EXACT_LIMIT, &ignored, &unused);
 	abp_ledger_totals(table->relid, &totals);
 
 	values[STATUS_USAGE_TABLE] = ObjectIdGetDatum(table->relid);
@@ -341,7 +391,8 @@ status_of_table(const UsageTable *table, bool armed, ReturnSetInfo *result)
 	nulls[STATUS_WORKER_PID] = worker_pid == 0;
 	values[STATUS_WORKER_PID] = Int32GetDatum(worker_pid);
 	values[STATUS_WORDS] = CStringGetTextDatum(status_words(table, armed, worker_pid, ready,
-															unpriced, rejected, &totals));
+															unpriced, rejected, not_queued,
+															&totals));
 	tuplestore_putvalues(result->setResult, result->setDesc, values, nulls);
 }
 

@@ -3,33 +3,41 @@
  * usage.c
  *	  The triggers of usage tables: price the row, put it in the outbox.
  *
- * A BEFORE trigger prices; an AFTER trigger collects the ids of the rows that
- * were really inserted.  The collected ids are written to the outbox in bulk
- * just before the transaction commits, or is prepared: a row and its outbox
- * entry commit together or not at all.
+ * A BEFORE trigger prices; AFTER triggers tell collect.c of the rows that were
+ * really inserted or deleted, which writes that to the outbox when the
+ * transaction commits.
  *
  *-------------------------------------------------------------------------
  */
 #include "postgres.h"
 
+#include "access/genam.h"
 #include "access/htup_details.h"
+#include "access/relation.h"
+#include "access/table.h"
 #include "access/xact.h"
 #include "catalog/partition.h"
+#include "catalog/pg_am_d.h"
+#include "catalog/pg_index.h"
 #include "commands/trigger.h"
 #include "fmgr.h"
 #include "miscadmin.h"
+#include "partitioning/partdesc.h"
 #include "utils/acl.h"
 #include "utils/builtins.h"
 #include "utils/datum.h"
+#include "utils/fmgroids.h"
 #include "utils/hsearch.h"
 #include "utils/inval.h"
 #include "utils/jsonb.h"
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
 #include "utils/rel.h"
+#include "utils/snapmgr.h"
 #include "utils/syscache.h"
 #include "utils/timestamp.h"
 
+#include "collect.h"
 #include "compat.h"
 #include "config.h"
 #include "normalize.h"
@@ -42,9 +50,6 @@
 
 /* How many models a session is warned about before it is left in peace. */
 #define MAX_WARNED_MODELS 1000
-
-/* How many kinds of collected rows are looked through for each row. */
-#define MAX_GROUPS_SEARCHED 16
 
 PG_FUNCTION_INFO_V1(abp_sql_price_usage);
 PG_FUNCTION_INFO_V1(abp_sql_enqueue_usage);
@@ -62,32 +67,17 @@ typedef struct UsageRelation
 	bool		warned;			/* of triggers on a table not attached */
 	Oid			usage_table;	/* the attached table, InvalidOid if none */
 	Oid			serverid;
+	int64		ledger_from;	/* its last delivery before a TRUNCATE */
+	Oid			id_index;		/* InvalidOid: not looked for, or none */
 	int			natts;
 	AttrNumber	attnums[NUM_USAGE_COLUMNS];
 	Datum	   *values;			/* scratch: one tuple's columns */
 	bool	   *nulls;
 } UsageRelation;
 
-/* Ids collected by one nesting level of the transaction. */
-typedef struct Collected
-{
-	struct Collected *next;
-	Oid			usage_table;
-	int			nest_level;
-	bool		removed;		/* taken back instead of collected */
-	char		state;
-	TimestampTz not_before;
-	char	   *error;
-	IdSet		ids;
-} Collected;
-
 static HTAB *relations = NULL;
-static Oid	attachments_relid = InvalidOid; /* aibilling.usage_table */
+static Oid	attachments_relid = InvalidOid; /* aibilling.attachment */
 static HTAB *warned_models = NULL;
-
-/* Lives until the end of the transaction; NULL outside one that collects. */
-static MemoryContext collect_context = NULL;
-static Collected *collected = NULL;
 
 /* A row of a usage table. */
 typedef struct RowKey
@@ -96,19 +86,9 @@ typedef struct RowKey
 	int64		id;
 } RowKey;
 
-/*
- * The row that an UPDATE is about to move to another partition, if it is: the
- * move is a DELETE and an INSERT right behind the UPDATE's trigger.
- */
-static struct
-{
-	RowKey		row;
-	CommandId	command;
-	bool		deleted;		/* the first half of the move has happened */
-}			moving = {{InvalidOid}};
-
-/* Rows moved by the current statement, until their AFTER trigger has fired. */
-static HTAB *moved = NULL;
+/* Rows between their INSERT triggers that were there before, or NULL. */
+static HTAB *returning = NULL;
+static int	returning_level = 0;	/* the deepest nesting level among them */
 
 /* The command that has warned of a row that cannot be sent. */
 static CommandId warned_command = InvalidCommandId;
@@ -119,8 +99,14 @@ static CommandId warned_command = InvalidCommandId;
  * and fail in subtransactions of their own.
  */
 static Oid	repricing_table = InvalidOid;
+static IdSet *repricing_ids;
 static int	repricing_level;
 
+static bool billed_columns_changed(const UsageRelation *known, TupleDesc desc,
+								   const Datum *old_values, const bool *old_nulls,
+								   const Datum *new_values, const bool *new_nulls,
+								   bool *raw_changed);
+static void forget_returning(int level);
 static void on_transaction_end(XactEvent event, void *arg);
 static void on_subtransaction_end(SubXactEvent event, SubTransactionId mine,
 								  SubTransactionId parent, void *arg);
@@ -178,7 +164,7 @@ create_relations(void)
 
 /* Which attached table do rows of "rel" belong to: itself, or the root above it? */
 static Oid
-find_usage_table(Relation rel, Oid *serverid)
+find_usage_table(Relation rel, Oid *serverid, int64 *ledger_from)
 {
 	List	   *candidates = list_make1_oid(RelationGetRelid(rel));
 	ListCell   *lc;
@@ -189,7 +175,7 @@ find_usage_table(Relation rel, Oid *serverid)
 
 	foreach(lc, candidates)
 	{
-		if (abp_usage_table_attached(lfirst_oid(lc), serverid))
+		if (abp_usage_table_attached(lfirst_oid(lc), serverid, ledger_from))
 			return lfirst_oid(lc);
 	}
 	return InvalidOid;
@@ -200,6 +186,7 @@ know_relation(Relation rel)
 {
 	Oid			relid = RelationGetRelid(rel);
 	Oid			serverid = InvalidOid;
+	int64		ledger_from = 0;
 	UsageRelation *known;
 	char	   *problem;
 	bool		found;
@@ -244,12 +231,14 @@ know_relation(Relation rel)
 				 errhint("Restore the columns, or take the triggers off with aibilling.detach.")));
 	pfree(problem);
 
-	attachments_relid = abp_extension_relation("usage_table");
+	attachments_relid = abp_extension_relation("attachment");
 
 	/* Looking the server up may let in news of a change: then look again. */
 	known->valid = true;
-	known->usage_table = find_usage_table(rel, &serverid);
+	known->id_index = InvalidOid;
+	known->usage_table = find_usage_table(rel, &serverid, &ledger_from);
 	known->serverid = serverid;
+	known->ledger_from = ledger_from;
 	return known;
 }
 
@@ -495,6 +484,7 @@ abp_usage_judge_price(const UsageRow *row, RowState *verdict)
 	verdict->state = OUTBOX_READY;
 	verdict->not_before = DT_NOBEGIN;
 	verdict->error = NULL;
+	verdict->outcome_unknown = false;
 	if (row->has_cost_nanos)
 		return;
 
@@ -552,6 +542,7 @@ abp_usage_judge(const UsageRow *row, const ServerOptions *server, RowState *verd
 
 	verdict->state = OUTBOX_READY;
 	verdict->not_before = DT_NOBEGIN;
+	verdict->outcome_unknown = false;
 	verdict->error = find_fault(row, !row->has_cost_nanos, &filled);
 	if (verdict->error != NULL)
 		verdict->state = OUTBOX_REJECTED;
@@ -577,272 +568,320 @@ abp_usage_judge(const UsageRow *row, const ServerOptions *server, RowState *verd
 	}
 }
 
-/* --- collecting ids until the transaction commits -------------------------- */
-
-static bool
-same_group(const Collected *a, const Collected *b)
-{
-	if (a->usage_table != b->usage_table || a->nest_level != b->nest_level ||
-		a->removed != b->removed)
-		return false;
-	if (a->removed)
-		return true;
-	return a->state == b->state && a->not_before == b->not_before &&
-		(a->error == b->error ||
-		 (a->error != NULL && b->error != NULL && strcmp(a->error, b->error) == 0));
-}
-
-/*
- * The group with these properties, NULL if none of the first few is it: two
- * groups of a kind do no harm, a long search for each row would.
- */
-static Collected *
-find_group(const Collected *properties)
-{
-	Collected  *group = collected;
-
-	for (int i = 0; group != NULL && i < MAX_GROUPS_SEARCHED; i++)
-	{
-		if (group != properties && same_group(group, properties))
-			return group;
-		group = group->next;
-	}
-	return NULL;
-}
-
-/* Collect an id, or take back a collected one, at the current nesting level. */
-static void
-collect(Oid usage_table, int64 id, bool removed, const RowState *verdict)
-{
-	Collected	properties = {
-		.usage_table = usage_table,
-		.nest_level = GetCurrentTransactionNestLevel(),
-		.removed = removed
-	};
-	Collected  *group;
-
-	if (!removed)
-	{
-		properties.state = verdict->state;
-		properties.not_before = verdict->not_before;
-		properties.error = verdict->error;
-	}
-
-	if (collect_context == NULL)
-		collect_context = AllocSetContextCreate(TopTransactionContext,
-												"aibilling collected rows",
-												ALLOCSET_DEFAULT_SIZES);
-
-	group = find_group(&properties);
-	if (group == NULL)
-	{
-		group = MemoryContextAlloc(collect_context, sizeof(Collected));
-		*group = properties;
-		if (group->error != NULL)
-			group->error = MemoryContextStrdup(collect_context, group->error);
-		group->next = collected;
-		collected = group;
-	}
-	abp_idset_add(&group->ids, id, id, collect_context);
-}
-
-/* Has this transaction taken the id back? */
-static bool
-was_removed(Oid usage_table, int64 id)
-{
-	for (Collected *group = collected; group != NULL; group = group->next)
-	{
-		if (group->removed && group->usage_table == usage_table &&
-			abp_idset_contains(&group->ids, id))
-			return true;
-	}
-	return false;
-}
-
-/* Has this transaction collected the id, and not taken it back? */
-static bool
-is_collected(Oid usage_table, int64 id)
-{
-	for (Collected *group = collected; group != NULL; group = group->next)
-	{
-		if (!group->removed && group->usage_table == usage_table &&
-			abp_idset_contains(&group->ids, id))
-			return !was_removed(usage_table, id);
-	}
-	return false;
-}
-
-/* Write what was collected to the outbox. */
-static void
-flush_collected(void)
-{
-	int			nentries = 0;
-	OutboxEntry *entries;
-	MemoryContext old;
-
-	if (collected == NULL)
-		return;
-
-	old = MemoryContextSwitchTo(collect_context);
-	for (Collected *group = collected; group != NULL; group = group->next)
-		nentries++;
-	entries = palloc0(sizeof(OutboxEntry) * nentries);
-
-	nentries = 0;
-	for (Collected *group = collected; group != NULL; group = group->next)
-	{
-		OutboxEntry *entry = &entries[nentries];
-
-		if (group->removed)
-			continue;
-		entry->usage_table = group->usage_table;
-		entry->state = group->state;
-		entry->not_before = group->not_before;
-		entry->error = group->error;
-		entry->ids = group->ids;
-		for (Collected *other = collected; other != NULL; other = other->next)
-		{
-			if (other->removed && other->usage_table == group->usage_table)
-				entry->ids = abp_idset_subtract(&entry->ids, &other->ids);
-		}
-		nentries++;
-	}
-	if (abp_outbox_put_at_commit(entries, nentries))
-		abp_wake_at_commit();
-	MemoryContextSwitchTo(old);
-}
+/* --- the end of a transaction ------------------------------------------------ */
 
 static void
 on_transaction_end(XactEvent event, void *arg)
 {
-	switch (event)
-	{
-		case XACT_EVENT_PRE_COMMIT:
-		case XACT_EVENT_PRE_PREPARE:
-			flush_collected();
-			break;
-		case XACT_EVENT_COMMIT:
-		case XACT_EVENT_PREPARE:
-		case XACT_EVENT_ABORT:
-			/* The contexts go with the transaction. */
-			collect_context = NULL;
-			collected = NULL;
-			moved = NULL;
-			moving.row.usage_table = InvalidOid;
-			warned_command = InvalidCommandId;
-			repricing_table = InvalidOid;
-			break;
-		default:
-			break;
-	}
+	if (event != XACT_EVENT_COMMIT && event != XACT_EVENT_PREPARE && event != XACT_EVENT_ABORT)
+		return;
+	returning = NULL;			/* its memory goes with the transaction */
+	returning_level = 0;
+	warned_command = InvalidCommandId;
+	repricing_table = InvalidOid;
 }
 
-/*
- * What a subtransaction has collected goes to its parent, or is forgotten.
- */
 static void
 on_subtransaction_end(SubXactEvent event, SubTransactionId mine,
 					  SubTransactionId parent, void *arg)
 {
 	int			level = GetCurrentTransactionNestLevel();
-	Collected **link = &collected;
 
-	if (event == SUBXACT_EVENT_ABORT_SUB)
-	{
-		moved = NULL;
-		if (level <= repricing_level)
-			repricing_table = InvalidOid;
-	}
-	else if (event != SUBXACT_EVENT_COMMIT_SUB)
+	if (event == SUBXACT_EVENT_COMMIT_SUB)
+		returning_level = Min(returning_level, level - 1);
+	if (event != SUBXACT_EVENT_ABORT_SUB)
 		return;
-
-	while (*link != NULL)
-	{
-		Collected  *group = *link;
-		Collected  *of_parent = NULL;
-
-		if (group->nest_level < level)
-		{
-			link = &group->next;
-			continue;
-		}
-
-		if (event == SUBXACT_EVENT_COMMIT_SUB)
-		{
-			group->nest_level = level - 1;
-			of_parent = find_group(group);
-			if (of_parent == NULL)
-			{
-				link = &group->next;
-				continue;
-			}
-			for (int i = 0; i < group->ids.nranges; i++)
-				abp_idset_add(&of_parent->ids, group->ids.ranges[i].first,
-							  group->ids.ranges[i].last, collect_context);
-		}
-		*link = group->next;
-	}
+	if (level <= repricing_level)
+		repricing_table = InvalidOid;
+	if (level <= returning_level)
+		forget_returning(level);
 }
+
+/* --- rows that are not new -------------------------------------------------- */
 
 /*
- * Put one row into the outbox at once.  For a row that this transaction has
- * taken out before: what is collected is written too late to tell the order.
+ * A row that is inserted with its cost filled in may be none that has just
+ * come about: its statement moves it from one partition to another, or its
+ * owner brings it back.  What tells is the row itself, never how it came.
  */
-static void
-put_now(Oid usage_table, int64 id, const RowState *verdict)
+typedef enum ReturnKind
 {
-	OutboxEntry entry = {
-		.usage_table = usage_table,
-		.state = verdict->state,
-		.not_before = verdict->not_before,
-		.error = verdict->error
-	};
+	RETURN_MOVED,				/* nothing of it has changed */
+	RETURN_CHANGED,				/* something that is billed has */
+	RETURN_DELIVERED			/* Polar has it: it keeps its cost */
+} ReturnKind;
 
-	abp_idset_add(&entry.ids, id, id, CurrentMemoryContext);
-	abp_outbox_put(&entry, 1);
-	CommandCounterIncrement();
-	abp_wake_at_commit();
-}
-
-/* --- rows that move between partitions ------------------------------------ */
-
-static bool
-is_moving(Oid usage_table, int64 id)
+/* A row between its BEFORE and its AFTER INSERT trigger. */
+typedef struct Returning
 {
-	return moving.row.usage_table == usage_table && moving.row.id == id &&
-		moving.command == GetCurrentCommandId(false);
-}
+	RowKey		key;			/* hash key */
+	int			nest_level;
+	ReturnKind	kind;
+} Returning;
 
-static void
-remember_moved(void)
-{
-	if (moved == NULL)
-	{
-		HASHCTL		ctl = {
-			.keysize = sizeof(RowKey),
-			.entrysize = sizeof(RowKey),
-			.hcxt = TopTransactionContext
-		};
-
-		moved = hash_create("aibilling moved rows", 64, &ctl,
-							HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
-	}
-	hash_search(moved, &moving.row, HASH_ENTER, NULL);
-	moving.row.usage_table = InvalidOid;
-	moving.deleted = false;
-}
-
-static bool
-was_moved(Oid usage_table, int64 id)
+static Returning *
+find_returning(Oid usage_table, int64 id, HASHACTION action)
 {
 	RowKey		key;
-	bool		found;
 
 	memset(&key, 0, sizeof(key));
 	key.usage_table = usage_table;
 	key.id = id;
-	hash_search(moved, &key, HASH_REMOVE, &found);
+	return hash_search(returning, &key, action, NULL);
+}
+
+static void
+remember_returning(Oid usage_table, int64 id, ReturnKind kind)
+{
+	Returning  *row;
+
+	if (returning == NULL)
+	{
+		HASHCTL		ctl = {
+			.keysize = sizeof(RowKey),
+			.entrysize = sizeof(Returning),
+			.hcxt = TopTransactionContext
+		};
+
+		returning = hash_create("aibilling returning rows", 64, &ctl,
+								HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
+	}
+	row = find_returning(usage_table, id, HASH_ENTER);
+	row->nest_level = GetCurrentTransactionNestLevel();
+	row->kind = kind;
+	returning_level = Max(returning_level, row->nest_level);
+}
+
+/* Those of levels from this one on are rolled back. */
+static void
+forget_returning(int level)
+{
+	HASH_SEQ_STATUS scan;
+	Returning  *row;
+
+	hash_seq_init(&scan, returning);
+	while ((row = hash_seq_search(&scan)) != NULL)
+	{
+		if (row->nest_level >= level)
+			hash_search(returning, &row->key, HASH_REMOVE, NULL);
+	}
+	returning_level = level - 1;
+}
+
+/* --- rows by their id --------------------------------------------------------- */
+
+/* Looks at a row; returns whether to stop. */
+typedef bool (*RowLook) (UsageRelation *known, Relation rel, HeapTuple tuple, void *arg);
+
+/* The partition in which a row was found last: the next is likely there, too. */
+static Oid	last_partition = InvalidOid;
+static Oid	last_root = InvalidOid;
+
+/* An index that finds rows by their id. */
+static Oid
+id_index(Relation rel, AttrNumber id)
+{
+	List	   *indexes = RelationGetIndexList(rel);
+	Oid			found = InvalidOid;
+	ListCell   *lc;
+
+	foreach(lc, indexes)
+	{
+		Relation	index = index_open(lfirst_oid(lc), AccessShareLock);
+
+		if (index->rd_index->indisvalid && index->rd_rel->relam == BTREE_AM_OID &&
+			index->rd_index->indkey.values[0] == id &&
+			heap_attisnull(index->rd_indextuple, Anum_pg_index_indpred, NULL))
+			found = lfirst_oid(lc);
+		index_close(index, NoLock);
+		if (OidIsValid(found))
+			break;
+	}
+	list_free(indexes);
 	return found;
+}
+
+/* Look at the rows of an id in a table that has rows itself. */
+static bool
+look_in_leaf(Relation rel, int64 id, Snapshot snapshot, RowLook look, void *arg)
+{
+	UsageRelation *known = know_relation(rel);
+	ScanKeyData key;
+	SysScanDesc scan;
+	Oid			index;
+	HeapTuple	tuple;
+	bool		found = false;
+
+	if (!OidIsValid(known->id_index))
+		known->id_index = id_index(rel, known->attnums[COL_ID]);
+	index = known->id_index;
+	ScanKeyInit(&key, known->attnums[COL_ID], BTEqualStrategyNumber, F_INT8EQ, Int64GetDatum(id));
+	scan = systable_beginscan(rel, index, OidIsValid(index), snapshot, 1, &key);
+	while (!found && (tuple = systable_getnext(scan)) != NULL)
+	{
+		CHECK_FOR_INTERRUPTS();
+		found = look(known, rel, tuple, arg);
+	}
+	systable_endscan(scan);
+	return found;
+}
+
+static bool
+look_in_relation(Oid root, Relation rel, int64 id, Snapshot snapshot, RowLook look, void *arg)
+{
+	PartitionDesc partitions;
+	bool		found = false;
+
+	if (rel->rd_rel->relkind == RELKIND_RELATION)
+	{
+		found = look_in_leaf(rel, id, snapshot, look, arg);
+		if (found)
+		{
+			last_root = root;
+			last_partition = RelationGetRelid(rel);
+		}
+		return found;
+	}
+	if (rel->rd_rel->relkind != RELKIND_PARTITIONED_TABLE)
+		return false;
+
+	partitions = RelationGetPartitionDesc(rel, true);
+	for (int i = 0; i < partitions->nparts && !found; i++)
+	{
+		Relation	partition = table_open(partitions->oids[i], AccessShareLock);
+
+		found = look_in_relation(root, partition, id, snapshot, look, arg);
+		table_close(partition, NoLock);
+	}
+	return found;
+}
+
+/*
+ * Look at the rows of an id in a usage table, until "look" returns true.
+ * Returns whether it has.  Without SQL: no code of anybody's runs.
+ */
+static bool
+look_for_rows(Oid usage_table, int64 id, Snapshot snapshot, RowLook look, void *arg)
+{
+	Relation	rel = table_open(usage_table, AccessShareLock);
+	bool		found = false;
+
+	if (last_root == usage_table && rel->rd_rel->relkind == RELKIND_PARTITIONED_TABLE)
+	{
+		Relation	partition = try_relation_open(last_partition, AccessShareLock);
+
+		if (partition != NULL)
+		{
+			if (partition->rd_rel->relispartition &&
+				list_member_oid(get_partition_ancestors(last_partition), usage_table))
+				found = look_in_leaf(partition, id, snapshot, look, arg);
+			relation_close(partition, NoLock);
+		}
+	}
+	if (!found)
+		found = look_in_relation(usage_table, rel, id, snapshot, look, arg);
+	table_close(rel, NoLock);
+	return found;
+}
+
+/* A row's columns, to be compared with another's of its id. */
+typedef struct RowColumns
+{
+	TupleDesc	desc;
+	const UsageRelation *known;
+	const Datum *values;
+	const bool *nulls;
+	bool		unchanged;		/* nothing that is billed differs */
+} RowColumns;
+
+/* Is this the same row, by its external_id? */
+static bool
+is_same_row(UsageRelation *known, Relation rel, HeapTuple tuple, void *arg)
+{
+	RowColumns *row = arg;
+	Datum		values[NUM_USAGE_COLUMNS];
+	bool		nulls[NUM_USAGE_COLUMNS];
+	bool		ignored;
+	Form_pg_attribute external_id;
+
+	read_columns(known, tuple, RelationGetDescr(rel), values, nulls);
+	external_id = TupleDescAttr(row->desc, row->known->attnums[COL_EXTERNAL_ID] - 1);
+	if (nulls[COL_EXTERNAL_ID] || row->nulls[COL_EXTERNAL_ID] ||
+		!datum_image_eq(values[COL_EXTERNAL_ID], row->values[COL_EXTERNAL_ID],
+						external_id->attbyval, external_id->attlen))
+		return false;
+	row->unchanged = !billed_columns_changed(row->known, row->desc, values, nulls,
+											 row->values, row->nulls, &ignored);
+	return true;
+}
+
+static bool
+is_any_row(UsageRelation *known, Relation rel, HeapTuple tuple, void *arg)
+{
+	return true;
+}
+
+/* Is there a row of this id now? */
+static bool
+row_exists(Oid usage_table, int64 id)
+{
+	return look_for_rows(usage_table, id, SnapshotSelf, is_any_row, NULL);
+}
+
+/*
+ * Ids of which there is a row, of those given; in the current memory context.
+ */
+IdSet
+abp_usage_existing(Oid usage_table, const IdSet *ids)
+{
+	IdSet		existing = {0};
+
+	for (int i = 0; i < ids->nranges; i++)
+	{
+		for (int64 id = ids->ranges[i].first;; id++)
+		{
+			if (row_exists(usage_table, id))
+				abp_idset_add(&existing, id, id, CurrentMemoryContext);
+			if (id == ids->ranges[i].last)
+				break;
+		}
+	}
+	return existing;
+}
+
+/*
+ * Does the caller own a usage table?  Not by way of a SECURITY DEFINER function
+ * of the owner's: what the owner may leave out of the bill, whoever calls their
+ * function may not.
+ */
+static bool
+is_owned_by_caller(Oid usage_table)
+{
+	return abp_owns_table(usage_table, GetUserId()) &&
+		abp_owns_table(usage_table, GetOuterUserId());
+}
+
+/*
+ * Is a row that is inserted with its cost filled in one that was there?  When
+ * its statement began it was visible, or Polar has it and it is its owner who
+ * brings it back.
+ */
+static bool
+is_returning(UsageRelation *known, RowColumns *row, int64 id, ReturnKind *kind)
+{
+	if (ActiveSnapshotSet() &&
+		look_for_rows(known->usage_table, id, GetActiveSnapshot(), is_same_row, row))
+	{
+		*kind = row->unchanged ? RETURN_MOVED : RETURN_CHANGED;
+		return true;
+	}
+	if (is_owned_by_caller(known->usage_table) &&
+		abp_ledger_has(known->usage_table, id, known->ledger_from))
+	{
+		*kind = RETURN_DELIVERED;
+		return true;
+	}
+	return false;
 }
 
 /* --- warnings --------------------------------------------------------------- */
@@ -984,75 +1023,119 @@ billed_columns_changed(const UsageRelation *known, TupleDesc desc,
 }
 
 static void
-refuse_change(RowPlace place, Relation rel, int64 id, const char *verb)
+refuse_change(const RowPlace *place, Relation rel, int64 id, const char *verb)
 {
+	bool		unknown = place->where == ROW_IN_OUTBOX;
+
 	ereport(ERROR,
 			(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 			 errmsg("cannot %s usage row " INT64_FORMAT " of \"%s\": it %s",
 					verb, id, RelationGetRelationName(rel),
-					place == ROW_SENDING ? "is being sent" : "has been delivered"),
-			 errhint("Insert a correcting row: with its own external_id, no counts, the difference in provider_cost, and parent_id naming the external_id of this row.")));
+					unknown ? "may have been delivered" :
+					place->where == ROW_SENDING ? "is being sent" : "has been delivered"),
+			 unknown ? errdetail("A request with it got no answer that says whether Polar has stored it.") : 0,
+			 errhint("%sInsert a correcting row: with its own external_id, no counts, the difference in provider_cost, and tags.corrects naming the external_id of this row.",
+					 unknown ? "It is sent again by itself, or with aibilling.retry() if it is rejected; Polar stores it once. " : "")));
 }
 
 /* Is this UPDATE, of a row of this table, ours? */
 static bool
-is_repriced(const UsageRelation *known)
+is_repriced(const UsageRelation *known, int64 id)
 {
-	return OidIsValid(repricing_table) && known->usage_table == repricing_table;
+	return OidIsValid(repricing_table) && known->usage_table == repricing_table &&
+		abp_idset_contains(repricing_ids, id);
+}
+
+/* A row's place in a table. */
+typedef struct RowTid
+{
+	Oid			relid;
+	ItemPointerData tid;
+} RowTid;
+
+static bool
+is_another_row(UsageRelation *known, Relation rel, HeapTuple tuple, void *arg)
+{
+	RowTid	   *row = arg;
+
+	return row->relid != RelationGetRelid(rel) || !ItemPointerEquals(&row->tid, &tuple->t_self);
 }
 
 /*
- * An UPDATE of what is billed: allowed while the row waits in the outbox.
- * Returns after the outbox says what the new row deserves.
+ * Does a row share its id, in a partitioned table, with one that Polar has?
+ * Then the outbox may speak of the other one.
+ */
+static bool
+shares_delivered_id(const UsageRelation *known, Relation rel, HeapTuple tuple, int64 id)
+{
+	RowTid		row = {RelationGetRelid(rel), tuple->t_self};
+
+	return abp_ledger_has(known->usage_table, id, known->ledger_from) &&
+		look_for_rows(known->usage_table, id, SnapshotSelf, is_another_row, &row);
+}
+
+/*
+ * Something that is billed has changed, in a row that was "old": the outbox is
+ * to say what the new row deserves.  Raises an error if Polar has the row, or
+ * may have it.
  */
 static void
-requeue_row(UsageRelation *known, Relation rel, const UsageRow *row,
+requeue_row(UsageRelation *known, Relation rel, HeapTuple old, const UsageRow *row,
 			const ServerOptions *server)
 {
-	RowState	verdict;
+	RowPlace	place;
+	RowState	state;
+	bool		own;
 
-	if (is_repriced(known))
-		return;					/* whoever reprices moves the ids himself */
+	if (is_repriced(known, row->id))
+		return;					/* whoever reprices moves the ids themselves */
 
-	abp_usage_judge(row, server, &verdict);
-
-	if (is_collected(known->usage_table, row->id))
+	own = abp_collect_find(known->usage_table, row->id, &place);
+	if (!own)
+		abp_outbox_find(known->usage_table, row->id, known->ledger_from, &place);
+	if (place.where == ROW_NOT_SENT)
+		return;
+	if (place.where != ROW_IN_OUTBOX || place.outcome_unknown)
+		refuse_change(&place, rel, row->id, "update");
+	if (!own && shares_delivered_id(known, rel, old, row->id))
 	{
-		collect(known->usage_table, row->id, true, NULL);
-		put_now(known->usage_table, row->id, &verdict);
+		place.where = ROW_DELIVERED;
+		refuse_change(&place, rel, row->id, "update");
 	}
+
+	abp_usage_judge(row, server, &state);
+	if (state.state == OUTBOX_REJECTED)
+		warn_rejected(rel, row->id, state.error);
+
+	/*
+	 * A ready row stays where it is: the shipper reads it as updated, and may
+	 * have passed it over while it was locked.
+	 */
+	if (!own && place.state == OUTBOX_READY && state.state == OUTBOX_READY)
+		abp_wake_at_commit();
 	else
+		abp_collect_changed(known->usage_table, row->id, own ? NULL : &place, &state);
+}
+
+/*
+ * Is a row that is inserted none that is new, and keeps its cost?  The AFTER
+ * trigger is told what it is; an ordinary row has no cost and costs no look.
+ */
+static bool
+remains_as_it_is(UsageRelation *known, TupleDesc desc, const Datum *values, const bool *nulls)
+{
+	int64		id = DatumGetInt64(values[COL_ID]);
+	RowColumns	row = {desc, known, values, nulls};
+	ReturnKind	kind;
+
+	if (!nulls[COL_COST_STATUS] && is_returning(known, &row, id, &kind))
 	{
-		char		state;
-		RowPlace	place = abp_outbox_find(known->usage_table, row->id, false, &state);
-
-		switch (place)
-		{
-			case ROW_NOT_SENT:
-				return;
-			case ROW_SENDING:
-			case ROW_DELIVERED:
-				refuse_change(place, rel, row->id, "update");
-				return;
-			case ROW_IN_OUTBOX:
-				break;
-		}
-
-		/* A ready row stays where it is: the shipper reads it as updated. */
-		if (state == OUTBOX_READY && verdict.state == OUTBOX_READY)
-		{
-			abp_wake_at_commit();	/* it may have passed the locked row over */
-			return;
-		}
-		place = abp_outbox_find(known->usage_table, row->id, true, &state);
-		if (place != ROW_IN_OUTBOX)
-			refuse_change(ROW_SENDING, rel, row->id, "update");
-		abp_outbox_remove(known->usage_table, row->id);
-		put_now(known->usage_table, row->id, &verdict);
+		remember_returning(known->usage_table, id, kind);
+		return kind != RETURN_CHANGED;
 	}
-
-	if (verdict.state == OUTBOX_REJECTED)
-		warn_rejected(rel, row->id, verdict.error);
+	if (returning != NULL)
+		(void) find_returning(known->usage_table, id, HASH_REMOVE);
+	return false;
 }
 
 /*
@@ -1104,16 +1187,10 @@ abp_sql_price_usage(PG_FUNCTION_ARGS)
 
 		read_columns(known, trigdata->tg_trigtuple, desc, old_values, old_nulls);
 		read_columns(known, tuple, desc, values, nulls);
-		if (rel->rd_rel->relispartition && !nulls[COL_ID])
-		{
-			moving.row.usage_table = known->usage_table;
-			moving.row.id = DatumGetInt64(values[COL_ID]);
-			moving.command = GetCurrentCommandId(false);
-			moving.deleted = false;
-		}
 		changed = billed_columns_changed(known, desc, old_values, old_nulls,
 										 values, nulls, &raw_changed);
-		if (!changed && !is_repriced(known) && (!raw_changed || nulls[COL_RAW_USAGE]))
+		if (!changed && !is_repriced(known, DatumGetInt64(old_values[COL_ID])) &&
+			(!raw_changed || nulls[COL_RAW_USAGE]))
 			return PointerGetDatum(tuple);
 		if (!nulls[COL_ID] && !old_nulls[COL_ID] &&
 			values[COL_ID] != old_values[COL_ID])
@@ -1127,13 +1204,9 @@ abp_sql_price_usage(PG_FUNCTION_ARGS)
 	{
 		read_columns(known, tuple, desc, values, nulls);
 
-		/* The second half of a move between partitions: nothing is new. */
-		if (moving.deleted && !nulls[COL_ID] &&
-			is_moving(known->usage_table, DatumGetInt64(values[COL_ID])))
-		{
-			remember_moved();
+		if (OidIsValid(known->usage_table) && !nulls[COL_ID] &&
+			remains_as_it_is(known, desc, values, nulls))
 			return PointerGetDatum(tuple);
-		}
 	}
 
 	abp_usage_row_read(values, nulls, &row);
@@ -1164,15 +1237,13 @@ abp_sql_price_usage(PG_FUNCTION_ARGS)
 		row.has_cost_nanos = cost.known;
 		row.cost_nanos = cost.cost_nanos;
 		row.cost_cents = cost.cost_cents;
-		requeue_row(known, rel, &row, server);
+		requeue_row(known, rel, trigdata->tg_trigtuple, &row, server);
 	}
 	return PointerGetDatum(tuple);
 }
 
 /*
- * May this session load rows without sending them?  Not by way of a SECURITY
- * DEFINER function of the owner's: what the owner may leave out of the bill,
- * whoever calls his function may not.
+ * May this session load rows without sending them?
  */
 static bool
 enqueue_is_off(Oid usage_table)
@@ -1181,8 +1252,7 @@ enqueue_is_off(Oid usage_table)
 
 	if (abp_enqueue)
 		return false;
-	if (abp_owns_table(usage_table, GetUserId()) &&
-		abp_owns_table(usage_table, GetOuterUserId()))
+	if (is_owned_by_caller(usage_table))
 		return true;
 
 	if (!warned)
@@ -1204,11 +1274,12 @@ abp_sql_enqueue_usage(PG_FUNCTION_ARGS)
 	TriggerData *trigdata = (TriggerData *) fcinfo->context;
 	Relation	rel;
 	UsageRelation *known;
-	const ServerOptions *server;
+	const ServerOptions *server = NULL;
 	Datum		values[NUM_USAGE_COLUMNS];
 	bool		nulls[NUM_USAGE_COLUMNS];
 	UsageRow	row;
-	RowState	verdict = {OUTBOX_READY, DT_NOBEGIN, NULL};
+	RowState	state = {OUTBOX_READY, DT_NOBEGIN};
+	Returning  *was_there;
 
 	check_trigger(fcinfo, "enqueue_usage",
 				  TRIGGER_EVENT_AFTER | TRIGGER_EVENT_ROW | TRIGGER_EVENT_INSERT,
@@ -1216,79 +1287,122 @@ abp_sql_enqueue_usage(PG_FUNCTION_ARGS)
 				  "AFTER INSERT FOR EACH ROW");
 	rel = trigdata->tg_relation;
 	known = know_relation(rel);
-	if (!OidIsValid(known->usage_table) || enqueue_is_off(known->usage_table))
+	if (!OidIsValid(known->usage_table))
 		return PointerGetDatum(NULL);
 
 	read_columns(known, trigdata->tg_trigtuple, RelationGetDescr(rel), values, nulls);
 	abp_usage_row_read(values, nulls, &row);
-
-	if (moved != NULL && was_moved(known->usage_table, row.id))
-		return PointerGetDatum(NULL);
-
 	if (OidIsValid(known->serverid))
-	{
 		server = abp_server_options(known->serverid);
-		abp_usage_judge(&row, server, &verdict);
-		if (verdict.state == OUTBOX_REJECTED)
-			warn_rejected(rel, row.id, verdict.error);
-		else if (verdict.state == OUTBOX_UNPRICED)
-			warn_unpriced(verdict.error);
+
+	was_there = returning == NULL ? NULL : find_returning(known->usage_table, row.id, HASH_FIND);
+	if (was_there != NULL)
+	{
+		ReturnKind	kind = was_there->kind;
+
+		(void) find_returning(known->usage_table, row.id, HASH_REMOVE);
+		if (kind == RETURN_CHANGED && server != NULL)
+			requeue_row(known, rel, trigdata->tg_trigtuple, &row, server);
+		if (kind != RETURN_DELIVERED)
+			return PointerGetDatum(NULL);
+		state.outcome_unknown = true;
+	}
+	if (enqueue_is_off(known->usage_table))
+	{
+		abp_collect_not_queued(known->usage_table, row.id);
+		return PointerGetDatum(NULL);
 	}
 
-	if (was_removed(known->usage_table, row.id))
-		put_now(known->usage_table, row.id, &verdict);
-	else
-		collect(known->usage_table, row.id, false, &verdict);
+	if (server != NULL)
+	{
+		abp_usage_judge(&row, server, &state);
+		state.outcome_unknown = was_there != NULL;
+		if (state.state == OUTBOX_REJECTED)
+			warn_rejected(rel, row.id, state.error);
+		else if (state.state == OUTBOX_UNPRICED)
+			warn_unpriced(state.error);
+	}
+	abp_collect_inserted(known->usage_table, row.id, &state);
 	return PointerGetDatum(NULL);
 }
 
 /*
- * BEFORE DELETE, FOR EACH ROW: a row in flight stays; a waiting one leaves
- * the outbox with it.
+ * A row is gone that shared its id with another.  Rejected for that, the other
+ * one may be free now; what else waits stays in the outbox, where the shipper
+ * looks at what there is.
+ */
+static void
+keep_queued(const UsageRelation *known, int64 id, const RowPlace *place, bool own)
+{
+	RowState	ready = {OUTBOX_READY, DT_NOBEGIN};
+
+	if (place->state != OUTBOX_REJECTED)
+		return;
+	ready.outcome_unknown = place->outcome_unknown;
+	abp_collect_changed(known->usage_table, id, own ? NULL : place, &ready);
+}
+
+/*
+ * AFTER DELETE, FOR EACH ROW: a row that Polar may be getting stays; a waiting
+ * one leaves the outbox.  After, because the statement may have put the row into
+ * another partition: then it is not gone.
  */
 Datum
 abp_sql_guard_usage(PG_FUNCTION_ARGS)
 {
 	TriggerData *trigdata = (TriggerData *) fcinfo->context;
 	Relation	rel;
+	TupleDesc	desc;
 	UsageRelation *known;
-	bool		isnull;
+	Datum		values[NUM_USAGE_COLUMNS];
+	bool		nulls[NUM_USAGE_COLUMNS];
+	RowColumns	row;
 	int64		id;
-	char		state;
+	RowPlace	place;
+	bool		own;
+	bool		has_moved;
 
 	check_trigger(fcinfo, "guard_usage",
-				  TRIGGER_EVENT_BEFORE | TRIGGER_EVENT_ROW | TRIGGER_EVENT_DELETE,
-				  TRIGGER_EVENT_BEFORE | TRIGGER_EVENT_ROW | TRIGGER_EVENT_DELETE,
-				  "BEFORE DELETE FOR EACH ROW");
+				  TRIGGER_EVENT_AFTER | TRIGGER_EVENT_ROW | TRIGGER_EVENT_DELETE,
+				  TRIGGER_EVENT_AFTER | TRIGGER_EVENT_ROW | TRIGGER_EVENT_DELETE,
+				  "AFTER DELETE FOR EACH ROW");
 	rel = trigdata->tg_relation;
+	desc = RelationGetDescr(rel);
 	known = know_relation(rel);
-	id = DatumGetInt64(heap_getattr(trigdata->tg_trigtuple, known->attnums[COL_ID],
-									RelationGetDescr(rel), &isnull));
-	if (!OidIsValid(known->usage_table) || isnull)
-		return PointerGetDatum(trigdata->tg_trigtuple);
+	if (!OidIsValid(known->usage_table))
+		return PointerGetDatum(NULL);
+	read_columns(known, trigdata->tg_trigtuple, desc, values, nulls);
+	if (nulls[COL_ID])
+		return PointerGetDatum(NULL);
+	id = DatumGetInt64(values[COL_ID]);
 
-	if (is_moving(known->usage_table, id))
-	{
-		moving.deleted = true;
-		return PointerGetDatum(trigdata->tg_trigtuple);
-	}
+	own = abp_collect_find(known->usage_table, id, &place);
+	if (!own)
+		abp_outbox_find(known->usage_table, id, known->ledger_from, &place);
+	if (place.where == ROW_NOT_SENT || place.where == ROW_DELIVERED)
+		return PointerGetDatum(NULL);
 
-	if (is_collected(known->usage_table, id))
-		collect(known->usage_table, id, true, NULL);
+	row = (RowColumns) {
+		desc, known, values, nulls
+	};
+	has_moved = look_for_rows(known->usage_table, id, SnapshotSelf, is_same_row, &row);
+	if (place.where == ROW_SENDING && !(has_moved && row.unchanged))
+		refuse_change(&place, rel, id, "delete");
+	if (place.where == ROW_SENDING || has_moved)
+		return PointerGetDatum(NULL);
+
+	if (row_exists(known->usage_table, id))
+		keep_queued(known, id, &place, own);
+	else if (place.outcome_unknown)
+		refuse_change(&place, rel, id, "delete");
 	else
-	{
-		RowPlace	place = abp_outbox_find(known->usage_table, id, true, &state);
-
-		if (place == ROW_SENDING)
-			refuse_change(place, rel, id, "delete");
-		if (place == ROW_IN_OUTBOX)
-			abp_outbox_remove(known->usage_table, id);
-	}
-	return PointerGetDatum(trigdata->tg_trigtuple);
+		abp_collect_changed(known->usage_table, id, own ? NULL : &place, NULL);
+	return PointerGetDatum(NULL);
 }
 
 /*
  * BEFORE TRUNCATE, FOR EACH STATEMENT: the outbox forgets the table's rows.
+ * The lock that TRUNCATE has keeps the shipper and all others from the table.
  */
 Datum
 abp_sql_truncate_usage(PG_FUNCTION_ARGS)
@@ -1307,7 +1421,15 @@ abp_sql_truncate_usage(PG_FUNCTION_ARGS)
 	if (!OidIsValid(known->usage_table))
 		return PointerGetDatum(NULL);
 
+	if (abp_ledger_sending(known->usage_table))
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_IN_USE),
+				 errmsg("cannot truncate \"%s\": rows of it are being sent",
+						RelationGetRelationName(rel)),
+				 errhint("Pause its server with aibilling.pause(), wait until aibilling.status shows none in flight, and truncate then.")));
 	count = abp_outbox_discard(known->usage_table);
+	abp_collect_truncated(known->usage_table);
+	abp_usage_table_truncated(known->usage_table);
 	if (count > 0)
 		ereport(WARNING,
 				(errcode(ERRCODE_WARNING),
@@ -1326,6 +1448,7 @@ abp_usage_price_again(const UsageTable *table, IdSet *ids)
 	IdSet		updated;
 
 	repricing_table = table->relid;
+	repricing_ids = ids;
 	repricing_level = GetCurrentTransactionNestLevel();
 	updated = abp_usage_reprice(table, ids);
 	repricing_table = InvalidOid;

@@ -16,19 +16,12 @@
 #include "price.h"
 #include "server.h"
 
-/* What the outbox makes of a row. */
-typedef struct RowState
-{
-	char		state;			/* OUTBOX_... */
-	TimestampTz not_before;		/* OUTBOX_WAITING */
-	char	   *error;			/* OUTBOX_UNPRICED, OUTBOX_REJECTED */
-} RowState;
-
 extern void abp_usage_judge(const UsageRow *row, const ServerOptions *server,
 							RowState *verdict);
 extern void abp_usage_judge_price(const UsageRow *row, RowState *verdict);
 extern bool abp_usage_price(const UsageRow *row, PricedCost *cost, char **problem);
 extern IdSet abp_usage_price_again(const UsageTable *table, IdSet *ids);
+extern IdSet abp_usage_existing(Oid usage_table, const IdSet *ids);
 extern void abp_usage_forget_relations(void);
 
 #endif							/* ABP_USAGE_H */

@@ -10,7 +10,8 @@ FROM ${BASE} AS build
 RUN apt-get update && \
 	apt-get install -y --no-install-recommends build-essential libcurl4-openssl-dev pkgconf "postgresql-server-dev-$PG_MAJOR"
 COPY . /src
-RUN make -C /src PG_CONFIG="/usr/lib/postgresql/$PG_MAJOR/bin/pg_config" with_llvm=no DESTDIR=/installed all install
+RUN make -C /src PG_CONFIG="/usr/lib/postgresql/$PG_MAJOR/bin/pg_config" with_llvm=no \
+		INSTALL_STRIP_FLAG=-s DESTDIR=/installed all install
 
 FROM ${BASE}
 RUN apt-get update && \

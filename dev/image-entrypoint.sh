@@ -35,7 +35,9 @@ if [ ! -s "$PGDATA/PG_VERSION" ]; then
 	rm "$password"
 	echo 'host all all all scram-sha-256' >>"$PGDATA/pg_hba.conf"
 	shift
-	pg_ctl -w -o "-c listen_addresses='' $(printf ' %s' "$@")" start
+	# pg_ctl hands them to a shell.
+	options=$(for option; do printf "'%s' " "$(printf '%s' "$option" | sed "s/'/'\\\\''/g")"; done)
+	pg_ctl -w -o "$options -c listen_addresses='' -p 5432" start
 	set -- postgres "$@"
 	[ "$database" = postgres ] || createdb -U "$user" "$database"
 	for file in /docker-entrypoint-initdb.d/*; do

@@ -11,6 +11,7 @@ OBJS = \
 	src/http.o \
 	src/idset.o \
 	src/normalize.o \
+	src/object_access.o \
 	src/operate.o \
 	src/outbox.o \
 	src/polar.o \
@@ -40,6 +41,7 @@ REGRESS = \
 	server \
 	usage \
 	rows \
+	columns \
 	outbox \
 	prepared
 REGRESS_OPTS = --load-extension=$(EXTENSION) --encoding=UTF8 --no-locale

@@ -262,7 +262,7 @@ ALTER SERVER f OPTIONS (ADD url 'https://evil.example');
 DROP SERVER f;
 RESET ROLE;
 
--- What a superuser has set, the owner may keep and drop, but not change
+-- What a superuser has set, the owner may keep, but neither change nor drop
 ALTER SERVER s OPTIONS (ADD url 'https://gateway.example.com', ADD access_token_file '/gateway.token');
 SET ROLE regress_server_owner;
 ALTER SERVER s OPTIONS (ADD batch_size '100');
@@ -271,6 +271,9 @@ ALTER SERVER s OPTIONS (DROP batch_size);
 ALTER SERVER s OPTIONS (SET url 'https://gateway.example.com/');
 ALTER SERVER s OPTIONS (SET access_token_file '/other.token');
 ALTER SERVER s OPTIONS (ADD proxy 'http://evil.example:1');
+ALTER SERVER s OPTIONS (DROP url);
+ALTER SERVER s OPTIONS (DROP url, DROP access_token_file);
+ALTER SERVER s OPTIONS (SET environment 'production');
 CREATE SERVER same FOREIGN DATA WRAPPER polar
 	OPTIONS (url 'https://gateway.example.com', access_token_file '/gateway.token');
 DROP SERVER same;
@@ -284,6 +287,7 @@ SET ROLE regress_server_owner;
 ALTER SERVER s2 OPTIONS (SET access_token_file '/gateway.token');
 ALTER SERVER s2 OPTIONS (DROP access_token_file);
 RESET ROLE;
+ALTER SERVER s2 OPTIONS (DROP access_token_file);
 
 -- ... nor taken from a server of somebody else's, or of another wrapper
 ALTER SERVER s OWNER TO regress_server_super;

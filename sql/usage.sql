@@ -76,7 +76,7 @@ SELECT aibilling.attach('own', 'polar');
 ALTER TABLE own ADD COLUMN units json, ADD COLUMN tags jsonb DEFAULT '{}' NOT NULL;
 SELECT aibilling.attach('own', 'polar');
 ALTER TABLE own ALTER COLUMN units TYPE jsonb;
-ALTER TABLE own ALTER COLUMN id TYPE integer;
+ALTER TABLE own ALTER COLUMN id TYPE numeric;
 SELECT aibilling.attach('own', 'polar');
 ALTER TABLE own ALTER COLUMN id TYPE bigint;
 
@@ -215,11 +215,11 @@ INSERT INTO u (units) VALUES ('{"image": -1}');
 INSERT INTO u (units) VALUES ('{"image": "two"}');
 INSERT INTO u (tags) VALUES ('"a"');
 \set VERBOSITY terse
-INSERT INTO u (tags) VALUES (NULL);
+INSERT INTO u (tags) VALUES ('1');
 \set VERBOSITY default
 INSERT INTO u (external_id) VALUES ('');
 INSERT INTO u (external_id) VALUES (repeat('ä', 128));
-INSERT INTO u (external_id) VALUES (NULL);
+INSERT INTO u (external_id) VALUES (repeat('x', 256));
 INSERT INTO u (occurred_at) VALUES ('infinity');
 INSERT INTO u (occurred_at) VALUES ('0044-03-15 BC');
 INSERT INTO u (customer_id) VALUES ('not-a-uuid');

@@ -11,6 +11,7 @@
 
 #include "compat.h"
 #include "config.h"
+#include "object_access.h"
 #include "worker.h"
 
 ABP_MODULE_MAGIC;
@@ -21,5 +22,6 @@ void
 _PG_init(void)
 {
 	abp_config_init();
+	abp_object_access_init();
 	abp_worker_init();
 }

@@ -46,6 +46,7 @@ PG_FUNCTION_INFO_V1(abp_sql_detach);
 PG_FUNCTION_INFO_V1(abp_sql_on_sql_drop);
 PG_FUNCTION_INFO_V1(abp_sql_on_server_ddl);
 PG_FUNCTION_INFO_V1(abp_sql_on_table_ddl);
+PG_FUNCTION_INFO_V1(abp_sql_on_drop_extension);
 
 static char *
 qualified_name(Oid relid)
@@ -223,7 +224,7 @@ static void
 check_usage_relation(Oid relid)
 {
 	Relation	rel = table_open(relid, AccessShareLock);
-	AttrNumber	attnums[NUM_USAGE_COLUMNS];
+	UsageColumns columns;
 	char	   *problem;
 
 	if (rel->rd_rel->relkind != RELKIND_RELATION &&
@@ -241,12 +242,19 @@ check_usage_relation(Oid relid)
 				(errcode(ERRCODE_WRONG_OBJECT_TYPE),
 				 errmsg("\"%s\" is a temporary table", RelationGetRelationName(rel)),
 				 errhint("The worker cannot see temporary tables.")));
-	if (!abp_usage_columns_find(rel, attnums, &problem))
+	if (!abp_usage_columns_find(rel, &columns, &problem))
 		ereport(ERROR,
 				(errcode(ERRCODE_UNDEFINED_COLUMN),
 				 errmsg("table \"%s\" is not a usage table", RelationGetRelationName(rel)),
 				 errdetail("%s.", problem),
-				 errhint("Add the columns, or create a usage table with aibilling.create_usage_table.")));
+				 errhint("Add the columns, change their types with ALTER TABLE ... ALTER COLUMN ... TYPE, or create a usage table with aibilling.create_usage_table.")));
+	problem = abp_usage_columns_faults(relid);
+	if (*problem != '\0')
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("table \"%s\" cannot be a usage table as it is", RelationGetRelationName(rel)),
+				 errdetail("%s.", problem),
+				 errhint("Change the columns with ALTER TABLE, or create a usage table with aibilling.create_usage_table.")));
 	table_close(rel, NoLock);
 }
 
@@ -356,7 +364,7 @@ enqueue_existing(Oid relid)
 	abp_become_table_owner(table, &saved);
 	SPI_connect();
 	cursor = SPI_cursor_open_with_args(NULL,
-									   psprintf("SELECT id, cost_nanos IS NOT NULL FROM %s ORDER BY id",
+									   psprintf("SELECT id::pg_catalog.int8, cost_nanos IS NOT NULL FROM %s ORDER BY id",
 												table->name),
 									   0, NULL, NULL, NULL, true, 0);
 	for (;;)
@@ -447,11 +455,12 @@ attach_table(Oid relid, const char *server, const char *existing)
 	args[2] = ObjectIdGetDatum(foreign->serverid);
 	abp_become_extension_owner(&saved);
 	SPI_connect();
-	SPI_execute_with_args("INSERT INTO aibilling.attachment (usage, server, serverid)"
-						  " VALUES ($1, $2, $3)"
-						  " ON CONFLICT (usage) DO UPDATE SET server = excluded.server,"
-						  " serverid = excluded.serverid,"
-						  " blocked_until = NULL, blocked_reason = NULL",
+	SPI_execute_with_args(psprintf("INSERT INTO aibilling.%s (usage, server, serverid)"
+								   " VALUES ($1, $2, $3)"
+								   " ON CONFLICT (usage) DO UPDATE SET server = excluded.server,"
+								   " serverid = excluded.serverid,"
+								   " blocked_until = NULL, blocked_reason = NULL",
+								   abp_attachment_table()),
 						  3, argtypes, args, NULL, false, 0);
 	SPI_finish();
 	abp_restore_user(&saved);
@@ -459,7 +468,7 @@ attach_table(Oid relid, const char *server, const char *existing)
 	abp_database_arm(true);
 	if (strcmp(existing, "send") == 0)
 		enqueue_existing(relid);
-	CacheInvalidateRelcacheByRelid(abp_extension_relation("attachment"));
+	CacheInvalidateRelcacheByRelid(abp_extension_relation(abp_attachment_table()));
 	abp_wake_at_commit();
 }
 
@@ -517,7 +526,7 @@ abp_sql_detach(PG_FUNCTION_ARGS)
 	AtEOXact_GUC(false, guc_level);
 
 	abp_usage_table_forget(relid);
-	CacheInvalidateRelcacheByRelid(abp_extension_relation("attachment"));
+	CacheInvalidateRelcacheByRelid(abp_extension_relation(abp_attachment_table()));
 	PG_RETURN_VOID();
 }
 
@@ -694,5 +703,20 @@ abp_sql_on_table_ddl(PG_FUNCTION_ARGS)
 			abp_usage_table_attached(relid, &serverid, &ledger_from))
 			requeue_returned(relid, ledger_from);
 	}
+	PG_RETURN_NULL();
+}
+
+/*
+ * ddl_command_start of what may drop the extension: in a session that has not
+ * called us yet, this call loads the library, and the library's hook sees what
+ * the extension's own event triggers, dropped with it, cannot.
+ */
+Datum
+abp_sql_on_drop_extension(PG_FUNCTION_ARGS)
+{
+	if (!CALLED_AS_EVENT_TRIGGER(fcinfo))
+		ereport(ERROR,
+				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
+				 errmsg("function \"aibilling.on_drop_extension\" can only be called as an event trigger")));
 	PG_RETURN_NULL();
 }

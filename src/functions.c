@@ -33,6 +33,7 @@
 #include "normalize.h"
 #include "polar.h"
 #include "price.h"
+#include "row.h"
 #include "server.h"
 #include "wake.h"
 
@@ -397,7 +398,7 @@ abp_sql_explain_usage_cost(PG_FUNCTION_ARGS)
 		request.at = isnull ? GetCurrentTransactionStartTimestamp() :
 			DatumGetTimestampTz(datum);
 		datum = SPI_getbinval(tuple, tupdesc, 5, &isnull);
-		counts.units = isnull ? NULL : DatumGetJsonbP(datum);
+		counts.units = isnull ? NULL : abp_usage_json(datum);
 		datum = SPI_getbinval(tuple, tupdesc, 6, &isnull);
 		request.provider_cost = isnull ? NULL : DatumGetNumeric(datum);
 		for (int i = 0; i < NUM_USAGE_COUNTS; i++)

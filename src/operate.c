@@ -480,7 +480,7 @@ abp_sql_reprice(PG_FUNCTION_ARGS)
 	abp_become_table_owner(table, &saved);
 	SPI_connect();
 	cursor = SPI_cursor_open_with_args(NULL,
-									   psprintf("SELECT id FROM %s"
+									   psprintf("SELECT id::pg_catalog.int8 FROM %s"
 												" WHERE occurred_at >= $1 AND occurred_at < $2",
 												table->name),
 									   2, argtypes, args, NULL, true, 0);

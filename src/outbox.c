@@ -32,6 +32,7 @@
 #include "access/xlog.h"
 #include "catalog/namespace.h"
 #include "catalog/pg_index.h"
+#include "catalog/pg_subscription_rel.h"
 #include "catalog/pg_type.h"
 #include "commands/extension.h"
 #include "executor/executor.h"
@@ -188,13 +189,15 @@ typedef struct ReadPlans
 static List *read_plans = NIL;	/* of ReadPlans, in TopMemoryContext */
 
 /*
- * Is the extension there, and all of it?  Not while it is being created.
+ * Is the extension there, all of it and of this library's version?  Not while
+ * it is being created, nor before it is updated.
  */
 bool
 abp_extension_installed(void)
 {
 	return OidIsValid(get_extension_oid("aibilling_polar", true)) &&
-		OidIsValid(abp_extension_relation("database_identity"));
+		OidIsValid(abp_extension_relation("database_identity")) &&
+		OidIsValid(abp_extension_relation("ledger"));
 }
 
 /*
@@ -208,12 +211,40 @@ abp_extension_relation(const char *name)
 	return OidIsValid(namespace) ? get_relname_relid(name, namespace) : InvalidOid;
 }
 
+/*
+ * Raise an error if the extension is of an older version than its library,
+ * which then only prices and queues new rows.
+ */
+void
+abp_extension_check_version(void)
+{
+	if (OidIsValid(abp_extension_relation("outbox_entry")) &&
+		!OidIsValid(abp_extension_relation("ledger")))
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("extension \"aibilling_polar\" of this database is older than its library"),
+				 errdetail("The library is of version %s.  Until the extension is updated it prices and queues new usage rows, and does nothing else.",
+						   ABP_VERSION),
+				 errhint("Run ALTER EXTENSION aibilling_polar UPDATE.")));
+}
+
+/*
+ * The table of attachments: before 1.2 one with another name.
+ */
+const char *
+abp_attachment_table(void)
+{
+	return OidIsValid(abp_extension_relation("attachment")) ? "attachment" : "usage_table";
+}
+
 /* The same, of one that is needed. */
 static Oid
 needed_relation(const char *name)
 {
 	Oid			relid = abp_extension_relation(name);
 
+	if (!OidIsValid(relid))
+		abp_extension_check_version();
 	if (!OidIsValid(relid))
 		ereport(ERROR,
 				(errcode(ERRCODE_UNDEFINED_TABLE),
@@ -478,6 +509,26 @@ insert_into_index(Relation rel, Relation index, HeapTuple tuple, const Datum *va
 	index_insert(index, key, nulls, &tuple->t_self, rel, UNIQUE_CHECK_NO, false, NULL);
 }
 
+/* Before 1.2 an entry has its first and its last id: 1.2's update reads that. */
+static bool
+is_of_old_form(TupleDesc desc)
+{
+	return strcmp(NameStr(TupleDescAttr(desc, Anum_entry_id - 1)->attname), "first") == 0;
+}
+
+/* Make the values of an entry those of its old form. */
+static void
+take_old_form(Datum *values, bool *nulls, const IdSet *ids)
+{
+	values[Anum_entry_error] = values[Anum_entry_error - 1];
+	nulls[Anum_entry_error] = nulls[Anum_entry_error - 1];
+	values[Anum_entry_ids] = values[Anum_entry_ids - 1];
+	nulls[Anum_entry_ids] = ids->nranges == 1;
+	values[Anum_entry_id - 1] = Int64GetDatum(ids->ranges[0].first);
+	values[Anum_entry_id] = Int64GetDatum(ids->ranges[ids->nranges - 1].last);
+	nulls[Anum_entry_id] = false;
+}
+
 /*
  * Write one entry: nearly every commit of a usage row does, so without what
  * the executor would look up of indexes in general.
@@ -510,6 +561,8 @@ write_entry(EntryWriter *writer, const OutboxEntry *entry, IdSet *ids)
 	if (entry->error != NULL)
 		values[Anum_entry_error - 1] = PointerGetDatum(error_text(entry->error));
 
+	if (writer->index == NULL && is_of_old_form(desc))
+		take_old_form(values, nulls, ids);
 	tuple = heap_form_tuple(desc, values, nulls);
 	if (writer->index == NULL)
 		insert_generally(writer->rel, tuple);
@@ -1222,11 +1275,49 @@ abp_outbox_count(Oid usage_table, char state, int64 exact_limit,
 {
 	int64		count;
 
+	*estimated = false;
 	PushActiveSnapshot(GetLatestSnapshot());
 	count = count_ids(usage_table, state, exact_limit, estimated, first_id);
 	if (has_removals(usage_table))
 		count -= count_ids(usage_table, OUTBOX_REMOVAL(state), exact_limit, estimated, NULL);
 	PopActiveSnapshot();
+	return Max(count, 0);
+}
+
+/* How many waiting ids an entry adds, or takes away. */
+static int64
+counted_ids(HeapTuple tuple, TupleDesc desc)
+{
+	char		state = ENTRY_FORM(tuple)->state;
+	IdSet		ids = read_entry_ids(tuple, desc);
+	int64		count = abp_idset_count(&ids);
+
+	CHECK_FOR_INTERRUPTS();
+	abp_idset_free(&ids);
+	return state == OUTBOX_NOT_QUEUED ? 0 : OUTBOX_IS_REMOVAL(state) ? -count : count;
+}
+
+/*
+ * How many ids all entries hold, of whatever table.  Without an index: this is
+ * asked while the outbox is being dropped, when its index is gone.
+ */
+int64
+abp_outbox_count_all(void)
+{
+	Relation	rel = table_open(needed_relation("outbox_entry"), AccessShareLock);
+	SysScanDesc scan;
+	HeapTuple	tuple;
+	int64		count = 0;
+
+	PushActiveSnapshot(GetLatestSnapshot());
+	scan = systable_beginscan(rel, InvalidOid, false, GetActiveSnapshot(), 0, NULL);
+	while ((tuple = systable_getnext(scan)) != NULL)
+	{
+		count += counted_ids(tuple, RelationGetDescr(rel));
+	}
+	systable_endscan(scan);
+	PopActiveSnapshot();
+	table_close(rel, NoLock);
 	return Max(count, 0);
 }
 
@@ -1248,11 +1339,7 @@ abp_outbox_discard(Oid usage_table)
 	begin_ordered_scan(&scan, "outbox_entry", "outbox_entry_key", 1, &key, RowExclusiveLock);
 	while ((tuple = next_ordered(&scan)) != NULL)
 	{
-		IdSet		ids = read_entry_ids(tuple, RelationGetDescr(scan.rel));
-
-		if (ENTRY_FORM(tuple)->state != OUTBOX_NOT_QUEUED)
-			count += abp_idset_count(&ids) * (OUTBOX_IS_REMOVAL(ENTRY_FORM(tuple)->state) ? -1 : 1);
-		abp_idset_free(&ids);
+		count += counted_ids(tuple, RelationGetDescr(scan.rel));
 		simple_heap_delete(scan.rel, &tuple->t_self);
 	}
 	end_ordered_scan(&scan);
@@ -2169,27 +2256,58 @@ abp_server_state_by_role(void)
 	return by_role;
 }
 
-/* Is this the database that was armed, or has none been yet? */
+/* Does a subscription of this database fill the outbox? */
 static bool
-is_armed(void)
+outbox_is_subscribed(void)
+{
+	Relation	rel = table_open(SubscriptionRelRelationId, AccessShareLock);
+	ScanKeyData key;
+	SysScanDesc scan;
+	bool		found;
+
+	ScanKeyInit(&key, Anum_pg_subscription_rel_srrelid, BTEqualStrategyNumber, F_OIDEQ,
+				ObjectIdGetDatum(needed_relation("outbox_entry")));
+	scan = systable_beginscan(rel, SubscriptionRelSrrelidSrsubidIndexId, true, NULL, 1, &key);
+	found = HeapTupleIsValid(systable_getnext(scan));
+	systable_endscan(scan);
+	table_close(rel, AccessShareLock);
+	return found;
+}
+
+/*
+ * May this database send, for all that is written of who may?  A copy finds
+ * another's identity instead of its own.  A subscriber to the extension's own
+ * tables finds another's beside it, if not the subscription itself: outbox and
+ * ledger are the publisher's, then, who sends what they hold.
+ */
+DatabaseStanding
+abp_database_standing(void)
 {
 	Relation	rel = table_open(needed_relation("database_identity"), AccessShareLock);
-	SysScanDesc scan = systable_beginscan(rel, InvalidOid, false, GetActiveSnapshot(), 0, NULL);
+	bool		own = false;
+	bool		other = false;
+	SysScanDesc scan;
 	HeapTuple	tuple;
-	bool		any = false;
-	bool		this_one = false;
 
+	PushActiveSnapshot(GetLatestSnapshot());
+	scan = systable_beginscan(rel, InvalidOid, false, GetActiveSnapshot(), 0, NULL);
 	while ((tuple = systable_getnext(scan)) != NULL)
 	{
 		const IdentityForm *form = (const IdentityForm *) GETSTRUCT(tuple);
 
-		any = true;
-		this_one |= form->system_identifier == (int64) GetSystemIdentifier() &&
-			form->database == MyDatabaseId;
+		if (form->system_identifier == (int64) GetSystemIdentifier() &&
+			form->database == MyDatabaseId)
+			own = true;
+		else
+			other = true;
 	}
 	systable_endscan(scan);
+	PopActiveSnapshot();
 	table_close(rel, NoLock);
-	return this_one || !any;
+
+	if ((own && other) || outbox_is_subscribed())
+		return DATABASE_SUBSCRIBER;
+	return other ? DATABASE_COPY : DATABASE_ARMED;
 }
 
 /*
@@ -2265,6 +2383,21 @@ column_or(HeapTuple tuple, AttrNumber column, TupleDesc desc, Datum if_null)
 	Datum		value = heap_getattr(tuple, column, desc, &isnull);
 
 	return isnull ? if_null : value;
+}
+
+/* A column that the extension has since 1.2, of a tuple; before that 0. */
+static int64
+new_column(HeapTuple tuple, AttrNumber column, TupleDesc desc)
+{
+	return column > desc->natts ? 0 : DatumGetInt64(column_or(tuple, column, desc, 0));
+}
+
+static void
+begin_attachment_scan(OrderedScan *scan, int nkeys, ScanKey keys)
+{
+	const char *table = abp_attachment_table();
+
+	begin_ordered_scan(scan, table, psprintf("%s_pkey", table), nkeys, keys, AccessShareLock);
 }
 
 /* A text column of a tuple, copied to the current memory context, or NULL. */
@@ -2385,9 +2518,9 @@ abp_usage_tables(bool *armed)
 	bool		by_role = abp_server_state_by_role();
 
 	PushActiveSnapshot(GetLatestSnapshot());
-	*armed = is_armed();
+	*armed = abp_database_standing() == DATABASE_ARMED;
 	states = read_server_states(by_role);
-	begin_ordered_scan(&scan, "attachment", "attachment_pkey", 0, NULL, AccessShareLock);
+	begin_attachment_scan(&scan, 0, NULL);
 	while ((tuple = systable_getnext_ordered(scan.scan, ForwardScanDirection)) != NULL)
 	{
 		const AttachmentForm *form = ATTACHMENT_FORM(tuple);
@@ -2403,8 +2536,8 @@ abp_usage_tables(bool *armed)
 			DatumGetTimestampTz(column_or(tuple, Anum_attachment_blocked_until, desc,
 										  TimestampTzGetDatum(DT_NOBEGIN)));
 		table->blocked_reason = column_string(tuple, Anum_attachment_blocked_reason, desc);
-		table->ledger_from = DatumGetInt64(column_or(tuple, Anum_attachment_ledger_from, desc, 0));
-		table->not_queued = DatumGetInt64(column_or(tuple, Anum_attachment_not_queued, desc, 0));
+		table->ledger_from = new_column(tuple, Anum_attachment_ledger_from, desc);
+		table->not_queued = new_column(tuple, Anum_attachment_not_queued, desc);
 
 		describe_table(table);
 		if (by_role && OidIsValid(table->owner) &&
@@ -2435,13 +2568,12 @@ abp_usage_table_attached(Oid relid, Oid *serverid, int64 *ledger_from)
 	ScanKeyInit(&key, Anum_attachment_usage, BTEqualStrategyNumber, F_OIDEQ,
 				ObjectIdGetDatum(relid));
 	PushActiveSnapshot(GetLatestSnapshot());
-	begin_ordered_scan(&scan, "attachment", "attachment_pkey", 1, &key, AccessShareLock);
+	begin_attachment_scan(&scan, 1, &key);
 	tuple = systable_getnext_ordered(scan.scan, ForwardScanDirection);
 	if (tuple != NULL)
 	{
-		*serverid = server_of(ATTACHMENT_FORM(tuple), is_armed());
-		*ledger_from = DatumGetInt64(column_or(tuple, Anum_attachment_ledger_from,
-											   RelationGetDescr(scan.rel), 0));
+		*serverid = server_of(ATTACHMENT_FORM(tuple), abp_database_standing() == DATABASE_ARMED);
+		*ledger_from = new_column(tuple, Anum_attachment_ledger_from, RelationGetDescr(scan.rel));
 	}
 	end_ordered_scan(&scan);
 	PopActiveSnapshot();
@@ -2719,10 +2851,14 @@ void
 abp_database_check_timeline(void)
 {
 	static Statement note = {
-		"UPDATE aibilling.database_identity i SET timeline = $1 WHERE i.timeline <> $1",
-		1, {INT8OID}
+		"UPDATE aibilling.database_identity i SET timeline = $1 WHERE i.timeline <> $1"
+		" AND i.system_identifier = $2 AND i.database = $3",
+		3, {INT8OID, INT8OID, OIDOID}
 	};
-	Datum		values[1] = {Int64GetDatum((int64) GetWALInsertionTimeLine())};
+	Datum		values[3] = {
+		Int64GetDatum((int64) GetWALInsertionTimeLine()),
+		Int64GetDatum((int64) GetSystemIdentifier()), ObjectIdGetDatum(MyDatabaseId)
+	};
 	bool		changed;
 	SavedUser	saved;
 
@@ -2779,7 +2915,8 @@ prepare_read(const UsageTable *table, bool whole, bool by_range)
 	initStringInfo(&sql);
 	appendStringInfoString(&sql, "SELECT ");
 	for (int i = 0; i < NUM_USAGE_COLUMNS; i++)
-		appendStringInfo(&sql, "u.%s, ", abp_usage_columns[i].name);
+		appendStringInfo(&sql, "u.%s::%s, ", abp_usage_columns[i].name,
+						 format_type_be_qualified(abp_usage_columns[i].type));
 	appendStringInfoString(&sql, "u.xmax");
 	if (whole)
 		appendStringInfoString(&sql, ", pg_catalog.to_jsonb(u)");
@@ -2865,6 +3002,9 @@ abp_usage_read(const UsageTable *table, IdSet *ids, bool whole,
 	uint64		n;
 	uint64		nrows = 0;
 	bool		more = true;
+	Relation	rel;
+	UsageColumns columns;
+	char	   *problem;
 	SavedUser	saved;
 	MemoryContext context;
 	MemoryContext old;
@@ -2895,16 +3035,14 @@ abp_usage_read(const UsageTable *table, IdSet *ids, bool whole,
 	portal = SPI_cursor_open(NULL, *plan, args, NULL, true);
 	AtEOXact_GUC(true, guc_level);
 
-	for (int i = 0; i < NUM_USAGE_COLUMNS; i++)
-	{
-		if (SPI_gettypeid(portal->tupDesc, i + 1) != abp_usage_columns[i].type)
-			ereport(ERROR,
-					(errcode(ERRCODE_DATATYPE_MISMATCH),
-					 errmsg("column \"%s\" of usage table %s is not of type %s",
-							abp_usage_columns[i].name, table->name,
-							format_type_be(abp_usage_columns[i].type)),
-					 errhint("Give the column its type back.")));
-	}
+	/* What the statement casts must be what we know how to write, too. */
+	rel = table_open(table->relid, NoLock);
+	if (!abp_usage_columns_find(rel, &columns, &problem))
+		ereport(ERROR,
+				(errcode(ERRCODE_DATATYPE_MISMATCH),
+				 errmsg("usage table %s: %s", table->name, problem),
+				 errhint("Give the column its type back.")));
+	table_close(rel, NoLock);
 
 	/* One context for what a row needs, emptied after each. */
 	context = AllocSetContextCreate(CurrentMemoryContext, "aibilling usage row",
@@ -2928,6 +3066,7 @@ abp_usage_read(const UsageTable *table, IdSet *ids, bool whole,
 				!abp_idset_contains(ids, DatumGetInt64(values[COL_ID])))
 				continue;
 			abp_usage_row_read(values, nulls, &row);
+			row.columns = &columns;
 			row.maybe_changing = !nulls[NUM_USAGE_COLUMNS] &&
 				TransactionIdIsValid(DatumGetTransactionId(values[NUM_USAGE_COLUMNS]));
 			more = callback(&row, whole ? DatumGetJsonbP(values[NUM_USAGE_COLUMNS + 1]) : NULL, arg);
@@ -2979,7 +3118,7 @@ abp_usage_settled(const UsageTable *table, IdSet *ids)
 	settings_for_ids();
 	SPI_connect();
 	args[0] = ids_as_array(ids);
-	SPI_execute_with_args(psprintf("SELECT u.id, u.tableoid, u.ctid FROM %s u"
+	SPI_execute_with_args(psprintf("SELECT u.id::pg_catalog.int8, u.tableoid, u.ctid FROM %s u"
 								   " WHERE u.id OPERATOR(pg_catalog.=) ANY ($1)", table->name),
 						  1, argtypes, args, NULL, true, 0);
 	for (uint64 i = 0; i < SPI_processed; i++)
@@ -3036,7 +3175,7 @@ select_ids(const UsageTable *table, const char *statement, IdSet *ids)
 IdSet
 abp_usage_lock(const UsageTable *table, IdSet *ids)
 {
-	return select_ids(table, "SELECT u.id FROM %s u WHERE u.id OPERATOR(pg_catalog.=) ANY ($1)"
+	return select_ids(table, "SELECT u.id::pg_catalog.int8 FROM %s u WHERE u.id OPERATOR(pg_catalog.=) ANY ($1)"
 					  " FOR NO KEY UPDATE SKIP LOCKED", ids);
 }
 
@@ -3046,7 +3185,7 @@ abp_usage_lock(const UsageTable *table, IdSet *ids)
 IdSet
 abp_usage_visible(const UsageTable *table, IdSet *ids)
 {
-	return select_ids(table, "SELECT u.id FROM %s u WHERE u.id OPERATOR(pg_catalog.=) ANY ($1)", ids);
+	return select_ids(table, "SELECT u.id::pg_catalog.int8 FROM %s u WHERE u.id OPERATOR(pg_catalog.=) ANY ($1)", ids);
 }
 
 /*
@@ -3057,5 +3196,5 @@ IdSet
 abp_usage_reprice(const UsageTable *table, IdSet *ids)
 {
 	return select_ids(table, "UPDATE %s u SET cost_status = u.cost_status"
-					  " WHERE u.id OPERATOR(pg_catalog.=) ANY ($1) RETURNING u.id", ids);
+					  " WHERE u.id OPERATOR(pg_catalog.=) ANY ($1) RETURNING u.id::pg_catalog.int8", ids);
 }

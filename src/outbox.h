@@ -90,6 +90,15 @@ typedef struct RowPlace
 											 * order of abp_outbox_states */
 } RowPlace;
 
+/* What a database's identity says of whether it may send. */
+typedef enum DatabaseStanding
+{
+	DATABASE_ARMED,				/* it may */
+	DATABASE_COPY,				/* the identity is another's: aibilling.arm() */
+	DATABASE_SUBSCRIBER			/* its outbox comes from another by
+								 * replication */
+} DatabaseStanding;
+
 /* An attached usage table and its server, as the shipper sees them. */
 typedef struct UsageTable
 {
@@ -152,6 +161,8 @@ typedef bool (*UsageRowCallback) (const UsageRow *row, Jsonb *whole, void *arg);
 
 /* the outbox */
 extern bool abp_extension_installed(void);
+extern void abp_extension_check_version(void);
+extern const char *abp_attachment_table(void);
 extern Oid	abp_extension_relation(const char *name);
 extern void abp_outbox_put(OutboxEntry *entries, int nentries);
 extern bool abp_outbox_put_at_commit(OutboxEntry *entries, int nentries);
@@ -167,6 +178,7 @@ extern IdSet abp_outbox_take(Oid usage_table, char state, TimestampTz until,
 extern bool abp_outbox_take_entry(const OutboxEntry *entry);
 extern int64 abp_outbox_count(Oid usage_table, char state, int64 exact_limit,
 							  bool *estimated, int64 *first_id);
+extern int64 abp_outbox_count_all(void);
 extern int64 abp_outbox_discard(Oid usage_table);
 extern IdSet abp_outbox_peek(Oid usage_table, char state, int64 max_ids);
 extern int64 abp_outbox_make_ready(Oid usage_table, char state, IdSet *only);
@@ -208,6 +220,7 @@ extern void abp_server_state_save(const char *server, Oid role, const char *paus
 								  const char *reason, int failures,
 								  TimestampTz not_before);
 extern void abp_server_resume(const char *server, Oid role, bool by_operator);
+extern DatabaseStanding abp_database_standing(void);
 extern void abp_database_arm(bool only_first);
 extern void abp_database_check_timeline(void);
 

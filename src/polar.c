@@ -43,6 +43,10 @@
 #define MAX_AMOUNT_DECIMALS	12
 #define MAX_AMOUNT_DIGITS	15
 
+/* Below the limit as it is, but not as Polar stores it. */
+#define AMOUNT_ROUNDS_UP \
+	"%s must be below 99,999.99999999995 in magnitude: Polar keeps 15 digits, by which it would be 100,000 (1,000 USD), which Polar refuses"
+
 /* |cost_nanos| up to here is surely below 100,000 cents. */
 #define SAFE_COST_NANOS		INT64CONST(999999999998)
 
@@ -360,6 +364,8 @@ put_timestamp(EventWriter *w, TimestampTz at)
 
 	if (TIMESTAMP_NOT_FINITE(at) || day < FIRST_DAY || day > LAST_DAY)
 		return refuse(w, "occurred_at must be within the years 1 to 9999");
+	if (day == FIRST_DAY && time == 0)
+		return refuse(w, "occurred_at must be after 0001-01-01 00:00:00 UTC, which Polar stores as -infinity");
 	if (w->body == NULL)
 		return true;
 
@@ -771,13 +777,27 @@ abp_polar_amount(Numeric cost_cents)
 	return str;
 }
 
-/* Are there too many digits before the point of an amount? */
+/*
+ * Is an amount, as abp_polar_amount has made it of this cost, too large?  Then
+ * it says so, and returns true.
+ */
 static bool
-amount_too_large(const char *amount)
+amount_too_large(EventWriter *w, const char *amount, Numeric cost_cents)
 {
+	char	   *exact;
+
 	if (*amount == '-')
 		amount++;
-	return strspn(amount, "0123456789") > MAX_AMOUNT_WHOLE;
+	if (strspn(amount, "0123456789") <= MAX_AMOUNT_WHOLE)
+		return false;
+
+	exact = numeric_normalize(cost_cents);
+	if (strspn(exact + (*exact == '-'), "0123456789") <= MAX_AMOUNT_WHOLE)
+		(void) refuse(w, AMOUNT_ROUNDS_UP, "cost_cents");
+	else
+		(void) refuse(w, "cost_cents must be below 100,000 (1,000 USD) in magnitude");
+	pfree(exact);
+	return true;
 }
 
 /*
@@ -1103,8 +1123,8 @@ put_row_metadata(EventWriter *w, const UsageRow *row, const EventFormat *format,
 			if (numeric_is_nan(row->cost_cents) || numeric_is_inf(row->cost_cents))
 				return refuse(w, "cost_cents must be finite");
 			amount = abp_polar_amount(row->cost_cents);
-			if (amount_too_large(amount))
-				return refuse(w, "cost_cents must be below 100,000 (1,000 USD) in magnitude");
+			if (amount_too_large(w, amount, row->cost_cents))
+				return false;
 			put_literal(w, ",\"_cost\":{\"amount\":\"");
 			put_bytes(w, amount, strlen(amount));
 			put_literal(w, "\",\"currency\":\"usd\"}");
@@ -1145,6 +1165,7 @@ put_own_amount(EventWriter *w, const JsonbValue *value)
 	char	   *str;
 	int			len;
 	bool		valid;
+	bool		rounded;
 
 	if (value->type == jbvNumeric)
 	{
@@ -1164,10 +1185,13 @@ put_own_amount(EventWriter *w, const JsonbValue *value)
 	if (valid && decimal.ndigits - decimal.point > MAX_AMOUNT_DECIMALS)
 		return refuse(w, "metadata \"_cost\" must have an amount of at most %d decimals",
 					  MAX_AMOUNT_DECIMALS);
-	if (valid && decimal.point <= MAX_AMOUNT_WHOLE)
+	rounded = valid && decimal.point <= MAX_AMOUNT_WHOLE;
+	if (rounded)
 		round_decimal(&decimal);
 	if (!valid)
 		return refuse(w, "metadata \"_cost\" must have an amount that is a decimal number");
+	if (decimal.point > MAX_AMOUNT_WHOLE && rounded)
+		return refuse(w, AMOUNT_ROUNDS_UP, "the amount of metadata \"_cost\"");
 	if (decimal.point > MAX_AMOUNT_WHOLE)
 		return refuse(w, "metadata \"_cost\" must have an amount below 100,000 cents in magnitude");
 
@@ -1363,8 +1387,10 @@ find_identity_tag(EventWriter *w, JsonbContainer *tags, const char *key,
 			identity->external.len = value.val.string.len;
 			break;
 		case jbvBool:
-			identity->external.data = "true";
-			identity->external.len = value.val.boolean ? 4 : 0;
+			if (value.val.boolean)
+				return refuse(w, "tag \"%.*s\" must be a string or a number to identify the customer, not true",
+							  quoted_len(key, strlen(key)), key);
+			identity->external.len = 0;
 			break;
 		case jbvNumeric:
 			str = numeric_normalize(value.val.numeric);
@@ -1571,6 +1597,9 @@ put_event(EventWriter *w, const UsageRow *row, const EventFormat *format,
 	{
 		if (row->parent_id.len > MAX_ID_BYTES)
 			return refuse(w, "parent_id must not exceed %d bytes", MAX_ID_BYTES);
+		if (row->parent_id.len == row->external_id.len &&
+			memcmp(row->parent_id.data, row->external_id.data, row->parent_id.len) == 0)
+			return refuse(w, "parent_id must not be the row's own external_id: Polar would never count the event");
 		put_literal(w, ",\"parent_id\":");
 		put_string(w, row->parent_id.data, row->parent_id.len);
 	}

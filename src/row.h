@@ -56,6 +56,20 @@ typedef struct UsageColumnInfo
 
 extern const UsageColumnInfo abp_usage_columns[NUM_USAGE_COLUMNS];
 
+/*
+ * Where a relation keeps the columns of a usage table, and how: as what they
+ * are (plain), or as another type that ORMs like to use for it.
+ */
+typedef struct UsageColumns
+{
+	AttrNumber	attnums[NUM_USAGE_COLUMNS];
+	Oid			declared[NUM_USAGE_COLUMNS];	/* may be a domain */
+	Oid			stored[NUM_USAGE_COLUMNS];	/* the type below it */
+	int32		typmods[NUM_USAGE_COLUMNS];
+	bool		plain[NUM_USAGE_COLUMNS];
+	bool		all_plain;
+} UsageColumns;
+
 /* A usage row in C.  Strings point into the tuple that it was read from. */
 typedef struct UsageRow
 {
@@ -78,17 +92,27 @@ typedef struct UsageRow
 	TextView	usage_format;
 	Numeric		provider_cost;	/* NULL if not set */
 	Jsonb	   *tags;			/* never NULL */
+	bool		tags_are_null;	/* SQL's or JSON's */
 	bool		has_cost_nanos;
 	int64		cost_nanos;
 	Numeric		cost_cents;		/* NULL if not known */
 	TextView	cost_status;
 	bool		maybe_changing; /* another transaction may be changing it; only
 								 * in rows that abp_usage_read has read */
+	const UsageColumns *columns;	/* of its table; NULL: all plain */
 } UsageRow;
 
 extern void abp_usage_row_read(const Datum *values, const bool *nulls,
 							   UsageRow *row);
-extern bool abp_usage_columns_find(Relation rel, AttrNumber *attnums,
+extern Jsonb *abp_usage_json(Datum value);
+extern bool abp_usage_columns_find(Relation rel, UsageColumns *columns,
 								   char **problem);
+extern char *abp_usage_columns_faults(Oid relid);
+extern Datum abp_usage_value_read(const UsageColumns *columns, UsageColumn column,
+								  Datum value);
+extern Datum abp_usage_value_write(const UsageColumns *columns, UsageColumn column,
+								   Datum value, bool isnull);
+extern bool abp_usage_value_fits(const UsageColumns *columns, UsageColumn column,
+								 Datum value);
 
 #endif							/* ABP_ROW_H */

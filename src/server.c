@@ -40,6 +40,7 @@
 #include "storage/fd.h"
 #include "utils/acl.h"
 #include "utils/builtins.h"
+#include "utils/fmgroids.h"
 #include "utils/fmgrprotos.h"
 #include "utils/guc.h"
 #include "utils/hsearch.h"
@@ -47,6 +48,7 @@
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
 #include "utils/rel.h"
+#include "utils/snapmgr.h"
 #include "utils/syscache.h"
 #include "utils/varlena.h"
 
@@ -194,12 +196,14 @@ static bool parse_dotted_quad(const char *host, int len, int *first);
 static void check_port(const char *option, const char *port, int len);
 static void read_server_options(List *options, ServerOptions *server);
 static const char *token_fault(const char *token, size_t len);
-static void check_server_privileges(List *options);
+static DefElem *option_named(List *options, const char *name);
+static bool same_option(List *a, List *b, const char *name);
+static const char *changed_decision(List *before, List *after);
+static void check_change(List *before, List *after);
+static bool stands_elsewhere(List *options);
 static void report_forbidden_option(const char *name);
 static bool may_set(DefElem *def);
 static bool may_use_function(DefElem *def, Oid result_type);
-static bool already_granted(List *options);
-static bool contains_options(List *options, List *wanted);
 static bool is_polar_wrapper(Oid fdwid);
 static void load_server(CachedServer *entry);
 static void invalidate_servers(Datum arg, int cacheid, uint32 hash_value);
@@ -248,7 +252,6 @@ aibilling_polar_fdw_validator(PG_FUNCTION_ARGS)
 		ServerOptions server;
 
 		read_server_options(options, &server);
-		check_server_privileges(options);
 	}
 
 	PG_RETURN_VOID();
@@ -871,43 +874,181 @@ token_fault(const char *token, size_t len)
 /* --- privileges ---------------------------------------------------------- */
 
 /*
- * Raises if the current user may not give a server these options.
+ * abp_server_check_change
+ *		Raises if the current user may not give a server the options it has now.
  *
- * The validator is told neither which server it is nor which options change,
- * and an owner must be able to alter the batch size of a server on which a
- * superuser has set the URL.  So what one may not set oneself may stand in the
- * list if it stands, with the same values and all together, on a server that
- * one owns already: nothing can be reached that way that could not be before.
- * All together, because a URL from one server and a token file from another
- * would send the token to where nobody meant it to go.
+ * To be called by the command that creates or alters the server, right after
+ * it has written the catalogue: the caches still show the server as it was.
+ * The validator could not tell: it sees neither which server it is nor what
+ * was there before, so neither what is left out nor what is put together from
+ * two servers.  Servers of other wrappers are none of our business.
  */
-static void
-check_server_privileges(List *options)
+void
+abp_server_check_change(Oid serverid)
 {
-	List	   *forbidden = NIL;
+	HeapTuple	tup = SearchSysCache1(FOREIGNSERVEROID, ObjectIdGetDatum(serverid));
+	bool		created = !HeapTupleIsValid(tup);
+	List	   *before = NIL;
+	List	   *after = NIL;
+	ScanKeyData key;
+	Relation	rel;
+	SysScanDesc scan;
+
+	if (!created)
+	{
+		bool		isnull;
+		Datum		datum = SysCacheGetAttr(FOREIGNSERVEROID, tup,
+											Anum_pg_foreign_server_srvoptions, &isnull);
+
+		if (!isnull)
+			before = untransformRelOptions(datum);
+		ReleaseSysCache(tup);
+	}
+
+	rel = table_open(ForeignServerRelationId, AccessShareLock);
+	ScanKeyInit(&key, Anum_pg_foreign_server_oid, BTEqualStrategyNumber, F_OIDEQ,
+				ObjectIdGetDatum(serverid));
+	scan = systable_beginscan(rel, ForeignServerOidIndexId, true, SnapshotSelf, 1, &key);
+	tup = systable_getnext(scan);
+	if (HeapTupleIsValid(tup) &&
+		is_polar_wrapper(((Form_pg_foreign_server) GETSTRUCT(tup))->srvfdw))
+	{
+		bool		isnull;
+		Datum		datum = heap_getattr(tup, Anum_pg_foreign_server_srvoptions,
+										 RelationGetDescr(rel), &isnull);
+
+		if (!isnull)
+			after = untransformRelOptions(datum);
+		if (!created || !stands_elsewhere(after))
+			check_change(before, after);
+	}
+	systable_endscan(scan);
+	table_close(rel, AccessShareLock);
+}
+
+/*
+ * Where requests go, whom they trust and what token they carry is one
+ * decision: whoever changes a part of it, if only by leaving it out, must be
+ * allowed to set each part, as it was and as it is going to be.  Otherwise a
+ * server's owner could send a superuser's token to where nobody meant it to go.
+ */
+static const char *const decided_together[] = {
+	"url", "environment", "proxy", "ca_file", "access_token_file", NULL
+};
+
+static DefElem *
+option_named(List *options, const char *name)
+{
 	ListCell   *lc;
 
 	foreach(lc, options)
 	{
 		DefElem    *def = lfirst_node(DefElem, lc);
 
-		if (!may_set(def))
-			forbidden = lappend(forbidden, def);
+		if (strcmp(def->defname, name) == 0)
+			return def;
 	}
-	if (forbidden == NIL || already_granted(forbidden))
-		return;
+	return NULL;
+}
 
-	foreach(lc, forbidden)
+/* Has the option the same value in both lists, or is it in neither? */
+static bool
+same_option(List *a, List *b, const char *name)
+{
+	DefElem    *in_a = option_named(a, name);
+	DefElem    *in_b = option_named(b, name);
+
+	if (in_a == NULL || in_b == NULL)
+		return in_a == in_b;
+	return strcmp(defGetString(in_a), defGetString(in_b)) == 0;
+}
+
+/* The first of the options decided together that differs, NULL if none does. */
+static const char *
+changed_decision(List *before, List *after)
+{
+	/* an environment says nothing beside a URL, which wins */
+	bool		by_url = option_named(before, "url") != NULL &&
+	option_named(after, "url") != NULL;
+
+	for (int i = 0; decided_together[i] != NULL; i++)
+	{
+		const char *name = decided_together[i];
+
+		if (!same_option(before, after, name) &&
+			!(by_url && strcmp(name, "environment") == 0))
+			return name;
+	}
+	return NULL;
+}
+
+/* Raises if the current user may not change the options of a server so. */
+static void
+check_change(List *before, List *after)
+{
+	const char *changed = changed_decision(before, after);
+	ListCell   *lc;
+
+	foreach(lc, after)
 	{
 		DefElem    *def = lfirst_node(DefElem, lc);
 
-		if (!already_granted(list_make1(def)))
+		if (!same_option(before, after, def->defname) && !may_set(def))
 			report_forbidden_option(def->defname);
 	}
-	ereport(ERROR,
-			(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
-			 errmsg("permission denied to combine options of different servers"),
-			 errhint("Ask a superuser to set them; the server's owner can then alter other options.")));
+
+	for (int i = 0; changed != NULL && decided_together[i] != NULL; i++)
+	{
+		const char *name = decided_together[i];
+		DefElem    *was = option_named(before, name);
+
+		if (was != NULL && !may_set(was))
+			ereport(ERROR,
+					(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+					 errmsg("permission denied to change option \"%s\"", changed),
+					 errdetail("Option \"%s\" was set by a role with more rights, and where requests go, whom they trust and what token they carry is one decision.",
+							   name),
+					 errhint("Ask a superuser to change it; the server's owner can alter other options.")));
+	}
+}
+
+/*
+ * Does a server of the current user's have the same decision and functions?
+ * Then nothing can be reached by another one that could not be before.
+ */
+static bool
+stands_elsewhere(List *options)
+{
+	Relation	rel = table_open(ForeignServerRelationId, AccessShareLock);
+	SysScanDesc scan = systable_beginscan(rel, InvalidOid, false, NULL, 0, NULL);
+	bool		found = false;
+	HeapTuple	tup;
+
+	while (!found && HeapTupleIsValid(tup = systable_getnext(scan)))
+	{
+		Form_pg_foreign_server server = (Form_pg_foreign_server) GETSTRUCT(tup);
+		bool		isnull;
+		Datum		datum;
+
+		CHECK_FOR_INTERRUPTS();
+		if (!has_privs_of_role(GetUserId(), server->srvowner) ||
+			!is_polar_wrapper(server->srvfdw))
+			continue;
+		datum = heap_getattr(tup, Anum_pg_foreign_server_srvoptions,
+							 RelationGetDescr(rel), &isnull);
+		if (!isnull)
+		{
+			List	   *others = untransformRelOptions(datum);
+
+			found = changed_decision(others, options) == NULL &&
+				same_option(others, options, "event_name_function") &&
+				same_option(others, options, "metadata_function");
+		}
+	}
+
+	systable_endscan(scan);
+	table_close(rel, AccessShareLock);
+	return found;
 }
 
 /* Raises the error for an option that one may not set to this value. */
@@ -1007,62 +1148,6 @@ may_use_function(DefElem *def, Oid result_type)
 								  format_type_be(result_type)),
 						 NULL);
 	return allowed;
-}
-
-/* Do these options stand all together on a server of the current user's? */
-static bool
-already_granted(List *options)
-{
-	Relation	rel = table_open(ForeignServerRelationId, AccessShareLock);
-	SysScanDesc scan = systable_beginscan(rel, InvalidOid, false, NULL, 0, NULL);
-	bool		found = false;
-	HeapTuple	tup;
-
-	while (!found && HeapTupleIsValid(tup = systable_getnext(scan)))
-	{
-		Form_pg_foreign_server server = (Form_pg_foreign_server) GETSTRUCT(tup);
-		bool		isnull;
-		Datum		datum;
-
-		CHECK_FOR_INTERRUPTS();
-		if (!has_privs_of_role(GetUserId(), server->srvowner) ||
-			!is_polar_wrapper(server->srvfdw))
-			continue;
-		datum = heap_getattr(tup, Anum_pg_foreign_server_srvoptions,
-							 RelationGetDescr(rel), &isnull);
-		if (!isnull)
-			found = contains_options(untransformRelOptions(datum), options);
-	}
-
-	systable_endscan(scan);
-	table_close(rel, AccessShareLock);
-	return found;
-}
-
-/* Does the list hold every option that is wanted, with the same value? */
-static bool
-contains_options(List *options, List *wanted)
-{
-	ListCell   *w;
-
-	foreach(w, wanted)
-	{
-		DefElem    *want = lfirst_node(DefElem, w);
-		bool		found = false;
-		ListCell   *lc;
-
-		foreach(lc, options)
-		{
-			DefElem    *def = lfirst_node(DefElem, lc);
-
-			if (strcmp(def->defname, want->defname) == 0 &&
-				strcmp(defGetString(def), defGetString(want)) == 0)
-				found = true;
-		}
-		if (!found)
-			return false;
-	}
-	return true;
 }
 
 /*

@@ -45,6 +45,7 @@ typedef struct ServerOptions
 } ServerOptions;
 
 extern void abp_server_init(void);
+extern void abp_server_check_change(Oid serverid);
 extern const ServerOptions *abp_server_options(Oid serverid);
 extern char *abp_server_token(const ServerOptions *server, Oid usage_owner,
 							  StringInfo reason);

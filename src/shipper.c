@@ -23,6 +23,7 @@
 #include "catalog/pg_extension.h"
 #include "catalog/pg_proc.h"
 #include "catalog/pg_type.h"
+#include "commands/dbcommands.h"
 #include "commands/extension.h"
 #include "common/hashfn.h"
 #include "common/pg_prng.h"
@@ -221,7 +222,6 @@ static int	settled = 0;		/* deliveries since the ledger was summed up */
 /* What abp_usage_tables last said, in tables_context. */
 static MemoryContext tables_context = NULL;
 static List *known_tables = NIL;
-static bool known_armed = false;
 static TimestampTz tables_read_at = 0;
 
 /* set by invalidation callbacks */
@@ -2420,12 +2420,28 @@ current_tables(bool *armed)
 		tables_read_at = 0;
 		known_tables = NIL;
 		MemoryContextReset(tables_context);
-		known_tables = abp_usage_tables(&known_armed);
+		known_tables = abp_usage_tables(armed);
 		tables_read_at = now;
 		MemoryContextSwitchTo(old);
 	}
-	*armed = known_armed;
+	*armed = abp_database_standing() == DATABASE_ARMED;
 	return known_tables;
+}
+
+/* The worker waits for an update of the extension, and says so once. */
+static void
+warn_of_old_version(const ShipScope *scope)
+{
+	static bool warned = false;
+
+	if (warned || scope->in_procedure || OidIsValid(abp_extension_relation("ledger")))
+		return;
+	warned = true;
+	ereport(WARNING,
+			(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+			 errmsg("extension \"aibilling_polar\" of database \"%s\" is older than its library: usage is queued and not sent",
+					get_database_name(MyDatabaseId)),
+			 errhint("Run ALTER EXTENSION aibilling_polar UPDATE in it.")));
 }
 
 /*
@@ -2456,7 +2472,10 @@ work(const ShipScope *scope)
 		return NIL;
 	}
 	if (!abp_extension_installed())
+	{
+		warn_of_old_version(scope);
 		return NIL;
+	}
 
 	price_relids[0] = abp_extension_relation("price");
 	price_relids[1] = abp_extension_relation("model_alias");

@@ -31,6 +31,7 @@
 #include "compat.h"
 #include "config.h"
 #include "outbox.h"
+#include "row.h"
 #include "wake.h"
 
 /* How many waiting rows status counts one by one. */
@@ -246,9 +247,12 @@ status_words(const UsageTable *table, bool armed, int worker_pid, int64 ready,
 			 const LedgerTotals *totals)
 {
 	StringInfoData words;
+	char	   *faults;
 
 	initStringInfo(&words);
-	if (!armed)
+	if (!armed && abp_database_standing() == DATABASE_SUBSCRIBER)
+		appendStringInfoString(&words, "paused: a subscription brings another database's outbox here, which is that one's to send; take schema aibilling out of the publication, or drop the subscription; then run SELECT aibilling.arm()");
+	else if (!armed)
 		appendStringInfoString(&words, "paused: this database is a copy; run SELECT aibilling.arm() if it is to send");
 	else if (!OidIsValid(table->serverid))
 		appendStringInfo(&words, "waiting: the server \"%s\" that it was attached to does not exist; attach the table again", table->server);
@@ -283,6 +287,9 @@ status_words(const UsageTable *table, bool armed, int worker_pid, int64 ready,
 						 not_queued);
 	if (abp_ids_may_repeat(table->relid))
 		appendStringInfoString(&words, "; warning: nothing keeps two rows from having the same id; add a UNIQUE index on (id)");
+	faults = abp_usage_columns_faults(table->relid);
+	if (*faults != '\0')
+		appendStringInfo(&words, "; warning: %s", faults);
 	if (totals->unexpected_duplicates > 0)
 		appendStringInfo(&words, "; warning: " INT64_FORMAT " events were not counted, Polar had their external_id before",
 						 totals->unexpected_duplicates);

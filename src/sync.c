@@ -284,6 +284,7 @@ abp_sql_sync(PG_FUNCTION_ARGS)
 	MemoryContext context;
 
 	check_call(fcinfo);
+	abp_extension_check_version();
 
 	/* Outlives the transactions that follow, and goes with the CALL. */
 	context = AllocSetContextCreate(PortalContext, "aibilling sync", ALLOCSET_DEFAULT_SIZES);

@@ -19,14 +19,19 @@
 #include "catalog/partition.h"
 #include "catalog/pg_am_d.h"
 #include "catalog/pg_index.h"
+#include "catalog/pg_type.h"
 #include "commands/trigger.h"
+#include "executor/executor.h"
 #include "fmgr.h"
 #include "miscadmin.h"
+#include "optimizer/optimizer.h"
 #include "partitioning/partdesc.h"
+#include "rewrite/rewriteHandler.h"
 #include "utils/acl.h"
 #include "utils/builtins.h"
 #include "utils/datum.h"
 #include "utils/fmgroids.h"
+#include "utils/fmgrprotos.h"
 #include "utils/hsearch.h"
 #include "utils/inval.h"
 #include "utils/jsonb.h"
@@ -69,15 +74,27 @@ typedef struct UsageRelation
 	Oid			serverid;
 	int64		ledger_from;	/* its last delivery before a TRUNCATE */
 	Oid			id_index;		/* InvalidOid: not looked for, or none */
+	bool		counts_not_queued;	/* since the extension's 1.2 */
 	int			natts;
-	AttrNumber	attnums[NUM_USAGE_COLUMNS];
+	UsageColumns columns;
 	Datum	   *values;			/* scratch: one tuple's columns */
 	bool	   *nulls;
+	bool		has_default[NUM_USAGE_COLUMNS]; /* of defaulted_columns only */
+	ExprState **defaults;		/* of NUM_USAGE_COLUMNS, see default_of */
+	uint64		defaults_of;	/* the defaults_transaction that made them */
+	Oid			defaults_for;	/* and the role */
 } UsageRelation;
 
 static HTAB *relations = NULL;
 static Oid	attachments_relid = InvalidOid; /* aibilling.attachment */
 static HTAB *warned_models = NULL;
+
+/*
+ * Expressions of columns' defaults, until the end of the transaction; NULL if
+ * none was needed.  Transactions are counted to tell whose they are.
+ */
+static MemoryContext defaults_context = NULL;
+static uint64 defaults_transaction = 0;
 
 /* A row of a usage table. */
 typedef struct RowKey
@@ -102,14 +119,161 @@ static Oid	repricing_table = InvalidOid;
 static IdSet *repricing_ids;
 static int	repricing_level;
 
-static bool billed_columns_changed(const UsageRelation *known, TupleDesc desc,
-								   const Datum *old_values, const bool *old_nulls,
+static bool same_value(UsageColumn column, Datum a, Datum b);
+static bool billed_columns_changed(const Datum *old_values, const bool *old_nulls,
 								   const Datum *new_values, const bool *new_nulls,
 								   bool *raw_changed);
 static void forget_returning(int level);
 static void on_transaction_end(XactEvent event, void *arg);
 static void on_subtransaction_end(SubXactEvent event, SubTransactionId mine,
 								  SubTransactionId parent, void *arg);
+
+/* --- defaults for explicit NULLs ------------------------------------------- */
+
+/* Columns that no row does without. */
+static const UsageColumn needed_columns[] = {
+	COL_ID, COL_EXTERNAL_ID, COL_OCCURRED_AT
+};
+
+/*
+ * Columns where an explicit NULL, as ORMs send it for what was not set, takes
+ * the default: the needed ones, and those that say nothing when NULL.
+ */
+static const UsageColumn defaulted_columns[] = {
+	COL_ID, COL_EXTERNAL_ID, COL_OCCURRED_AT, COL_SERVICE_TIER, COL_TAGS, COL_FIRST_COUNT + COUNT_REQUEST
+};
+
+/* Which of them have a default: for know_relation. */
+static void
+find_defaults(UsageRelation *known, Relation rel)
+{
+	for (int i = 0; i < lengthof(defaulted_columns); i++)
+	{
+		AttrNumber	attnum = known->columns.attnums[defaulted_columns[i]];
+		Form_pg_attribute att = TupleDescAttr(RelationGetDescr(rel), attnum - 1);
+
+		known->has_default[defaulted_columns[i]] = att->attgenerated == '\0' &&
+			(att->atthasdef || att->attidentity != '\0' ||
+			 get_typdefault(att->atttypid) != NULL);
+	}
+}
+
+/*
+ * Columns that an UPDATE cannot empty: an ORM that saves a row which it has not
+ * read back writes NULL to all that it did not set, costs included.
+ */
+static const UsageColumn kept_columns[] = {
+	COL_ID, COL_EXTERNAL_ID, COL_OCCURRED_AT, COL_COST_NANOS, COL_COST_CENTS, COL_COST_STATUS
+};
+
+static inline bool
+lacks_kept(const bool *nulls, const bool *old_nulls)
+{
+	for (int i = 0; i < lengthof(kept_columns); i++)
+	{
+		if (nulls[kept_columns[i]] && !old_nulls[kept_columns[i]])
+			return true;
+	}
+	return false;
+}
+
+/* The new tuple of an UPDATE, with the old values where it empties them. */
+static HeapTuple
+tuple_with_kept(const UsageRelation *known, TupleDesc desc, HeapTuple tuple, HeapTuple old,
+				const bool *nulls)
+{
+	int			replace[lengthof(kept_columns)];
+	Datum		values[lengthof(kept_columns)];
+	bool		isnull[lengthof(kept_columns)];
+	int			n = 0;
+
+	for (int i = 0; i < lengthof(kept_columns); i++)
+	{
+		AttrNumber	attnum = known->columns.attnums[kept_columns[i]];
+
+		if (!nulls[kept_columns[i]])
+			continue;
+		replace[n] = attnum;
+		values[n] = heap_getattr(old, attnum, desc, &isnull[n]);
+		n++;
+	}
+	return heap_modify_tuple_by_cols(tuple, desc, n, replace, values, isnull);
+}
+
+static inline bool
+lacks_defaults(const UsageRelation *known, const bool *nulls)
+{
+	for (int i = 0; i < lengthof(defaulted_columns); i++)
+	{
+		if (nulls[defaulted_columns[i]] && known->has_default[defaulted_columns[i]])
+			return true;
+	}
+	return false;
+}
+
+/*
+ * A column's default, ready to be computed.  Kept for the transaction and the
+ * role: what the expression calls may change, and so may the rights to call it.
+ */
+static ExprState *
+default_of(UsageRelation *known, Relation rel, UsageColumn column)
+{
+	MemoryContext old;
+
+	if (defaults_context == NULL)
+		defaults_context = AllocSetContextCreate(TopTransactionContext,
+												 "aibilling column defaults",
+												 ALLOCSET_SMALL_SIZES);
+	old = MemoryContextSwitchTo(defaults_context);
+	if (known->defaults == NULL || known->defaults_of != defaults_transaction ||
+		known->defaults_for != GetUserId())
+	{
+		known->defaults = palloc0(sizeof(ExprState *) * NUM_USAGE_COLUMNS);
+		known->defaults_of = defaults_transaction;
+		known->defaults_for = GetUserId();
+	}
+	if (known->defaults[column] == NULL)
+	{
+		Node	   *expr = build_column_default(rel, known->columns.attnums[column]);
+
+		if (expr == NULL)
+			elog(ERROR, "unexpected lack of a default");
+		known->defaults[column] = ExecInitExpr(expression_planner((Expr *) expr), NULL);
+	}
+	MemoryContextSwitchTo(old);
+	return known->defaults[column];
+}
+
+/*
+ * The tuple with defaults where it has NULL.  Defaults may run code of a user's, which may change what is known of
+ * the relation: look it up again.
+ */
+static HeapTuple
+tuple_with_defaults(UsageRelation *known, Relation rel, HeapTuple tuple, const bool *nulls)
+{
+	ExprState  *defaults[lengthof(defaulted_columns)];
+	int			replace[lengthof(defaulted_columns)];
+	Datum		values[lengthof(defaulted_columns)];
+	bool		isnull[lengthof(defaulted_columns)];
+	ExprContext *econtext;
+	int			n = 0;
+
+	for (int i = 0; i < lengthof(defaulted_columns); i++)
+	{
+		UsageColumn column = defaulted_columns[i];
+
+		if (!nulls[column] || !known->has_default[column])
+			continue;
+		defaults[n] = default_of(known, rel, column);
+		replace[n++] = known->columns.attnums[column];
+	}
+
+	econtext = CreateStandaloneExprContext();
+	for (int i = 0; i < n; i++)
+		values[i] = ExecEvalExpr(defaults[i], econtext, &isnull[i]);
+	FreeExprContext(econtext, true);
+	return heap_modify_tuple_by_cols(tuple, RelationGetDescr(rel), n, replace, values, isnull);
+}
 
 /* --- what is known of a table --------------------------------------------- */
 
@@ -222,7 +386,8 @@ know_relation(Relation rel)
 		known->natts = natts;
 	}
 
-	if (!abp_usage_columns_find(rel, known->attnums, &problem))
+	known->defaults = NULL;
+	if (!abp_usage_columns_find(rel, &known->columns, &problem))
 		ereport(ERROR,
 				(errcode(ERRCODE_DATATYPE_MISMATCH),
 				 errmsg("table \"%s\" lacks columns of a usage table",
@@ -231,11 +396,13 @@ know_relation(Relation rel)
 				 errhint("Restore the columns, or take the triggers off with aibilling.detach.")));
 	pfree(problem);
 
-	attachments_relid = abp_extension_relation("attachment");
+	find_defaults(known, rel);
+	attachments_relid = abp_extension_relation(abp_attachment_table());
 
 	/* Looking the server up may let in news of a change: then look again. */
 	known->valid = true;
 	known->id_index = InvalidOid;
+	known->counts_not_queued = OidIsValid(abp_extension_relation("ledger"));
 	known->usage_table = find_usage_table(rel, &serverid, &ledger_from);
 	known->serverid = serverid;
 	known->ledger_from = ledger_from;
@@ -247,11 +414,20 @@ static void
 read_columns(const UsageRelation *known, HeapTuple tuple, TupleDesc desc,
 			 Datum *values, bool *nulls)
 {
+	const AttrNumber *attnums = known->columns.attnums;
+
 	heap_deform_tuple(tuple, desc, known->values, known->nulls);
 	for (int i = 0; i < NUM_USAGE_COLUMNS; i++)
 	{
-		values[i] = known->values[known->attnums[i] - 1];
-		nulls[i] = known->nulls[known->attnums[i] - 1];
+		values[i] = known->values[attnums[i] - 1];
+		nulls[i] = known->nulls[attnums[i] - 1];
+	}
+	if (likely(known->columns.all_plain))
+		return;
+	for (int i = 0; i < NUM_USAGE_COLUMNS; i++)
+	{
+		if (!known->columns.plain[i] && !nulls[i])
+			values[i] = abp_usage_value_read(&known->columns, i, values[i]);
 	}
 }
 
@@ -260,6 +436,7 @@ read_columns(const UsageRelation *known, HeapTuple tuple, TupleDesc desc,
 /* Why a row is not one of usage: the words of an error. */
 typedef struct RowProblem
 {
+	UsageColumn column;
 	int			sqlerrcode;
 	char	   *message;
 	const char *hint;			/* or NULL */
@@ -268,6 +445,7 @@ typedef struct RowProblem
 static bool
 breaks_rule(UsageColumn column, const char *rule, RowProblem *problem)
 {
+	problem->column = column;
 	problem->sqlerrcode = ERRCODE_CHECK_VIOLATION;
 	problem->message = psprintf("column \"%s\" of a usage row %s",
 								abp_usage_columns[column].name, rule);
@@ -297,6 +475,7 @@ row_is_sound(const UsageRow *row, RowProblem *problem)
 		return breaks_rule(COL_USAGE_FORMAT, "must name the format of raw_usage", problem);
 	if (row->usage_format.data != NULL && !abp_usage_format_known(row->usage_format))
 	{
+		problem->column = COL_USAGE_FORMAT;
 		problem->sqlerrcode = ERRCODE_INVALID_PARAMETER_VALUE;
 		problem->message = psprintf("unknown usage format \"%.*s\"",
 									row->usage_format.len, row->usage_format.data);
@@ -306,20 +485,34 @@ row_is_sound(const UsageRow *row, RowProblem *problem)
 	return true;
 }
 
-/* Raise an error for a row that is not sound. */
+/*
+ * Raise an error for a row that is not sound, with table and column as
+ * PostgreSQL's own have them.
+ */
 static void
-check_row(const UsageRow *row, const bool *nulls)
+check_row(Relation rel, const UsageRow *row, const bool *nulls)
 {
 	RowProblem	problem;
 
-	if (nulls[COL_ID])
-		(void) breaks_rule(COL_ID, "must not be null", &problem);
-	else if (row_is_sound(row, &problem))
+	for (int i = 0; i < lengthof(needed_columns); i++)
+	{
+		const char *name = abp_usage_columns[needed_columns[i]].name;
+
+		if (nulls[needed_columns[i]])
+			ereport(ERROR,
+					(errcode(ERRCODE_NOT_NULL_VIOLATION),
+					 errmsg("null value in column \"%s\" of usage table \"%s\"",
+							name, RelationGetRelationName(rel)),
+					 errhint("Give a value, or the column a default."),
+					 errtablecolname(rel, name)));
+	}
+	if (row_is_sound(row, &problem))
 		return;
 	ereport(ERROR,
 			(errcode(problem.sqlerrcode),
 			 errmsg_internal("%s", problem.message),
-			 problem.hint != NULL ? errhint("%s", problem.hint) : 0));
+			 problem.hint != NULL ? errhint("%s", problem.hint) : 0,
+			 errtablecolname(rel, abp_usage_columns[problem.column].name)));
 }
 
 static bool
@@ -338,6 +531,59 @@ view_of(const char *string)
 }
 
 /*
+ * Can the columns of the row's table hold what its raw usage object is about
+ * to fill in?  If not, says so: a provider's surprise costs no INSERT.
+ */
+static bool
+usage_fits(const UsageRow *row, const NormalizedUsage *usage, StringInfo reason)
+{
+	const UsageColumns *columns = row->columns;
+	UsageColumn filled[NUM_USAGE_COUNTS + 4];
+	Datum		values[NUM_USAGE_COUNTS + 4];
+	int			n = 0;
+
+	for (int i = 0; i < NUM_USAGE_COUNTS; i++)
+	{
+		if (row->counts.given[i] || !usage->counts.given[i])
+			continue;
+		filled[n] = COL_FIRST_COUNT + i;
+		values[n++] = Int64GetDatum(usage->counts.value[i]);
+	}
+	if (row->provider_cost == NULL && usage->provider_cost != NULL)
+	{
+		filled[n] = COL_PROVIDER_COST;
+		values[n++] = NumericGetDatum(usage->provider_cost);
+	}
+	if (tier_is_default(row->service_tier) && usage->service_tier != NULL)
+	{
+		filled[n] = COL_SERVICE_TIER;
+		values[n++] = CStringGetTextDatum(usage->service_tier);
+	}
+	if (row->model.data == NULL && usage->model != NULL)
+	{
+		filled[n] = COL_MODEL;
+		values[n++] = CStringGetTextDatum(usage->model);
+	}
+	if (row->generation_id.data == NULL && usage->generation_id != NULL)
+	{
+		filled[n] = COL_GENERATION_ID;
+		values[n++] = CStringGetTextDatum(usage->generation_id);
+	}
+
+	for (int i = 0; i < n; i++)
+	{
+		if (columns->plain[filled[i]] || abp_usage_value_fits(columns, filled[i], values[i]))
+			continue;
+		appendStringInfo(reason, "its %s does not fit the column's type %s",
+						 abp_usage_columns[filled[i]].name,
+						 format_type_with_typemod(columns->stored[filled[i]],
+												  columns->typmods[filled[i]]));
+		return false;
+	}
+	return true;
+}
+
+/*
  * Fill a row's columns from its raw usage object.  Counts given beside it
  * must agree.  Returns false, with the reason, if the object cannot be used;
  * the row is unchanged then.
@@ -348,6 +594,8 @@ normalize_row(UsageRow *row, StringInfo reason)
 	NormalizedUsage usage = {{{0}}};
 
 	if (!abp_normalize_usage(row->usage_format, row->raw_usage, &usage, reason))
+		return false;
+	if (row->columns != NULL && !row->columns->all_plain && !usage_fits(row, &usage, reason))
 		return false;
 
 	for (int i = 0; i < NUM_USAGE_COUNTS; i++)
@@ -575,6 +823,8 @@ on_transaction_end(XactEvent event, void *arg)
 {
 	if (event != XACT_EVENT_COMMIT && event != XACT_EVENT_PREPARE && event != XACT_EVENT_ABORT)
 		return;
+	defaults_context = NULL;
+	defaults_transaction++;
 	returning = NULL;			/* its memory goes with the transaction */
 	returning_level = 0;
 	warned_command = InvalidCommandId;
@@ -701,6 +951,18 @@ id_index(Relation rel, AttrNumber id)
 	return found;
 }
 
+/* A scan key for an id, whatever integer it is stored as. */
+static void
+init_id_key(ScanKey key, const UsageRelation *known, int64 id)
+{
+	Oid			stored = known->columns.stored[COL_ID];
+
+	ScanKeyEntryInitialize(key, 0, known->columns.attnums[COL_ID], BTEqualStrategyNumber,
+						   INT8OID, InvalidOid,
+						   stored == INT8OID ? F_INT8EQ : stored == INT4OID ? F_INT48EQ : F_INT28EQ,
+						   Int64GetDatum(id));
+}
+
 /* Look at the rows of an id in a table that has rows itself. */
 static bool
 look_in_leaf(Relation rel, int64 id, Snapshot snapshot, RowLook look, void *arg)
@@ -713,9 +975,9 @@ look_in_leaf(Relation rel, int64 id, Snapshot snapshot, RowLook look, void *arg)
 	bool		found = false;
 
 	if (!OidIsValid(known->id_index))
-		known->id_index = id_index(rel, known->attnums[COL_ID]);
+		known->id_index = id_index(rel, known->columns.attnums[COL_ID]);
 	index = known->id_index;
-	ScanKeyInit(&key, known->attnums[COL_ID], BTEqualStrategyNumber, F_INT8EQ, Int64GetDatum(id));
+	init_id_key(&key, known, id);
 	scan = systable_beginscan(rel, index, OidIsValid(index), snapshot, 1, &key);
 	while (!found && (tuple = systable_getnext(scan)) != NULL)
 	{
@@ -787,8 +1049,6 @@ look_for_rows(Oid usage_table, int64 id, Snapshot snapshot, RowLook look, void *
 /* A row's columns, to be compared with another's of its id. */
 typedef struct RowColumns
 {
-	TupleDesc	desc;
-	const UsageRelation *known;
 	const Datum *values;
 	const bool *nulls;
 	bool		unchanged;		/* nothing that is billed differs */
@@ -802,16 +1062,12 @@ is_same_row(UsageRelation *known, Relation rel, HeapTuple tuple, void *arg)
 	Datum		values[NUM_USAGE_COLUMNS];
 	bool		nulls[NUM_USAGE_COLUMNS];
 	bool		ignored;
-	Form_pg_attribute external_id;
 
 	read_columns(known, tuple, RelationGetDescr(rel), values, nulls);
-	external_id = TupleDescAttr(row->desc, row->known->attnums[COL_EXTERNAL_ID] - 1);
 	if (nulls[COL_EXTERNAL_ID] || row->nulls[COL_EXTERNAL_ID] ||
-		!datum_image_eq(values[COL_EXTERNAL_ID], row->values[COL_EXTERNAL_ID],
-						external_id->attbyval, external_id->attlen))
+		!same_value(COL_EXTERNAL_ID, values[COL_EXTERNAL_ID], row->values[COL_EXTERNAL_ID]))
 		return false;
-	row->unchanged = !billed_columns_changed(row->known, row->desc, values, nulls,
-											 row->values, row->nulls, &ignored);
+	row->unchanged = !billed_columns_changed(values, nulls, row->values, row->nulls, &ignored);
 	return true;
 }
 
@@ -964,10 +1220,13 @@ priced_tuple(UsageRelation *known, TupleDesc desc, const UsageRow *row,
 
 #define SET_COLUMN(column, isnull, datum) \
 	do { \
-		AttrNumber	att_ = known->attnums[column] - 1; \
+		AttrNumber	att_ = known->columns.attnums[column] - 1; \
 		nulls[att_] = (isnull); \
 		if (!nulls[att_]) \
 			values[att_] = (datum); \
+		if (unlikely(!known->columns.plain[column])) \
+			values[att_] = abp_usage_value_write(&known->columns, column, \
+												 values[att_], nulls[att_]); \
 	} while (0)
 
 	if (normalized)
@@ -987,6 +1246,8 @@ priced_tuple(UsageRelation *known, TupleDesc desc, const UsageRow *row,
 				   PointerGetDatum(cstring_to_text_with_len(row->generation_id.data,
 															row->generation_id.len)));
 	}
+	if (row->tags_are_null && !nulls[known->columns.attnums[COL_TAGS] - 1])
+		SET_COLUMN(COL_TAGS, false, JsonbPGetDatum(row->tags));
 	SET_COLUMN(COL_COST_NANOS, !cost->known, Int64GetDatum(cost->cost_nanos));
 	SET_COLUMN(COL_COST_CENTS, !cost->known, NumericGetDatum(cost->cost_cents));
 	SET_COLUMN(COL_COST_STATUS, false,
@@ -996,10 +1257,34 @@ priced_tuple(UsageRelation *known, TupleDesc desc, const UsageRow *row,
 	return heap_form_tuple(desc, values, nulls);
 }
 
+/*
+ * Are two values of a column, not NULL, the same?  Numbers are if they are
+ * equal, whatever zeros they end in, and JSON with such numbers, too.
+ */
+static bool
+same_value(UsageColumn column, Datum a, Datum b)
+{
+	switch (abp_usage_columns[column].type)
+	{
+		case INT8OID:
+		case TIMESTAMPTZOID:
+			return DatumGetInt64(a) == DatumGetInt64(b);
+		case UUIDOID:
+			return datum_image_eq(a, b, false, UUID_LEN);
+		case NUMERICOID:
+			return datum_image_eq(a, b, false, -1) ||
+				DatumGetBool(DirectFunctionCall2(numeric_eq, a, b));
+		case JSONBOID:
+			return datum_image_eq(a, b, false, -1) ||
+				DatumGetBool(DirectFunctionCall2(jsonb_eq, a, b));
+		default:
+			return datum_image_eq(a, b, false, -1);
+	}
+}
+
 /* Has anything that is billed changed? */
 static bool
-billed_columns_changed(const UsageRelation *known, TupleDesc desc,
-					   const Datum *old_values, const bool *old_nulls,
+billed_columns_changed(const Datum *old_values, const bool *old_nulls,
 					   const Datum *new_values, const bool *new_nulls,
 					   bool *raw_changed)
 {
@@ -1008,11 +1293,8 @@ billed_columns_changed(const UsageRelation *known, TupleDesc desc,
 	*raw_changed = false;
 	for (int i = 0; i < NUM_USAGE_COLUMNS; i++)
 	{
-		Form_pg_attribute att = TupleDescAttr(desc, known->attnums[i] - 1);
-
 		if (old_nulls[i] == new_nulls[i] &&
-			(old_nulls[i] ||
-			 datum_image_eq(old_values[i], new_values[i], att->attbyval, att->attlen)))
+			(old_nulls[i] || same_value(i, old_values[i], new_values[i])))
 			continue;
 		if (abp_usage_columns[i].billed)
 			changed = true;
@@ -1122,10 +1404,10 @@ requeue_row(UsageRelation *known, Relation rel, HeapTuple old, const UsageRow *r
  * trigger is told what it is; an ordinary row has no cost and costs no look.
  */
 static bool
-remains_as_it_is(UsageRelation *known, TupleDesc desc, const Datum *values, const bool *nulls)
+remains_as_it_is(UsageRelation *known, const Datum *values, const bool *nulls)
 {
 	int64		id = DatumGetInt64(values[COL_ID]);
-	RowColumns	row = {desc, known, values, nulls};
+	RowColumns	row = {values, nulls};
 	ReturnKind	kind;
 
 	if (!nulls[COL_COST_STATUS] && is_returning(known, &row, id, &kind))
@@ -1187,8 +1469,18 @@ abp_sql_price_usage(PG_FUNCTION_ARGS)
 
 		read_columns(known, trigdata->tg_trigtuple, desc, old_values, old_nulls);
 		read_columns(known, tuple, desc, values, nulls);
-		changed = billed_columns_changed(known, desc, old_values, old_nulls,
-										 values, nulls, &raw_changed);
+		if (unlikely(lacks_kept(nulls, old_nulls)))
+		{
+			tuple = tuple_with_kept(known, desc, tuple, trigdata->tg_trigtuple, nulls);
+			read_columns(known, tuple, desc, values, nulls);
+		}
+		if (unlikely(lacks_defaults(known, nulls)))
+		{
+			tuple = tuple_with_defaults(known, rel, tuple, nulls);
+			known = know_relation(rel);
+			read_columns(known, tuple, desc, values, nulls);
+		}
+		changed = billed_columns_changed(old_values, old_nulls, values, nulls, &raw_changed);
 		if (!changed && !is_repriced(known, DatumGetInt64(old_values[COL_ID])) &&
 			(!raw_changed || nulls[COL_RAW_USAGE]))
 			return PointerGetDatum(tuple);
@@ -1205,12 +1497,20 @@ abp_sql_price_usage(PG_FUNCTION_ARGS)
 		read_columns(known, tuple, desc, values, nulls);
 
 		if (OidIsValid(known->usage_table) && !nulls[COL_ID] &&
-			remains_as_it_is(known, desc, values, nulls))
+			remains_as_it_is(known, values, nulls))
 			return PointerGetDatum(tuple);
+
+		if (unlikely(lacks_defaults(known, nulls)))
+		{
+			tuple = tuple_with_defaults(known, rel, tuple, nulls);
+			known = know_relation(rel);
+			read_columns(known, tuple, desc, values, nulls);
+		}
 	}
 
 	abp_usage_row_read(values, nulls, &row);
-	check_row(&row, nulls);
+	row.columns = &known->columns;
+	check_row(rel, &row, nulls);
 	if (OidIsValid(known->serverid))
 		server = abp_server_options(known->serverid);
 
@@ -1292,6 +1592,7 @@ abp_sql_enqueue_usage(PG_FUNCTION_ARGS)
 
 	read_columns(known, trigdata->tg_trigtuple, RelationGetDescr(rel), values, nulls);
 	abp_usage_row_read(values, nulls, &row);
+	row.columns = &known->columns;
 	if (OidIsValid(known->serverid))
 		server = abp_server_options(known->serverid);
 
@@ -1309,7 +1610,8 @@ abp_sql_enqueue_usage(PG_FUNCTION_ARGS)
 	}
 	if (enqueue_is_off(known->usage_table))
 	{
-		abp_collect_not_queued(known->usage_table, row.id);
+		if (known->counts_not_queued)
+			abp_collect_not_queued(known->usage_table, row.id);
 		return PointerGetDatum(NULL);
 	}
 
@@ -1362,6 +1664,7 @@ abp_sql_guard_usage(PG_FUNCTION_ARGS)
 	bool		own;
 	bool		has_moved;
 
+	abp_extension_check_version();
 	check_trigger(fcinfo, "guard_usage",
 				  TRIGGER_EVENT_AFTER | TRIGGER_EVENT_ROW | TRIGGER_EVENT_DELETE,
 				  TRIGGER_EVENT_AFTER | TRIGGER_EVENT_ROW | TRIGGER_EVENT_DELETE,
@@ -1383,7 +1686,7 @@ abp_sql_guard_usage(PG_FUNCTION_ARGS)
 		return PointerGetDatum(NULL);
 
 	row = (RowColumns) {
-		desc, known, values, nulls
+		values, nulls
 	};
 	has_moved = look_for_rows(known->usage_table, id, SnapshotSelf, is_same_row, &row);
 	if (place.where == ROW_SENDING && !(has_moved && row.unchanged))

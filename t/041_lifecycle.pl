@@ -207,12 +207,22 @@ ORDER BY 1, 2, 3
 SQL
 
 # A database with something in each of those: 3 rows delivered, 2 pending, 1 rejected, 1 unpriced.
+# Prices, and rows that are delivered and that wait.
 sub fill
 {
 	my ($node, $database, $name) = @_;
 
 	$node->safe_psql($database, insert("$name-delivered", 3));
 	$node->safe_psql($database, 'CALL aibilling.sync()');
+	fill_outbox($node, $database, $name);
+	return;
+}
+
+# Prices, and rows that wait.
+sub fill_outbox
+{
+	my ($node, $database, $name) = @_;
+
 	$node->psql(
 		$database, <<SQL
 INSERT INTO aibilling.price (provider, model, input, output) VALUES ('openai', 'gpt-5', 1.25, 10);
@@ -402,7 +412,7 @@ UNION ALL SELECT 'grant', srvname || srvacl::text FROM pg_foreign_server
 	set_up($old, 'app', $polar, "max_in_flight '1'");
 	fill($old, 'app', 'old');
 	set_up($old, 'former', $polar, undef, '1.0');
-	fill($old, 'former', 'former');
+	fill_outbox($old, 'former', 'former');
 
 	# Servers that are paused: by their owner, by a role for its own tables, by an answer.
 	$old->safe_psql('app', <<SQL);
@@ -905,7 +915,7 @@ SQL
 		my $database = "from_$old" =~ tr/./_/r;
 		my $status = "SELECT pending, unpriced, rejected, in_flight, delivered, status FROM aibilling.status";
 
-		# The library of today serves the SQL of then: all that a user does.
+		# The library of today prices and queues for the SQL of then, and asks for the update.
 		$versions->safe_psql('postgres', "CREATE DATABASE $database");
 		$versions->safe_psql($database, <<SQL);
 CREATE EXTENSION aibilling_polar VERSION '$old';
@@ -916,71 +926,61 @@ SELECT aibilling.load_bundled_prices();
 SQL
 		my $before = value($versions, $database, $anatomy);
 		isnt($before, $fresh, "$old is another version");
-		fill($versions, $database, $old);
-		wait_delivered($versions, $database, "$old: the worker delivers");
-		is($polar->summary->{stored}, 5, "$old: every row");
-		like(value($versions, $database, $status),
-			qr/^\Q0|1|1|0|5|idle: everything that can be sent is delivered; 1 rows wait for a price\E.*; 1 rows are rejected/,
-			"$old: status");
+		fill_outbox($versions, $database, $old);
 		is(value($versions, $database, "SELECT aibilling.cost_nanos('openai', 'gpt-5', 1000000)"),
 			'1250000000', "$old: prices");
-		is(value($versions, $database, "SELECT event->>'external_id', state FROM aibilling.preview('usage')"),
-			"|rejected\n$old-unpriced|unpriced", "$old: preview");
+		foreach my $statement ('DELETE FROM usage', 'TRUNCATE usage', 'CALL aibilling.sync()', 'SELECT * FROM aibilling.status')
+		{
+			my (undef, undef, $err) = $versions->psql($database, $statement);
+			like($err, qr/older than its library.*ALTER EXTENSION aibilling_polar UPDATE/s, "$old: $statement asks for the update");
+		}
 
-		# Paused, refused, waiting: what is kept of a server.
-		value($versions, $database, 'SELECT aibilling.pause()');
-		$versions->safe_psql($database, insert("$old-paused", 2));
-		like(value($versions, $database, 'SELECT status FROM aibilling.status'), qr/^paused: paused by/, "$old: pause");
-		$polar->fault(kind => '401', times => 'always');
-		value($versions, $database, 'SELECT aibilling.resume()');
-		ok($versions->poll_query_until($database, "SELECT status ~ '^paused: .*401' FROM aibilling.status"), "$old: a refusal pauses");
-
-		# One role's pause is that of all tables here: it is not taken for less.
-		$versions->safe_psql($database, <<'SQL');
-DO 'BEGIN CREATE ROLE updater; EXCEPTION WHEN duplicate_object THEN END';
-GRANT USAGE ON FOREIGN SERVER polar TO updater;
-CREATE SCHEMA updater AUTHORIZATION updater;
-SET ROLE updater;
-SELECT aibilling.create_usage_table('updater.usage', server => 'polar');
+		# What has been sent, and what is on its way, as a worker of then has left it.
+		$versions->safe_psql($database, <<SQL);
+INSERT INTO usage (external_id, occurred_at, provider, model, external_customer_id, input_tokens)
+SELECT '$old-sent-' || n, '2026-01-02', 'openai', 'gpt-5', 'c', 100 FROM generate_series(1, 4) n;
+WITH sent AS (SELECT range_agg(int8range(id, id, '[]')) AS ids FROM usage WHERE external_id ~ 'sent'),
+	gone AS (DELETE FROM aibilling.outbox_entry e USING sent WHERE e.first <\@ sent.ids)
+INSERT INTO aibilling.delivery (server, usage_table, usage_ids, events, bytes, state, attempts, inserted, duplicates, started_at, finished_at)
+SELECT 'polar', 'usage', CASE state WHEN 'sending' THEN ids * int8multirange(int8range((SELECT max(id) FROM usage), NULL)) ELSE
+	ids - int8multirange(int8range((SELECT max(id) FROM usage), NULL)) END, CASE state WHEN 'sending' THEN 1 ELSE 3 END, 100, state, 1,
+	CASE state WHEN 'sending' THEN NULL ELSE 3 END, CASE state WHEN 'sending' THEN NULL ELSE 0 END, now(),
+	CASE state WHEN 'sending' THEN NULL ELSE now() END
+FROM sent, unnest('{delivered,sending}'::text[]) state;
 SQL
-		my (undef, undef, $err) = $versions->psql($database, "SET ROLE updater; SELECT aibilling.pause('polar')");
-		like($err, qr/ERROR:  others have usage tables attached to server "polar" too.*ALTER EXTENSION aibilling_polar UPDATE/s,
-			"$old: a pause of one's own needs the update");
-		$polar->clear_faults;
-
 		$versions->command_ok([ 'pg_dump', '-Fc', '-d', $versions->connstr($database), '-f', $dump ], "$old: pg_dump");
-
-		# A request hangs in flight while the extension is updated under the worker.
-		$polar->fault(kind => 'hang', store => JSON::PP::true);
-		value($versions, $database, 'SELECT aibilling.resume()');
-		$polar->wait(hung => 1);
-		my $had = value($versions, $database, $everything);
-		my $pid = value($versions, $database, 'SELECT DISTINCT worker_pid FROM aibilling.status');
+		my $rows = value($versions, $database, 'SELECT * FROM usage ORDER BY id');
 		$versions->safe_psql($database, 'ALTER EXTENSION aibilling_polar UPDATE');
-		is(value($versions, $database, $everything =~ s/SELECT 'state', s::text/SELECT 'state', (server, paused, reason, changed_at, failures, not_before)::text/r),
-			$had, "$old: an update keeps everything");
 		is_deeply(
 			[ split /\n/, value($versions, $database, $anatomy) ], [ split /\n/, $fresh ],
 			"an update from $old equals a fresh install, object by object");
-		$polar->release;
-		wait_delivered($versions, $database, "$old: delivery goes on");
-		is($polar->summary->{stored}, 7, "$old: every row once");
-		$versions->safe_psql($database, 'SET ROLE updater; SELECT aibilling.pause()');
-		$versions->safe_psql($database, insert("$old-after", 2) . 'SET ROLE updater;' . insert("$old-own", 1, 'updater.usage'));
-		$polar->wait(events => 9);
-		is( value($versions, $database, "SELECT pending, status FROM aibilling.status WHERE usage_table = 'updater.usage'::regclass"),
-			'1|paused: paused by updater', "$old: what is new in $current works");
-		value($versions, $database, 'SELECT aibilling.resume()');
-		wait_delivered($versions, $database, "$old: and is done");
-		is(value($versions, $database, 'SELECT DISTINCT worker_pid FROM aibilling.status'), $pid, "$old: all by one worker");
+		is(value($versions, $database, 'SELECT * FROM usage ORDER BY id'), $rows, "$old: rows stay as they are");
+		wait_delivered($versions, $database, "$old: what waited is delivered");
+		is( join(' ', sort map { $_->{external_id} } @{ $polar->events }),
+			value($versions, $database,
+				"SELECT string_agg(external_id, ' ' ORDER BY external_id COLLATE \"C\") FROM usage, aibilling.usage_status('usage', id) WHERE state = 'delivered'"
+				  . " AND id NOT IN (SELECT unnest(ARRAY(SELECT generate_series(lower(r), upper(r) - 1) FROM aibilling.delivery, unnest(usage_ids) r WHERE inserted = 3 AND bytes = 100)))"),
+			"$old: every row once, and none that was delivered");
+		like(value($versions, $database, 'SELECT pending, unpriced, rejected, in_flight, status FROM aibilling.status'),
+			qr/^0\|1\|1\|0\|idle: everything that can be sent is delivered; 1 rows wait for a price.*; 1 rows are rejected/, "$old: status");
+		like(
+			($versions->psql($database, "UPDATE usage SET input_tokens = 1 WHERE external_id = '$old-sent-1'"))[2],
+			qr/has been delivered/, "$old: what was delivered then is a fact");
 		is(value($versions, $database, 'SELECT sum(unexpected_duplicates) FROM aibilling.delivery'), '0', "$old: no surprise");
+		$versions->safe_psql($database, insert("$old-after", 2));
+		wait_delivered($versions, $database, "$old: delivery goes on");
 
-		# A dump of then becomes a database of today.
+		# A dump of then is restored where the extension is of then, and updated.
 		$versions->safe_psql('postgres', 'CREATE DATABASE restored');
+		$versions->safe_psql('restored', "CREATE EXTENSION aibilling_polar VERSION '$old'");
 		$versions->command_ok([ 'pg_restore', '--exit-on-error', '-d', $versions->connstr('restored'), $dump ],
 			"$old: pg_restore");
+		$versions->safe_psql('restored', 'ALTER EXTENSION aibilling_polar UPDATE');
 		is(value($versions, 'restored', $anatomy), $fresh, "$old: makes $current");
-		is(value($versions, 'restored', 'SELECT paused, role FROM aibilling.server_state'), 'answer|0', "$old: with its state");
+		is(value($versions, 'restored', 'SELECT * FROM usage ORDER BY id'), $rows, "$old: with its rows");
+		like(value($versions, 'restored', 'SELECT pending, unpriced, rejected, in_flight, status FROM aibilling.status'),
+			qr/^2\|1\|1\|1\|paused: this database is a copy/, "$old: and what waited");
+		$versions->safe_psql('postgres', 'DROP DATABASE restored');
 	}
 	$versions->stop;
 }

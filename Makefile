@@ -8,6 +8,7 @@ OBJS = \
 	src/config.o \
 	src/cost.o \
 	src/functions.o \
+	src/guard.o \
 	src/http.o \
 	src/idset.o \
 	src/normalize.o \
@@ -22,6 +23,9 @@ OBJS = \
 	src/status.o \
 	src/sync.o \
 	src/usage.o \
+	src/usage_formats.o \
+	src/usage_frameworks.o \
+	src/usage_object.o \
 	src/wake.o \
 	src/worker.o
 

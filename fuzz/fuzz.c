@@ -124,6 +124,155 @@ fuzz_judge(const char *data, size_t size)
 	MUST(verdict->retry_after_ms >= -1);
 }
 
+/* Has a text one of these parts?  Letters' case does not matter. */
+static bool
+has_part(const char *text, const char *const *parts)
+{
+	for (int i = 0; parts[i]; i++)
+	{
+		for (const char *p = text; *p; p++)
+		{
+			if (pg_strncasecmp(p, parts[i], strlen(parts[i])) == 0)
+				return true;
+		}
+	}
+	return false;
+}
+
+/*
+ * May a count under this key, in an object under that one, cost something of
+ * its own?  Said anew here, and more narrowly than in src/: only what is
+ * surely a count of what is sold.
+ */
+static bool
+may_cost(const char *format, const char *parent, const char *key)
+{
+	static const char *const counts[] = {"tokens", "tokencount", "requests", NULL};
+	static const char *const free[] = {
+		/* breakdowns, settings, measures */
+		"text", "prediction", "max", "min", "per", "limit", "budget", "rate", "time",
+		"ratio", "score", "speed", "window", "remaining", "latency", "status", "delay",
+		"version", "reset", "id", "at", "ms", "ns", "index", "code", "percent", "seed",
+		"bytes", "logprob", "throughput", "elapsed", "ttft", "ttl", "tps", "confidence",
+		"created", "probability", "fetch", "tool_search", "toolSearch", NULL
+	};
+	static const char *const elsewhere[] = {
+		"iterations", "context_details", "contextDetails", "data", "metadata",
+		"response", "messages", "segments", "words", "x_groq", "xGroq", "cost",
+		"tags", "proxy", "hidden", "grounding", "contextManagement", "billable",
+		"provider_responses", "providerResponses", "gateway", "openrouter", NULL
+	};
+
+	if (!has_part(key, counts) || has_part(key, free) || has_part(parent, elsewhere) ||
+		strcmp(parent, "details") == 0 || strstr(key, ".details.") != NULL)
+		return false;
+	if (strcmp(format, "cohere") == 0)
+		return strcmp(parent, "billed_units") == 0;
+	/* audio's own tokens are in Mistral's total alone */
+	return strcmp(format, "mistral") != 0 || !has_part(key, (const char *const[]) {"total", NULL});
+}
+
+/*
+ * The object inside of a response of its format, with the n-th of the numbers
+ * that may cost something made larger; NULL if there are not so many.
+ */
+static Jsonb *
+with_larger_number(const char *format, Jsonb *raw, int n)
+{
+	JsonbIterator *it = JsonbIteratorInit(&raw->root);
+	JsonbParseState *state = NULL;
+	JsonbIteratorToken token;
+	JsonbValue	v;
+	JsonbValue *result = NULL;
+	char	   *keys[64] = {""};
+	int			depth = 0;
+	int			lists = 0;
+	bool		found = n < 0;
+
+	v.type = jbvString;
+	v.val.string.val = strcmp(format, "otel") == 0 ? "attributes" : "usage";
+	v.val.string.len = strlen(v.val.string.val);
+	pushJsonbValue(&state, WJB_BEGIN_OBJECT, NULL);
+	pushJsonbValue(&state, WJB_KEY, &v);
+	while ((token = JsonbIteratorNext(&it, &v, false)) != WJB_DONE)
+	{
+		if (token == WJB_BEGIN_OBJECT || token == WJB_BEGIN_ARRAY)
+		{
+			if (++depth >= lengthof(keys))
+				return NULL;
+			keys[depth] = "";
+		}
+		lists += token == WJB_BEGIN_ARRAY;
+		if (token == WJB_KEY)
+			keys[depth] = pnstrdup(v.val.string.val, v.val.string.len);
+		if (token == WJB_VALUE && v.type == jbvNumeric && lists == 0 &&
+			may_cost(format, keys[depth - 1], keys[depth]) && n-- == 0)
+		{
+			v.val.numeric = DatumGetNumeric(DirectFunctionCall2(numeric_add,
+																NumericGetDatum(v.val.numeric),
+																NumericGetDatum(int64_to_numeric(1000003))));
+			found = true;
+		}
+		result = pushJsonbValue(&state, token, token < WJB_BEGIN_ARRAY ? &v : NULL);
+		depth -= token == WJB_END_OBJECT || token == WJB_END_ARRAY;
+		lists -= token == WJB_END_ARRAY;
+	}
+	result = pushJsonbValue(&state, WJB_END_OBJECT, NULL);
+	return found ? JsonbValueToJsonb(result) : NULL;
+}
+
+/* All of a result that is priced, as text. */
+static char *
+result_text(const NormalizedUsage *usage)
+{
+	StringInfoData text;
+
+	initStringInfo(&text);
+	for (int i = 0; i < NUM_USAGE_COUNTS; i++)
+		appendStringInfo(&text, "%d " INT64_FORMAT " ", usage->counts.given[i],
+						 usage->counts.value[i]);
+	if (usage->counts.units)
+		JsonbToCString(&text, &usage->counts.units->root, VARSIZE(usage->counts.units));
+	return text.data;
+}
+
+/*
+ * Of a usage object that is read, a number that may cost something and is
+ * made larger changes the result, or has the object refused.
+ */
+static void
+numbers_matter(const char *name, TextView format, Jsonb *raw)
+{
+	UsageCall	call = {{NULL, 0}, false};
+	NormalizedUsage usage;
+	StringInfoData reason;
+	Jsonb	   *response;
+	char	   *before;
+
+	if (!JB_ROOT_IS_OBJECT(raw) || (response = with_larger_number(name, raw, -1)) == NULL)
+		return;
+	initStringInfo(&reason);
+	if (!abp_normalize_usage(format, response, &call, &usage, &reason) ||
+		usage.provider_cost != NULL)
+		return;
+	before = result_text(&usage);
+	for (int n = 0; n < 100; n++)
+	{
+		Jsonb	   *changed = with_larger_number(name, raw, n);
+
+		if (changed == NULL)
+			return;
+		resetStringInfo(&reason);
+		if (abp_normalize_usage(format, changed, &call, &usage, &reason) &&
+			strcmp(result_text(&usage), before) == 0)
+		{
+			fprintf(stderr, "%s: this says the same with a number made larger: %s\n", name,
+					JsonbToCString(NULL, &changed->root, VARSIZE(changed)));
+			MUST(!"a number that may cost something does not matter");
+		}
+	}
+}
+
 /* The format's name and the object. */
 static void
 fuzz_normalize(const char *data, size_t size)
@@ -132,6 +281,7 @@ fuzz_normalize(const char *data, size_t size)
 	TextView	format = {name, strlen(name)};
 	char	   *json = pnstrdup(data, size);
 	Jsonb	   *raw = NULL;
+	UsageCall	call = {{NULL, 0}, false};
 	NormalizedUsage usage;
 	StringInfoData reason;
 	MemoryContext caller = CurrentMemoryContext;
@@ -158,10 +308,16 @@ fuzz_normalize(const char *data, size_t size)
 		must_be_text(abp_usage_format_hint(format));
 		return;
 	}
+	numbers_matter(name, format, raw);
 	initStringInfo(&reason);
-	if (!abp_normalize_usage(format, raw, &usage, &reason))
+	if (!abp_normalize_usage(format, raw, &call, &usage, &reason))
 	{
 		must_be_text(reason.data);
+		/* with the cost known, what is wrong is a doubt */
+		call.cost_known = true;
+		MUST(abp_normalize_usage(format, raw, &call, &usage, &reason));
+		if (usage.doubt != NULL)
+			must_be_text(usage.doubt);
 		return;
 	}
 	for (int i = 0; i < NUM_USAGE_COUNTS; i++)

@@ -377,10 +377,6 @@ INSERT INTO example VALUES
 	 "promptTokensDetails": [{"modality": "AUDIO", "tokenCount": 64}], "trafficType": "ON_DEMAND_PRIORITY"}}',
  '{"input_tokens": 70, "cache_read_tokens": 0, "output_tokens": 30, "reasoning_tokens": 20,
    "units": {"input_audio_tokens": 64}, "service_tier": "priority"}'),
-('raw that disagrees is not believed', 'ai_sdk',
- '{"inputTokens": {"total": 70}, "outputTokens": {"total": 30},
-   "raw": {"prompt_tokens": 71, "completion_tokens": 30, "prompt_tokens_details": {"audio_tokens": 64}}}',
- '{"input_tokens": 70, "output_tokens": 30}'),
 ('result of version 6 through the gateway', 'ai_sdk', '{
 	"usage": {"inputTokens": 3691, "inputTokenDetails": {"noCacheTokens": 1771, "cacheReadTokens": 1920, "cacheWriteTokens": 0},
 		"outputTokens": 229, "outputTokenDetails": {"textTokens": 29, "reasoningTokens": 200},
@@ -414,6 +410,9 @@ INSERT INTO example VALUES
 ('version 4', 'ai_sdk', '{"promptTokens": 10, "completionTokens": 4, "totalTokens": 14}',
  '{"input_tokens": 10, "output_tokens": 4}'),
 ('embedding', 'ai_sdk', '{"embeddings": [], "usage": {"tokens": 12}}', '{"input_tokens": 12}'),
+('OpenRouter''s provider, own key', 'ai_sdk',
+ '{"usage": {"inputTokens": 10, "outputTokens": 4}, "providerMetadata": {"openrouter": {"usage": {"cost": 0, "costDetails": {"upstreamInferenceCost": 0.002}}}}}',
+ '{"input_tokens": 10, "output_tokens": 4}'),
 ('OpenRouter''s provider', 'ai_sdk',
  '{"usage": {"inputTokens": 10, "outputTokens": 4}, "providerMetadata": {"openrouter": {"usage": {"promptTokens": 10, "cost": 0.0015}}}}',
  '{"input_tokens": 10, "output_tokens": 4, "provider_cost": 0.0015}');
@@ -638,6 +637,9 @@ FROM (VALUES
 	('gemini', '{"promptTokenCount": 9, "candidatesTokenCount": 1, "promptTokensDetails": [{"modality": "AUDIO", "tokenCount": 10}]}'),
 	('gemini', '{"promptTokenCount": 9, "candidatesTokenCount": 1, "promptTokensDetails": [7]}'),
 	('gemini', '{"promptTokenCount": 9, "candidatesTokenCount": 1, "promptTokensDetails": {"modality": "AUDIO", "tokenCount": 9}}'),
+	('gemini', '{"promptTokenCount": 100, "cachedContentTokenCount": 60, "candidatesTokenCount": 1, "promptTokensDetails": [{"modality": "IMAGE", "tokenCount": 70}]}'),
+	('gemini', '{"promptTokenCount": 100, "candidatesTokenCount": 1, "promptTokensDetails": [{"modality": "IMAGE", "tokenCount": 10}], "cacheTokensDetails": [{"modality": "IMAGE", "tokenCount": 11}]}'),
+	('ai_sdk', '{"usage": {"inputTokens": 10, "outputTokens": 4}, "totalUsage": {"inputTokens": 10, "outputTokens": 9}}'),
 	('anthropic', '{"input_tokens": 1, "output_tokens": 1, "iterations": 2}'),
 	('bedrock', '{"inputTokens": 10, "outputTokens": 4, "totalTokens": 15, "cacheReadInputTokens": 2}'),
 	('bedrock', '{"inputTokens": 10, "outputTokens": 4, "cacheWriteInputTokens": 5, "cacheDetails": [{"ttl": "2h", "inputTokens": 5}]}'),
@@ -651,10 +653,38 @@ FROM (VALUES
 	('deepseek', '{"prompt_tokens": 116, "prompt_cache_hit_tokens": 64, "prompt_cache_miss_tokens": 53, "completion_tokens": 20}'),
 	('ai_sdk', '{"inputTokens": {"total": 1000, "noCache": 1000, "cacheRead": 800}, "outputTokens": {"total": 5}}'),
 	('ai_sdk', '{"inputTokens": 10, "outputTokens": 4, "totalTokens": 14, "cachedInputTokens": 90}'),
+	('ai_sdk', '{"inputTokens": {"total": 70}, "outputTokens": {"total": 30}, "raw": {"prompt_tokens": 71, "completion_tokens": 30}}'),
 	('ai_sdk', '{"usage": {"inputTokens": 10, "outputTokens": 4}, "totalUsage": {"inputTokens": 30, "outputTokens": 9}}'),
 	('ai_sdk', '{"usage": {"inputTokens": 10, "outputTokens": 4}, "providerMetadata": {"gateway": {"cost": "1e999999999"}}}'),
 	('otel', '{"attributes": [{"key": "gen_ai.usage.input_tokens", "value": {"stringValue": "many"}}]}')
 ) AS v(format, raw);
+
+-- A number that nothing reads is refused, with its path.
+SELECT format, pg_temp.normalized(format, raw) #>> '{}' AS reason
+FROM (VALUES
+	('openai', '{"prompt_tokens": 10, "completion_tokens": 5, "future_tokens": 1}'::jsonb),
+	('openai', '{"prompt_tokens": 10, "completion_tokens": 5, "prompt_tokens_details": {"cached_tokens": 0, "levels": [{"cached_far": 3}]}}'),
+	('openai', '{"usage": {"prompt_tokens": 10, "completion_tokens": 5}, "other_usage": {"tokens": 7}}'),
+	('openai', '{"prompt_tokens": 10, "input_tokens": 11, "completion_tokens": 5}'),
+	('anthropic', '{"input_tokens": 10, "output_tokens": 5, "cache_creation": {"ephemeral_1d_input_tokens": 7}}'),
+	('gemini', '{"promptTokenCount": 9, "candidatesTokenCount": 1, "cacheStorageTokenCount": 4}'),
+	('bedrock', '{"inputTokens": 10, "outputTokens": 4, "guardrailUnits": 2}'),
+	('cohere', '{"usage": {"billed_units": {"input_tokens": 5, "output_tokens": 1, "classifications": 2}}}'),
+	('ai_sdk', '{"inputTokens": 10, "outputTokens": 4, "imageTokens": 3}'),
+	('otel', '{"gen_ai.usage.input_tokens": 10, "gen_ai.usage.output_tokens": 5, "gen_ai.usage.tool_searches": 2}')
+) AS v(format, raw);
+
+-- Where the cost is reported, it is a doubt: told by a NOTICE once a statement.
+SELECT input_tokens, cache_read_tokens, output_tokens, reasoning_tokens, provider_cost
+FROM (VALUES
+	('{"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 99, "cost": 0.5}'::jsonb),
+	('{"prompt_tokens": 10, "completion_tokens": 5, "prompt_tokens_details": {"cached_tokens": 11}, "cost": 0.5}')
+) AS v(raw), aibilling.normalize_usage('openrouter', raw);
+SELECT input_tokens, output_tokens, reasoning_tokens, provider_cost
+FROM aibilling.normalize_usage('openrouter', '{"prompt_tokens": -10, "completion_tokens": 5, "cost": 0.5,
+	"completion_tokens_details": {"reasoning_tokens": 6}, "future_tokens": 3}');
+-- A cost that is none is no cost.
+SELECT pg_temp.normalized('openrouter', '{"prompt_tokens": 10, "completion_tokens": 5, "cost": -0.5}') #>> '{}' AS reason;
 
 -- What is not recognised is refused, too.
 SELECT format, pg_temp.normalized(format, raw) #>> '{}' AS reason

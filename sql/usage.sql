@@ -327,6 +327,34 @@ SELECT external_id, input_tokens AS input, cache_read_tokens AS cached, output_t
 	reasoning_tokens AS reasoning, provider_cost, cost_nanos, cost_status, state, error
 FROM u LEFT JOIN aibilling.outbox ON usage_id = id ORDER BY id;
 
+-- A cost that is known is used, whatever the counts are: given in the row or reported in the object.
+TRUNCATE u;
+INSERT INTO u (external_id, provider, model, external_customer_id, provider_cost, input_tokens, usage_format, raw_usage) VALUES
+('totals', 'acme', 'm', 'c', 0.5, NULL, 'openai', '{"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 99}'),
+('beside', 'acme', 'm', 'c', 0.5, 7, 'openai', '{"prompt_tokens": 10, "completion_tokens": 5}'),
+('beside, parts', 'acme', 'm', 'c', 0.5, 7, 'openai', '{"prompt_tokens": 10, "completion_tokens": 5, "prompt_tokens_details": {"cached_tokens": 8}}'),
+('shape', 'acme', 'm', 'c', 0.5, NULL, 'openai', '{"tokens": 5}'),
+('no object', 'acme', 'm', 'c', 0.5, NULL, 'openai', '[5]'),
+('unread', 'acme', 'm', 'c', 0.5, NULL, 'openai', '{"prompt_tokens": 10, "completion_tokens": 5, "image_requests": 1}'),
+('parts', 'acme', 'm', 'c', NULL, NULL, 'openrouter', '{"prompt_tokens": 10, "completion_tokens": 5, "cost": 0.5,
+	"prompt_tokens_details": {"cached_tokens": 8, "cache_write_tokens": 8}, "completion_tokens_details": {"reasoning_tokens": 6}}'),
+('no doubt', 'acme', 'm', 'c', 0.5, NULL, 'openai', '{"prompt_tokens": 10, "completion_tokens": 5}');
+SELECT external_id, input_tokens AS input, cache_read_tokens AS cached, cache_write_tokens AS written, output_tokens AS output,
+	reasoning_tokens AS reasoning, cost_cents, cost_status, state
+FROM u LEFT JOIN aibilling.outbox ON usage_id = id ORDER BY id;
+SELECT external_id, bucket, amount_usd, e.note FROM u, aibilling.explain_cost('u', u.id) e ORDER BY id;
+-- Each statement tells again.
+UPDATE u SET input_tokens = 8 WHERE external_id = 'beside';
+-- Without the cost, the same is rejected.
+UPDATE u SET provider_cost = NULL WHERE external_id = 'unread';
+SELECT error FROM aibilling.outbox JOIN u ON id = usage_id WHERE external_id = 'unread';
+
+-- A tier's name that says nothing gives way to the one in the object.
+INSERT INTO u (external_id, provider, model, external_customer_id, service_tier, usage_format, raw_usage)
+SELECT 'tier ' || tier, 'acme', 'm', 'c', tier, 'openai', '{"service_tier": "flex", "usage": {"prompt_tokens": 1000, "completion_tokens": 0}}'
+FROM unnest(ARRAY['standard', 'default', 'auto', 'on_demand', '', 'priority']) AS tier
+RETURNING external_id, service_tier, cost_cents;
+
 DROP TABLE u, parts;
 DROP TABLE own CASCADE;
 DROP SCHEMA "Some Schema";

@@ -104,6 +104,7 @@ abp_attached_table(Oid relid)
 	bool		armed;
 	ListCell   *lc;
 
+	abp_extension_check_version();
 	foreach(lc, abp_usage_tables(&armed))
 	{
 		UsageTable *table = lfirst(lc);

@@ -105,6 +105,13 @@
 	(pg_proc_aclcheck((funcid), (roleid), ACL_EXECUTE) == ACLCHECK_OK)
 #endif
 
+/* 17 can limit a transaction's time; what has ended the process by it is told so. */
+#if PG_VERSION_NUM >= 170000
+#define abp_transaction_timed_out() (TransactionTimeoutPending != 0)
+#else
+#define abp_transaction_timed_out() false
+#endif
+
 /* 18 can count an index scan's searches. */
 #if PG_VERSION_NUM >= 180000
 #define abp_index_beginscan(rel, index, snapshot, nkeys) \

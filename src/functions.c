@@ -35,6 +35,7 @@
 #include "price.h"
 #include "row.h"
 #include "server.h"
+#include "usage.h"
 #include "wake.h"
 
 /* --- cost ---------------------------------------------------------------- */
@@ -254,16 +255,22 @@ numeric_value(Numeric value, bool *isnull)
 
 /*
  * Put the explanation of a request into a function's result set: of a row
- * that is stored at stored_cents, or of one that is not (NULL).
+ * that is stored at stored_cents, or of one that is not (NULL).  doubt is
+ * what is wrong with the row's usage object although its cost is reported,
+ * or NULL.
  */
 static void
-put_explanation(ReturnSetInfo *rsinfo, const PriceRequest *request, Numeric stored_cents)
+put_explanation(ReturnSetInfo *rsinfo, const PriceRequest *request, Numeric stored_cents,
+				const char *doubt)
 {
 	PriceExplanation explanation;
 
 	abp_price_explain(request, &explanation);
 	if (stored_cents != NULL)
 		abp_cost_add_difference(&explanation.buckets, &explanation.nbuckets, stored_cents);
+	if (doubt != NULL && explanation.nbuckets > 0)
+		explanation.buckets[0].note = psprintf("%s; the usage object is in doubt: %s",
+											   explanation.buckets[0].note, doubt);
 	for (int i = 0; i < explanation.nbuckets; i++)
 	{
 		const CostBucket *bucket = &explanation.buckets[i];
@@ -314,8 +321,26 @@ abp_sql_explain_cost(PG_FUNCTION_ARGS)
 
 	InitMaterializedSRF(fcinfo, 0);
 	get_cost_arguments(fcinfo, &request, &counts);
-	put_explanation((ReturnSetInfo *) fcinfo->resultinfo, &request, NULL);
+	put_explanation((ReturnSetInfo *) fcinfo->resultinfo, &request, NULL, NULL);
 	return (Datum) 0;
+}
+
+/* A text column of a row that SPI has read; .data == NULL for NULL. */
+static TextView
+spi_text(HeapTuple tuple, TupleDesc tupdesc, int column)
+{
+	TextView	view = {NULL, 0};
+	bool		isnull;
+	Datum		datum = SPI_getbinval(tuple, tupdesc, column, &isnull);
+
+	if (!isnull)
+	{
+		text	   *value = DatumGetTextPP(datum);
+
+		view.data = VARDATA_ANY(value);
+		view.len = VARSIZE_ANY_EXHDR(value);
+	}
+	return view;
 }
 
 /*
@@ -330,6 +355,7 @@ abp_sql_explain_usage_cost(PG_FUNCTION_ARGS)
 	Oid			id_type = INT8OID;
 	char	   *name = get_rel_name(relid);
 	char	   *qualified_name;
+	bool		has_raw;
 
 	InitMaterializedSRF(fcinfo, 0);
 
@@ -340,6 +366,8 @@ abp_sql_explain_usage_cost(PG_FUNCTION_ARGS)
 	qualified_name =
 		quote_qualified_identifier(get_namespace_name(get_rel_namespace(relid)),
 								   name);
+	has_raw = get_attnum(relid, "raw_usage") != InvalidAttrNumber &&
+		get_attnum(relid, "usage_format") != InvalidAttrNumber;
 
 	if (SPI_connect() != SPI_OK_CONNECT)
 		elog(ERROR, "SPI_connect failed");
@@ -357,11 +385,15 @@ abp_sql_explain_usage_cost(PG_FUNCTION_ARGS)
 									   " reasoning_tokens::pg_catalog.int8,"
 									   " request_count::pg_catalog.int8,"
 									   " web_search_count::pg_catalog.int8,"
-									   " %s::pg_catalog.numeric"
+									   " %s::pg_catalog.numeric,"
+									   " %s::pg_catalog.jsonb,"
+									   " %s::pg_catalog.text"
 									   " FROM %s"
 									   " WHERE id OPERATOR(pg_catalog.=) $1",
 									   get_attnum(relid, "cost_cents") == InvalidAttrNumber ?
 									   "NULL" : "cost_cents",
+									   has_raw ? "raw_usage" : "NULL",
+									   has_raw ? "usage_format" : "NULL",
 									   qualified_name),
 							  1, &id_type, &id, NULL, true, 0) != SPI_OK_SELECT)
 		elog(ERROR, "SPI_execute_with_args failed");
@@ -377,23 +409,13 @@ abp_sql_explain_usage_cost(PG_FUNCTION_ARGS)
 		HeapTuple	tuple = SPI_tuptable->vals[row];
 		PriceRequest request = {0};
 		UsageCounts counts = {0};
-		TextView   *texts[3] = {
-			&request.provider, &request.model, &request.service_tier
-		};
+		UsageRow	stored = {0};
 		Datum		datum;
 		bool		isnull;
 
-		for (int i = 0; i < 3; i++)
-		{
-			datum = SPI_getbinval(tuple, tupdesc, 1 + i, &isnull);
-			if (!isnull)
-			{
-				text	   *value = DatumGetTextPP(datum);
-
-				texts[i]->data = VARDATA_ANY(value);
-				texts[i]->len = VARSIZE_ANY_EXHDR(value);
-			}
-		}
+		request.provider = spi_text(tuple, tupdesc, 1);
+		request.model = spi_text(tuple, tupdesc, 2);
+		request.service_tier = spi_text(tuple, tupdesc, 3);
 		datum = SPI_getbinval(tuple, tupdesc, 4, &isnull);
 		request.at = isnull ? GetCurrentTransactionStartTimestamp() :
 			DatumGetTimestampTz(datum);
@@ -407,10 +429,20 @@ abp_sql_explain_usage_cost(PG_FUNCTION_ARGS)
 			counts.given[i] = !isnull;
 			counts.value[i] = isnull ? 0 : DatumGetInt64(datum);
 		}
-		datum = SPI_getbinval(tuple, tupdesc, 7 + NUM_USAGE_COUNTS, &isnull);
 		request.counts = &counts;
+
+		/* A doubt is read out of the usage object again: it has no column. */
+		stored.model = request.model;
+		stored.counts = counts;
+		stored.provider_cost = request.provider_cost;
+		stored.usage_format = spi_text(tuple, tupdesc, 9 + NUM_USAGE_COUNTS);
+		datum = SPI_getbinval(tuple, tupdesc, 8 + NUM_USAGE_COUNTS, &isnull);
+		stored.raw_usage = isnull ? NULL : DatumGetJsonbP(datum);
+
+		datum = SPI_getbinval(tuple, tupdesc, 7 + NUM_USAGE_COUNTS, &isnull);
 		put_explanation((ReturnSetInfo *) fcinfo->resultinfo, &request,
-						isnull ? NULL : DatumGetNumeric(datum));
+						isnull ? NULL : DatumGetNumeric(datum),
+						abp_usage_doubt_of(&stored));
 	}
 	SPI_finish();
 
@@ -439,6 +471,7 @@ abp_sql_normalize_usage(PG_FUNCTION_ARGS)
 	text	   *name = PG_GETARG_TEXT_PP(0);
 	Jsonb	   *raw = PG_GETARG_JSONB_P(1);
 	TextView	format = {VARDATA_ANY(name), VARSIZE_ANY_EXHDR(name)};
+	UsageCall	call = {{NULL, 0}, false};
 	NormalizedUsage usage;
 	StringInfoData reason;
 	TupleDesc	tupdesc;
@@ -456,10 +489,12 @@ abp_sql_normalize_usage(PG_FUNCTION_ARGS)
 				 errhint("%s", abp_usage_format_hint(format))));
 
 	initStringInfo(&reason);
-	if (!abp_normalize_usage(format, raw, &usage, &reason))
+	if (!abp_normalize_usage(format, raw, &call, &usage, &reason))
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg_internal("%s", reason.data)));
+	if (usage.doubt != NULL)
+		abp_usage_note_doubt(usage.doubt);
 
 	/* The counts' order is that of the columns. */
 	for (n = 0; n < NUM_USAGE_COUNTS; n++)

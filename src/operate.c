@@ -25,6 +25,7 @@
 #include "attach.h"
 #include "collect.h"
 #include "compat.h"
+#include "guard.h"
 #include "outbox.h"
 #include "polar.h"
 #include "price.h"
@@ -66,7 +67,7 @@ preview_row(const UsageRow *row, Jsonb *whole, void *arg)
 	abp_usage_judge(row, preview->server, &verdict);
 	problem = verdict.error;
 	if (verdict.state != OUTBOX_REJECTED &&
-		(!abp_ship_call_functions(preview->server, whole, &overrides, &problem) ||
+		(abp_ship_call_functions(preview->server, whole, &overrides, &problem) != GUARD_DONE ||
 		 !abp_polar_encode(&body, row, &preview->server->format, &overrides, &reason)))
 	{
 		verdict.state = OUTBOX_REJECTED;
@@ -258,7 +259,7 @@ resume_server(const ServerShare *share)
 	foreach(lc, share->owners)
 		abp_server_resume(share->server, lfirst_oid(lc), true);
 	foreach(lc, share->tables)
-		abp_usage_table_unblock(((UsageTable *) lfirst(lc))->relid);
+		abp_usage_table_unblock(((UsageTable *) lfirst(lc))->relid, true);
 
 	foreach(lc, abp_usage_tables(&armed))
 	{
@@ -364,6 +365,7 @@ abp_sql_arm(PG_FUNCTION_ARGS)
 {
 	if (!abp_owns_database(MyDatabaseId, GetUserId()))
 		aclcheck_error(ACLCHECK_NOT_OWNER, OBJECT_DATABASE, get_database_name(MyDatabaseId));
+	abp_extension_check_version();
 	abp_database_arm(false);
 	abp_wake_at_commit();
 	PG_RETURN_VOID();

@@ -71,8 +71,12 @@
 /* In how many deliveries that are summed up the last error is looked for. */
 #define LEDGER_ERRORS 1000
 
-/* How many usage rows are read at a time. */
+/*
+ * How many usage rows are read at a time.  As jsonb, only one: a few kB on disk
+ * may be many megabytes then.
+ */
 #define READ_CHUNK 50
+#define READ_CHUNK_WHOLE 1
 
 /* The longest reason kept with an entry or a delivery, in bytes. */
 #define MAX_ERROR_LEN 1000
@@ -338,17 +342,22 @@ run(Statement *statement, Datum *values, const char *nulls)
 	return SPI_processed;
 }
 
-/* Run a statement without a result, with the rights of the extension's owner. */
-static void
+/*
+ * Run a statement without a result, with the rights of the extension's owner.
+ * Returns the number of rows.
+ */
+static uint64
 run_alone(Statement *statement, Datum *values, const char *nulls)
 {
 	SavedUser	saved;
+	uint64		nrows;
 
 	abp_become_extension_owner(&saved);
 	SPI_connect();
-	run(statement, values, nulls);
+	nrows = run(statement, values, nulls);
 	SPI_finish();
 	abp_restore_user(&saved);
+	return nrows;
 }
 
 static Datum
@@ -666,11 +675,17 @@ static IdSet
 read_entry_ids(HeapTuple tuple, TupleDesc desc)
 {
 	IdSet		ids = {0};
+	int64		first = ENTRY_FORM(tuple)->id;
+	int64		last = first;
+	AttrNumber	column = Anum_entry_ids;
 	bool		isnull;
-	Datum		value = heap_getattr(tuple, Anum_entry_ids, desc, &isnull);
+	Datum		value;
 
+	if (unlikely(is_of_old_form(desc)))
+		last = DatumGetInt64(heap_getattr(tuple, column++, desc, &isnull));
+	value = heap_getattr(tuple, column, desc, &isnull);
 	if (isnull)
-		abp_idset_add(&ids, ENTRY_FORM(tuple)->id, ENTRY_FORM(tuple)->id, CurrentMemoryContext);
+		abp_idset_add(&ids, first, last, CurrentMemoryContext);
 	else
 		ids = abp_idset_from_multirange(value);
 	return ids;
@@ -1028,7 +1043,7 @@ tidy_block(Oid usage_table, char state, int64 first)
 	MemoryContext context = AllocSetContextCreate(CurrentMemoryContext, "aibilling outbox block",
 												  ALLOCSET_DEFAULT_SIZES);
 	MemoryContext old = MemoryContextSwitchTo(context);
-	IdBlock	   *block = palloc(sizeof(IdBlock));
+	IdBlock    *block = palloc(sizeof(IdBlock));
 	int			done = 0;
 
 	read_removals(block, usage_table, state, first);
@@ -2673,40 +2688,50 @@ tell_shipper(void)
 	CacheInvalidateRelcacheByRelid(abp_extension_relation("server_state"));
 }
 
+#define SET_BLOCKED(reason, until, lock) \
+	"UPDATE aibilling.attachment SET blocked_reason = " reason ", blocked_until = " until \
+	" WHERE usage = (SELECT t.usage FROM aibilling.attachment t WHERE t.usage = $1 FOR UPDATE" \
+	lock ")"
+
 /*
- * Note why a table's rows cannot be read, and when to try again.
+ * Note why a table's rows cannot be read, and when to try again.  Returns
+ * false, having done nothing, if another transaction has locked what stands
+ * there: the shipper waits for nobody.
  */
-void
+bool
 abp_usage_table_block(Oid relid, const char *reason, TimestampTz until)
 {
 	static Statement block = {
-		"UPDATE aibilling.attachment SET blocked_reason = $2, blocked_until = $3"
-		" WHERE usage = $1",
-		3, {REGCLASSOID, TEXTOID, TIMESTAMPTZOID}
+		SET_BLOCKED("$2", "$3", " SKIP LOCKED"), 3, {REGCLASSOID, TEXTOID, TIMESTAMPTZOID}
 	};
 	Datum		values[3] = {
 		ObjectIdGetDatum(relid), PointerGetDatum(error_text(reason)),
 		TimestampTzGetDatum(until)
 	};
+	bool		done = run_alone(&block, values, NULL) > 0;
 
-	run_alone(&block, values, NULL);
 	tell_shipper();
+	return done;
 }
 
 /*
- * A table's rows can be read again.
+ * A table's rows can be read again.  may_wait: also for a transaction that has
+ * locked what stands there.
  */
 void
-abp_usage_table_unblock(Oid relid)
+abp_usage_table_unblock(Oid relid, bool may_wait)
 {
-	static Statement unblock = {
-		"UPDATE aibilling.attachment SET blocked_reason = NULL, blocked_until = NULL"
-		" WHERE usage = $1",
-		1, {REGCLASSOID}
+	static Statement unblock[2] = {
+		{
+			SET_BLOCKED("NULL", "NULL", " SKIP LOCKED"), 1, {REGCLASSOID}
+		},
+		{
+			SET_BLOCKED("NULL", "NULL", ""), 1, {REGCLASSOID}
+		}
 	};
 	Datum		values[1] = {ObjectIdGetDatum(relid)};
 
-	run_alone(&unblock, values, NULL);
+	(void) run_alone(&unblock[may_wait], values, NULL);
 	tell_shipper();
 }
 
@@ -2999,6 +3024,7 @@ abp_usage_read(const UsageTable *table, IdSet *ids, bool whole,
 	int			guc_level;
 	Portal		portal;
 	SPITupleTable *rows;
+	uint64		chunk = whole ? READ_CHUNK_WHOLE : READ_CHUNK;
 	uint64		n;
 	uint64		nrows = 0;
 	bool		more = true;
@@ -3049,7 +3075,7 @@ abp_usage_read(const UsageTable *table, IdSet *ids, bool whole,
 									ALLOCSET_DEFAULT_SIZES);
 	do
 	{
-		SPI_cursor_fetch(portal, true, READ_CHUNK);
+		SPI_cursor_fetch(portal, true, chunk);
 		n = SPI_processed;
 		rows = SPI_tuptable;
 		old = MemoryContextSwitchTo(context);
@@ -3075,7 +3101,7 @@ abp_usage_read(const UsageTable *table, IdSet *ids, bool whole,
 		}
 		MemoryContextSwitchTo(old);
 		SPI_freetuptable(rows);
-	} while (n == READ_CHUNK && more);
+	} while (n == chunk && more);
 	SPI_cursor_close(portal);
 
 	SPI_finish();

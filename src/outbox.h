@@ -212,9 +212,9 @@ extern bool abp_usage_table_attached(Oid relid, Oid *serverid, int64 *ledger_fro
 extern void abp_usage_table_truncated(Oid relid);
 extern void abp_usage_tables_follow_servers(void);
 extern void abp_usage_table_forget(Oid relid);
-extern void abp_usage_table_block(Oid relid, const char *reason,
+extern bool abp_usage_table_block(Oid relid, const char *reason,
 								  TimestampTz until);
-extern void abp_usage_table_unblock(Oid relid);
+extern void abp_usage_table_unblock(Oid relid, bool may_wait);
 extern bool abp_server_state_by_role(void);
 extern void abp_server_state_save(const char *server, Oid role, const char *paused,
 								  const char *reason, int failures,

@@ -267,6 +267,13 @@ canonical_tier(TextView tier)
 	return tier;
 }
 
+/* Is this a name of the standard tier, or none? */
+bool
+abp_price_tier_is_standard(TextView tier)
+{
+	return canonical_tier(tier).data == standard_tier.data;
+}
+
 /* --- when the cache ends -------------------------------------------------- */
 
 static void

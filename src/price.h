@@ -62,6 +62,7 @@ extern CostStatus abp_price_cost(const PriceRequest *request, ExactCost *cost,
 								 char **missing);
 extern void abp_price_explain(const PriceRequest *request,
 							  PriceExplanation *explanation);
+extern bool abp_price_tier_is_standard(TextView tier);
 extern const char *abp_cost_status_name(CostStatus status);
 
 #endif							/* ABP_PRICE_H */

@@ -97,8 +97,8 @@ typedef struct UsageRow
 	int64		cost_nanos;
 	Numeric		cost_cents;		/* NULL if not known */
 	TextView	cost_status;
-	bool		maybe_changing; /* another transaction may be changing it; only
-								 * in rows that abp_usage_read has read */
+	bool		maybe_changing; /* another transaction may be changing it;
+								 * only in rows that abp_usage_read has read */
 	const UsageColumns *columns;	/* of its table; NULL: all plain */
 } UsageRow;
 

@@ -25,6 +25,7 @@
 #include "catalog/pg_type.h"
 #include "commands/dbcommands.h"
 #include "commands/extension.h"
+#include "commands/trigger.h"
 #include "common/hashfn.h"
 #include "common/pg_prng.h"
 #include "executor/spi.h"
@@ -49,6 +50,7 @@
 
 #include "compat.h"
 #include "config.h"
+#include "guard.h"
 #include "http.h"
 #include "outbox.h"
 #include "polar.h"
@@ -65,15 +67,24 @@
 #define RATE_LIMITED_MS (60 * 1000) /* after a 429 without Retry-After */
 #define PROBE_MS (5 * 60 * 1000)	/* between tries while a server refuses us */
 #define TRANSIENT_MS (10 * 1000)	/* after an error that passes by itself */
-#define HELD_MS 1000			/* until a row that others change is looked at again */
+#define HELD_MS 1000			/* until a row that others change is looked at
+								 * again */
 #define SKEW_MS 5000			/* hold rows whose time Polar calls the future */
 
+/* A row that fails for a reason that may pass is held so long, then doubled. */
+#define HOLD_MS (10 * 1000)
+#define MAX_HOLDS 5
+
 /*
- * What a table's owner and his functions may take for one piece of work in the
- * worker, which others wait for.
+ * After so long a turn ends, and what it has prepared departs.  Tables that
+ * took more than SLOW_MS come last in the next ones.
  */
-#define WORK_MS (10 * 1000)
-#define RESIST_MS (10 * 1000)	/* and then, if they catch the cancel */
+#define TURN_MS 250
+#define SLOW_MS 100
+
+/* When to try again a table that another transaction has locked. */
+#define LOCKED_MS 250
+#define LOCKED_LONG_MS (10 * 1000)	/* and when to call it blocked */
 
 /* After so many server errors a batch is halved, and a single row suspected. */
 #define ERRORS_BEFORE_HALVING 3
@@ -141,23 +152,45 @@ typedef struct Lane
 	TimestampTz last_success;
 	int			batch_size;		/* adapted to slow answers; 0: as configured */
 
+	/* what aibilling.server_state is to say */
+	char	   *reason;			/* or NULL */
+	bool		unwritten;
+	TimestampTz write_at;		/* not before this */
+
 	/* the server's request quota, with role InvalidOid only */
 	int64		tokens;
 	TimestampTz tokens_at;		/* when there were as many; 0: not read from
 								 * the ledger yet */
 } Lane;
 
-/* Where the scan over a table's ready entries stands. */
+/* Where the scans over a table's entries stand, and how it has behaved. */
 typedef struct Position
 {
 	Oid			usage_table;
 	int64		cursor;
 	TimestampTz restart_at;
-	EntryCursor unpriced_cursor;
-	bool		look_for_prices;
 	IdSet		held;			/* rows that others were changing, */
 	TimestampTz held_until;		/* to be looked at again then */
+	TimestampTz held_since;		/* some of them, without a break */
 	bool		backlog;		/* did the last look leave rows behind? */
+	int			batch_size;		/* adapted to our memory; 0: as configured */
+
+	/* rows that wait for a price */
+	EntryCursor unpriced_cursor;
+	TimestampTz unpriced_at;	/* not before this */
+	uint64		scanned_for;	/* generation of prices when the scan began */
+	uint64		looked_for;		/* that of the last scan that was complete */
+	bool		unpriced_left;	/* has this one passed any over? */
+
+	/* when the table has its turn */
+	uint64		servers_seen;	/* generation of servers at its last turn */
+	TimestampTz served_at;
+	TimestampTz try_at;			/* it is locked: not before this */
+	TimestampTz locked_since;	/* 0: it is not */
+	bool		slow;
+	bool		failed;			/* in this turn: no more of it */
+	bool		barred;			/* is not served at present */
+	int			rests;			/* how often in a row nothing could be sent */
 } Position;
 
 typedef enum ShipmentStage
@@ -188,7 +221,8 @@ typedef struct Filling
 	Shipment   *shipment;
 	const UsageTable *table;
 	const ServerOptions *server;
-	char		taken_from;		/* the rows' state, 0: they have been sent before */
+	char		taken_from;		/* the rows' state, 0: they have been sent
+								 * before */
 	bool		rows_are_settled;	/* nobody is changing those that come now */
 	int64		max_rows;
 	int64		nrows;
@@ -197,9 +231,12 @@ typedef struct Filling
 	IdSet		seen;
 	IdSet		changing;		/* another transaction may be changing them */
 	IdSet		sent;
-	bool		full;			/* there were more than fit */
+	bool		full;			/* there were more than fit, or time for */
 	IdSet		left;			/* to be sent later */
 	List	   *exceptions;		/* of OutboxEntry */
+	int			put_off;		/* of them, for a while */
+	bool		no_memory;		/* for one of these */
+	bool		warned;			/* of one of them */
 	MemoryContext context;
 } Filling;
 
@@ -229,6 +266,12 @@ static bool tables_stale = true;
 static bool prices_changed = true;
 static bool servers_changed = false;
 static Oid	price_relids[5];
+
+/* How often work() has found these changed: what compares knows what it has missed. */
+static uint64 prices_generation = 1;
+static uint64 servers_generation = 1;
+
+static TimestampTz turn_started = 0;
 
 /* --- lock and transactions ------------------------------------------------- */
 
@@ -280,6 +323,25 @@ abp_ship_lock(void)
 		before_shmem_exit(unlock_at_exit, (Datum) 0);
 	registered = true;
 	return LockAcquire(&tag, ExclusiveLock, true, true) != LOCKACQUIRE_NOT_AVAIL;
+}
+
+/*
+ * The process that is this database's shipper, 0 if none is.
+ */
+int
+abp_ship_pid(void)
+{
+	LOCKTAG		tag = ship_lock_tag();
+	LockData   *locks = GetLockStatusData();
+
+	for (int i = 0; i < locks->nelements; i++)
+	{
+		const LockInstanceData *lock = &locks->locks[i];
+
+		if (lock->holdMask != 0 && memcmp(&lock->locktag, &tag, sizeof(tag)) == 0)
+			return lock->pid;
+	}
+	return 0;
 }
 
 /*
@@ -432,10 +494,34 @@ position_of(Oid usage_table)
 	position->usage_table = usage_table;
 	position->cursor = PG_INT64_MIN;
 	position->unpriced_cursor = ENTRY_CURSOR_START;
-	position->look_for_prices = true;
+	position->servers_seen = servers_generation;
 	positions = lappend(positions, position);
 	MemoryContextSwitchTo(old);
 	return position;
+}
+
+/* Has no scan over the waiting rows begun since prices or servers changed? */
+static bool
+wants_prices(const Position *position)
+{
+	return position->looked_for != prices_generation;
+}
+
+/* Have servers or user mappings changed since the table's last turn? */
+static bool
+servers_are_new(const UsageTable *table)
+{
+	return position_of(table->relid)->servers_seen != servers_generation;
+}
+
+/* The scan that is on its way, if any, has not seen all. */
+static void
+look_for_prices_again(Oid usage_table)
+{
+	Position   *position = position_of(usage_table);
+
+	position->scanned_for = position->looked_for = 0;
+	more_to_build = true;
 }
 
 static Shipment *
@@ -466,6 +552,12 @@ drop_shipment(Shipment *shipment)
 	MemoryContextDelete(shipment->context);
 }
 
+static bool
+turn_is_over(void)
+{
+	return TimestampDifferenceExceeds(turn_started, GetCurrentTimestamp(), TURN_MS);
+}
+
 static void
 due_at(TimestampTz when)
 {
@@ -476,6 +568,21 @@ static TimestampTz
 in_ms(int64 ms)
 {
 	return GetCurrentTimestamp() + ms * INT64CONST(1000);
+}
+
+/*
+ * Leave a table alone until then.  Not longer than for a while, should the
+ * reason be impossible to write down: its owner has locked what stands there.
+ */
+static void
+block_table(const UsageTable *table, const char *reason, TimestampTz until)
+{
+	if (!abp_usage_table_block(table->relid, reason, until))
+	{
+		until = Min(until, in_ms(TRANSIENT_MS));
+		position_of(table->relid)->try_at = until;
+	}
+	due_at(until);
 }
 
 /* --- a batch: from ids to a request body ------------------------------------ */
@@ -524,82 +631,64 @@ find_function(const char *name, Oid result, const ServerOptions *server, char **
 	return funcid;
 }
 
-/* Does waiting help: a lock, a deadlock, a full disk, too little memory? */
-static bool
-is_transient(int sqlerrcode)
+/* A call of a user's function. */
+typedef struct FunctionCall
 {
-	return sqlerrcode == ERRCODE_LOCK_NOT_AVAILABLE ||
-		ERRCODE_TO_CATEGORY(sqlerrcode) == ERRCODE_TRANSACTION_ROLLBACK ||
-		ERRCODE_TO_CATEGORY(sqlerrcode) == ERRCODE_INSUFFICIENT_RESOURCES;
+	Oid			funcid;
+	Jsonb	   *argument;
+	Datum		result;			/* (Datum) 0: NULL */
+} FunctionCall;
+
+static void
+call_guarded(void *arg)
+{
+	FunctionCall *call = arg;
+	HeapTuple	proc = SearchSysCache1(PROCOID, ObjectIdGetDatum(call->funcid));
+	Oid			proowner;
+	FmgrInfo	flinfo;
+	SavedUser	saved;
+
+	LOCAL_FCINFO(fcinfo, 1);
+
+	if (!HeapTupleIsValid(proc))
+		elog(ERROR, "cache lookup failed for function %u", call->funcid);
+	proowner = ((Form_pg_proc) GETSTRUCT(proc))->proowner;
+	ReleaseSysCache(proc);
+
+	abp_become(proowner, &saved);
+	fmgr_info(call->funcid, &flinfo);
+	InitFunctionCallInfoData(*fcinfo, &flinfo, 1, InvalidOid, NULL, NULL);
+	fcinfo->args[0].value = JsonbPGetDatum(call->argument);
+	fcinfo->args[0].isnull = false;
+	call->result = FunctionCallInvoke(fcinfo);
+	if (fcinfo->isnull)
+		call->result = (Datum) 0;
+	else
+		call->result = PointerGetDatum(PG_DETOAST_DATUM_COPY(call->result));
+	abp_restore_user(&saved);
 }
 
 /*
- * Call a user's function as its own owner.  Returns false, with the reason,
- * if it fails; its effects are rolled back then.  The result is copied to
- * the current memory context; NULL is (Datum) 0.  What passes by itself is
- * raised: the row is not to blame.
+ * Call a user's function as its own owner.  If it fails its effects are rolled
+ * back, and *reason says why.  The result is copied to the current memory
+ * context; NULL is (Datum) 0.  Raised is only that the time is up.
  */
-static bool
+static GuardOutcome
 call_function(Oid funcid, const char *option, Jsonb *whole, Datum *result,
 			  char **reason)
 {
-	MemoryContext caller = CurrentMemoryContext;
-	ResourceOwner owner = CurrentResourceOwner;
-	volatile bool ok = false;
+	FunctionCall call = {funcid, whole};
+	GuardError	error;
+	GuardOutcome outcome = abp_guard(NULL, call_guarded, &call, &error);
 
-	BeginInternalSubTransaction(NULL);
-	MemoryContextSwitchTo(caller);
-	PG_TRY();
-	{
-		HeapTuple	proc = SearchSysCache1(PROCOID, ObjectIdGetDatum(funcid));
-		Oid			proowner;
-		FmgrInfo	flinfo;
-		SavedUser	saved;
-
-		LOCAL_FCINFO(fcinfo, 1);
-
-		if (!HeapTupleIsValid(proc))
-			elog(ERROR, "cache lookup failed for function %u", funcid);
-		proowner = ((Form_pg_proc) GETSTRUCT(proc))->proowner;
-		ReleaseSysCache(proc);
-
-		abp_become(proowner, &saved);
-		fmgr_info(funcid, &flinfo);
-		InitFunctionCallInfoData(*fcinfo, &flinfo, 1, InvalidOid, NULL, NULL);
-		fcinfo->args[0].value = JsonbPGetDatum(whole);
-		fcinfo->args[0].isnull = false;
-		*result = FunctionCallInvoke(fcinfo);
-		if (fcinfo->isnull)
-			*result = (Datum) 0;
-		else
-			*result = PointerGetDatum(PG_DETOAST_DATUM_COPY(*result));
-		abp_restore_user(&saved);
-
-		ReleaseCurrentSubTransaction();
-		ok = true;
-	}
-	PG_CATCH();
-	{
-		ErrorData  *error;
-
-		MemoryContextSwitchTo(caller);
-		error = CopyErrorData();
-
-		FlushErrorState();
-		RollbackAndReleaseCurrentSubTransaction();
-		CurrentResourceOwner = owner;
-
-		/* A cancel, or the end of the session, is not the function's fault. */
-		if (error->sqlerrcode == ERRCODE_QUERY_CANCELED ||
-			error->sqlerrcode == ERRCODE_ADMIN_SHUTDOWN ||
-			is_transient(error->sqlerrcode))
-			ReThrowError(error);
-		*reason = psprintf("%s failed: %s", option, error->message);
-	}
-	PG_END_TRY();
-	MemoryContextSwitchTo(caller);
-	CurrentResourceOwner = owner;
-	return ok;
+	if (outcome == GUARD_TOO_LONG)
+		ereport(ERROR, (errcode(error.sqlerrcode), errmsg_internal("%s", error.message)));
+	if (outcome == GUARD_FAILED)
+		*reason = psprintf("%s failed: %s", option, error.message);
+	else if (outcome != GUARD_DONE)
+		*reason = error.message;
+	*result = call.result;
+	return outcome;
 }
 
 /* Free a shipment's request, which is built anew before it is sent again. */
@@ -624,8 +713,11 @@ static void
 hold_rows(const UsageTable *table, const IdSet *ids)
 {
 	Position   *position = position_of(table->relid);
+	TimestampTz now = GetCurrentTimestamp();
 
 	abp_idset_add_set(&position->held, ids, ship_context);
+	if (TimestampDifferenceExceeds(position->held_until, now, HELD_MS))
+		position->held_since = now;
 	position->held_until = in_ms(HELD_MS);
 	due_at(position->held_until);
 }
@@ -646,8 +738,7 @@ set_aside(Filling *filling, int64 id, const RowState *verdict)
 	if (verdict->state == OUTBOX_UNPRICED)
 	{
 		/* Its price may have come while it stood in another state. */
-		position_of(filling->table->relid)->look_for_prices = true;
-		due_at(DT_NOBEGIN);
+		look_for_prices_again(filling->table->relid);
 	}
 	filling->exceptions = lappend(filling->exceptions, entry);
 	MemoryContextSwitchTo(old);
@@ -662,11 +753,28 @@ reject(Filling *filling, int64 id, char *reason)
 }
 
 /*
- * What the functions of a server's options make of a row, given as jsonb.
- * Returns false, with the reason, if one cannot be called, fails, or returns
- * what is no event name or no object.
+ * Set a row aside for now, and for longer each time that it fails; in the end
+ * it is rejected.
  */
-bool
+static void
+put_off(Filling *filling, int64 id, char *reason)
+{
+	int			attempts = filling->shipment->delivery.prior_attempts;
+	RowState	verdict = {OUTBOX_WAITING, in_ms(HOLD_MS << Min(attempts, MAX_HOLDS)), reason};
+
+	if (attempts >= MAX_HOLDS)
+		verdict.state = OUTBOX_REJECTED;
+	set_aside(filling, id, &verdict);
+	((OutboxEntry *) llast(filling->exceptions))->attempts++;
+	filling->put_off++;
+}
+
+/*
+ * What the functions of a server's options make of a row, given as jsonb.
+ * With another outcome than GUARD_DONE, *reason says which one cannot be
+ * called, fails, or returns what is no event name or no object.
+ */
+GuardOutcome
 abp_ship_call_functions(const ServerOptions *server, Jsonb *whole,
 						EventOverrides *overrides, char **reason)
 {
@@ -674,36 +782,39 @@ abp_ship_call_functions(const ServerOptions *server, Jsonb *whole,
 	Oid			event_name = find_function(server->event_name_function, TEXTOID, server, &problem);
 	Oid			metadata = find_function(server->metadata_function, JSONBOID, server, &problem);
 	Datum		result;
+	GuardOutcome outcome;
 
 	if (problem != NULL)
 	{
 		*reason = problem;
-		return false;
+		return GUARD_FAILED;
 	}
 	if (OidIsValid(event_name))
 	{
-		if (!call_function(event_name, "event_name_function", whole, &result, reason))
-			return false;
+		outcome = call_function(event_name, "event_name_function", whole, &result, reason);
+		if (outcome != GUARD_DONE)
+			return outcome;
 		if (result == (Datum) 0)
 		{
 			*reason = "event_name_function returned null";
-			return false;
+			return GUARD_FAILED;
 		}
 		overrides->event_name.data = VARDATA_ANY(DatumGetPointer(result));
 		overrides->event_name.len = VARSIZE_ANY_EXHDR(DatumGetPointer(result));
 	}
 	if (OidIsValid(metadata))
 	{
-		if (!call_function(metadata, "metadata_function", whole, &result, reason))
-			return false;
+		outcome = call_function(metadata, "metadata_function", whole, &result, reason);
+		if (outcome != GUARD_DONE)
+			return outcome;
 		if (result == (Datum) 0 || !JB_ROOT_IS_OBJECT(DatumGetJsonbP(result)))
 		{
 			*reason = "metadata_function did not return an object";
-			return false;
+			return GUARD_FAILED;
 		}
 		overrides->metadata = DatumGetJsonbP(result);
 	}
-	return true;
+	return GUARD_DONE;
 }
 
 /* A checksum by which a row is known again. */
@@ -762,7 +873,9 @@ add_event(const UsageRow *row, Jsonb *whole, void *arg)
 	RowState	verdict;
 	char	   *failure = NULL;
 
-	if (!filling->rows_are_settled && !notice_row(filling, row))
+	if (filling->rows_are_settled)
+		abp_idset_add(&filling->seen, row->id, row->id, filling->context);
+	else if (!notice_row(filling, row))
 		return filling->nrows <= filling->max_rows;
 	abp_usage_judge(row, filling->server, &verdict);
 	if (verdict.state != OUTBOX_READY)
@@ -770,11 +883,18 @@ add_event(const UsageRow *row, Jsonb *whole, void *arg)
 		set_aside(filling, row->id, &verdict);
 		return true;
 	}
-	if (whole != NULL &&
-		!abp_ship_call_functions(filling->server, whole, &overrides, &failure))
+	if (whole != NULL)
 	{
-		reject(filling, row->id, failure);
-		return true;
+		GuardOutcome outcome = abp_ship_call_functions(filling->server, whole, &overrides,
+													   &failure);
+
+		if (outcome == GUARD_FAILED)
+			reject(filling, row->id, failure);
+		else if (outcome != GUARD_DONE)
+			put_off(filling, row->id, failure);
+		filling->no_memory |= outcome == GUARD_NO_MEMORY;
+		if (outcome != GUARD_DONE)
+			return true;
 	}
 
 	initStringInfo(&reason);
@@ -827,6 +947,198 @@ shared_ids(Filling *filling)
 	return shared;
 }
 
+/* Rows to be read under guard. */
+typedef struct GuardedRead
+{
+	Filling    *filling;
+	IdSet	   *ids;
+	bool		whole;
+} GuardedRead;
+
+/*
+ * Users' functions take their time: what they leave of the batch is for
+ * another one.
+ */
+static bool
+add_in_time(const UsageRow *row, Jsonb *whole, void *arg)
+{
+	Filling    *filling = arg;
+
+	if (!add_event(row, whole, arg))
+		return false;
+	filling->full = whole != NULL && abp_guard_elapsed_ms() > TURN_MS;
+	return !filling->full;
+}
+
+static void
+read_guarded(void *arg)
+{
+	GuardedRead *read = arg;
+
+	abp_usage_read(read->filling->table, read->ids, read->whole, add_in_time, read->filling);
+}
+
+static bool
+pass_over(const UsageRow *row, Jsonb *whole, void *arg)
+{
+	return false;
+}
+
+/*
+ * Can the table be read at all?  An error that is no row's fault is raised.
+ */
+static void
+read_no_row(const UsageTable *table, bool whole)
+{
+	IdSet		none = {0};
+
+	abp_idset_add(&none, PG_INT64_MIN, PG_INT64_MIN, CurrentMemoryContext);
+	abp_usage_read(table, &none, whole, pass_over, NULL);
+}
+
+/*
+ * One row of a batch has failed, alone: set it aside, unless waiting helps.
+ * Returns whether to go on with the next one.
+ */
+static bool
+set_failed_aside(Filling *filling, int64 id, bool whole, GuardOutcome outcome,
+				 const GuardError *error)
+{
+	if (filling->seen.nranges == 0)
+		read_no_row(filling->table, whole);
+	if (outcome == GUARD_PASSES)
+	{
+		if (filling->seen.nranges == 0)
+			ereport(ERROR,
+					(errcode(error->sqlerrcode), errmsg_internal("%s", error->message)));
+		return false;
+	}
+
+	abp_idset_add(&filling->seen, id, id, filling->context);
+	if (!filling->rows_are_settled && filling->nrows < filling->max_rows)
+		filling->row_ids[filling->nrows++] = id;
+	if (filling->table->blocked_reason == NULL && !filling->warned)
+		ereport(WARNING,
+				(errcode(error->sqlerrcode),
+				 errmsg("usage row " INT64_FORMAT " of %s cannot be sent: %s",
+						id, filling->table->name, error->message)));
+	filling->warned = true;
+	if (outcome == GUARD_FAILED)
+		reject(filling, id, error->message);
+	else
+		put_off(filling, id, error->message);
+	return outcome == GUARD_FAILED;
+}
+
+/* What reading has made of some rows, to be taken back. */
+typedef struct FillingMark
+{
+	int			body_len;
+	int			nevents;
+	int64		nrows;
+	int			nexceptions;
+	int			put_off;
+	bool		full;
+} FillingMark;
+
+static FillingMark
+mark_filling(const Filling *filling)
+{
+	return (FillingMark)
+	{
+		.body_len = filling->shipment->delivery.body.len,
+			.nevents = filling->shipment->delivery.nevents,
+			.nrows = filling->nrows,
+			.nexceptions = list_length(filling->exceptions),
+			.put_off = filling->put_off,
+			.full = filling->full
+	};
+}
+
+/* Forget all that has been read of these rows since the mark. */
+static void
+unread(Filling *filling, const FillingMark *mark, IdSet *ids)
+{
+	Delivery   *delivery = &filling->shipment->delivery;
+
+	delivery->body.len = mark->body_len;
+	delivery->body.data[mark->body_len] = '\0';
+	delivery->nevents = mark->nevents;
+	filling->nrows = mark->nrows;
+	filling->exceptions = list_truncate(filling->exceptions, mark->nexceptions);
+	filling->put_off = mark->put_off;
+	filling->full = mark->full;
+	filling->seen = abp_idset_subtract(&filling->seen, ids);
+	filling->sent = abp_idset_subtract(&filling->sent, ids);
+	filling->left = abp_idset_subtract(&filling->left, ids);
+	if (!filling->rows_are_settled)
+		filling->changing = abp_idset_subtract(&filling->changing, ids);
+}
+
+/*
+ * Read rows one by one, each under guard: those that cannot be sent are set
+ * aside with their reason and keep none of the others.  What takes long is
+ * left for another batch.
+ */
+static void
+read_carefully(Filling *filling, IdSet *ids, bool whole)
+{
+	TimestampTz start = GetCurrentTimestamp();
+
+	for (int r = 0; r < ids->nranges && !filling->full; r++)
+	{
+		for (int64 id = ids->ranges[r].first;; id++)
+		{
+			IdSet		one = {0};
+			GuardedRead read = {filling, &one, whole};
+			FillingMark mark = mark_filling(filling);
+			GuardError	error;
+			GuardOutcome outcome;
+
+			CHECK_FOR_INTERRUPTS();
+
+			abp_idset_add(&one, id, id, filling->context);
+			abp_guard_start_clock();
+			outcome = abp_guard(filling->table, read_guarded, &read, &error);
+			if (outcome != GUARD_DONE)
+			{
+				abp_guard_start_clock();
+				unread(filling, &mark, &one);
+				if (!set_failed_aside(filling, id, whole, outcome, &error))
+					filling->full = true;
+			}
+			if (TimestampDifferenceExceeds(start, GetCurrentTimestamp(), TURN_MS))
+				filling->full = true;
+			if (filling->full || id == ids->ranges[r].last)
+				break;
+		}
+	}
+	abp_guard_start_clock();
+}
+
+/*
+ * Read rows and append their events to the request: together, and one by one
+ * if one of them may be to blame for an error.
+ */
+static void
+read_rows(Filling *filling, IdSet *ids, bool whole)
+{
+	GuardedRead read = {filling, ids, whole};
+	FillingMark mark = mark_filling(filling);
+	GuardError	error;
+	GuardOutcome outcome = abp_guard(filling->table, read_guarded, &read, &error);
+
+	if (outcome == GUARD_DONE)
+		return;
+
+	unread(filling, &mark, ids);
+	if (outcome == GUARD_PASSES ||
+		(outcome == GUARD_NO_MEMORY && abp_idset_count(ids) > 1))
+		ereport(ERROR,
+				(errcode(error.sqlerrcode), errmsg_internal("%s", error.message)));
+	read_carefully(filling, ids, whole);
+}
+
 /*
  * Read the rows of these ids and append their events to the request.  Rows that
  * others may be changing come last, if by then nobody is: Filling.changing is
@@ -848,14 +1160,23 @@ read_batch(Filling *filling, IdSet *ids, bool whole)
 	filling->row_ids = palloc(sizeof(int64) * (filling->max_rows + 1));
 	filling->event_keys = palloc(sizeof(uint32) * Max(1, filling->max_rows));
 	appendStringInfoString(&delivery->body, "{\"events\":[");
-	abp_usage_read(filling->table, ids, whole, add_event, filling);
+	read_rows(filling, ids, whole);
 	if (filling->changing.nranges > 0)
 	{
 		IdSet		settled = abp_usage_settled(filling->table, &filling->changing);
+		bool		full = filling->full;
 
 		filling->changing = abp_idset_subtract(&filling->changing, &settled);
 		filling->rows_are_settled = true;
-		abp_usage_read(filling->table, &settled, whole, add_event, filling);
+		filling->seen = abp_idset_subtract(&filling->seen, &settled);
+		if (settled.nranges > 0 && (!full || delivery->nevents == 0))
+		{
+			/* there is time for one of them */
+			filling->full = false;
+			abp_guard_start_clock();
+			read_rows(filling, &settled, whole);
+			filling->full |= full;
+		}
 		abp_idset_add_set(&filling->left, &filling->changing, filling->context);
 	}
 	appendStringInfoString(&delivery->body, "]}");
@@ -896,6 +1217,27 @@ keep_keys(Filling *filling)
 		delivery->keys[i] = keys[i].key;
 	memset(&delivery->key_ids, 0, sizeof(IdSet));
 	abp_idset_add_set(&delivery->key_ids, &delivery->ids, filling->shipment->context);
+}
+
+/*
+ * None of a batch's rows can be sent, and some were only put off: leave the table
+ * alone for a while, longer each time.
+ */
+static void
+rest_table(const UsageTable *table, const Filling *filling)
+{
+	Position   *position = position_of(table->relid);
+	const char *reason = ((OutboxEntry *) llast(filling->exceptions))->error;
+	TimestampTz until = in_ms(HOLD_MS << position->rests);
+
+	if (table->blocked_reason == NULL && !filling->warned)
+		ereport(WARNING,
+				(errcode(filling->no_memory ? ERRCODE_OUT_OF_MEMORY :
+						 ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("usage rows of %s cannot be delivered: %s", table->name, reason)));
+	position->rests = Min(position->rests + 1, MAX_HOLDS);
+	position->failed = true;
+	block_table(table, reason, until);
 }
 
 /*
@@ -982,6 +1324,8 @@ fill_shipment(Shipment *shipment, const UsageTable *table,
 		hold_rows(table, &filling.changing);
 	if (filling.full)
 		position_of(table->relid)->cursor = PG_INT64_MIN;
+	if (filling.put_off > 0 && delivery->nevents == 0)
+		rest_table(table, &filling);
 	return !filling.full;
 }
 
@@ -1020,10 +1364,63 @@ put_back(Shipment *shipment, IdSet ids, char state, TimestampTz not_before,
 }
 
 static void
+write_lane(void *arg)
+{
+	Lane	   *lane = arg;
+
+	abp_server_state_save(lane->server, lane->role, lane->paused_by_answer ? "answer" : NULL,
+						  lane->reason, lane->failures, lane->not_before);
+}
+
+/*
+ * Write down how a lane does, unless another transaction has locked what
+ * stands there: then later.
+ */
+static void
+write_down(Lane *lane)
+{
+	GuardError	error;
+	GuardOutcome outcome;
+
+	if (lane->write_at > GetCurrentTimestamp())
+	{
+		due_at(lane->write_at);
+		return;
+	}
+	outcome = abp_guard(NULL, write_lane, lane, &error);
+	if (outcome != GUARD_DONE && error.sqlerrcode != ERRCODE_LOCK_NOT_AVAILABLE)
+		ereport(ERROR,
+				(errcode(error.sqlerrcode), errmsg_internal("%s", error.message)));
+	lane->unwritten = outcome != GUARD_DONE;
+	if (!lane->unwritten)
+		return;
+	lane->write_at = in_ms(HELD_MS);
+	due_at(lane->write_at);
+}
+
+static void
 save_lane(Lane *lane, const char *reason)
 {
-	abp_server_state_save(lane->server, lane->role, lane->paused_by_answer ? "answer" : NULL,
-						  reason, lane->failures, lane->not_before);
+	if (lane->reason != NULL)
+		pfree(lane->reason);
+	lane->reason = reason == NULL ? NULL : MemoryContextStrdup(ship_context, reason);
+	lane->write_at = 0;
+	lane->unwritten = true;
+	write_down(lane);
+}
+
+static void
+write_down_lanes(void)
+{
+	ListCell   *lc;
+
+	foreach(lc, lanes)
+	{
+		Lane	   *lane = lfirst(lc);
+
+		if (lane->unwritten)
+			write_down(lane);
+	}
 }
 
 /* Exponential, with jitter of a quarter, capped. */
@@ -1366,7 +1763,7 @@ settle(Shipment *shipment, const ServerOptions *server, int64 ledger_from)
 				reject_shipment(shipment, verdict->error);
 			break;
 		case VERDICT_RATE_LIMITED:
-			lane->tokens = 0;
+			lane_of(lane->server, InvalidOid)->tokens = 0;
 			back_off(lane, verdict->retry_after_ms >= 0 ? verdict->retry_after_ms :
 					 RATE_LIMITED_MS, verdict->error);
 			return_or_keep(shipment, verdict->error, false);
@@ -1478,7 +1875,7 @@ lane_is_closed(Lane *lane, const UsageTable *table, const ServerOptions *server,
 	}
 
 	/* What failed or was refused may have been mended: try. */
-	if (servers_changed || (lane->paused_by_answer && hash != lane->refused_token))
+	if (servers_are_new(table) || (lane->paused_by_answer && hash != lane->refused_token))
 		try_now(lane);
 	lane->refused_token = hash;
 
@@ -1568,160 +1965,100 @@ take_ids(const UsageTable *table, Position *position, int64 max_ids,
 	}
 }
 
-/*
- * Work of the worker on one table, which may run code of the owner's, is
- * cancelled after WORK_MS.  Code that catches the cancel ends with the worker,
- * RESIST_MS later: nothing else stops it.  A session in CALL sync() has its
- * statement_timeout.
- */
-static bool limit_work = false;
-static bool work_limited = false;	/* the clock runs */
-static TimestampTz work_started;
-static TimeoutId resist_timeout = MAX_TIMEOUTS;
-static const UsageTable *table_at_work = NULL;
-static bool resisted = false;
-
+/* Another transaction has locked the table, or what we need of it. */
 static void
-end_resistance(void)
+note_locked(const UsageTable *table)
 {
-	resisted = true;
-	ProcDiePending = true;
-	InterruptPending = true;
-	SetLatch(MyLatch);
-}
+	Position   *position = position_of(table->relid);
+	const char *reason = "another transaction has locked the table";
+	TimestampTz until = in_ms(LOCKED_LONG_MS);
 
-/*
- * The next worker must not run into the same: the table stays blocked until
- * resume().
- */
-static void
-block_who_resisted(int code, Datum arg)
-{
-	const char *reason = "code that runs when its rows are read resisted its cancellation; mend it, then call aibilling.resume()";
-
-	if (!resisted || table_at_work == NULL)
+	position->failed = true;
+	position->try_at = in_ms(LOCKED_MS);
+	due_at(position->try_at);
+	if (position->locked_since == 0)
+		position->locked_since = GetCurrentTimestamp();
+	if (!TimestampDifferenceExceeds(position->locked_since, GetCurrentTimestamp(),
+									LOCKED_LONG_MS))
 		return;
 
-	AbortOutOfAnyTransaction();
-	StartTransactionCommand();
-	PushActiveSnapshot(GetTransactionSnapshot());
-	ereport(WARNING,
-			(errcode(ERRCODE_QUERY_CANCELED),
-			 errmsg("usage rows of %s cannot be delivered: %s",
-					table_at_work->name, reason)));
-	abp_usage_table_block(table_at_work->relid, reason, DT_NOEND);
-	PopActiveSnapshot();
-	CommitTransactionCommand();
-}
-
-/*
- * Start the clock, before the first of the table's rows is read.  Not for a
- * look at an outbox that is empty: PostgreSQL leaves the timer on when its
- * timeouts are disabled, and it would wake an idle worker.
- */
-static void
-start_work_limit(void)
-{
-	EnableTimeoutParams limits[2] = {
-		{.id = STATEMENT_TIMEOUT,.type = TMPARAM_AFTER,.delay_ms = WORK_MS},
-		{.type = TMPARAM_AFTER,.delay_ms = WORK_MS + RESIST_MS}
-	};
-
-	work_started = GetCurrentTimestamp();
-	if (!limit_work)
-		return;
-
-	if (resist_timeout == MAX_TIMEOUTS)
-	{
-		resist_timeout = RegisterTimeout(USER_TIMEOUT, end_resistance);
-		before_shmem_exit(block_who_resisted, (Datum) 0);
-	}
-	limits[1].id = resist_timeout;
-	work_limited = true;
-	enable_timeouts(limits, lengthof(limits));
-}
-
-/* Returns whether the time was up. */
-static bool
-end_work_limit(void)
-{
-	table_at_work = NULL;
-	if (!work_limited)
-		return false;
-
-	work_limited = false;
-	disable_timeout(resist_timeout, false);
-	disable_timeout(STATEMENT_TIMEOUT, true);
-	if (get_timeout_indicator(STATEMENT_TIMEOUT, true))
-		QueryCancelPending = false; /* it came after the work was done */
-	return TimestampDifferenceExceeds(work_started, GetCurrentTimestamp(), WORK_MS);
-}
-
-/* What a batch needs is too much just now; answers that are fast let it grow again. */
-static void
-shrink_batches(Lane *lane, const ServerOptions *server)
-{
-	lane->batch_size = Max(1, (lane->batch_size > 0 ? lane->batch_size : server->batch_size) / 2);
+	if (table->blocked_reason == NULL)
+		ereport(WARNING,
+				(errcode(ERRCODE_LOCK_NOT_AVAILABLE),
+				 errmsg("usage rows of %s cannot be delivered: %s", table->name, reason)));
+	block_table(table, reason, until);
 }
 
 /* Work on one table that fails without harm to others. */
 typedef void (*TableWork) (const UsageTable *table, const ServerOptions *server, void *arg);
 
+typedef struct GuardedTableWork
+{
+	TableWork	work;
+	const UsageTable *table;
+	const ServerOptions *server;
+	void	   *arg;
+} GuardedTableWork;
+
+static void
+do_table_work(void *arg)
+{
+	GuardedTableWork *guarded = arg;
+
+	guarded->work(guarded->table, guarded->server, guarded->arg);
+}
+
 /*
  * Do something with a table's rows.  An error (a policy, a changed column, a
  * failing trigger) undoes it and blocks the table for a while, not the others.
- * Returns its code then, else ERRCODE_SUCCESSFUL_COMPLETION.
+ * A lock of another transaction's is not waited for.
  */
-static int
+static GuardOutcome
 guarded(TableWork work, const UsageTable *table, const ServerOptions *server, void *arg)
 {
-	MemoryContext caller = CurrentMemoryContext;
-	ResourceOwner owner = CurrentResourceOwner;
-	volatile int result = ERRCODE_SUCCESSFUL_COMPLETION;
+	GuardedTableWork call = {work, table, server, arg};
+	Position   *position = position_of(table->relid);
+	GuardError	error;
+	GuardOutcome outcome;
+	TimestampTz until;
 
-	BeginInternalSubTransaction(NULL);
-	MemoryContextSwitchTo(caller);
-	PG_TRY();
+	if (!ConditionalLockRelationOid(table->relid, AccessShareLock))
 	{
-		table_at_work = table;
-		work(table, server, arg);
-		(void) end_work_limit();
-		ReleaseCurrentSubTransaction();
+		note_locked(table);
+		return GUARD_PASSES;
 	}
-	PG_CATCH();
+	outcome = abp_guard(table, do_table_work, &call, &error);
+	if (outcome == GUARD_DONE)
 	{
-		ErrorData  *error;
-		TimestampTz until;
-		bool		too_long = end_work_limit();
-
-		MemoryContextSwitchTo(caller);
-		error = CopyErrorData();
-		if ((error->sqlerrcode == ERRCODE_QUERY_CANCELED && !too_long) ||
-			error->sqlerrcode == ERRCODE_ADMIN_SHUTDOWN)
-			PG_RE_THROW();
-
-		FlushErrorState();
-		RollbackAndReleaseCurrentSubTransaction();
-		CurrentResourceOwner = owner;
-		position_of(table->relid)->cursor = PG_INT64_MIN;
-		position_of(table->relid)->unpriced_cursor = ENTRY_CURSOR_START;
-		if (table->blocked_reason == NULL)
-			ereport(WARNING,
-					(errcode(error->sqlerrcode),
-					 errmsg("usage rows of %s cannot be delivered: %s",
-							table->name, error->message),
-					 errhint("Mend the cause; delivery of the table resumes by itself.")));
-		if (error->sqlerrcode == ERRCODE_OUT_OF_MEMORY)
-			shrink_batches(lane_of_table(table), server);
-		until = in_ms(is_transient(error->sqlerrcode) ? TRANSIENT_MS : PROBE_MS);
-		abp_usage_table_block(table->relid, error->message, until);
-		due_at(until);
-		result = error->sqlerrcode;
+		position->locked_since = 0;
+		return outcome;
 	}
-	PG_END_TRY();
-	MemoryContextSwitchTo(caller);
-	CurrentResourceOwner = owner;
-	return result;
+
+	position->cursor = PG_INT64_MIN;
+	position->unpriced_cursor = ENTRY_CURSOR_START;
+	position->failed = true;
+	if (outcome == GUARD_PASSES && error.sqlerrcode == ERRCODE_LOCK_NOT_AVAILABLE)
+	{
+		note_locked(table);
+		return outcome;
+	}
+	position->locked_since = 0;
+	if (table->blocked_reason == NULL)
+		ereport(WARNING,
+				(errcode(error.sqlerrcode),
+				 errmsg("usage rows of %s cannot be delivered: %s", table->name, error.message),
+				 errhint("Mend the cause; delivery of the table resumes by itself.")));
+
+	/*
+	 * What a batch needs is too much just now; those that pass let it grow
+	 * again.
+	 */
+	if (outcome == GUARD_NO_MEMORY)
+		position->batch_size = Max(1, (position->batch_size > 0 ? position->batch_size :
+									   server->batch_size) / 2);
+	until = in_ms(outcome == GUARD_FAILED ? PROBE_MS : TRANSIENT_MS);
+	block_table(table, error.message, until);
+	return outcome;
 }
 
 /* Take the next rows of a table and enter them in the ledger. */
@@ -1740,10 +2077,17 @@ prepare_next(const UsageTable *table, const ServerOptions *server, void *arg)
 	Position   *position = position_of(table->relid);
 	Delivery   *delivery;
 	TakenEntries entries;
-	int			size = lane->batch_size > 0 ? Min(lane->batch_size, server->batch_size) :
-	server->batch_size;
-	IdSet		ids = take_ids(table, position, size, &entries);
+	int			size = server->batch_size;
+	IdSet		ids;
 	int64		count;
+
+	if (lane->batch_size > 0)
+		size = Min(size, lane->batch_size);
+	if (position->batch_size > 0)
+		size = Min(size, position->batch_size);
+	ids = take_ids(table, position, size, &entries);
+	if (position->held.nranges > 0)
+		due_at(position->held_until);
 
 	position->backlog = false;
 	if (ids.nranges == 0)
@@ -1757,7 +2101,7 @@ prepare_next(const UsageTable *table, const ServerOptions *server, void *arg)
 	delivery->attempts = 1;
 	delivery->prior_attempts = entries.attempts;
 	delivery->outcome_unknown = entries.outcome_unknown;
-	start_work_limit();
+	abp_guard_start_clock();
 	if (!fill_shipment(next->shipment, table, server, &ids, entries.state) || count == size)
 		position->backlog = true;
 	else
@@ -1766,7 +2110,13 @@ prepare_next(const UsageTable *table, const ServerOptions *server, void *arg)
 	if (delivery->nevents > 0 || delivery->vanished > 0)
 		abp_ledger_begin(delivery);
 	if (delivery->nevents > 0)
+	{
 		next->shipment->stage = SHIPMENT_PREPARED;
+		position->rests = 0;
+		if (position->batch_size > 0)
+			position->batch_size = position->batch_size < server->batch_size / 2 ?
+				position->batch_size * 2 : 0;
+	}
 	else
 	{
 		if (delivery->vanished > 0)
@@ -1807,7 +2157,7 @@ rebuild(const UsageTable *table, const ServerOptions *server, void *arg)
 	int64		vanished = delivery->vanished;
 	IdSet		ids = delivery->ids;
 
-	start_work_limit();
+	abp_guard_start_clock();
 	PushActiveSnapshot(GetLatestSnapshot());
 	(void) fill_shipment(shipment, table, server, &ids, 0);
 	PopActiveSnapshot();
@@ -1821,150 +2171,385 @@ rebuild(const UsageTable *table, const ServerOptions *server, void *arg)
 		abp_ledger_finish(delivery, "failed", "none of the rows could be sent again");
 }
 
-/* The rows of an unpriced entry, looked at again. */
+/* Rows of an unpriced entry, looked at again. */
 typedef struct PriceLook
 {
+	const UsageTable *table;
+	const ServerOptions *server;
 	const OutboxEntry *entry;
+	IdSet	   *ids;			/* the rows to look at */
 	int64		nrows;
 	IdSet		seen;
-	IdSet		priced;			/* have a price by now */
-	List	   *others;			/* OutboxEntry *, of rows that have another
-								 * reason by now to wait, or are rejected */
+	IdSet		priced;			/* can be priced by now */
+	IdSet		moved;			/* are in "others" */
+	List	   *others;			/* OutboxEntry *, of rows that are ready by
+								 * now, have another reason to wait, or are
+								 * rejected */
 	MemoryContext context;
 } PriceLook;
+
+/* A row leaves its entry for one of another state or reason. */
+static void
+move_to(PriceLook *look, int64 id, char state, TimestampTz not_before, const char *error)
+{
+	OutboxEntry *other = NULL;
+	MemoryContext old = MemoryContextSwitchTo(look->context);
+	ListCell   *lc;
+
+	foreach(lc, look->others)
+	{
+		OutboxEntry *candidate = lfirst(lc);
+
+		if (candidate->state == state && candidate->not_before == not_before &&
+			(error == NULL ? candidate->error == NULL :
+			 candidate->error != NULL && strcmp(candidate->error, error) == 0))
+			other = candidate;
+	}
+	if (other == NULL)
+	{
+		other = palloc(sizeof(OutboxEntry));
+		*other = *look->entry;
+		memset(&other->ids, 0, sizeof(other->ids));
+		other->state = state;
+		other->not_before = not_before;
+		other->error = error == NULL ? NULL : pstrdup(error);
+		look->others = lappend(look->others, other);
+	}
+	abp_idset_add(&other->ids, id, id, look->context);
+	abp_idset_add(&look->moved, id, id, look->context);
+	MemoryContextSwitchTo(old);
+}
 
 static bool
 look_for_price(const UsageRow *row, Jsonb *whole, void *arg)
 {
 	PriceLook  *look = arg;
 	RowState	verdict;
-	OutboxEntry *other = NULL;
-	MemoryContext old;
-	ListCell   *lc;
 
 	look->nrows++;
 	abp_idset_add(&look->seen, row->id, row->id, look->context);
 	abp_usage_judge_price(row, &verdict);
 	if (verdict.state == OUTBOX_READY)
-	{
 		abp_idset_add(&look->priced, row->id, row->id, look->context);
-		return true;
-	}
-	if (verdict.state == look->entry->state && look->entry->error != NULL &&
-		strcmp(verdict.error, look->entry->error) == 0)
-		return true;
-
-	foreach(lc, look->others)
-	{
-		other = lfirst(lc);
-		if (other->state == verdict.state && strcmp(other->error, verdict.error) == 0)
-			break;
-	}
-	old = MemoryContextSwitchTo(look->context);
-	if (lc == NULL)
-	{
-		other = palloc(sizeof(OutboxEntry));
-		*other = *look->entry;
-		memset(&other->ids, 0, sizeof(other->ids));
-		other->state = verdict.state;
-		other->error = pstrdup(verdict.error);
-		look->others = lappend(look->others, other);
-	}
-	abp_idset_add(&other->ids, row->id, row->id, look->context);
-	MemoryContextSwitchTo(old);
+	else if (verdict.state != OUTBOX_UNPRICED || look->entry->error == NULL ||
+			 strcmp(verdict.error, look->entry->error) != 0)
+		move_to(look, row->id, verdict.state, DT_NOBEGIN, verdict.error);
 	return true;
+}
+
+/* What has the UPDATE made of a row that has a price? */
+static bool
+look_at_priced(const UsageRow *row, Jsonb *whole, void *arg)
+{
+	PriceLook  *look = arg;
+	RowState	verdict;
+
+	abp_usage_judge(row, look->server, &verdict);
+	if (verdict.state == OUTBOX_UNPRICED)
+	{
+		verdict.state = OUTBOX_REJECTED;
+		verdict.error = "it has a price, but a trigger or rule of its table keeps the cost from being stored";
+	}
+	move_to(look, row->id, verdict.state, verdict.not_before, verdict.error);
+	return true;
+}
+
+/*
+ * Deferred triggers of the table's owner fire at the end of their statement:
+ * at our commit they would run with our rights.
+ */
+static void
+fire_deferred_at_once(void)
+{
+	ConstraintsSetStmt *all = makeNode(ConstraintsSetStmt);
+
+	AfterTriggerSetState(all);
 }
 
 static bool
-look_for_another(const UsageRow *row, Jsonb *whole, void *arg)
+count_row(const UsageRow *row, Jsonb *whole, void *arg)
 {
 	return true;
 }
 
-/* Of what has been looked at, ids of several rows are rejected. */
+/*
+ * Of rows that share an id one may be delivered: they are not priced, but
+ * rejected.
+ */
 static void
-reject_shared(const UsageTable *table, PriceLook *look)
+reject_shared(PriceLook *look)
 {
-	OutboxEntry *shared = palloc(sizeof(OutboxEntry));
+	IdSet		shared = {0};
 	ListCell   *lc;
 
-	*shared = *look->entry;
-	memset(&shared->ids, 0, sizeof(IdSet));
-	shared->state = OUTBOX_REJECTED;
-	shared->error = SHARED_ID;
 	for (int i = 0; i < look->seen.nranges; i++)
 	{
 		for (int64 id = look->seen.ranges[i].first;; id++)
 		{
 			IdSet		one = {0};
 
-			abp_idset_add(&one, id, id, CurrentMemoryContext);
-			if (abp_usage_read(table, &one, false, look_for_another, NULL) > 1)
-				abp_idset_add(&shared->ids, id, id, CurrentMemoryContext);
+			abp_idset_add(&one, id, id, look->context);
+			if (abp_usage_read(look->table, &one, false, count_row, NULL) > 1)
+				abp_idset_add(&shared, id, id, look->context);
 			abp_idset_free(&one);
 			if (id == look->seen.ranges[i].last)
 				break;
 		}
 	}
 
-	look->priced = abp_idset_subtract(&look->priced, &shared->ids);
+	look->priced = abp_idset_subtract(&look->priced, &shared);
 	foreach(lc, look->others)
 	{
 		OutboxEntry *other = lfirst(lc);
 
-		other->ids = abp_idset_subtract(&other->ids, &shared->ids);
+		other->ids = abp_idset_subtract(&other->ids, &shared);
 	}
-	look->others = lappend(look->others, shared);
+	for (int i = 0; i < shared.nranges; i++)
+	{
+		for (int64 id = shared.ranges[i].first;; id++)
+		{
+			move_to(look, id, OUTBOX_REJECTED, DT_NOBEGIN, SHARED_ID);
+			if (id == shared.ranges[i].last)
+				break;
+		}
+	}
+}
+
+static void
+look_at_rows(void *arg)
+{
+	PriceLook  *look = arg;
+
+	if (look->server->send_unpriced)
+		look->priced = abp_idset_copy(look->ids);
+	else
+		abp_usage_read(look->table, look->ids, false, look_for_price, look);
+	if (look->nrows > abp_idset_count(&look->seen))
+		reject_shared(look);
+}
+
+/* Price what can be priced, and tell where it belongs. */
+static void
+price_rows(void *arg)
+{
+	PriceLook  *look = arg;
+
+	if (look->priced.nranges == 0)
+		return;
+	if (!look->server->send_unpriced)
+	{
+		fire_deferred_at_once();
+		(void) abp_usage_price_again(look->table, &look->priced);
+		CommandCounterIncrement();
+	}
+	PushActiveSnapshot(GetLatestSnapshot());
+	abp_usage_read(look->table, &look->priced, false, look_at_priced, look);
+	PopActiveSnapshot();
+}
+
+static void
+look_and_price(void *arg)
+{
+	look_at_rows(arg);
+	price_rows(arg);
+}
+
+static void
+price_no_row(void *arg)
+{
+	PriceLook  *look = arg;
+	IdSet		none = {0};
+
+	(void) abp_usage_price_again(look->table, &none);
+}
+
+/* All rows that are looked at go on waiting, with this reason. */
+static void
+say_of_all(PriceLook *look, const char *problem)
+{
+	char	   *error = psprintf("no price of this table can be stored: %s", problem);
+
+	if (look->entry->error != NULL && strcmp(look->entry->error, error) == 0)
+		return;
+	for (int r = 0; r < look->ids->nranges; r++)
+	{
+		for (int64 id = look->ids->ranges[r].first;; id++)
+		{
+			move_to(look, id, OUTBOX_UNPRICED, DT_NOBEGIN, error);
+			if (id == look->ids->ranges[r].last)
+				break;
+		}
+	}
 }
 
 /*
- * What becomes of an unpriced entry whose rows have been looked at.  Of those
- * that leave its state only such as we can lock, and that nobody has taken out
- * of it meanwhile: who changes a row decides where it stands.
+ * A row cannot be priced: it is rejected, unless no row of the table can.
+ * Returns whether to go on with the next one.
  */
-static void
-divide_unpriced(const UsageTable *table, PriceLook *look, bool price)
+static bool
+refuse_price(PriceLook *look, int64 id, const GuardError *error)
 {
-	const OutboxEntry *entry = look->entry;
-	OutboxEntry *out = palloc((2 + list_length(look->others)) * sizeof(OutboxEntry));
-	int			nout = 0;
-	IdSet		leaving = abp_idset_copy(&look->priced);
-	IdSet		rest = abp_idset_copy(&entry->ids);
+	GuardError	general;
+
+	if (look->moved.nranges == 0 &&
+		abp_guard(look->table, price_no_row, look, &general) != GUARD_DONE)
+	{
+		say_of_all(look, general.message);
+		return false;
+	}
+	move_to(look, id, OUTBOX_REJECTED, DT_NOBEGIN,
+			psprintf("its price cannot be stored: %s", error->message));
+	return true;
+}
+
+/*
+ * The same with one row after the other: those that fail are rejected and keep
+ * none of the others.  Returns whether all of them were looked at.
+ */
+static bool
+look_carefully(PriceLook *look)
+{
+	bool		all = true;
+	TimestampTz start = GetCurrentTimestamp();
+
+	for (int r = 0; r < look->ids->nranges; r++)
+	{
+		for (int64 id = look->ids->ranges[r].first;; id++)
+		{
+			IdSet		one = {0};
+			PriceLook	part = *look;
+			GuardError	error;
+			GuardOutcome outcome;
+			ListCell   *lc;
+
+			CHECK_FOR_INTERRUPTS();
+
+			if (TimestampDifferenceExceeds(start, GetCurrentTimestamp(), TURN_MS))
+				return false;
+			abp_idset_add(&one, id, id, look->context);
+			part.ids = &one;
+			part.others = NIL;
+			part.nrows = 0;
+			memset(&part.seen, 0, sizeof(IdSet));
+			memset(&part.priced, 0, sizeof(IdSet));
+			memset(&part.moved, 0, sizeof(IdSet));
+			abp_guard_start_clock();
+			outcome = abp_guard(look->table, look_and_price, &part, &error);
+			abp_guard_start_clock();
+			if (outcome == GUARD_PASSES || outcome == GUARD_NO_MEMORY)
+				all = false;
+			else if (outcome != GUARD_DONE)
+			{
+				if (look->moved.nranges == 0)
+					read_no_row(look->table, false);
+				if (!refuse_price(look, id, &error))
+					return false;
+			}
+			else
+			{
+				foreach(lc, part.others)
+				{
+					OutboxEntry *other = lfirst(lc);
+
+					if (abp_idset_contains(&other->ids, id))
+						move_to(look, id, other->state, other->not_before, other->error);
+				}
+			}
+			if (id == look->ids->ranges[r].last)
+				break;
+		}
+	}
+	return all;
+}
+
+/* Rows to be locked under guard. */
+typedef struct GuardedLock
+{
+	const UsageTable *table;
+	IdSet		ids;
+	IdSet		locked;
+} GuardedLock;
+
+static void
+lock_rows(void *arg)
+{
+	GuardedLock *lock = arg;
+
+	lock->locked = abp_usage_lock(lock->table, &lock->ids);
+}
+
+/* A step of the scan over a table's unpriced entries. */
+typedef struct UnpricedStep
+{
+	bool		tidy;			/* false: nothing was done yet */
+	bool		found;			/* an entry that was not the last one */
+	bool		complete;		/* all of its rows were looked at */
+} UnpricedStep;
+
+/*
+ * Price what can be priced of an unpriced entry, and tell where its rows
+ * belong, row by row if need be.  Only such as we can lock, and that nobody
+ * has taken out of the entry meanwhile: who changes a row decides where it
+ * stands.  Returns whether these were all.
+ */
+static bool
+price_entry(PriceLook *look, IdSet *wanted, GuardOutcome looked)
+{
+	PriceLook	before = *look;
+	GuardedLock lock = {look->table, *wanted};
+	GuardError	error;
+	GuardOutcome outcome = abp_guard(look->table, lock_rows, &lock, &error);
 	IdSet		still;
+	IdSet	   *ours = palloc(sizeof(IdSet));
 	ListCell   *lc;
 
-	foreach(lc, look->others)
-		abp_idset_add_set(&leaving, &((OutboxEntry *) lfirst(lc))->ids, CurrentMemoryContext);
-	leaving = abp_usage_lock(table, &leaving);
+	if (outcome == GUARD_PASSES)
+		lock.locked.nranges = 0;
 	PushActiveSnapshot(GetLatestSnapshot());
-	still = abp_outbox_entry_left(entry);
+	still = abp_outbox_entry_left(look->entry);
 	PopActiveSnapshot();
-	leaving = abp_idset_intersect(&leaving, &still);
-	if (leaving.nranges == 0 || !abp_outbox_take_entry(entry))
-		return;
+	*ours = abp_idset_intersect(outcome == GUARD_DONE || outcome == GUARD_PASSES ? &lock.locked :
+								&lock.ids, &still);
+	if (outcome != GUARD_DONE && outcome != GUARD_PASSES)
+	{
+		memset(&look->moved, 0, sizeof(IdSet));
+		look->others = NIL;
+		look->ids = ours;
+		say_of_all(look, error.message);
+		return false;
+	}
+	if (ours->nranges == 0)
+	{
+		look->others = NIL;
+		return false;
+	}
 
-	foreach(lc, look->others)
+	if (looked == GUARD_DONE)
 	{
-		out[nout] = *(OutboxEntry *) lfirst(lc);
-		out[nout].ids = abp_idset_intersect(&out[nout].ids, &leaving);
-		rest = abp_idset_subtract(&rest, &out[nout++].ids);
+		look->priced = abp_idset_intersect(&look->priced, ours);
+		foreach(lc, look->others)
+		{
+			OutboxEntry *other = lfirst(lc);
+
+			other->ids = abp_idset_intersect(&other->ids, ours);
+		}
+		look->moved = abp_idset_intersect(&look->moved, ours);
+		abp_guard_start_clock();
+		looked = abp_guard(look->table, price_rows, look, &error);
 	}
-	look->priced = abp_idset_intersect(&look->priced, &leaving);
-	if (look->priced.nranges > 0)
+	if (looked != GUARD_DONE)
 	{
-		if (price)
-			abp_usage_price_again(table, &look->priced);
-		out[nout] = *entry;
-		out[nout].ids = look->priced;
-		out[nout].state = OUTBOX_READY;
-		out[nout].error = NULL;
-		rest = abp_idset_subtract(&rest, &out[nout++].ids);
-		position_of(table->relid)->cursor = PG_INT64_MIN;
-		start_work_limit();
+		*look = before;
+		look->ids = ours;
+		look->nrows = 0;
+		memset(&look->seen, 0, sizeof(IdSet));
+		memset(&look->priced, 0, sizeof(IdSet));
+		memset(&look->moved, 0, sizeof(IdSet));
+		look->others = NIL;
+		if (!look_carefully(look))
+			return false;
 	}
-	out[nout] = *entry;
-	out[nout++].ids = rest;
-	abp_outbox_put(out, nout);
+	return abp_idset_count(ours) == abp_idset_count(wanted);
 }
 
 /*
@@ -1975,48 +2560,124 @@ divide_unpriced(const UsageTable *table, PriceLook *look, bool price)
 static void
 release_unpriced(const UsageTable *table, const ServerOptions *server, void *arg)
 {
+	UnpricedStep *step = arg;
 	Position   *position = position_of(table->relid);
+	OutboxEntry *entry;
+	PriceLook	look = {.table = table,.server = server,.context = CurrentMemoryContext};
+	IdSet		wanted;
+	GuardError	error;
+	GuardOutcome outcome;
+	OutboxEntry *out;
+	int			nout = 0;
+	ListCell   *lc;
 
-	PushActiveSnapshot(GetLatestSnapshot());
-	if (!abp_outbox_tidy(table->relid, TIDY_PER_TURN))
-	{
-		PopActiveSnapshot();
-		due_at(in_ms(GATHER_MIN_MS));
+	step->complete = true;
+	step->tidy = abp_outbox_tidy(table->relid, TIDY_PER_TURN);
+	if (!step->tidy)
 		return;
-	}
 	CommandCounterIncrement();
 	UpdateActiveSnapshotCommandId();
+	entry = abp_outbox_next_unpriced(table->relid, &position->unpriced_cursor);
+	step->found = entry != NULL;
+	if (entry == NULL)
+		return;
 
-	for (int i = 0; i < UNPRICED_PER_TURN; i++)
+	look.entry = entry;
+	look.ids = &entry->ids;
+	abp_guard_start_clock();
+	outcome = abp_guard(table, look_at_rows, &look, &error);
+	if (outcome == GUARD_DONE)
 	{
-		OutboxEntry *entry = abp_outbox_next_unpriced(table->relid, &position->unpriced_cursor);
-		PriceLook	look = {.entry = entry,.context = CurrentMemoryContext};
+		wanted = abp_idset_copy(&look.priced);
+		abp_idset_add_set(&wanted, &look.moved, CurrentMemoryContext);
+		if (wanted.nranges == 0)
+			return;
+	}
+	else
+		wanted = abp_idset_copy(&entry->ids);
+	abp_idset_sort(&wanted);
+
+	step->complete = price_entry(&look, &wanted, outcome);
+	if (look.others == NIL)
+		return;
+	if (!abp_outbox_take_entry(entry))
+		ereport(ERROR,
+				(errcode(ERRCODE_LOCK_NOT_AVAILABLE),
+				 errmsg("another transaction is at rows that wait for a price")));
+	out = palloc((1 + list_length(look.others)) * sizeof(OutboxEntry));
+	foreach(lc, look.others)
+	{
+		out[nout] = *(OutboxEntry *) lfirst(lc);
+		if (out[nout++].state == OUTBOX_READY)
+			position->cursor = PG_INT64_MIN;
+	}
+	out[nout] = *entry;
+	out[nout++].ids = abp_idset_subtract(&entry->ids, &look.moved);
+	abp_outbox_put(out, nout);
+}
+
+/* The same by one snapshot, of what stands in the outbox and of the rows. */
+static void
+release_unpriced_at_once(const UsageTable *table, const ServerOptions *server, void *arg)
+{
+	PushActiveSnapshot(GetLatestSnapshot());
+	release_unpriced(table, server, arg);
+	PopActiveSnapshot();
+}
+
+/* Go on with the scan over a table's rows that wait for a price. */
+static void
+scan_unpriced(const UsageTable *table, const ServerOptions *server)
+{
+	Position   *position = position_of(table->relid);
+
+	if (!wants_prices(position))
+		return;
+	if (position->unpriced_at > GetCurrentTimestamp())
+	{
+		due_at(position->unpriced_at);
+		return;
+	}
+
+	/* What comes from now on is for the next scan. */
+	if (position->unpriced_cursor.id == PG_INT64_MIN)
+	{
+		position->scanned_for = prices_generation;
+		position->unpriced_left = false;
+	}
+	for (int i = 0; i < UNPRICED_PER_TURN && !turn_is_over(); i++)
+	{
+		UnpricedStep step;
 
 		CHECK_FOR_INTERRUPTS();
 
-		if (entry == NULL)
+		if (guarded(release_unpriced_at_once, table, server, &step) != GUARD_DONE)
 		{
-			position->unpriced_cursor = ENTRY_CURSOR_START;
-			position->look_for_prices = false;
-			PopActiveSnapshot();
+			/* what is ready has its turn before */
+			position->unpriced_at = in_ms(TRANSIENT_MS);
 			return;
 		}
+		if (!step.tidy)
+		{
+			due_at(in_ms(GATHER_MIN_MS));
+			return;
+		}
+		position->unpriced_left |= !step.complete;
+		if (step.found)
+			continue;
 
-		if (i == 0)
-			start_work_limit();
-		if (server->send_unpriced)
-			look.priced = abp_idset_copy(&entry->ids);
+		position->unpriced_cursor = ENTRY_CURSOR_START;
+		if (!position->unpriced_left)
+			position->looked_for = position->scanned_for;
 		else
-			abp_usage_read(table, &entry->ids, false, look_for_price, &look);
-
-		/* Of rows that share an id one may be delivered: they are not priced. */
-		if (look.nrows > abp_idset_count(&look.seen))
-			reject_shared(table, &look);
-		if (look.priced.nranges > 0 || look.others != NIL)
-			divide_unpriced(table, &look, !server->send_unpriced);
+		{
+			position->unpriced_at = in_ms(HELD_MS);
+			due_at(position->unpriced_at);
+		}
+		if (!wants_prices(position) || position->unpriced_left)
+			return;
 	}
-	PopActiveSnapshot();
-	due_at(DT_NOBEGIN);
+	more_to_build = true;
 }
 
 static UsageTable *
@@ -2087,7 +2748,8 @@ notice_resumed(List *tables)
 		UsageTable *table = lfirst(lc);
 		Lane	   *lane = lane_of_table(table);
 
-		if (TIMESTAMP_NOT_FINITE(table->not_before) && !TIMESTAMP_NOT_FINITE(lane->not_before))
+		if (!lane->unwritten && TIMESTAMP_NOT_FINITE(table->not_before) &&
+			!TIMESTAMP_NOT_FINITE(lane->not_before))
 		{
 			lane->failures = 0;
 			lane->paused_by_answer = false;
@@ -2192,8 +2854,7 @@ refuse_table(const UsageTable *table, const char *reason)
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 				 errmsg("usage rows of %s cannot be delivered: %s", table->name, reason),
 				 errhint("Mend the cause; delivery of the table resumes by itself.")));
-	abp_usage_table_block(table->relid, reason, until);
-	due_at(until);
+	block_table(table, reason, until);
 }
 
 /* A request to make once the turn has committed. */
@@ -2224,9 +2885,9 @@ prepare_again(const UsageTable *table, const ServerOptions *server, Shipment *sh
 {
 	Delivery   *delivery = &shipment->delivery;
 	Delivery	before = *delivery;
-	int			failure = guarded(rebuild, table, server, shipment);
+	GuardOutcome outcome = guarded(rebuild, table, server, shipment);
 
-	if (failure != ERRCODE_SUCCESSFUL_COMPLETION)
+	if (outcome != GUARD_DONE)
 	{
 		shipment->stage = SHIPMENT_WAITING;
 		forget_request(shipment);
@@ -2234,15 +2895,23 @@ prepare_again(const UsageTable *table, const ServerOptions *server, Shipment *sh
 		delivery->nevents = before.nevents;
 		delivery->vanished = before.vanished;
 		delivery->attempts = before.attempts;
-		if (failure == ERRCODE_OUT_OF_MEMORY && delivery->nevents > 1)
+
+		/* As long as its table is blocked; halves for memory at once. */
+		if (outcome == GUARD_NO_MEMORY && delivery->nevents > 1)
 			halve(shipment, "out of memory");
+		else
+			shipment->retry_at = in_ms(outcome == GUARD_FAILED ? PROBE_MS :
+									   outcome == GUARD_PASSES ? LOCKED_MS : TRANSIENT_MS);
 		return false;
 	}
 
-	if (table->blocked_reason != NULL)
-		abp_usage_table_unblock(table->relid);
+	if (table->blocked_reason != NULL && !position_of(table->relid)->failed)
+		abp_usage_table_unblock(table->relid, false);
 	if (delivery->nevents == 0)
+	{
 		drop_shipment(shipment);
+		give_quota_back(server);
+	}
 	else if (before.ids.ranges != NULL)
 		pfree(before.ids.ranges);
 	return true;
@@ -2258,6 +2927,7 @@ static void
 prepare_waiting(const UsageTable *table, const ServerOptions *server, bool suspects)
 {
 	Lane	   *lane = lane_of_table(table);
+	Position   *position = position_of(table->relid);
 	List	   *all = list_copy(shipments);
 	ListCell   *lc;
 
@@ -2272,12 +2942,11 @@ prepare_waiting(const UsageTable *table, const ServerOptions *server, bool suspe
 			continue;
 		if (shipment->retry_at > GetCurrentTimestamp())
 			due_at(shipment->retry_at);
+		else if (position->failed || turn_is_over())
+			more_to_build |= !position->failed;
 		else if (lane_has_room(lane, server) && take_quota(server) &&
 				 !prepare_again(table, server, shipment))
-		{
 			give_quota_back(server);
-			shipment->retry_at = in_ms(PROBE_MS);
-		}
 	}
 }
 
@@ -2286,6 +2955,7 @@ static void
 prepare_table(const UsageTable *table, const ServerOptions *server, List **departures)
 {
 	Lane	   *lane = lane_of_table(table);
+	Position   *position = position_of(table->relid);
 	StringInfoData reason;
 	char	   *token;
 	ListCell   *lc;
@@ -2303,7 +2973,7 @@ prepare_table(const UsageTable *table, const ServerOptions *server, List **depar
 	{
 		abp_forget_token(token);
 		tables_stale = true;
-		due_at(DT_NOBEGIN);
+		more_to_build = true;
 		return;
 	}
 	if (lane_is_closed(lane, table, server, token, reason.data))
@@ -2319,7 +2989,7 @@ prepare_table(const UsageTable *table, const ServerOptions *server, List **depar
 	 * that were built together would also be answered together, and each slot
 	 * would stand empty while the batches of all others are built.
 	 */
-	while (lane_has_room(lane, server) &&
+	while (!position->failed && lane_has_room(lane, server) &&
 		   lane->shipments < lane_capacity(lane, server) * MAX_WAITING_SHARE)
 	{
 		NextBatch	next = {0};
@@ -2333,14 +3003,15 @@ prepare_table(const UsageTable *table, const ServerOptions *server, List **depar
 		}
 		if (!take_quota(server))
 			break;
-		if (guarded(prepare_next_at_once, table, server, &next) != ERRCODE_SUCCESSFUL_COMPLETION)
+		if (guarded(prepare_next_at_once, table, server, &next) != GUARD_DONE)
 		{
 			if (next.shipment != NULL)
 				drop_shipment(next.shipment);
+			give_quota_back(server);
 			break;
 		}
-		if (next.found && table->blocked_reason != NULL)
-			abp_usage_table_unblock(table->relid);
+		if (next.found && table->blocked_reason != NULL && !position->failed)
+			abp_usage_table_unblock(table->relid, false);
 		if (next.shipment == NULL)
 			give_quota_back(server);
 		else
@@ -2356,7 +3027,7 @@ prepare_table(const UsageTable *table, const ServerOptions *server, List **depar
 		}
 	}
 	prepare_waiting(table, server, true);
-	backlog |= position_of(table->relid)->backlog;
+	backlog |= position->backlog;
 
 	foreach(lc, shipments)
 	{
@@ -2401,6 +3072,25 @@ keep_extension(Oid extension, Oid outbox)
 		abp_extension_relation("outbox_entry") == outbox;
 }
 
+/* Keep no positions of tables that are not attached any more. */
+static void
+forget_positions_except(List *tables)
+{
+	ListCell   *lc;
+
+	foreach(lc, positions)
+	{
+		Position   *position = lfirst(lc);
+
+		if (find_table(tables, position->usage_table) == NULL)
+		{
+			positions = foreach_delete_current(positions, lc);
+			abp_idset_free(&position->held);
+			pfree(position);
+		}
+	}
+}
+
 /*
  * The attached tables.  Read again when something has changed, and now and
  * then in case it went unnoticed.
@@ -2421,11 +3111,90 @@ current_tables(bool *armed)
 		known_tables = NIL;
 		MemoryContextReset(tables_context);
 		known_tables = abp_usage_tables(armed);
+		forget_positions_except(known_tables);
 		tables_read_at = now;
 		MemoryContextSwitchTo(old);
 	}
 	*armed = abp_database_standing() == DATABASE_ARMED;
 	return known_tables;
+}
+
+static int
+quick_first(const ListCell *a, const ListCell *b)
+{
+	const Position *one = position_of(((UsageTable *) lfirst(a))->relid);
+	const Position *other = position_of(((UsageTable *) lfirst(b))->relid);
+
+	if (one->slow != other->slow)
+		return one->slow ? 1 : -1;
+	return one->served_at < other->served_at ? -1 : one->served_at > other->served_at;
+}
+
+/*
+ * The order in which tables have their turn: who has waited longest comes
+ * first, and who took long the last time comes after all others.
+ */
+static List *
+in_order(List *tables)
+{
+	List	   *ordered = list_copy(tables);
+
+	if (list_length(ordered) > 1)
+		list_sort(ordered, quick_first);
+	return ordered;
+}
+
+/* A table's turn. */
+static void
+serve_table(const UsageTable *table, bool fresh, List **departures)
+{
+	Position   *position = position_of(table->relid);
+	const ServerOptions *server = options_of(table);
+	TimestampTz start = GetCurrentTimestamp();
+	TimestampTz due;
+
+	position->failed = false;
+	position->barred = true;
+	position->served_at = start;
+	if (server == NULL)
+		return;
+
+	/*
+	 * Who has just become the shipper tries again: somebody may be waiting.
+	 */
+	if (table->blocked_until > start &&
+		(table->blocked_until == DT_NOEND || (!servers_are_new(table) && !fresh)))
+	{
+		due_at(table->blocked_until);
+		return;
+	}
+	if (position->try_at > start)
+	{
+		due_at(position->try_at);
+		return;
+	}
+
+	/*
+	 * What was needed to attach is needed still: rights can be taken back.
+	 */
+	if (abp_server_aclcheck(table->serverid, table->owner) != ACLCHECK_OK)
+	{
+		refuse_table(table, psprintf("its owner has no USAGE on server \"%s\"",
+									 table->server));
+		return;
+	}
+
+	position->barred = false;
+	scan_unpriced(table, server);
+	if (!position->failed)
+		prepare_table(table, server, departures);
+	position->servers_seen = servers_generation;
+	position->slow = position->failed ||
+		TimestampDifferenceExceeds(start, GetCurrentTimestamp(), SLOW_MS);
+
+	due = abp_outbox_next_due(table->relid);
+	if (due > start)
+		due_at(due);
 }
 
 /* The worker waits for an update of the extension, and says so once. */
@@ -2481,7 +3250,7 @@ work(const ShipScope *scope)
 	price_relids[1] = abp_extension_relation("model_alias");
 	price_relids[2] = abp_extension_relation("service_tier_rule");
 	price_relids[3] = abp_extension_relation("price_source");
-	price_relids[4] = abp_extension_relation("attachment");	/* attached with rows */
+	price_relids[4] = abp_extension_relation("attachment"); /* attached with rows */
 
 	tables = current_tables(&armed);
 	MemoryContextSwitchTo(turn_context);
@@ -2491,6 +3260,7 @@ work(const ShipScope *scope)
 	settle_answered(tables);
 	settle_orphans(tables);
 	change_lanes(tables);
+	write_down_lanes();
 	if (settled >= SUM_UP_EVERY)
 	{
 		abp_ledger_sum_up();
@@ -2499,58 +3269,27 @@ work(const ShipScope *scope)
 	if (!armed)
 		return NIL;
 
+	if (servers_changed)
+		servers_generation++;
 	if (prices_changed || servers_changed)
-	{
-		foreach(lc, positions)
-			((Position *) lfirst(lc))->look_for_prices = true;
-		prices_changed = false;
-	}
+		prices_generation++;
+	prices_changed = servers_changed = false;
 
-	foreach(lc, tables)
+	foreach(lc, in_order(tables))
 	{
 		UsageTable *table = lfirst(lc);
-		const ServerOptions *server;
-		TimestampTz due;
 
 		CHECK_FOR_INTERRUPTS();
 
 		if (!OidIsValid(table->owner) || !abp_ship_in_scope(scope, table))
 			continue;
-		server = options_of(table);
-		if (server == NULL)
-			continue;
-
-		/*
-		 * Who has just become the shipper tries again: somebody may be
-		 * waiting.
-		 */
-		if (table->blocked_until > GetCurrentTimestamp() &&
-			(table->blocked_until == DT_NOEND || (!servers_changed && !fresh)))
+		if (turn_is_over())
 		{
-			due_at(table->blocked_until);
-			continue;
+			more_to_build = true;
+			break;
 		}
-
-		/*
-		 * What was needed to attach is needed still: rights can be taken
-		 * back.
-		 */
-		if (abp_server_aclcheck(table->serverid, table->owner) != ACLCHECK_OK)
-		{
-			refuse_table(table, psprintf("its owner has no USAGE on server \"%s\"",
-										 table->server));
-			continue;
-		}
-
-		if (position_of(table->relid)->look_for_prices)
-			(void) guarded(release_unpriced, table, server, NULL);
-		prepare_table(table, server, &departures);
-
-		due = abp_outbox_next_due(table->relid);
-		if (due > GetCurrentTimestamp())
-			due_at(due);
+		serve_table(table, fresh, &departures);
 	}
-	servers_changed = false;
 
 	/* One table's backlog waits little for another's rows to gather. */
 	if (backlog)
@@ -2636,11 +3375,11 @@ abp_ship(const ShipScope *scope)
 	init_ship();
 	MemoryContextReset(turn_context);
 	next_due = DT_NOEND;
+	turn_started = GetCurrentTimestamp();
 
 	more_to_build = false;
 	room_left = false;
 	backlog = false;
-	limit_work = !scope->in_procedure;
 	if (!scope->in_procedure)
 		gather();
 	collect_answers();
@@ -2667,7 +3406,8 @@ abp_ship(const ShipScope *scope)
 			if (next_due != DT_NOEND)
 				timeout = Min(timeout, TimestampDifferenceMilliseconds(GetCurrentTimestamp(),
 																	   next_due));
-			if (abp_http_wait(timeout) || room_left || timeout < IDLE_WAIT_MS)
+			if (abp_http_wait(timeout) || room_left || timeout < IDLE_WAIT_MS ||
+				(OidIsValid(scope->owner) && abp_worker_pid() != 0))
 				return 0;
 		}
 	}
@@ -2697,17 +3437,37 @@ abp_ship_gave_up(const UsageTable *table)
 }
 
 /*
- * Have all rows that wait for a price been compared with today's prices?
+ * Have all rows of a table that wait for a price been compared with today's
+ * prices?  InvalidOid: of all tables that are served at present.
  */
 bool
-abp_ship_has_looked_for_prices(void)
+abp_ship_has_looked_for_prices(Oid relid)
 {
 	ListCell   *lc;
 
 	foreach(lc, positions)
 	{
-		if (((Position *) lfirst(lc))->look_for_prices)
+		const Position *position = lfirst(lc);
+
+		if ((relid == InvalidOid ? !position->barred : position->usage_table == relid) &&
+			wants_prices(position) && position->unpriced_at <= GetCurrentTimestamp())
 			return false;
 	}
 	return true;
+}
+
+/*
+ * Have other transactions kept us from rows of a table for long?
+ */
+bool
+abp_ship_is_locked_out(Oid relid)
+{
+	const Position *position = position_of(relid);
+	TimestampTz now = GetCurrentTimestamp();
+
+	return position->unpriced_left ||
+		(position->locked_since != 0 &&
+		 TimestampDifferenceExceeds(position->locked_since, now, LOCKED_LONG_MS)) ||
+		(position->held.nranges > 0 &&
+		 TimestampDifferenceExceeds(position->held_since, now, LOCKED_LONG_MS));
 }

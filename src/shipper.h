@@ -10,6 +10,7 @@
 
 #include "postgres.h"
 
+#include "guard.h"
 #include "polar.h"
 #include "server.h"
 
@@ -29,10 +30,12 @@ extern long abp_ship(const ShipScope *scope);
 extern bool abp_ship_in_scope(const ShipScope *scope, const UsageTable *table);
 extern void abp_ship_begin(const ShipScope *scope);
 extern void abp_ship_commit(const ShipScope *scope);
-extern bool abp_ship_call_functions(const ServerOptions *server, Jsonb *whole,
-									EventOverrides *overrides, char **reason);
+extern GuardOutcome abp_ship_call_functions(const ServerOptions *server, Jsonb *whole,
+											EventOverrides *overrides, char **reason);
 extern int64 abp_ship_delivered(void);
 extern bool abp_ship_gave_up(const UsageTable *table);
-extern bool abp_ship_has_looked_for_prices(void);
+extern bool abp_ship_has_looked_for_prices(Oid relid);
+extern bool abp_ship_is_locked_out(Oid relid);
+extern int	abp_ship_pid(void);
 
 #endif							/* ABP_SHIPPER_H */

@@ -17,12 +17,12 @@
 #include "fmgr.h"
 #include "funcapi.h"
 #include "miscadmin.h"
+#include "storage/lmgr.h"
 #include "utils/builtins.h"
 #include "utils/datum.h"
 #include "utils/guc.h"
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
-#include "utils/resowner.h"
 #include "utils/snapmgr.h"
 #include "utils/timestamp.h"
 #include "utils/varlena.h"
@@ -30,8 +30,10 @@
 #include "attach.h"
 #include "compat.h"
 #include "config.h"
+#include "guard.h"
 #include "outbox.h"
 #include "row.h"
+#include "shipper.h"
 #include "wake.h"
 
 /* How many waiting rows status counts one by one. */
@@ -132,6 +134,7 @@ abp_sql_usage_status(PG_FUNCTION_ARGS)
 	SavedUser	saved;
 	MemoryContext caller = CurrentMemoryContext;
 
+	abp_extension_check_version();
 	if (get_call_result_type(fcinfo, NULL, &desc) != TYPEFUNC_COMPOSITE)
 		elog(ERROR, "return type must be a row type");
 	if (!may_see(PG_GETARG_OID(0)))
@@ -195,6 +198,8 @@ enum
 static char *
 no_worker_words(void)
 {
+	char	   *error;
+
 	if (GetConfigOption("aibilling_polar.databases", true, false) == NULL)
 		return "no worker: the library is not preloaded (shared_preload_libraries)";
 	if (!database_is_listed())
@@ -202,6 +207,9 @@ no_worker_words(void)
 						get_database_name(MyDatabaseId));
 	if (RecoveryInProgress())
 		return "no worker: this server is a standby";
+	error = abp_worker_error(get_database_name(MyDatabaseId));
+	if (error != NULL)
+		return psprintf("no worker: it has ended with an error and will start again: %s", error);
 	return "no worker: it is starting, or max_worker_processes is exhausted; see the server log";
 }
 
@@ -242,11 +250,13 @@ append_missing_prices(StringInfo words, const UsageTable *table)
 
 /* What happens now with a table, and why. */
 static char *
-status_words(const UsageTable *table, bool armed, int worker_pid, int64 ready,
-			 int64 unpriced, int64 rejected, int64 not_queued,
-			 const LedgerTotals *totals)
+status_words(const UsageTable *table, bool armed, int worker_pid, int shipper,
+			 bool locked, int64 ready, int64 unpriced, bool unpriced_estimated,
+			 int64 rejected, bool rejected_estimated,
+			 int64 not_queued, const LedgerTotals *totals)
 {
 	StringInfoData words;
+	char	   *error;
 	char	   *faults;
 
 	initStringInfo(&words);
@@ -266,22 +276,31 @@ status_words(const UsageTable *table, bool armed, int worker_pid, int64 ready,
 		appendStringInfo(&words, "waiting until %s after %d failures: %s",
 						 timestamptz_to_str(table->not_before), table->failures,
 						 table->pause_reason);
+	else if (locked)
+		appendStringInfoString(&words, "waiting: another transaction has locked the table");
 	else if (worker_pid == 0)
 		appendStringInfo(&words, "%s%s", no_worker_words(),
-						 RecoveryInProgress() ? "" : "; deliver with CALL aibilling.sync()");
+						 shipper != 0 || RecoveryInProgress() ? "" :
+						 "; deliver with CALL aibilling.sync()");
 	else if (ready > 0 || totals->in_flight > 0)
 		appendStringInfoString(&words, "delivering");
 	else
 		appendStringInfoString(&words, "idle: everything that can be sent is delivered");
+	error = worker_pid == 0 ? NULL : abp_worker_error(get_database_name(MyDatabaseId));
+	if (error != NULL)
+		appendStringInfo(&words, "; the worker has ended with an error and was started again: %s",
+						 error);
+	if (shipper != 0 && shipper != worker_pid)
+		appendStringInfo(&words, "; session %d delivers, in CALL aibilling.sync()", shipper);
 	if (unpriced > 0)
 	{
-		appendStringInfo(&words, "; " INT64_FORMAT " rows wait for a price (aibilling.unpriced)",
-						 unpriced);
+		appendStringInfo(&words, "; %s" INT64_FORMAT " rows wait for a price (aibilling.unpriced)",
+						 unpriced_estimated ? "about " : "", unpriced);
 		append_missing_prices(&words, table);
 	}
 	if (rejected > 0)
-		appendStringInfo(&words, "; " INT64_FORMAT " rows are rejected (aibilling.outbox)",
-						 rejected);
+		appendStringInfo(&words, "; %s" INT64_FORMAT " rows are rejected (aibilling.outbox)",
+						 rejected_estimated ? "about " : "", rejected);
 	if (not_queued > 0)
 		appendStringInfo(&words, "; " INT64_FORMAT " rows were priced and not queued: aibilling_polar.enqueue was off",
 						 not_queued);
@@ -296,59 +315,64 @@ status_words(const UsageTable *table, bool armed, int worker_pid, int64 ready,
 	return words.data;
 }
 
+/* The oldest waiting row of a table. */
+typedef struct OldestRow
+{
+	const UsageTable *table;
+	IdSet		ids;			/* its id */
+	TimestampTz occurred_at;	/* DT_NOEND if it cannot be read */
+} OldestRow;
+
 static bool
 note_oldest(const UsageRow *row, Jsonb *whole, void *arg)
 {
-	*(TimestampTz *) arg = row->occurred_at;
+	((OldestRow *) arg)->occurred_at = row->occurred_at;
 	return true;
 }
 
+static void
+read_oldest(void *arg)
+{
+	OldestRow  *oldest = arg;
+
+	abp_guard_start_clock();
+	abp_usage_read(oldest->table, &oldest->ids, false, note_oldest, oldest);
+}
+
 /*
- * When did the oldest waiting row occur?  DT_NOEND if its table cannot be read.
+ * When did the oldest waiting row occur?  DT_NOEND if its table cannot be
+ * read, *locked if another transaction keeps us from it.
  */
 static TimestampTz
-oldest_time(const UsageTable *table, int64 id)
+oldest_time(const UsageTable *table, int64 id, bool *locked)
 {
-	TimestampTz oldest = DT_NOEND;
-	IdSet		one = {0};
-	MemoryContext caller = CurrentMemoryContext;
-	ResourceOwner owner = CurrentResourceOwner;
+	OldestRow	oldest = {.table = table,.occurred_at = DT_NOEND};
+	GuardError	error;
 
-	abp_idset_add(&one, id, id, CurrentMemoryContext);
-	BeginInternalSubTransaction(NULL);
-	MemoryContextSwitchTo(caller);
-	PG_TRY();
+	if (!ConditionalLockRelationOid(table->relid, AccessShareLock))
+		*locked = true;
+	else
 	{
-		abp_usage_read(table, &one, false, note_oldest, &oldest);
-		ReleaseCurrentSubTransaction();
+		abp_idset_add(&oldest.ids, id, id, CurrentMemoryContext);
+		if (abp_guard(table, read_oldest, &oldest, &error) == GUARD_PASSES)
+			*locked = true;
+		UnlockRelationOid(table->relid, AccessShareLock);
 	}
-	PG_CATCH();
-	{
-		ErrorData  *error;
-
-		MemoryContextSwitchTo(caller);
-		error = CopyErrorData();
-		if (error->sqlerrcode == ERRCODE_QUERY_CANCELED ||
-			error->sqlerrcode == ERRCODE_ADMIN_SHUTDOWN)
-			PG_RE_THROW();
-		FlushErrorState();
-		RollbackAndReleaseCurrentSubTransaction();
-	}
-	PG_END_TRY();
-	MemoryContextSwitchTo(caller);
-	CurrentResourceOwner = owner;
-	return oldest;
+	return oldest.occurred_at;
 }
 
 static void
-status_of_table(const UsageTable *table, bool armed, ReturnSetInfo *result)
+status_of_table(const UsageTable *table, bool armed, int shipper, ReturnSetInfo *result)
 {
 	Datum		values[NUM_STATUS] = {0};
 	bool		nulls[NUM_STATUS] = {false};
 	LedgerTotals totals;
 	bool		estimated;
 	bool		estimated_waiting;
+	bool		unpriced_estimated;
+	bool		rejected_estimated;
 	bool		ignored;
+	bool		locked = false;
 	int64		first = 0;
 	int64		unused = 0;
 	int64		ready;
@@ -362,9 +386,9 @@ status_of_table(const UsageTable *table, bool armed, ReturnSetInfo *result)
 	waiting = abp_outbox_count(table->relid, OUTBOX_WAITING, STATUS_EXACT_LIMIT,
 							   &estimated_waiting, &unused);
 	unpriced = abp_outbox_count(table->relid, OUTBOX_UNPRICED, STATUS_EXACT_LIMIT,
-								&ignored, &unused);
+								&unpriced_estimated, &unused);
 	rejected = abp_outbox_count(table->relid, OUTBOX_REJECTED, STATUS_EXACT_LIMIT,
-								&ignored, &unused);
+								&rejected_estimated, &unused);
 	not_queued = table->not_queued +
 		abp_outbox_count(table->relid, OUTBOX_NOT_QUEUED, STATUS_EXACT_LIMIT, &ignored, &unused);
 	abp_ledger_totals(table->relid, &totals);
@@ -378,9 +402,9 @@ status_of_table(const UsageTable *table, bool armed, ReturnSetInfo *result)
 	values[STATUS_IN_FLIGHT] = Int64GetDatum(totals.in_flight);
 
 	nulls[STATUS_OLDEST] = true;
-	if (ready > 0 && OidIsValid(table->owner))
+	if (ready > 0)
 	{
-		TimestampTz oldest = oldest_time(table, first);
+		TimestampTz oldest = oldest_time(table, first, &locked);
 
 		nulls[STATUS_OLDEST] = oldest == DT_NOEND;
 		values[STATUS_OLDEST] = TimestampTzGetDatum(oldest);
@@ -397,8 +421,9 @@ status_of_table(const UsageTable *table, bool armed, ReturnSetInfo *result)
 	values[STATUS_VANISHED] = Int64GetDatum(totals.vanished);
 	nulls[STATUS_WORKER_PID] = worker_pid == 0;
 	values[STATUS_WORKER_PID] = Int32GetDatum(worker_pid);
-	values[STATUS_WORDS] = CStringGetTextDatum(status_words(table, armed, worker_pid, ready,
-															unpriced, rejected, not_queued,
+	values[STATUS_WORDS] = CStringGetTextDatum(status_words(table, armed, worker_pid, shipper, locked, ready,
+															unpriced, unpriced_estimated,
+															rejected, rejected_estimated, not_queued,
 															&totals));
 	tuplestore_putvalues(result->setResult, result->setDesc, values, nulls);
 }
@@ -411,18 +436,21 @@ abp_sql_status(PG_FUNCTION_ARGS)
 {
 	ReturnSetInfo *result = (ReturnSetInfo *) fcinfo->resultinfo;
 	bool		armed;
+	int			shipper;
 	List	   *tables;
 	ListCell   *lc;
 
+	abp_extension_check_version();
 	InitMaterializedSRF(fcinfo, 0);
 	tables = abp_usage_tables(&armed);
+	shipper = abp_ship_pid();
 	foreach(lc, tables)
 	{
 		UsageTable *table = lfirst(lc);
 
 		CHECK_FOR_INTERRUPTS();
 		if (OidIsValid(table->owner) && may_see(table->relid))
-			status_of_table(table, armed, result);
+			status_of_table(table, armed, shipper, result);
 	}
 
 	if (tables == NIL)

@@ -31,6 +31,9 @@
 /* How often to say how far it is. */
 #define PROGRESS_MS 5000
 
+/* When to give up a table of which nothing moves, for whatever reason. */
+#define STALLED_MS (2 * 60 * 1000)
+
 PG_FUNCTION_INFO_V1(abp_sql_sync);
 
 /* What has to be delivered of one table. */
@@ -39,6 +42,11 @@ typedef struct Goal
 	Oid			relid;
 	int64		last;			/* highest id waiting at the start */
 	TimestampTz start;
+
+	/* how far it was when it last moved */
+	int64		first;			/* lowest ready id */
+	bool		sending;
+	TimestampTz moved_at;
 } Goal;
 
 typedef struct Sync
@@ -49,8 +57,8 @@ typedef struct Sync
 	Goal	   *goals;
 	int			ngoals;
 	bool		shipper;		/* are we? */
-	int			worker_pid;		/* else the worker, since worker_rests */
-	uint64		worker_rests;
+	int			worker_pid;		/* else the worker, since worker_looks */
+	uint64		worker_looks;
 	int64		delivered;		/* before the shipper's role went to another */
 	const char *gave_up;		/* why not all is delivered, or NULL */
 } Sync;
@@ -97,7 +105,8 @@ set_goals(Sync *sync)
 			continue;
 
 		goal->relid = table->relid;
-		goal->start = GetCurrentTimestamp();
+		goal->start = goal->moved_at = GetCurrentTimestamp();
+		goal->first = PG_INT64_MIN;
 		goal->last = PG_INT64_MIN;
 		if (abp_outbox_bounds(table->relid, OUTBOX_READY, &first, &last))
 			goal->last = last;
@@ -117,29 +126,54 @@ set_goals(Sync *sync)
 
 /*
  * Has the worker, if it ships, been through all there is to do since we woke
- * it?  It may have rested just then: the second rest counts.
+ * it?  It may have been about to end a turn just then: the second one counts.
  */
 static bool
 worker_has_looked(const Sync *sync)
 {
 	return sync->worker_pid == 0 || abp_worker_pid() != sync->worker_pid ||
-		abp_worker_rest_count() >= sync->worker_rests + 2;
+		abp_worker_look_count() >= sync->worker_looks + 2;
 }
 
-/* Is what was pending of a table at the start delivered, or set aside? */
+/* Have the rows that waited for a price at the start been compared with today's? */
 static bool
-goal_is_reached(const Goal *goal)
+has_looked_for_prices(const Sync *sync, const Goal *goal)
 {
 	int64		first;
 	int64		last;
 
-	return !(abp_outbox_bounds(goal->relid, OUTBOX_READY, &first, &last) && first <= goal->last) &&
-		abp_outbox_next_due(goal->relid) > goal->start && !abp_ledger_sending(goal->relid);
+	if (sync->shipper ? abp_ship_has_looked_for_prices(goal->relid) : worker_has_looked(sync))
+		return true;
+	return !(abp_outbox_bounds(goal->relid, OUTBOX_UNPRICED, &first, &last) &&
+			 first <= goal->last);
 }
 
-/* What keeps a table from being delivered until somebody does something, or NULL. */
-static const char *
-obstacle(Oid relid, List *tables)
+/*
+ * Is what was pending of a table at the start delivered, or set aside?  Also
+ * notes whether anything has moved.
+ */
+static bool
+goal_is_reached(const Sync *sync, Goal *goal)
+{
+	int64		first = PG_INT64_MAX;
+	int64		last;
+	bool		ready = abp_outbox_bounds(goal->relid, OUTBOX_READY, &first, &last) &&
+	first <= goal->last;
+	bool		sending = abp_ledger_sending(goal->relid);
+
+	if (first != goal->first || sending || sending != goal->sending)
+	{
+		goal->first = first;
+		goal->sending = sending;
+		goal->moved_at = GetCurrentTimestamp();
+	}
+	return !ready && !sending && abp_outbox_next_due(goal->relid) > goal->start &&
+		has_looked_for_prices(sync, goal);
+}
+
+/* NULL: it is not attached any more. */
+static UsageTable *
+find_table(List *tables, Oid relid)
 {
 	ListCell   *lc;
 
@@ -147,15 +181,34 @@ obstacle(Oid relid, List *tables)
 	{
 		UsageTable *table = lfirst(lc);
 
-		if (table->relid != relid)
-			continue;
-		if (table->paused_by_operator)
-			return "the server is paused; see aibilling.status";
-		if (abp_ship_gave_up(table))
-			return "the server does not accept events; see aibilling.status";
-		if (table->blocked_until > GetCurrentTimestamp())
-			return "a usage table is blocked; see aibilling.status";
+		if (table->relid == relid && OidIsValid(table->owner))
+			return table;
 	}
+	return NULL;
+}
+
+#define TABLE_GONE "a usage table has been dropped or detached"
+
+/* What keeps a table from being delivered until somebody does something, or NULL. */
+static const char *
+obstacle(const Sync *sync, const Goal *goal, List *tables)
+{
+	UsageTable *table = find_table(tables, goal->relid);
+
+	if (table == NULL)
+		return TABLE_GONE;
+	if (!OidIsValid(table->serverid))
+		return "the server of a usage table does not exist any more";
+	if (table->paused_by_operator)
+		return "the server is paused; see aibilling.status";
+	if (abp_ship_gave_up(table))
+		return "the server does not accept events; see aibilling.status";
+	if (table->blocked_until > GetCurrentTimestamp())
+		return "a usage table is blocked; see aibilling.status";
+	if (sync->shipper && abp_ship_is_locked_out(goal->relid))
+		return "another transaction has locked rows of a usage table";
+	if (TimestampDifferenceExceeds(goal->moved_at, GetCurrentTimestamp(), STALLED_MS))
+		return "nothing of a usage table has moved for two minutes; see aibilling.status";
 	return NULL;
 }
 
@@ -169,24 +222,31 @@ is_done(Sync *sync, bool idle)
 	List	   *tables = NIL;
 	bool		armed;
 
-	if (sync->shipper ? !abp_ship_has_looked_for_prices() : !worker_has_looked(sync))
-		return false;
-
 	sync->gave_up = NULL;
 	for (int i = 0; i < sync->ngoals; i++)
 	{
+		Goal	   *goal = &sync->goals[i];
 		const char *why;
 
-		if (goal_is_reached(&sync->goals[i]))
+		if (goal_is_reached(sync, goal))
 			continue;
-		if (!idle)
+		if (!idle && !TimestampDifferenceExceeds(goal->moved_at, GetCurrentTimestamp(),
+												 STALLED_MS))
 			return false;
 		if (tables == NIL)
 			tables = abp_usage_tables(&armed);
-		why = obstacle(sync->goals[i].relid, tables);
+		why = obstacle(sync, goal, tables);
 		if (why == NULL)
 			return false;
 		sync->gave_up = why;
+	}
+
+	/* What is gone needs nothing any more, but was not delivered either. */
+	tables = abp_usage_tables(&armed);
+	for (int i = 0; i < sync->ngoals && sync->gave_up == NULL; i++)
+	{
+		if (sync->goals[i].last > PG_INT64_MIN && find_table(tables, sync->goals[i].relid) == NULL)
+			sync->gave_up = TABLE_GONE;
 	}
 	return true;
 }
@@ -303,7 +363,7 @@ abp_sql_sync(PG_FUNCTION_ARGS)
 	sync.report_at = GetCurrentTimestamp() + PROGRESS_MS * INT64CONST(1000);
 	set_goals(&sync);
 	sync.worker_pid = abp_worker_pid();
-	sync.worker_rests = abp_worker_rest_count();
+	sync.worker_looks = abp_worker_look_count();
 	SPI_commit();
 
 	PG_TRY();

@@ -110,6 +110,9 @@ static int	returning_level = 0;	/* the deepest nesting level among them */
 /* The command that has warned of a row that cannot be sent. */
 static CommandId warned_command = InvalidCommandId;
 
+/* The start of the statement that has told of a usage object in doubt. */
+static TimestampTz noted_statement = 0;
+
 /*
  * The table whose rows are being priced again, and at which nesting level:
  * its UPDATE may fire triggers of its owner's, which may update other tables
@@ -431,6 +434,19 @@ read_columns(const UsageRelation *known, HeapTuple tuple, TupleDesc desc,
 	}
 }
 
+/*
+ * Put defaults into a new tuple where it has NULL.  Returns what is known of the
+ * relation then, and its columns.
+ */
+static UsageRelation *
+fill_defaults(UsageRelation *known, Relation rel, HeapTuple *tuple, Datum *values, bool *nulls)
+{
+	*tuple = tuple_with_defaults(known, rel, *tuple, nulls);
+	known = know_relation(rel);
+	read_columns(known, *tuple, RelationGetDescr(rel), values, nulls);
+	return known;
+}
+
 /* --- what a row must be ---------------------------------------------------- */
 
 /* Why a row is not one of usage: the words of an error. */
@@ -515,13 +531,6 @@ check_row(Relation rel, const UsageRow *row, const bool *nulls)
 			 errtablecolname(rel, abp_usage_columns[problem.column].name)));
 }
 
-static bool
-tier_is_default(TextView tier)
-{
-	return tier.data == NULL || tier.len == 0 ||
-		(tier.len == 8 && memcmp(tier.data, "standard", 8) == 0);
-}
-
 static TextView
 view_of(const char *string)
 {
@@ -554,7 +563,7 @@ usage_fits(const UsageRow *row, const NormalizedUsage *usage, StringInfo reason)
 		filled[n] = COL_PROVIDER_COST;
 		values[n++] = NumericGetDatum(usage->provider_cost);
 	}
-	if (tier_is_default(row->service_tier) && usage->service_tier != NULL)
+	if (abp_price_tier_is_standard(row->service_tier) && usage->service_tier != NULL)
 	{
 		filled[n] = COL_SERVICE_TIER;
 		values[n++] = CStringGetTextDatum(usage->service_tier);
@@ -586,28 +595,41 @@ usage_fits(const UsageRow *row, const NormalizedUsage *usage, StringInfo reason)
 /*
  * Fill a row's columns from its raw usage object.  Counts given beside it
  * must agree.  Returns false, with the reason, if the object cannot be used;
- * the row is unchanged then.
+ * the row is unchanged then.  Where the cost is reported, nothing of that
+ * keeps the object from being used: counts that make no sense are left out,
+ * and *doubt, palloc'd, says why; otherwise it is NULL.
  */
 static bool
-normalize_row(UsageRow *row, StringInfo reason)
+normalize_row(UsageRow *row, StringInfo reason, char **doubt)
 {
+	UsageCall	call = {row->model, row->provider_cost != NULL};
 	NormalizedUsage usage = {{{0}}};
+	UsageCounts given = row->counts;
+	CountsProblem problem;
 
-	if (!abp_normalize_usage(row->usage_format, row->raw_usage, &usage, reason))
+	*doubt = NULL;
+	if (!abp_normalize_usage(row->usage_format, row->raw_usage, &call, &usage, reason))
 		return false;
+	*doubt = usage.doubt;
 	if (row->columns != NULL && !row->columns->all_plain && !usage_fits(row, &usage, reason))
 		return false;
 
 	for (int i = 0; i < NUM_USAGE_COUNTS; i++)
 	{
-		if (row->counts.given[i] && usage.counts.given[i] &&
-			row->counts.value[i] != usage.counts.value[i])
+		char	   *words;
+
+		if (!row->counts.given[i] || !usage.counts.given[i] ||
+			row->counts.value[i] == usage.counts.value[i])
+			continue;
+		words = psprintf("%s is " INT64_FORMAT " but raw_usage says " INT64_FORMAT,
+						 abp_usage_columns[COL_FIRST_COUNT + i].name,
+						 row->counts.value[i], usage.counts.value[i]);
+		if (row->provider_cost == NULL && usage.provider_cost == NULL)
 		{
-			appendStringInfo(reason, "%s is " INT64_FORMAT " but raw_usage says " INT64_FORMAT,
-							 abp_usage_columns[COL_FIRST_COUNT + i].name,
-							 row->counts.value[i], usage.counts.value[i]);
+			appendStringInfoString(reason, words);
 			return false;
 		}
+		*doubt = *doubt ? psprintf("%s; %s", *doubt, words) : words;
 	}
 
 	for (int i = 0; i < NUM_USAGE_COUNTS; i++)
@@ -626,7 +648,10 @@ normalize_row(UsageRow *row, StringInfo reason)
 															   JsonbPGetDatum(row->counts.units)));
 	if (row->provider_cost == NULL)
 		row->provider_cost = usage.provider_cost;
-	if (tier_is_default(row->service_tier) && usage.service_tier != NULL)
+	/* What was given beside the object holds where the two make no sense. */
+	if (*doubt != NULL && !abp_cost_consistent(&row->counts, &problem))
+		row->counts = given;
+	if (abp_price_tier_is_standard(row->service_tier) && usage.service_tier != NULL)
 		row->service_tier = view_of(usage.service_tier);
 	if (row->model.data == NULL && usage.model != NULL)
 		row->model = view_of(usage.model);
@@ -673,9 +698,10 @@ find_fault(const UsageRow *row, bool read_raw, UsageRow *filled)
 	if (read_raw && row->raw_usage != NULL)
 	{
 		StringInfoData reason;
+		char	   *doubt;
 
 		initStringInfo(&reason);
-		if (!normalize_row(filled, &reason))
+		if (!normalize_row(filled, &reason, &doubt))
 			return psprintf("raw_usage: %s", reason.data);
 		pfree(reason.data);
 	}
@@ -685,6 +711,24 @@ find_fault(const UsageRow *row, bool read_raw, UsageRow *filled)
 		!abp_cost_finite(filled->provider_cost, &amount_problem))
 		return amount_problem;
 	return NULL;
+}
+
+/*
+ * What is wrong with the raw usage object of a row whose cost is reported, in
+ * words, palloc'd; NULL if nothing is.
+ */
+char	   *
+abp_usage_doubt_of(const UsageRow *row)
+{
+	UsageRow	filled = *row;
+	StringInfoData reason;
+	char	   *doubt = NULL;
+
+	if (row->raw_usage == NULL || row->provider_cost == NULL ||
+		!abp_usage_format_known(row->usage_format))
+		return NULL;
+	initStringInfo(&reason);
+	return normalize_row(&filled, &reason, &doubt) ? doubt : NULL;
 }
 
 static char *
@@ -1158,6 +1202,21 @@ warn_rejected(Relation rel, int64 id, const char *reason)
 			 errhint("Mend the row with UPDATE. All such rows stand in aibilling.outbox as rejected.")));
 }
 
+/*
+ * Tell, once a statement, of a usage object whose numbers are in doubt although
+ * the cost is known.
+ */
+void
+abp_usage_note_doubt(const char *doubt)
+{
+	if (noted_statement == GetCurrentStatementStartTimestamp())
+		return;
+	noted_statement = GetCurrentStatementStartTimestamp();
+	ereport(NOTICE,
+			(errmsg("the reported cost is used, but the usage object is in doubt: %s", doubt),
+			 errdetail("Counts that make no sense are left out. aibilling.explain_cost() tells the same of each row.")));
+}
+
 static void
 warn_unpriced(const char *reason)
 {
@@ -1475,11 +1534,7 @@ abp_sql_price_usage(PG_FUNCTION_ARGS)
 			read_columns(known, tuple, desc, values, nulls);
 		}
 		if (unlikely(lacks_defaults(known, nulls)))
-		{
-			tuple = tuple_with_defaults(known, rel, tuple, nulls);
-			known = know_relation(rel);
-			read_columns(known, tuple, desc, values, nulls);
-		}
+			known = fill_defaults(known, rel, &tuple, values, nulls);
 		changed = billed_columns_changed(old_values, old_nulls, values, nulls, &raw_changed);
 		if (!changed && !is_repriced(known, DatumGetInt64(old_values[COL_ID])) &&
 			(!raw_changed || nulls[COL_RAW_USAGE]))
@@ -1496,16 +1551,16 @@ abp_sql_price_usage(PG_FUNCTION_ARGS)
 	{
 		read_columns(known, tuple, desc, values, nulls);
 
+		if (unlikely(nulls[COL_ID] && lacks_defaults(known, nulls)))
+			known = fill_defaults(known, rel, &tuple, values, nulls);
 		if (OidIsValid(known->usage_table) && !nulls[COL_ID] &&
 			remains_as_it_is(known, values, nulls))
 			return PointerGetDatum(tuple);
-
-		if (unlikely(lacks_defaults(known, nulls)))
-		{
-			tuple = tuple_with_defaults(known, rel, tuple, nulls);
-			known = know_relation(rel);
+		/* the look at other rows has used the relation's scratch */
+		if (unlikely(!nulls[COL_COST_STATUS]))
 			read_columns(known, tuple, desc, values, nulls);
-		}
+		if (unlikely(lacks_defaults(known, nulls)))
+			known = fill_defaults(known, rel, &tuple, values, nulls);
 	}
 
 	abp_usage_row_read(values, nulls, &row);
@@ -1517,10 +1572,13 @@ abp_sql_price_usage(PG_FUNCTION_ARGS)
 	if (row.raw_usage != NULL)
 	{
 		StringInfoData reason;
+		char	   *doubt;
 
 		initStringInfo(&reason);
-		normalized = normalize_row(&row, &reason);
+		normalized = normalize_row(&row, &reason, &doubt);
 		pfree(reason.data);
+		if (normalized && doubt != NULL)
+			abp_usage_note_doubt(doubt);
 	}
 
 	/* A raw usage object that cannot be read leaves the row without a cost. */
@@ -1685,7 +1743,8 @@ abp_sql_guard_usage(PG_FUNCTION_ARGS)
 	if (place.where == ROW_NOT_SENT || place.where == ROW_DELIVERED)
 		return PointerGetDatum(NULL);
 
-	row = (RowColumns) {
+	row = (RowColumns)
+	{
 		values, nulls
 	};
 	has_moved = look_for_rows(known->usage_table, id, SnapshotSelf, is_same_row, &row);

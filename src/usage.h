@@ -20,6 +20,8 @@ extern void abp_usage_judge(const UsageRow *row, const ServerOptions *server,
 							RowState *verdict);
 extern void abp_usage_judge_price(const UsageRow *row, RowState *verdict);
 extern bool abp_usage_price(const UsageRow *row, PricedCost *cost, char **problem);
+extern char *abp_usage_doubt_of(const UsageRow *row);
+extern void abp_usage_note_doubt(const char *doubt);
 extern IdSet abp_usage_price_again(const UsageTable *table, IdSet *ids);
 extern IdSet abp_usage_existing(Oid usage_table, const IdSet *ids);
 extern void abp_usage_forget_relations(void);

@@ -22,13 +22,22 @@
 #include "compat.h"
 #include "wake.h"
 
+/* The longest error that is kept, in bytes. */
+#define MAX_WORKER_ERROR 512
+
 typedef struct WorkerSlot
 {
 	Oid			database;		/* InvalidOid: free */
 	int			pid;
 	Latch	   *latch;			/* in the worker's PGPROC */
-	uint64		rests;			/* how often it had nothing left to do */
+	uint64		looks;			/* turns after which no price was left to look
+								 * for */
 	pg_atomic_uint32 listens;	/* has not been woken since it last looked */
+
+	/* these outlive the worker, for its next start */
+	char		name[NAMEDATALEN];	/* of the database */
+	char		error[MAX_WORKER_ERROR];	/* that ended it; '': none since
+											 * it last worked */
 } WorkerSlot;
 
 typedef struct WakeState
@@ -109,28 +118,66 @@ forget_worker(int code, Datum arg)
 }
 
 /*
- * Make this process the worker of its database, until it exits.
+ * This process is the worker of the slot's number and of a database of this
+ * name.
+ */
+void
+abp_wake_use_slot(int number, const char *name)
+{
+	my_slot = &state->slots[number];
+	LWLockAcquire(state->lock, LW_EXCLUSIVE);
+	strlcpy(my_slot->name, name, NAMEDATALEN);
+	LWLockRelease(state->lock);
+}
+
+/*
+ * Let sessions know this process as the worker of its database, until it
+ * exits.
  */
 void
 abp_wake_register(void)
 {
 	LWLockAcquire(state->lock, LW_EXCLUSIVE);
-	for (int i = 0; i < state->nslots && my_slot == NULL; i++)
+	my_slot->database = MyDatabaseId;
+	my_slot->pid = MyProcPid;
+	my_slot->latch = MyLatch;
+	my_slot->looks = 0;
+	LWLockRelease(state->lock);
+	before_shmem_exit(forget_worker, 0);
+}
+
+/*
+ * The worker ends, with this error.
+ */
+void
+abp_worker_ends(const char *error)
+{
+	if (my_slot == NULL || error == NULL)
+		return;
+	LWLockAcquire(state->lock, LW_EXCLUSIVE);
+	strlcpy(my_slot->error, error, pg_mbcliplen(error, strlen(error), MAX_WORKER_ERROR - 1) + 1);
+	LWLockRelease(state->lock);
+}
+
+/*
+ * The error that the worker of a database ended with, if it has done nothing
+ * without one since: a copy in the current memory context, or NULL.
+ */
+char	   *
+abp_worker_error(const char *database)
+{
+	char		error[MAX_WORKER_ERROR] = "";
+
+	if (state == NULL)
+		return NULL;
+	LWLockAcquire(state->lock, LW_SHARED);
+	for (int i = 0; i < state->nslots; i++)
 	{
-		if (state->slots[i].database == InvalidOid)
-			my_slot = &state->slots[i];
-	}
-	if (my_slot != NULL)
-	{
-		my_slot->database = MyDatabaseId;
-		my_slot->pid = MyProcPid;
-		my_slot->latch = MyLatch;
-		my_slot->rests = 0;
+		if (strcmp(state->slots[i].name, database) == 0)
+			strlcpy(error, state->slots[i].error, sizeof(error));
 	}
 	LWLockRelease(state->lock);
-
-	if (my_slot != NULL)
-		before_shmem_exit(forget_worker, 0);
+	return error[0] == '\0' ? NULL : pstrdup(error);
 }
 
 static int
@@ -255,25 +302,26 @@ abp_wake_listen(void)
 }
 
 /*
- * The worker says that it has nothing left to do.
+ * The worker has had a turn without an error, and no price is left to look for.
  */
 void
-abp_worker_rests(void)
+abp_worker_has_looked(void)
 {
 	if (my_slot == NULL)
 		return;
 	LWLockAcquire(state->lock, LW_EXCLUSIVE);
-	my_slot->rests++;
+	my_slot->looks++;
+	my_slot->error[0] = '\0';
 	LWLockRelease(state->lock);
 }
 
 /*
- * How often has this database's worker had nothing left to do?  0 without one.
+ * How many such turns has this database's worker had?  0 without one.
  */
 uint64
-abp_worker_rest_count(void)
+abp_worker_look_count(void)
 {
-	uint64		rests = 0;
+	uint64		looks = 0;
 
 	if (state == NULL)
 		return 0;
@@ -282,8 +330,8 @@ abp_worker_rest_count(void)
 	for (int i = 0; i < state->nslots; i++)
 	{
 		if (state->slots[i].database == MyDatabaseId)
-			rests = state->slots[i].rests;
+			looks = state->slots[i].looks;
 	}
 	LWLockRelease(state->lock);
-	return rests;
+	return looks;
 }

@@ -11,12 +11,15 @@
 #include "postgres.h"
 
 extern void abp_wake_init(int nworkers);
+extern void abp_wake_use_slot(int number, const char *name);
 extern void abp_wake_register(void);
 extern void abp_wake_at_commit(void);
 extern void abp_wake_worker(void);
 extern int	abp_worker_pid(void);
 extern void abp_wake_listen(void);
-extern void abp_worker_rests(void);
-extern uint64 abp_worker_rest_count(void);
+extern void abp_worker_ends(const char *error);
+extern char *abp_worker_error(const char *database);
+extern void abp_worker_has_looked(void);
+extern uint64 abp_worker_look_count(void);
 
 #endif							/* ABP_WAKE_H */

@@ -14,6 +14,7 @@
 #include "access/xact.h"
 #include "fmgr.h"
 #include "miscadmin.h"
+#include "nodes/value.h"
 #include "pgstat.h"
 #include "postmaster/bgworker.h"
 #include "postmaster/interrupt.h"
@@ -31,7 +32,10 @@
 #include "wake.h"
 #include "worker.h"
 
-#define RESTART_SECONDS 5
+#define RESTART_SECONDS 1
+
+/* How often to try while a session in CALL sync() ships. */
+#define TAKE_OVER_MS 1000
 
 /*
  * Register a worker for each database of aibilling_polar.databases.  Called
@@ -41,20 +45,28 @@ void
 abp_worker_init(void)
 {
 	List	   *names;
+	List	   *databases = NIL;
 	ListCell   *lc;
 
 	if (!process_shared_preload_libraries_in_progress || abp_databases == NULL ||
 		!SplitIdentifierString(pstrdup(abp_databases), ',', &names))
 		return;
 
-	abp_wake_init(list_length(names));
+	/* each database once, however it was written */
+	foreach(lc, names)
+	{
+		if (!list_member(databases, makeString(lfirst(lc))))
+			databases = lappend(databases, makeString(lfirst(lc)));
+	}
+	abp_wake_init(list_length(databases));
 
 	/* pg_upgrade's servers deliver nothing. */
 	if (IsBinaryUpgrade)
 		return;
 
-	foreach(lc, names)
+	foreach(lc, databases)
 	{
+		const char *database = strVal(lfirst(lc));
 		BackgroundWorker worker = {0};
 
 		worker.bgw_flags = BGWORKER_SHMEM_ACCESS | BGWORKER_BACKEND_DATABASE_CONNECTION |
@@ -65,9 +77,10 @@ abp_worker_init(void)
 		snprintf(worker.bgw_function_name, sizeof(worker.bgw_function_name),
 				 "aibilling_polar_worker_main");
 		snprintf(worker.bgw_name, sizeof(worker.bgw_name),
-				 "aibilling_polar worker for database %s", (char *) lfirst(lc));
+				 "aibilling_polar worker for database %s", database);
 		snprintf(worker.bgw_type, sizeof(worker.bgw_type), "aibilling_polar worker");
-		strlcpy(worker.bgw_extra, lfirst(lc), sizeof(worker.bgw_extra));
+		strlcpy(worker.bgw_extra, database, sizeof(worker.bgw_extra));
+		worker.bgw_main_arg = Int32GetDatum(foreach_current_index(lc));
 		RegisterBackgroundWorker(&worker);
 	}
 }
@@ -108,6 +121,18 @@ become_shipper(void)
 	return mine;
 }
 
+static emit_log_hook_type next_emit_log_hook = NULL;
+
+/* What ends a worker is for aibilling.status, too. */
+static void
+note_what_ends_us(ErrorData *edata)
+{
+	if (next_emit_log_hook)
+		next_emit_log_hook(edata);
+	if (edata->elevel >= ERROR && edata->sqlerrcode != ERRCODE_ADMIN_SHUTDOWN)
+		abp_worker_ends(edata->message);
+}
+
 /*
  * Entry point of a worker.
  */
@@ -119,6 +144,9 @@ aibilling_polar_worker_main(Datum arg)
 
 	pqsignal(SIGHUP, SignalHandlerForConfigReload);
 	pqsignal(SIGTERM, die);
+	abp_wake_use_slot(DatumGetInt32(arg), MyBgworkerEntry->bgw_extra);
+	next_emit_log_hook = emit_log_hook;
+	emit_log_hook = note_what_ends_us;
 	BackgroundWorkerUnblockSignals();
 	BackgroundWorkerInitializeConnection(MyBgworkerEntry->bgw_extra, NULL, 0);
 
@@ -152,12 +180,15 @@ aibilling_polar_worker_main(Datum arg)
 
 			pgstat_report_activity(STATE_RUNNING, "delivering usage to Polar");
 			due = abp_ship(&everything);
+			if (abp_ship_has_looked_for_prices(InvalidOid))
+				abp_worker_has_looked();
 			if (due == 0)
 				continue;
 			if (due > 0)
 				timeout = Min(timeout, due);
-			abp_worker_rests();
 		}
+		else
+			timeout = Min(timeout, TAKE_OVER_MS);
 		sleep_until_woken(timeout);
 	}
 }

@@ -157,6 +157,19 @@ like(as($super, 'BEGIN; DROP FOREIGN DATA WRAPPER polar CASCADE; ROLLBACK'),
 like(as($super, 'BEGIN; DROP TABLE usage; ROLLBACK'), qr/WARNING:  dropping a usage table drops 3 rows/, 'as DROP TABLE says');
 is($node->safe_psql('postgres', 'SELECT count(*) FROM aibilling.outbox'), $waiting, 'ROLLBACK keeps them');
 
+# So is it said of a database that was not updated yet.
+$node->safe_psql('postgres', q{
+CREATE DATABASE older;
+\c older
+CREATE EXTENSION aibilling_polar VERSION '1.1';
+CREATE SERVER polar FOREIGN DATA WRAPPER polar OPTIONS (environment 'sandbox');
+SELECT aibilling.create_usage_table('usage', 'polar');
+INSERT INTO usage (provider, model, external_customer_id, provider_cost)
+	SELECT 'p', 'm', 'c', 1 FROM generate_series(1, 3);
+INSERT INTO usage (provider_cost) VALUES (1);});
+my ($rc, $out, $err) = $node->psql('older', 'DROP EXTENSION aibilling_polar CASCADE');
+like($err, qr/WARNING:  dropping extension aibilling_polar drops 4 usage rows/, 'the same of the extension at 1.1');
+
 # A server that does not preload the library says so in a session that has not used it.
 $node->append_conf('postgresql.conf', "shared_preload_libraries = ''");
 $node->restart;
@@ -171,7 +184,7 @@ SELECT aibilling.create_usage_table('usage', 'polar');
 INSERT INTO usage (provider, model, external_customer_id, provider_cost) VALUES ('p', 'm', 'c', 1);
 RESET ROLE;
 ALTER TABLE usage OWNER TO CURRENT_USER;});
-my ($rc, $out, $err) = $node->psql('another', 'BEGIN; DROP OWNED BY installer CASCADE; ROLLBACK');
+($rc, $out, $err) = $node->psql('another', 'BEGIN; DROP OWNED BY installer CASCADE; ROLLBACK');
 like($err, qr/WARNING:  dropping extension aibilling_polar drops 1 usage rows/, 'DROP OWNED of who installed it');
 $node->safe_psql('another', 'DELETE FROM usage');
 ($rc, $out, $err) = $node->psql('another', 'DROP EXTENSION aibilling_polar CASCADE');

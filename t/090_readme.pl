@@ -27,7 +27,7 @@ append_to_file($token_file, $polar->token . "\n");
 chmod(0600, $token_file) or die "could not chmod $token_file: $!";
 
 my @blocks;
-for my $page (qw(README.md doc/reporting.md doc/differences.md doc/delivery.md doc/clients.md))
+for my $page (qw(README.md doc/usage-formats.md doc/reporting.md doc/differences.md doc/delivery.md doc/clients.md))
 {
 	my @of_page = slurp_file("$FindBin::Bin/../$page") =~ /^```sql\n(.*?)^```$/msg;
 	cmp_ok(scalar(@of_page), '>', 2, "$page has SQL examples");

@@ -732,6 +732,7 @@ typedef struct OrderedScan
 	Relation	rel;
 	Relation	index;
 	SysScanDesc scan;
+	MemoryContext context;		/* where it was begun */
 } OrderedScan;
 
 static void
@@ -741,6 +742,7 @@ begin_ordered_scan_as_of(OrderedScan *scan, const char *table, const char *index
 	scan->rel = table_open(needed_relation(table), lockmode);
 	scan->index = index_open(needed_relation(index), lockmode);
 	scan->scan = systable_beginscan_ordered(scan->rel, scan->index, snapshot, nkeys, keys);
+	scan->context = CurrentMemoryContext;
 }
 
 static void
@@ -758,11 +760,21 @@ end_ordered_scan(OrderedScan *scan)
 	table_close(scan->rel, NoLock);
 }
 
+/*
+ * An index allocates what it needs for its scan when it first needs it, and
+ * callers may have switched to a context that they reset from row to row.
+ */
 static HeapTuple
 next_ordered(OrderedScan *scan)
 {
+	MemoryContext old;
+	HeapTuple	tuple;
+
 	CHECK_FOR_INTERRUPTS();
-	return systable_getnext_ordered(scan->scan, ForwardScanDirection);
+	old = MemoryContextSwitchTo(scan->context);
+	tuple = systable_getnext_ordered(scan->scan, ForwardScanDirection);
+	MemoryContextSwitchTo(old);
+	return tuple;
 }
 
 /*

@@ -19,7 +19,7 @@ my $pg_config = $ENV{PG_CONFIG} // 'pg_config';
 my $place = PostgreSQL::Test::Utils::tempdir;
 my @quick = ("PG_CONFIG=$pg_config", 'with_llvm=no', 'COPT=-O0');
 
-# Runs a command in a directory, with its output in $output.
+# Runs a command in a directory, with its output in $output; false if it fails or is not there.
 my $output;
 
 sub runs
@@ -28,7 +28,8 @@ sub runs
 	my $here = getcwd();
 
 	chdir $directory or die "$directory: $!";
-	my $done = IPC::Run::run(\@command, '<', \undef, '>&', \$output);
+	my $done = eval { IPC::Run::run(\@command, '<', \undef, '>&', \$output) };
+	$output = $@ if $@;
 	chdir $here;
 	return $done;
 }

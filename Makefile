@@ -11,6 +11,7 @@ OBJS = \
 	src/guard.o \
 	src/http.o \
 	src/idset.o \
+	src/names.o \
 	src/normalize.o \
 	src/object_access.o \
 	src/operate.o \

@@ -62,6 +62,43 @@ FROM aibilling.import_prices('{
 SELECT model FROM aibilling.price_quarantine ORDER BY 1;
 TRUNCATE aibilling.price, aibilling.price_quarantine;
 
+-- What a tier costs beyond a step of the standard tier: as the catalogue says,
+-- half where it is half below, else unknown, which is not the price below.
+\set steps '{ "long": {"litellm_provider": "step", "input_cost_per_token": 1e-6, "output_cost_per_token": 4e-6, "cache_read_input_token_cost": 1e-7, "search_context_cost_per_query": {"search_context_size_low": 0.01}, "input_cost_per_token_above_200k_tokens": 2e-6, "output_cost_per_token_above_200k_tokens": 6e-6, "input_cost_per_token_flex": 5e-7, "output_cost_per_token_flex": 2e-6, "cache_read_input_token_cost_flex": 5e-8, "input_cost_per_token_batches": 5e-7, "output_cost_per_token_batches": 3e-6, "input_cost_per_token_priority": 2e-6, "output_cost_per_token_priority": 8e-6, "cache_read_input_token_cost_priority": 2e-7, "output_cost_per_token_above_200k_tokens_priority": 12e-6}}'
+SELECT action, model, service_tier AS tier, context_above AS above, price_column, new_price, reason
+FROM aibilling.import_prices(:'steps', 'litellm', false)
+WHERE service_tier <> 'standard';
+SELECT tier, input, cost_usd, status FROM unnest(ARRAY['standard', 'flex', 'batch', 'priority']) tier,
+	unnest(ARRAY[200000, 200001]) input, aibilling.cost('step', 'long', input, 1000000, service_tier => tier, web_search_count => 1);
+SELECT bucket, note FROM aibilling.explain_cost('step', 'long', 300000, 10, 5, service_tier => 'flex');
+-- a tier's step without a price for the rest
+SELECT bucket, price, note ~ 'does not say what input' AS said FROM aibilling.explain_cost('step', 'long', 300000, 10, 5, service_tier => 'priority');
+-- the same again: nothing to do
+SELECT count(*) FROM aibilling.import_prices(:'steps', 'litellm', false);
+-- Two entries of one model; a price of a token in the place of an image's.
+SELECT action, provider, model, price_column, new_price, reason
+FROM aibilling.import_prices('{
+	"twin/exp": {"litellm_provider": "twin", "input_cost_per_token": 2e-6},
+	"exp": {"litellm_provider": "twin", "input_cost_per_token": 1e-6},
+	"paint": {"litellm_provider": "twin", "output_cost_per_token": 12e-6, "output_cost_per_image": 0.00012},
+	"draw": {"litellm_provider": "twin", "output_cost_per_token": 12e-6, "output_cost_per_image": 0.04}}', 'litellm', false);
+TRUNCATE aibilling.price;
+
+-- A price for what had none holds from where the card does; a price that changes from now on.
+SELECT count(*) FROM aibilling.import_prices('{"m": {"litellm_provider": "more", "input_cost_per_token": 1e-6}}', 'litellm', false);
+SELECT action, valid_from = '-infinity' AS always, price_column, new_price
+FROM aibilling.import_prices('{"m": {"litellm_provider": "more", "input_cost_per_token": 1e-6, "cache_read_input_token_cost": 1e-7}}', 'litellm', false);
+SELECT action, valid_from = '-infinity' AS always, price_column, new_price
+FROM aibilling.import_prices('{"m": {"litellm_provider": "more", "input_cost_per_token": 1e-6, "cache_read_input_token_cost": 1e-7,
+	"output_cost_per_reasoning_token": 1e-6}}', 'litellm', false);
+-- Since when something is held back is since when there has been something to look at.
+SELECT count(*) FROM aibilling.import_prices('{"m": {"litellm_provider": "more", "input_cost_per_token": 9e-6}}', 'litellm', false);
+UPDATE aibilling.price_quarantine SET quarantined_at = '2026-11-01';
+SELECT count(*) FROM aibilling.import_prices('{"m": {"litellm_provider": "more", "input_cost_per_token": 8e-6}}', 'litellm', false);
+SELECT input, quarantined_at = '2026-11-01' AS since FROM aibilling.price_quarantine;
+SELECT regexp_replace(status, '^.*; (\d)', '\1') AS status FROM aibilling.status;
+TRUNCATE aibilling.price, aibilling.price_quarantine;
+
 -- models.dev ----------------------------------------------------------------
 SELECT action, provider, model, service_tier AS tier, context_above AS above, price_column, new_price, reason
 FROM aibilling.import_prices('{"acme": {"id": "acme", "models": {
@@ -73,6 +110,13 @@ FROM aibilling.import_prices('{"acme": {"id": "acme", "models": {
 			"turbo": {"cost": {"input": 7, "output": 30}, "provider": {"body": {"speed": "turbo"}}}}}},
 	"uncosted": {"id": "uncosted"}}}}', 'models.dev', false);
 SELECT * FROM stored;
+-- modes with steps of their own; a step that only context_over_200k has
+SELECT action, model, service_tier AS tier, context_above AS above, price_column, new_price, reason
+FROM aibilling.import_prices('{"acme": {"id": "acme", "models": {
+	"own": {"id": "own", "cost": {"input": 1, "tiers": [{"tier": {"size": 272000}, "input": 2}]},
+		"experimental": {"modes": {"fast": {"cost": {"input": 5, "tiers": [{"tier": {"size": 272000}, "input": 10}]}}}}},
+	"old": {"id": "old", "cost": {"input": 1, "output": 4, "context_over_200k": {"input": 2, "output": 6}},
+		"experimental": {"modes": {"fast": {"cost": {"input": 5, "context_over_200k": {"input": 10}}}}}}}}}', 'models.dev', true);
 TRUNCATE aibilling.price;
 
 -- genai-prices --------------------------------------------------------------
@@ -90,6 +134,30 @@ FROM aibilling.import_prices(jsonb_set(:'genai', '{0,models,2,prices,audio_hours
 WHERE model = 'hears' AND action <> 'skipped';
 TRUNCATE aibilling.price;
 
+-- What has no price of its own costs what it is a part of, and the note says so; names come with the prices.
+SELECT DISTINCT action FROM aibilling.import_prices('[
+	{"id": "aws", "models": [{"id": "anthropic.claude-x", "match": {"contains": "claude-x"},
+		"prices": {"input_mtok": {"base": 3, "tiers": [{"start": 200000, "price": 6}]}, "cache_write_mtok": {"base": 3.75, "tiers": [{"start": 200000, "price": 7.5}]}, "output_mtok": 15}}]},
+	{"id": "openai", "models": [{"id": "gpt-y", "match": {"or": [{"equals": "gpt-y"}, {"starts_with": "gpt-y-turbo"}, {"regex": "^gpt-y-\\d{8}$"}]},
+		"prices": {"input_mtok": 1, "cache_read_mtok": 0.1, "input_audio_mtok": 8, "output_mtok": 4, "output_image_mtok": 30}}]},
+	{"id": "azure", "fallback_model_providers": ["openai"], "models": []},
+	{"id": "mistral", "models": [{"id": "voxtral", "match": {"equals": "voxtral"}, "prices": {"audio_hours": 0.18}},
+		{"id": "mistral-large", "match": {"or": [{"equals": "mistral-large"}, {"equals": "mistral-large-latest"}]}, "prices": {"input_mtok": 2, "output_mtok": 6}},
+		{"id": "mistral-large-2512", "match": {"equals": "mistral-large-2512"}, "prices": {"input_mtok": 0.5, "cache_read_mtok": 0.05, "output_mtok": 1.5}}]},
+	{"id": "perplexity", "models": [{"id": "sonar", "match": {"equals": "sonar"}, "prices": {"input_mtok": 1, "output_mtok": 1, "requests_kcount": 12}}]}
+	]', 'genai-prices', false);
+SELECT provider, model, context_above AS above, valid_from AT TIME ZONE 'UTC' AS valid_from, cache_read AS read, cache_write AS write, cache_write_1h AS write_1h, web_search, request, units
+FROM aibilling.price ORDER BY provider, model, valid_from, context_above;
+SELECT model, context_above AS above, note FROM aibilling.price ORDER BY provider, model, valid_from, context_above;
+SELECT provider, kind, pattern, to_provider, to_model, priority, source FROM aibilling.model_alias ORDER BY 1, 2, 3;
+SELECT bucket, price, note FROM aibilling.explain_cost('openai', 'gpt-y', 100, 50, 10, 5, units => '{"input_image_tokens": 3, "output_audio_tokens": 7, "input_audio_tokens": 2}');
+SELECT bucket, price, note FROM aibilling.explain_cost('amazon-bedrock', 'us.anthropic.claude-x-v1:0', 250000, cache_write_1h_tokens => 100);
+SELECT model, cost_usd, status FROM (VALUES ('sonar', 100, 50, 1, NULL), ('sonar', 100, 50, 1, '{"search_context_high": 1}'::jsonb)) AS v (model, i, o, s, u),
+	aibilling.cost('perplexity', model, i, o, web_search_count => s, units => u);
+SELECT aibilling.cost_nanos('mistral', 'voxtral', 4, 250, units => '{"audio_second": 36}');
+SELECT at, aibilling.cost_nanos('mistral', 'mistral-large-latest', 1000000, at => at) FROM unnest('{2025-12-01 12:00+00, 2025-12-03 12:00+00}'::timestamptz[]) at;
+TRUNCATE aibilling.price, aibilling.model_alias;
+
 -- OpenRouter ----------------------------------------------------------------
 SELECT action, provider, model, context_above AS above, price_column, new_price, reason
 FROM aibilling.import_prices('{"data": [
@@ -101,6 +169,20 @@ FROM aibilling.import_prices('{"data": [
 	{"id": "acme/auto", "pricing": {"prompt": "-1", "completion": "-1"}}]}', 'openrouter', false);
 SELECT provider, model, context_above, input, output, units, discount FROM aibilling.price ORDER BY 2, 3;
 TRUNCATE aibilling.price;
+-- One key has the price of an image or that of its tokens: what other tokens cost tells, also in an override.
+SELECT action, model, context_above AS above, price_column, new_price, reason
+FROM aibilling.import_prices('{"data": [
+	{"id": "token", "pricing": {"prompt": "0.000002", "completion": "0.000012", "image": "0.000002", "image_output": "0.00012"}},
+	{"id": "image", "pricing": {"prompt": "0.0000001", "completion": "0.0000004", "image": "0.0000258", "image_output": "0.039"}},
+	{"id": "step", "pricing": {"prompt": "0.000002", "completion": "0.000012",
+		"overrides": [{"min_prompt_tokens": 200001, "image_output": "0.00024"}]}},
+	{"id": "neither", "pricing": {"prompt": "0.00001", "completion": "0.00001", "image": "0.0006"}},
+	{"id": "alone", "pricing": {"prompt": "0", "completion": "0", "image_output": "0.04", "image": "0.0001"}}]}', 'openrouter', true)
+WHERE price_column LIKE '%image%';
+-- What a list says twice, and differently, is said.
+SELECT action, model, price_column, new_price, reason
+FROM aibilling.import_prices('{"data": [{"id": "twice", "pricing": {"prompt": "0.000001"}}, {"id": "twice", "pricing": {"prompt": "0.000002"}},
+	{"id": "same", "pricing": {"prompt": "0.000001"}}, {"id": "same", "pricing": {"prompt": "0.000001"}}]}', 'openrouter', true);
 
 -- Narev: 0 is a price of prompt and completion, elsewhere it is unset. --------
 SELECT action, provider, model, price_column, new_price, reason
@@ -183,21 +265,26 @@ WITH name AS (
 	ORDER BY n.provider, n.name, g.literal DESC
 )
 SELECT provider, name, to_model, pattern, glob_model FROM hit WHERE glob_model <> to_model;
--- Spellings that applications use.
-SELECT n.provider, n.model, coalesce(p.model, a.to_provider || ' ' || a.to_model) AS card
-FROM (VALUES ('openai', 'gpt-5'), ('openai', 'gpt-5-2025-08-07'), ('openai.chat', 'gpt-5'), ('anthropic', 'claude-sonnet-4-5'),
-	('google', 'gemini-2.5-flash'), ('google-vertex', 'gemini-2.5-flash'), ('groq', 'llama-3.1-8b-instant'),
-	('deepseek', 'deepseek-chat'), ('xai', 'grok-4.5'), ('mistral', 'mistral-small-latest'), ('openrouter', 'openai/gpt-5'),
-	('bedrock', 'global.anthropic.claude-sonnet-4-5-20250929-v1:0'), ('azure', 'gpt-5'), ('minimax', 'minimax-m2')) AS n (provider, model)
-LEFT JOIN (SELECT DISTINCT provider, model FROM aibilling.price WHERE source = 'bundled') AS p USING (provider, model)
-LEFT JOIN aibilling.model_alias a ON a.kind = 'exact' AND (a.provider, a.pattern) = (n.provider, n.model)
-ORDER BY n.provider COLLATE "C", n.model COLLATE "C";
+-- No part is without a price whose total has one.
+SELECT count(*) > 1400 AS enough,
+	count(*) FILTER (WHERE input IS NOT NULL AND (cache_read IS NULL OR cache_write IS NULL OR cache_write_1h IS NULL
+		OR NOT units ?& '{input_audio_tokens, input_image_tokens, cache_read_audio_tokens}')) AS of_input,
+	count(*) FILTER (WHERE output IS NOT NULL
+		AND NOT units ?& '{output_audio_tokens, output_image_tokens, output_video_tokens}') AS of_output,
+	count(*) FILTER (WHERE model ILIKE '%claude%' AND cache_write_1h <> 2 * input AND cache_write > input) AS of_an_hour
+FROM aibilling.price WHERE source = 'bundled' AND context_above = 0 AND NOT (provider = 'mistral' AND units ? 'audio_second');
 -- The pricing engine finds them, and no further model that only begins alike.
 SELECT n.provider, n.model, aibilling.cost_nanos(n.provider, n.model, 100) > 0 AS priced
 FROM (VALUES ('openai', 'gpt-5'), ('openai', 'openai/gpt-5'), ('openai', 'gpt-5-2025-08-07'), ('anthropic', 'claude-haiku-4-5-20251001'),
 	('anthropic', 'claude-haiku-4-5-mini'), ('google', 'gemini-2.5-flash'), ('xai', 'grok-4.5'), ('xai', 'grok-4.5-20260708'),
 	('groq', 'llama-3.1-8b-instant'), ('deepseek', 'deepseek-chat'), ('mistral', 'mistral-small-latest'),
-	('openrouter', 'openai/gpt-5'), ('bedrock', 'eu.anthropic.claude-sonnet-4-5-20250929-v1:0'), ('azure', 'gpt-5')) AS n (provider, model);
+	('openrouter', 'openai/gpt-5'), ('bedrock', 'eu.anthropic.claude-sonnet-4-5-20250929-v1:0'), ('azure', 'gpt-5'),
+	('openai.chat', 'gpt-5'), ('google-vertex', 'gemini-2.5-flash'), ('vertex_ai', 'claude-sonnet-4-5'),
+	('bedrock', 'global.anthropic.claude-sonnet-4-5-20250929-v1:0'), ('minimax', 'MiniMax-M3'), ('minimax', 'minimax-m2'),
+	('OpenAI', 'GPT-5'), ('openai', 'gpt-5 '), ('google', 'models/gemini-2.5-pro'),
+	('google', 'publishers/google/models/gemini-2.5-flash'),
+	('google', 'projects/p/locations/us/publishers/google/models/gemini-2.5-flash'),
+	('google', 'projects/p/locations/us/models/gemini-2.5-flash'), ('google', 'tunedModels/gemini-2.5-flash')) AS n (provider, model);
 
 DROP VIEW stored;
 DELETE FROM aibilling.price;

@@ -45,9 +45,9 @@ SELECT * FROM aibilling.cost('p', 'text', 100, 100, web_search_count => 1, units
 SELECT * FROM aibilling.cost('p', 'text', NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL);
 SELECT * FROM aibilling.cost('p', 'text', NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, '{}');
 SELECT * FROM aibilling.cost('p', 'text', 100, NULL, NULL, NULL, NULL, NULL, NULL, NULL, '{"page": null}');
-SELECT bucket, quantity, price, amount_usd, note
+SELECT bucket, quantity, price, amount_usd, split_part(note, '. ', 1) AS note
 FROM aibilling.explain_cost('p', 'text', 100, units => '{"image": 1}');
-SELECT bucket, quantity, price, amount_usd, note FROM aibilling.explain_cost('p', 'none', 100, 100);
+SELECT bucket, quantity, price, amount_usd, split_part(note, '. ', 1) AS note FROM aibilling.explain_cost('p', 'none', 100, 100);
 SELECT bucket, quantity, price, amount_usd, note FROM aibilling.explain_cost('p', 'text');
 SELECT bucket, quantity, price, amount_usd, note
 FROM aibilling.explain_cost('p', 'text', NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL);

@@ -30,7 +30,9 @@ WHERE a.grantee = 0 AND a.privilege_type = 'EXECUTE'
 		'import_prices', 'load_bundled_prices', 'fetch_prices', 'release_price', 'register_price_source',
 		'bundled_prices', 'stored_prices', 'changed_cards', 'price_rows', 'catalogue_number', 'clean_price',
 		'clean_prices', 'read_litellm', 'read_models_dev', 'read_genai_prices', 'read_router_prices',
-		'read_openrouter', 'read_narev', 'catalogue_units')
+		'read_openrouter', 'read_narev', 'catalogue_units', 'image_price_is_by_token', 'complete_prices',
+		'correct_genai_prices', 'genai_names', 'put_aliases', 'priced_model', 'card_in_force', 'note_without',
+		'changed_price', 'price_in_tier', 'set_price', 'price_hint')
 ORDER BY 1;
 
 -- Tables and views that anyone may write, or may read without being meant to.

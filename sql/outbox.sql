@@ -160,8 +160,8 @@ INSERT INTO u (external_id, occurred_at, provider, model, external_customer_id, 
 VALUES ('future', '2999-12-31 23:59:59.5', 'acme', 'm', 'c', 10);
 INSERT INTO u (external_id, provider, model, external_customer_id, input_tokens)
 VALUES ('unknown 1', 'acme', 'new', 'c', 10), ('unknown 2', 'acme', 'new', 'c', 20), ('other', 'acme', 'newer', 'c', 1);
-INSERT INTO u (external_id, provider, model, external_customer_id, input_tokens, web_search_count)
-VALUES ('incomplete', 'acme', 'm', 'c', 10, 2);
+INSERT INTO u (external_id, occurred_at, provider, model, external_customer_id, input_tokens, web_search_count)
+VALUES ('incomplete', '2026-01-01 12:00+00', 'acme', 'm', 'c', 10, 2);
 INSERT INTO u (external_id, provider, model, external_customer_id) VALUES ('no counts', 'acme', 'm', 'c');
 INSERT INTO u (external_id, external_customer_id, input_tokens) VALUES ('no model', 'c', 5);
 -- Once per model and session.

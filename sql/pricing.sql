@@ -115,7 +115,7 @@ INSERT INTO aibilling.price (provider, model, service_tier, input, web_search, d
 	('p', 'd', 'standard', 4, 1, 0.25);
 SELECT tier, pg_temp.cost_of('p', 'm', tier) FROM unnest(ARRAY[NULL, '', 'default', 'auto', 'on_demand',
 	'standard', 'priority', 'batch', 'flex', 'scale', 'Standard']) tier;
-SELECT note FROM aibilling.explain_cost('p', 'm', 1, service_tier => 'scale');
+SELECT split_part(note, '. ', 1) AS note FROM aibilling.explain_cost('p', 'm', 1, service_tier => 'scale');
 -- a rule is for tokens only; discount and multiplier are for everything
 SELECT bucket, price, factor, amount_usd, card_service_tier
 FROM aibilling.explain_cost('p', 'd', 1000000, web_search_count => 1, service_tier => 'batch');
@@ -154,8 +154,131 @@ SELECT provider, model, pg_temp.cost_of(provider, model) FROM (VALUES
 	('p', 'dead'),	-- an alias to nowhere does not count
 	('p', 'm-2019-01'), ('p', 'm-2025-01'), ('p', 'm-2024-01'), ('p', 'm-2023-01'), ('p', 'p/m-2025-01'),
 	('r', 'abcde'), ('r', 'abcd'), ('r', 'acde'),
-	('p', 'us.m'), ('p', 'M'), ('p', 'm-2018'),	-- nothing else is stripped or folded
+	('p', 'us.m'), ('p', 'm-2018'),	-- nothing else is stripped
+	('p', 'M'), (' P ', E'm\t'), ('p', 'P/M'), ('p', 'DEAD'), ('x', 'Known-As'), ('p', 'M-2025-01'),	-- any case, after all that
+	('p', 'models/m'), ('p', 'publishers/any/models/M'), ('p', 'accounts/any/models/m'), ('p', 'models/'),
 	(NULL, NULL), ('', ''), ('p', NULL)) v (provider, model);
+ROLLBACK;
+
+-- One provider's names in catalogues and libraries lead to each other's cards; the card of the name given goes first.
+BEGIN;
+INSERT INTO aibilling.price (provider, model, source, input) VALUES
+	('bedrock', 'of-litellm', 'litellm', 1), ('amazon-bedrock', 'of-models.dev', 'models.dev', 2), ('aws', 'of-bundle', 'bundled', 3),
+	('aws', 'both', 'bundled', 4), ('bedrock', 'both', 'litellm', 5), ('gemini', 'g', 'litellm', 6), ('x-ai', 'Grok', 'bundled', 7),
+	('github_copilot', 'c', 'litellm', 8);
+SELECT provider, model, pg_temp.cost_of(provider, model) FROM (VALUES
+	('aws', 'of-litellm'), ('amazon-bedrock', 'of-litellm'), ('bedrock', 'of-models.dev'), ('aws.bedrock', 'of-bundle'),
+	('AWS', 'bedrock/of-bundle'), ('aws', 'both'), ('bedrock', 'both'), ('amazon-bedrock', 'both'),
+	('google', 'g'), ('vertex_ai', 'gemini/g'), ('Google-Vertex', 'G'), ('xai', 'grok'), ('XAI', 'xai/grok'),
+	('github-copilot', 'c'), ('google', 'of-bundle')) v (provider, model);
+SELECT * FROM aibilling.priced_model('XAI', 'xai/grok');
+SELECT * FROM aibilling.priced_model('xai', 'no');
+ROLLBACK;
+
+-- What was meant by a name without a price.
+BEGIN;
+INSERT INTO aibilling.price (provider, model, input) VALUES ('acme', 'sonnet-4-5', 1), ('acme', 'gpt-5-mini', 2);
+SELECT provider, left(model, 20) AS model, split_part(note, '. ', 1) AS note, note ~ 'Perhaps you meant' AS hinted FROM (VALUES ('acme', 'sonet-4-5'), ('acme', 'GPT-5-mnii'), ('acme', 'opus-4-5'),
+	('acmee', 'sonnet-4-5'), ('else', 'sonnet-4-5'), ('acme', NULL), (NULL, 'sonnet-4-5'), ('acme', repeat('x', 300))) v (provider, model),
+	aibilling.explain_cost(provider, model, 1);
+ROLLBACK;
+
+-- What a row leaves NULL may be unknown, whatever other rows of the card say.
+BEGIN;
+INSERT INTO aibilling.price (provider, model, context_above, daily_from, daily_to, inherit, input, output, web_search, note) VALUES
+	('p', 'm', 0, NULL, NULL, true, 1, 2, 3, 'a note'), ('p', 'm', 1000, NULL, NULL, false, 5, NULL, NULL, 'long: unknown'),
+	('p', 'm', 2000, NULL, NULL, true, 6, NULL, NULL, NULL), ('p', 'm', 0, '10:00', '11:00', false, 7, NULL, NULL, NULL);
+SELECT input, at, cost_usd, status FROM unnest(ARRAY[1000, 1001, 2001]) input, unnest(ARRAY['2026-01-01 09:00+00', '2026-01-01 10:00+00']::timestamptz[]) at,
+	aibilling.cost('p', 'm', input, 1, at => at) ORDER BY at, input;
+SELECT input, bucket, price, note FROM unnest(ARRAY[1000, 2001]) input, aibilling.explain_cost('p', 'm', input, 1, at => '2026-01-01 09:00+00');
+ROLLBACK;
+
+-- set_price: the card in force, with what is given changed, and nothing else.
+\set columns 'model, service_tier AS tier, context_above AS above, valid_from AT TIME ZONE \'UTC\' AS valid_from, daily_from, input, output, cache_read AS read, units, inherit, note'
+BEGIN;
+INSERT INTO aibilling.price_source VALUES ('bundled', 200);
+INSERT INTO aibilling.price (provider, model, source, valid_from, context_above, daily_from, daily_to, input, output, cache_read, units, note) VALUES
+	('p', 'm', 'bundled', '-infinity', 0, NULL, NULL, 1, 4, NULL, '{"image": 0.1, "input_image_tokens": 1}', 'as input: input_image_tokens; mine: yes'),
+	('p', 'm', 'bundled', '-infinity', 1000, NULL, NULL, 2, NULL, NULL, '{"input_image_tokens": 2}', 'as input: input_image_tokens'),
+	('p', 'm', 'bundled', '-infinity', 0, '10:00', '11:00', 0.5, NULL, NULL, NULL, NULL),
+	('p', 'm', 'bundled', '2026-06-01', 0, NULL, NULL, 3, 6, 0.3, NULL, NULL),
+	('p', 'm', 'bundled', '2999-01-01', 0, NULL, NULL, 5, 8, NULL, NULL, NULL),
+	('p', 'm', 'bundled', '2026-06-01', 0, NULL, NULL, 3, 6, NULL, NULL, NULL) ON CONFLICT DO NOTHING;
+INSERT INTO aibilling.price (provider, model, service_tier, source, input) VALUES ('p', 'm', 'priority', 'bundled', 9);
+INSERT INTO aibilling.model_alias (provider, pattern, to_provider, to_model) VALUES ('p', 'm-2026', 'p', 'm');
+-- a price that is missing, of a time that is past: later cards are kept, and filled where they lack it, too
+SAVEPOINT s;
+SELECT :columns FROM aibilling.set_price('p', 'm', cache_read => 0.1, valid_from => '2026-05-01 00:00+00');
+SELECT at, cost_usd, status FROM unnest('{2026-04-30, 2026-05-02, 2026-06-02, 2999-01-02}'::timestamptz[]) at,
+	aibilling.cost('p', 'm', 1000000, 1000000, 1000000, at => at);
+-- repeated, it replaces; a price that was known changes in all of them
+SELECT :columns FROM aibilling.set_price('P', 'm-2026', input => 7, units => '{"page": 0.5}', valid_from => '2026-05-01 00:00+00');
+-- one's own later price stays
+UPDATE aibilling.price SET note = 'mine' WHERE source = 'user' AND valid_from = '2999-01-01';
+SELECT :columns FROM aibilling.set_price('p', 'm', input => 8, valid_from => '2026-05-02 00:00+00');
+SELECT count(*), count(DISTINCT valid_from) FROM aibilling.price WHERE source = 'user';
+ROLLBACK TO s;
+-- by default from now on
+SELECT valid_from = now() AS now, input, output FROM aibilling.set_price('p', 'm', output => 10);
+SELECT cost_usd FROM aibilling.cost('p', 'm-2026', 1000000, 1000000);
+SELECT cost_usd FROM aibilling.cost('p', 'm-2026', 1000000, 1000000, at => '2026-06-02');
+ROLLBACK TO s;
+-- a tier that a rule prices, one that nothing prices, and one by another spelling
+SELECT :columns FROM aibilling.set_price('p', 'm', input => 1, service_tier => 'batch', valid_from => '2026-06-01 00:00+00');
+SELECT :columns FROM aibilling.set_price('p', 'm', input => 1, output => 2, service_tier => 'slow');
+SELECT service_tier, input FROM aibilling.set_price('p', 'm', input => 10, service_tier => ' Priority ');
+SELECT service_tier FROM aibilling.set_price('p', 'm', input => 10, service_tier => 'on_demand');
+ROLLBACK TO s;
+-- a model that has no card, and one that has none yet
+SELECT :columns FROM aibilling.set_price('p', 'new', input => 1, output => 2);
+SELECT :columns FROM aibilling.set_price('p', 'dated', input => 1, valid_from => '2026-03-01 00:00+00');
+SELECT :columns FROM aibilling.set_price('p', 'dated', input => 2, valid_from => '2026-01-01 00:00+00');
+SELECT at, cost_usd FROM unnest('{2026-01-02, 2026-03-02}'::timestamptz[]) at, aibilling.cost('p', 'dated', 1000000, at => at);
+ROLLBACK;
+SELECT aibilling.set_price(NULL, 'm', 1);
+SELECT aibilling.set_price('p', NULL, 1);
+SELECT aibilling.set_price('p', 'm');
+SELECT aibilling.set_price('p', 'm', units => '{}');
+SELECT aibilling.set_price('p', 'm', -1);
+SELECT aibilling.set_price('p', 'm', 'NaN');
+SELECT aibilling.set_price('p', 'm', units => '[1]');
+SELECT aibilling.set_price('p', 'm', units => '{"image": "1"}');
+SELECT aibilling.set_price('p', 'm', 1, valid_from => 'infinity');
+-- by whoever may write prices
+CREATE ROLE regress_price_writer;
+BEGIN;
+SET LOCAL ROLE regress_price_writer;
+SELECT aibilling.set_price('p', 'm', 1);
+ROLLBACK;
+GRANT INSERT ON aibilling.price TO regress_price_writer;
+BEGIN;
+SET LOCAL ROLE regress_price_writer;
+SELECT input FROM aibilling.set_price('p', 'm', 1);
+SELECT input FROM aibilling.set_price('p', 'm', 2, valid_from => '-infinity');
+ROLLBACK;
+REVOKE INSERT ON aibilling.price FROM regress_price_writer;
+DROP ROLE regress_price_writer;
+
+-- The statement that a hint gives prices the request, once its figures are filled in.
+BEGIN;
+INSERT INTO aibilling.price (provider, model, input, output, source) VALUES ('p', 'half', 1, 2, 'bundled');
+CREATE FUNCTION pg_temp.follow_hint(provider text, model text, tier text, units jsonb, at timestamptz) RETURNS text LANGUAGE plpgsql AS $$
+DECLARE
+	statement text;
+BEGIN
+	SELECT substring(note FROM 'SELECT \* FROM aibilling\.set_price\([^;]*\);') INTO statement
+	FROM aibilling.explain_cost(provider, model, 1000, 500, 100, reasoning_tokens => 50, web_search_count => 1, units => units, service_tier => tier, at => at)
+	WHERE note LIKE '%set_price%';
+	RAISE NOTICE '%', statement;
+	EXECUTE replace(statement, '?', '3');
+	RETURN (SELECT status FROM aibilling.cost(provider, model, 1000, 500, 100, reasoning_tokens => 50, web_search_count => 1, units => units, service_tier => tier, at => at));
+END $$;
+SELECT pg_temp.follow_hint('p', 'half', 'standard', '{"image": 1, "it''s": 2}', '2026-05-01 12:00:00.5+00');
+SELECT pg_temp.follow_hint('p', 'half', 'batch', '{"page": 1}', '2026-05-01 12:00+00');
+SELECT pg_temp.follow_hint('p', 'half', 'rare', NULL, '2026-05-01 12:00+00');
+SELECT pg_temp.follow_hint('p', 'none''s', 'flex', NULL, '2026-05-01 12:00+00');
+SELECT pg_temp.follow_hint('p', 'none', 'rare', '{"image": 1}', '-infinity');
+SELECT status FROM aibilling.cost('p', 'half', 1, 1, at => '2026-04-01');
 ROLLBACK;
 
 -- A change is seen by the next command, and its rollback too.

@@ -99,7 +99,7 @@ SELECT r.external_id, x.bucket FROM rows r, LATERAL aibilling.explain_cost('rows
 WHERE x.amount_usd <> x.quantity * x.price / x.per * x.factor;
 -- Some of them in full: bucket, tier, window, card.
 SELECT r.external_id, x.bucket, x.quantity, x.price, x.per, x.factor, x.amount_usd, x.card_service_tier AS tier, x.context_above AS above,
-	x.daily_from, x.source, x.valid_from, x.note
+	x.daily_from, x.source, x.valid_from, split_part(x.note, '. ', 1) AS note
 FROM rows r, LATERAL aibilling.explain_cost('rows'::regclass, r.id) x
 WHERE r.external_id IN ('every cache', 'tier batch', 'past midnight', 'above it, all of it', 'first day', 'media', 'correction', 'incomplete', 'unknown region')
 ORDER BY r.id, x.bucket COLLATE "C";
@@ -125,7 +125,7 @@ SELECT bucket, amount_usd, valid_from FROM aibilling.explain_cost('rows'::regcla
 UPDATE aibilling.price SET input = 4 WHERE model = 'plain' AND valid_from = '-infinity';
 UPDATE aibilling.price SET input = NULL WHERE model = 'from';
 DELETE FROM aibilling.price WHERE model = 'free';
-SELECT r.external_id, r.cost_cents, x.bucket, x.price, x.amount_usd, x.note
+SELECT r.external_id, r.cost_cents, x.bucket, x.price, x.amount_usd, split_part(x.note, '. ', 1) AS note
 FROM rows r, LATERAL aibilling.explain_cost('rows'::regclass, r.id) x
 WHERE r.external_id IN ('plain', 'at an inclusive one', 'free', 'nothing') ORDER BY r.id, x.bucket COLLATE "C";
 SELECT count(*) FROM explained WHERE cost_nanos IS NOT NULL

@@ -350,8 +350,8 @@ UPDATE u SET provider_cost = NULL WHERE external_id = 'unread';
 SELECT error FROM aibilling.outbox JOIN u ON id = usage_id WHERE external_id = 'unread';
 
 -- A tier's name that says nothing gives way to the one in the object.
-INSERT INTO u (external_id, provider, model, external_customer_id, service_tier, usage_format, raw_usage)
-SELECT 'tier ' || tier, 'acme', 'm', 'c', tier, 'openai', '{"service_tier": "flex", "usage": {"prompt_tokens": 1000, "completion_tokens": 0}}'
+INSERT INTO u (external_id, occurred_at, provider, model, external_customer_id, service_tier, usage_format, raw_usage)
+SELECT 'tier ' || tier, '2026-11-01 12:00+00', 'acme', 'm', 'c', tier, 'openai', '{"service_tier": "flex", "usage": {"prompt_tokens": 1000, "completion_tokens": 0}}'
 FROM unnest(ARRAY['standard', 'default', 'auto', 'on_demand', '', 'priority']) AS tier
 RETURNING external_id, service_tier, cost_cents;
 

@@ -47,6 +47,8 @@ PG_FUNCTION_INFO_V1(abp_sql_polar_cost);
 PG_FUNCTION_INFO_V1(abp_sql_cost);
 PG_FUNCTION_INFO_V1(abp_sql_explain_cost);
 PG_FUNCTION_INFO_V1(abp_sql_explain_usage_cost);
+PG_FUNCTION_INFO_V1(abp_sql_price_hint);
+PG_FUNCTION_INFO_V1(abp_sql_priced_model);
 PG_FUNCTION_INFO_V1(abp_sql_convert_cost);
 
 /* Arguments of the cost family, in order. */
@@ -123,6 +125,7 @@ get_cost_arguments(FunctionCallInfo fcinfo, PriceRequest *request,
 		PG_GETARG_TIMESTAMPTZ(COST_ARG_AT);
 	request->counts = counts;
 	request->provider_cost = NULL;
+	request->from_reply = false;
 }
 
 /* Price the arguments.  Returns false if the cost is not known. */
@@ -344,20 +347,17 @@ spi_text(HeapTuple tuple, TupleDesc tupdesc, int column)
 }
 
 /*
- * Explain the cost of a stored row, read with the caller's rights.  The casts
- * make sure of the types behind the Datums, whatever table was named.
+ * Select what prices a stored row, with the caller's rights, into the current
+ * SPI result.  The casts make sure of the types behind the Datums, whatever
+ * table was named.
  */
-Datum
-abp_sql_explain_usage_cost(PG_FUNCTION_ARGS)
+static void
+select_usage_row(Oid relid, Datum id)
 {
-	Oid			relid = PG_GETARG_OID(0);
-	Datum		id = PG_GETARG_DATUM(1);
 	Oid			id_type = INT8OID;
 	char	   *name = get_rel_name(relid);
 	char	   *qualified_name;
 	bool		has_raw;
-
-	InitMaterializedSRF(fcinfo, 0);
 
 	if (name == NULL)
 		ereport(ERROR,
@@ -369,8 +369,6 @@ abp_sql_explain_usage_cost(PG_FUNCTION_ARGS)
 	has_raw = get_attnum(relid, "raw_usage") != InvalidAttrNumber &&
 		get_attnum(relid, "usage_format") != InvalidAttrNumber;
 
-	if (SPI_connect() != SPI_OK_CONNECT)
-		elog(ERROR, "SPI_connect failed");
 	if (SPI_execute_with_args(psprintf("SELECT provider::pg_catalog.text,"
 									   " model::pg_catalog.text,"
 									   " service_tier::pg_catalog.text,"
@@ -397,56 +395,144 @@ abp_sql_explain_usage_cost(PG_FUNCTION_ARGS)
 									   qualified_name),
 							  1, &id_type, &id, NULL, true, 0) != SPI_OK_SELECT)
 		elog(ERROR, "SPI_execute_with_args failed");
+}
+
+/*
+ * The request of a row that select_usage_row() has found, and what of the row
+ * tells a doubt; both point into *counts and the SPI result.  Returns the
+ * stored cost in cents, or NULL.
+ */
+static Numeric
+get_usage_request(uint64 row, PriceRequest *request, UsageCounts *counts, UsageRow *stored)
+{
+	TupleDesc	tupdesc = SPI_tuptable->tupdesc;
+	HeapTuple	tuple = SPI_tuptable->vals[row];
+	Datum		datum;
+	bool		isnull;
+
+	memset(request, 0, sizeof(*request));
+	memset(counts, 0, sizeof(*counts));
+	memset(stored, 0, sizeof(*stored));
+	request->provider = spi_text(tuple, tupdesc, 1);
+	request->model = spi_text(tuple, tupdesc, 2);
+	request->service_tier = spi_text(tuple, tupdesc, 3);
+	datum = SPI_getbinval(tuple, tupdesc, 4, &isnull);
+	request->at = isnull ? GetCurrentTransactionStartTimestamp() :
+		DatumGetTimestampTz(datum);
+	datum = SPI_getbinval(tuple, tupdesc, 5, &isnull);
+	counts->units = isnull ? NULL : abp_usage_json(datum);
+	datum = SPI_getbinval(tuple, tupdesc, 6, &isnull);
+	request->provider_cost = isnull ? NULL : DatumGetNumeric(datum);
+	for (int i = 0; i < NUM_USAGE_COUNTS; i++)
+	{
+		datum = SPI_getbinval(tuple, tupdesc, 7 + i, &isnull);
+		counts->given[i] = !isnull;
+		counts->value[i] = isnull ? 0 : DatumGetInt64(datum);
+	}
+	request->counts = counts;
+
+	stored->model = request->model;
+	stored->counts = *counts;
+	stored->provider_cost = request->provider_cost;
+	stored->usage_format = spi_text(tuple, tupdesc, 9 + NUM_USAGE_COUNTS);
+	datum = SPI_getbinval(tuple, tupdesc, 8 + NUM_USAGE_COUNTS, &isnull);
+	stored->raw_usage = isnull ? NULL : DatumGetJsonbP(datum);
+	request->from_reply = stored->raw_usage != NULL;
+
+	datum = SPI_getbinval(tuple, tupdesc, 7 + NUM_USAGE_COUNTS, &isnull);
+	return isnull ? NULL : DatumGetNumeric(datum);
+}
+
+/* Explain the cost of a stored row. */
+Datum
+abp_sql_explain_usage_cost(PG_FUNCTION_ARGS)
+{
+	Oid			relid = PG_GETARG_OID(0);
+
+	InitMaterializedSRF(fcinfo, 0);
+
+	if (SPI_connect() != SPI_OK_CONNECT)
+		elog(ERROR, "SPI_connect failed");
+	select_usage_row(relid, PG_GETARG_DATUM(1));
 	if (SPI_processed == 0)
 		ereport(ERROR,
 				(errcode(ERRCODE_NO_DATA_FOUND),
 				 errmsg("there is no row with id " INT64_FORMAT " in \"%s\"",
-						DatumGetInt64(id), name)));
+						PG_GETARG_INT64(1), get_rel_name(relid))));
 
 	for (uint64 row = 0; row < SPI_processed; row++)
 	{
-		TupleDesc	tupdesc = SPI_tuptable->tupdesc;
-		HeapTuple	tuple = SPI_tuptable->vals[row];
-		PriceRequest request = {0};
-		UsageCounts counts = {0};
-		UsageRow	stored = {0};
-		Datum		datum;
-		bool		isnull;
-
-		request.provider = spi_text(tuple, tupdesc, 1);
-		request.model = spi_text(tuple, tupdesc, 2);
-		request.service_tier = spi_text(tuple, tupdesc, 3);
-		datum = SPI_getbinval(tuple, tupdesc, 4, &isnull);
-		request.at = isnull ? GetCurrentTransactionStartTimestamp() :
-			DatumGetTimestampTz(datum);
-		datum = SPI_getbinval(tuple, tupdesc, 5, &isnull);
-		counts.units = isnull ? NULL : abp_usage_json(datum);
-		datum = SPI_getbinval(tuple, tupdesc, 6, &isnull);
-		request.provider_cost = isnull ? NULL : DatumGetNumeric(datum);
-		for (int i = 0; i < NUM_USAGE_COUNTS; i++)
-		{
-			datum = SPI_getbinval(tuple, tupdesc, 7 + i, &isnull);
-			counts.given[i] = !isnull;
-			counts.value[i] = isnull ? 0 : DatumGetInt64(datum);
-		}
-		request.counts = &counts;
+		PriceRequest request;
+		UsageCounts counts;
+		UsageRow	stored;
+		Numeric		stored_cents = get_usage_request(row, &request, &counts, &stored);
 
 		/* A doubt is read out of the usage object again: it has no column. */
-		stored.model = request.model;
-		stored.counts = counts;
-		stored.provider_cost = request.provider_cost;
-		stored.usage_format = spi_text(tuple, tupdesc, 9 + NUM_USAGE_COUNTS);
-		datum = SPI_getbinval(tuple, tupdesc, 8 + NUM_USAGE_COUNTS, &isnull);
-		stored.raw_usage = isnull ? NULL : DatumGetJsonbP(datum);
-
-		datum = SPI_getbinval(tuple, tupdesc, 7 + NUM_USAGE_COUNTS, &isnull);
-		put_explanation((ReturnSetInfo *) fcinfo->resultinfo, &request,
-						isnull ? NULL : DatumGetNumeric(datum),
+		put_explanation((ReturnSetInfo *) fcinfo->resultinfo, &request, stored_cents,
 						abp_usage_doubt_of(&stored));
 	}
 	SPI_finish();
 
 	return (Datum) 0;
+}
+
+/*
+ * aibilling.price_hint(usage regclass, id bigint): what to do about a stored
+ * row without a price.
+ */
+Datum
+abp_sql_price_hint(PG_FUNCTION_ARGS)
+{
+	MemoryContext caller = CurrentMemoryContext;
+	char	   *hint = NULL;
+
+	if (SPI_connect() != SPI_OK_CONNECT)
+		elog(ERROR, "SPI_connect failed");
+	select_usage_row(PG_GETARG_OID(0), PG_GETARG_DATUM(1));
+	if (SPI_processed > 0)
+	{
+		PriceRequest request;
+		UsageCounts counts;
+		UsageRow	stored;
+		CountsProblem problem;
+		ExactCost	cost;
+		CostStatus	status = COST_REPORTED;
+
+		(void) get_usage_request(0, &request, &counts, &stored);
+		if (request.provider_cost == NULL && abp_cost_consistent(&counts, &problem))
+			status = abp_price_cost(&request, &cost, NULL);
+		if (status == COST_UNPRICED || status == COST_INCOMPLETE)
+			hint = abp_price_hint(&request);
+		if (hint != NULL)
+			hint = MemoryContextStrdup(caller, hint);
+	}
+	SPI_finish();
+
+	if (hint == NULL)
+		PG_RETURN_NULL();
+	PG_RETURN_TEXT_P(cstring_to_text(hint));
+}
+
+/*
+ * aibilling.priced_model(provider text, model text, OUT provider, OUT model)
+ */
+Datum
+abp_sql_priced_model(PG_FUNCTION_ARGS)
+{
+	TextView	provider = text_argument(fcinfo, 0);
+	TextView	model = text_argument(fcinfo, 1);
+	TupleDesc	tupdesc;
+	Datum		values[2] = {0};
+	bool		nulls[2] = {true, true};
+
+	if (get_call_result_type(fcinfo, NULL, &tupdesc) != TYPEFUNC_COMPOSITE)
+		elog(ERROR, "return type must be a row type");
+	if (abp_price_find_model(&provider, &model))
+	{
+		values[0] = text_view_value(provider, &nulls[0]);
+		values[1] = text_view_value(model, &nulls[1]);
+	}
+	PG_RETURN_DATUM(HeapTupleGetDatum(heap_form_tuple(BlessTupleDesc(tupdesc), values, nulls)));
 }
 
 Datum

@@ -57,7 +57,9 @@ static const struct
 	{FIELD_X_SEARCH, "x_search"},
 	{FIELD_FILE_SEARCH, "file_search"},
 	{FIELD_MAPS, "maps_search"},
-	{FIELD_CODE_EXECUTION, "code_execution"}
+	{FIELD_CODE_EXECUTION, "code_execution"},
+	{FIELD_SEARCH_MEDIUM, "search_context_medium"},
+	{FIELD_SEARCH_HIGH, "search_context_high"}
 };
 
 /* ----------------------------------------------------------------

@@ -732,7 +732,7 @@ typedef struct OrderedScan
 	Relation	rel;
 	Relation	index;
 	SysScanDesc scan;
-	MemoryContext context;		/* where it was begun */
+	MemoryContext context;		/* of the scan, which allocates as it goes */
 } OrderedScan;
 
 static void
@@ -760,20 +760,14 @@ end_ordered_scan(OrderedScan *scan)
 	table_close(scan->rel, NoLock);
 }
 
-/*
- * An index allocates what it needs for its scan when it first needs it, and
- * callers may have switched to a context that they reset from row to row.
- */
 static HeapTuple
 next_ordered(OrderedScan *scan)
 {
-	MemoryContext old;
-	HeapTuple	tuple;
+	MemoryContext old = MemoryContextSwitchTo(scan->context);
+	HeapTuple	tuple = systable_getnext_ordered(scan->scan, ForwardScanDirection);
 
-	CHECK_FOR_INTERRUPTS();
-	old = MemoryContextSwitchTo(scan->context);
-	tuple = systable_getnext_ordered(scan->scan, ForwardScanDirection);
 	MemoryContextSwitchTo(old);
+	CHECK_FOR_INTERRUPTS();
 	return tuple;
 }
 
@@ -1417,8 +1411,8 @@ abp_outbox_peek(Oid usage_table, char state, int64 max_ids)
 }
 
 /*
- * Move ids of a table from one state to ready: all (only is NULL), or those of
- * "only".  The caller has locked their rows.  Returns how many.
+ * Move those of "only" that are in one state to ready.  The caller has locked
+ * their rows.  Returns how many.
  */
 int64
 abp_outbox_make_ready(Oid usage_table, char state, IdSet *only)
@@ -1435,8 +1429,7 @@ abp_outbox_make_ready(Oid usage_table, char state, IdSet *only)
 	old = MemoryContextSwitchTo(context);
 	while (next_left(&scan, &entry) != NULL)
 	{
-		if (only != NULL)
-			entry.ids = abp_idset_intersect(&entry.ids, only);
+		entry.ids = abp_idset_intersect(&entry.ids, only);
 		if (entry.ids.nranges > 0)
 		{
 			OutboxEntry change[2] = {
@@ -1903,26 +1896,27 @@ last_delivered(Oid usage_table, int64 id, int64 after)
 }
 
 /*
- * How many of an unsettled delivery's ids has another one brought to Polar,
- * since the last TRUNCATE?
+ * Those of an unsettled delivery's ids that another one has brought to Polar
+ * since the last TRUNCATE, in the current memory context.
  */
-int64
+IdSet
 abp_ledger_delivered_before(const Delivery *delivery, int64 ledger_from)
 {
-	int64		count = 0;
+	IdSet		before = {0};
 
 	PushActiveSnapshot(GetLatestSnapshot());
 	for (int i = 0; i < delivery->ids.nranges; i++)
 	{
 		for (int64 id = delivery->ids.ranges[i].first;; id++)
 		{
-			count += last_delivered(delivery->usage_table, id, ledger_from) != 0;
+			if (last_delivered(delivery->usage_table, id, ledger_from) != 0)
+				abp_idset_add(&before, id, id, CurrentMemoryContext);
 			if (id == delivery->ids.ranges[i].last)
 				break;
 		}
 	}
 	PopActiveSnapshot();
-	return count;
+	return before;
 }
 
 /* What the ledger, by the active snapshot, says of where a row stands. */
@@ -2283,20 +2277,27 @@ abp_server_state_by_role(void)
 	return by_role;
 }
 
-/* Does a subscription of this database fill the outbox? */
+/* Does a subscription of this database fill the tables by which rows are sent? */
 static bool
 outbox_is_subscribed(void)
 {
+	static const char *const tables[] = {
+		"outbox_entry", "ledger", "attachment", "delivery", "usage_table"
+	};
 	Relation	rel = table_open(SubscriptionRelRelationId, AccessShareLock);
-	ScanKeyData key;
-	SysScanDesc scan;
-	bool		found;
+	bool		found = false;
 
-	ScanKeyInit(&key, Anum_pg_subscription_rel_srrelid, BTEqualStrategyNumber, F_OIDEQ,
-				ObjectIdGetDatum(needed_relation("outbox_entry")));
-	scan = systable_beginscan(rel, SubscriptionRelSrrelidSrsubidIndexId, true, NULL, 1, &key);
-	found = HeapTupleIsValid(systable_getnext(scan));
-	systable_endscan(scan);
+	for (int i = 0; i < lengthof(tables) && !found; i++)
+	{
+		ScanKeyData key;
+		SysScanDesc scan;
+
+		ScanKeyInit(&key, Anum_pg_subscription_rel_srrelid, BTEqualStrategyNumber, F_OIDEQ,
+					ObjectIdGetDatum(abp_extension_relation(tables[i])));
+		scan = systable_beginscan(rel, SubscriptionRelSrrelidSrsubidIndexId, true, NULL, 1, &key);
+		found = HeapTupleIsValid(systable_getnext(scan));
+		systable_endscan(scan);
+	}
 	table_close(rel, AccessShareLock);
 	return found;
 }

@@ -197,7 +197,7 @@ extern void abp_ledger_finish(Delivery *delivery, const char *state,
 extern List *abp_ledger_unsettled(void);
 extern bool abp_ledger_sending(Oid usage_table);
 extern bool abp_ledger_has(Oid usage_table, int64 id, int64 ledger_from);
-extern int64 abp_ledger_delivered_before(const Delivery *delivery, int64 ledger_from);
+extern IdSet abp_ledger_delivered_before(const Delivery *delivery, int64 ledger_from);
 extern IdSet abp_ledger_ids(Oid usage_table, int64 ledger_from);
 extern List *abp_ledger_vanished(Oid usage_table, int64 ledger_from);
 extern void abp_ledger_returned(const Delivery *delivery, IdSet *ids);

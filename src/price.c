@@ -27,11 +27,13 @@
 #include "catalog/pg_type.h"
 #include "common/hashfn.h"
 #include "executor/spi.h"
+#include "lib/stringinfo.h"
 #include "mb/pg_wchar.h"
 #include "miscadmin.h"
 #include "utils/builtins.h"
 #include "utils/fmgroids.h"
 #include "utils/inval.h"
+#include "utils/json.h"
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
 #include "utils/numeric.h"
@@ -40,6 +42,7 @@
 #include "utils/timestamp.h"
 
 #include "compat.h"
+#include "names.h"
 #include "price.h"
 
 /* The prices of one daily window of a card, or of the whole day. */
@@ -50,6 +53,8 @@ typedef struct PriceWindow
 	TimeADT		to;				/* exclusive; before from: past midnight */
 	int			nrates;
 	Rate	   *rates;			/* by context_above, ascending; first is 0 */
+	const char **notes;			/* what the price table notes on each rate;
+								 * NULL where it has no note */
 } PriceWindow;
 
 /* All rows of one (provider, model, service_tier, source, valid_from). */
@@ -86,14 +91,10 @@ typedef struct PriceModel
 	PriceTier  *tiers;
 	int			nrules;
 	TierRule   *rules;			/* the first of a name holds */
+	bool		similar_known;
+	const char *similar;		/* without tiers: what name was meant, in
+								 * words; NULL if none is close */
 } PriceModel;
-
-/* The bytes that name a model in a usage row. */
-typedef struct ModelKey
-{
-	TextView	provider;
-	TextView	model;
-} ModelKey;
 
 typedef struct ModelEntry
 {
@@ -102,13 +103,6 @@ typedef struct ModelEntry
 	PriceModel *model;
 	char		status;			/* for simplehash */
 } ModelEntry;
-
-static inline bool
-text_view_equal(TextView a, TextView b)
-{
-	return a.len == b.len &&
-		(a.data == b.data || memcmp(a.data, b.data, a.len) == 0);
-}
 
 static inline bool
 model_key_equal(ModelKey a, ModelKey b)
@@ -164,8 +158,10 @@ static modelhash_hash * models = NULL;
 #define RECENT_MODELS 256
 static ModelEntry recent_models[RECENT_MODELS];
 
+static int	similar_searches = 0;
 static bool cache_stale = true;
 static bool cache_until_xact_end = false;
+static bool has_set_price = false;	/* does this database have it? */
 static int	loads_running = 0;
 static Oid	price_table_oids[lengthof(price_tables)];
 
@@ -184,6 +180,7 @@ static MemoryContext work_context = NULL;
 #define Anum_price_units 17
 #define Anum_price_discount 18
 #define Anum_price_multiplier 19
+#define Anum_price_note 20
 
 /* Those of its prices, by PriceKind. */
 static const AttrNumber price_columns[NUM_PRICES] = {
@@ -218,28 +215,10 @@ typedef struct PriceRow
 	TimeADT		daily_from;
 	TimeADT		daily_to;
 	int64		context_above;
+	bool		inherit;		/* is what it leaves NULL as in other rows? */
 	Datum	   *values;			/* all columns */
 	bool	   *nulls;
 } PriceRow;
-
-/*
- * Aliases that may match, best first within a step: exact ones by provider
- * and source, globs by priority first.  (Which globs match, and their literal
- * length, is for C to say.)
- */
-#define ALIAS_QUERY \
-	"SELECT a.kind OPERATOR(pg_catalog.=) 'glob', a.pattern, a.to_provider," \
-	" a.to_model, a.priority" \
-	" FROM aibilling.model_alias a LEFT JOIN aibilling.price_source s" \
-	" ON s.source OPERATOR(pg_catalog.=) a.source" \
-	" WHERE (a.provider OPERATOR(pg_catalog.=) $1" \
-	" OR a.provider OPERATOR(pg_catalog.=) '*')" \
-	" AND (a.kind OPERATOR(pg_catalog.=) 'glob'" \
-	" OR a.pattern OPERATOR(pg_catalog.=) $2" \
-	" OR a.pattern OPERATOR(pg_catalog.=) $3)" \
-	" ORDER BY a.priority DESC, a.provider OPERATOR(pg_catalog.=) '*'," \
-	" a.source OPERATOR(pg_catalog.=) 'user' DESC, s.priority NULLS LAST," \
-	" a.source, a.pattern"
 
 /* --- service tiers -------------------------------------------------------- */
 
@@ -272,6 +251,18 @@ bool
 abp_price_tier_is_standard(TextView tier)
 {
 	return canonical_tier(tier).data == standard_tier.data;
+}
+
+/*
+ * Is this the tier that a request names, or, with "fold", the same but for its
+ * case and white space?
+ */
+static bool
+same_tier(TextView name, TextView requested, bool fold)
+{
+	if (!fold)
+		return text_view_equal(name, requested);
+	return text_view_equal(canonical_tier(abp_fold_name(name)), requested);
 }
 
 /* --- when the cache ends -------------------------------------------------- */
@@ -342,6 +333,7 @@ reset_cache(void)
 	memset(recent_models, 0, sizeof(recent_models));
 	MemoryContextReset(cache_context);
 	models = modelhash_create(cache_context, 64, NULL);
+	similar_searches = 0;
 
 	/* Every message counts while we do not know whom to listen to. */
 	for (int i = 0; i < lengthof(price_tables); i++)
@@ -382,12 +374,6 @@ datum_text_view(Datum datum)
 	return view;
 }
 
-static Datum
-text_view_datum(TextView view)
-{
-	return PointerGetDatum(cstring_to_text_with_len(view.data, view.len));
-}
-
 static Relation
 open_price_table(int table)
 {
@@ -402,55 +388,6 @@ open_price_table(int table)
 				 errhint("Run CREATE EXTENSION aibilling_polar.")));
 	}
 	return rel;
-}
-
-/* Run ALIAS_QUERY. */
-static void
-read_aliases(ModelKey key, ModelKey stripped, Snapshot snapshot)
-{
-	static SPIPlanPtr plan = NULL;
-	Oid			types[3] = {TEXTOID, TEXTOID, TEXTOID};
-	Datum		values[3] = {
-		text_view_datum(key.provider), text_view_datum(key.model),
-		text_view_datum(stripped.model)
-	};
-	int			result;
-
-	if (plan == NULL)
-	{
-		SPIPlanPtr	prepared = SPI_prepare(ALIAS_QUERY, lengthof(types), types);
-
-		if (prepared == NULL)
-			elog(ERROR, "SPI_prepare failed: %s", SPI_result_code_string(SPI_result));
-		SPI_keepplan(prepared);
-		plan = prepared;
-	}
-
-	result = SPI_execute_snapshot(plan, values, NULL, snapshot,
-								  InvalidSnapshot, true, false, 0);
-	if (result != SPI_OK_SELECT)
-		elog(ERROR, "SPI_execute_snapshot failed: %s",
-			 SPI_result_code_string(result));
-}
-
-/* The column of the current SPI result, or 0 and *isnull. */
-static Datum
-result_value(uint64 row, int column, bool *isnull)
-{
-	return SPI_getbinval(SPI_tuptable->vals[row], SPI_tuptable->tupdesc,
-						 column, isnull);
-}
-
-/* Like result_value, of a text column that is not null. */
-static TextView
-result_text(uint64 row, int column)
-{
-	bool		isnull;
-	Datum		datum = result_value(row, column, &isnull);
-
-	if (isnull)
-		elog(ERROR, "unexpected null in column %d of a price query", column);
-	return datum_text_view(datum);
 }
 
 /* A decimal of a price or rule, times 10^9, which is exact. */
@@ -542,10 +479,13 @@ merge_row(MemoryContext context, Rate *rate, const PriceRow *row,
 
 /*
  * Of rows first..last-1, which differ in context_above and ascend, merge the
- * one in force above "threshold", then the base row.
+ * one in force above "threshold", then the base row.  *note becomes the note
+ * of the first of them that has one.  Returns false if what is still missing
+ * is unknown, whatever other rows say.
  */
-static void
-merge_rows(MemoryContext context, Rate *rate, const PriceRow *first, const PriceRow *last,
+static bool
+merge_rows(MemoryContext context, Rate *rate, const char **note,
+		   const PriceRow *first, const PriceRow *last,
 		   int64 threshold, bool *has_discount, int64 *discount,
 		   bool *has_multiplier, int64 *multiplier)
 {
@@ -554,13 +494,19 @@ merge_rows(MemoryContext context, Rate *rate, const PriceRow *first, const Price
 	while (row > first && row[-1].context_above > threshold)
 		row--;
 	if (row == first)
-		return;
+		return true;
 
-	merge_row(context, rate, row - 1, has_discount, discount,
-			  has_multiplier, multiplier);
-	if (row - 1 > first && first->context_above == 0)
-		merge_row(context, rate, first, has_discount, discount,
+	for (row--;; row = first)
+	{
+		merge_row(context, rate, row, has_discount, discount,
 				  has_multiplier, multiplier);
+		if (*note == NULL && !row->nulls[Anum_price_note - 1])
+			*note = copy_text_view(context, datum_text_view(row->values[Anum_price_note - 1])).data;
+		if (!row->inherit)
+			return false;
+		if (row == first || first->context_above != 0)
+			return true;
+	}
 }
 
 /*
@@ -595,6 +541,7 @@ build_rates(MemoryContext context, PriceWindow *window,
 
 	window->nrates = n;
 	window->rates = MemoryContextAllocZero(context, sizeof(Rate) * n);
+	window->notes = MemoryContextAllocZero(context, sizeof(char *) * n);
 	for (int i = 0; i < n; i++)
 	{
 		Rate	   *rate = &window->rates[i];
@@ -606,10 +553,10 @@ build_rates(MemoryContext context, PriceWindow *window,
 		ExactDecimal times;
 
 		rate->context_above = thresholds[i];
-		merge_rows(context, rate, first, last, thresholds[i],
-				   &has_discount, &discount, &has_multiplier, &multiplier);
-		merge_rows(context, rate, day_first, day_last, thresholds[i],
-				   &has_discount, &discount, &has_multiplier, &multiplier);
+		if (merge_rows(context, rate, &window->notes[i], first, last, thresholds[i],
+					   &has_discount, &discount, &has_multiplier, &multiplier))
+			(void) merge_rows(context, rate, &window->notes[i], day_first, day_last, thresholds[i],
+							  &has_discount, &discount, &has_multiplier, &multiplier);
 
 		if (!rate->known[PRICE_REASONING] && rate->known[PRICE_OUTPUT])
 		{
@@ -772,6 +719,23 @@ compare_price_rows(const void *a, const void *b)
 }
 
 /*
+ * The number of a column that a database has not that is still at an older
+ * version of the extension, and that may have any number: 0 if there is none.
+ */
+static int
+column_number(TupleDesc desc, const char *name)
+{
+	for (int i = 0; i < desc->natts; i++)
+	{
+		Form_pg_attribute attribute = TupleDescAttr(desc, i);
+
+		if (!attribute->attisdropped && strcmp(NameStr(attribute->attname), name) == 0)
+			return i + 1;
+	}
+	return 0;
+}
+
+/*
  * The rows of (provider, model) in the order of compare_price_rows.  Without
  * SQL: a new session would plan it for longer than all else that it does for
  * its first usage row.
@@ -782,11 +746,15 @@ read_price_rows(ModelKey key, Snapshot snapshot, int *nrows)
 	Relation	rel = open_price_table(TABLE_PRICE);
 	TupleDesc	desc = RelationGetDescr(rel);
 	Oid			index = get_relname_relid("price_key", RelationGetNamespace(rel));
+	int			inherit = column_number(desc, "inherit");
 	ScanKeyData keys[2];
 	SysScanDesc scan;
 	HeapTuple	tuple;
 	int			size = 16;
 	PriceRow   *rows = palloc(sizeof(PriceRow) * size);
+
+	/* both came with version 1.2 of the extension */
+	has_set_price = inherit != 0;
 
 	ScanKeyInit(&keys[0], Anum_price_provider, BTEqualStrategyNumber, F_TEXTEQ,
 				text_view_datum(key.provider));
@@ -816,6 +784,7 @@ read_price_rows(ModelKey key, Snapshot snapshot, int *nrows)
 		row->priority = source_priority(row->source, snapshot);
 		row->valid_from = DatumGetTimestampTz(row->values[Anum_price_valid_from - 1]);
 		row->context_above = DatumGetInt64(row->values[Anum_price_context_above - 1]);
+		row->inherit = inherit == 0 || DatumGetBool(row->values[inherit - 1]);
 		row->all_day = row->nulls[Anum_price_daily_from - 1];
 		if (!row->all_day)
 		{
@@ -946,161 +915,20 @@ load_rules(PriceModel *model, TextView provider, Snapshot snapshot)
 	qsort(model->rules, model->nrules, sizeof(TierRule), compare_rules);
 }
 
-/*
- * Does a glob match the whole text?  "*" stands for any characters, "?" for
- * one; everything else for itself.
- */
+/* What find_cards() reads and into what. */
+typedef struct CardSearch
+{
+	PriceModel *model;
+	Snapshot	snapshot;
+} CardSearch;
+
+/* abp_find_name() asks for the cards of a name. */
 static bool
-glob_matches(TextView glob, TextView text)
+find_cards(ModelKey key, void *arg)
 {
-	int			g = 0;
-	int			t = 0;
-	int			star = -1;		/* behind the last "*" ... */
-	int			star_t = 0;		/* ... and what it has not yet taken */
+	CardSearch *search = arg;
 
-	while (t < text.len)
-	{
-		if (g < glob.len && glob.data[g] == '*')
-		{
-			star = ++g;
-			star_t = t;
-		}
-		else if (g < glob.len && glob.data[g] == '?')
-		{
-			g++;
-			t += pg_mblen(text.data + t);
-		}
-		else if (g < glob.len && glob.data[g] == text.data[t])
-		{
-			g++;
-			t++;
-		}
-		else if (star >= 0)
-		{
-			g = star;
-			star_t += pg_mblen(text.data + star_t);
-			t = star_t;
-		}
-		else
-			return false;
-	}
-	while (g < glob.len && glob.data[g] == '*')
-		g++;
-	return g == glob.len;
-}
-
-static int
-glob_literal_length(TextView glob)
-{
-	int			length = 0;
-
-	for (int i = 0; i < glob.len; i++)
-		length += glob.data[i] != '*' && glob.data[i] != '?';
-	return length;
-}
-
-/* A spelling that an alias leads to. */
-typedef struct AliasTarget
-{
-	bool		glob;
-	TextView	pattern;
-	ModelKey	target;
-	int32		priority;
-	int			literal_length;
-	int			position;		/* in the query's order */
-} AliasTarget;
-
-static int
-compare_globs(const void *a, const void *b)
-{
-	const AliasTarget *left = a;
-	const AliasTarget *right = b;
-
-	if (left->priority != right->priority)
-		return left->priority > right->priority ? -1 : 1;
-	if (left->literal_length != right->literal_length)
-		return left->literal_length > right->literal_length ? -1 : 1;
-	return left->position - right->position;
-}
-
-/*
- * Find the cards that (provider, model) names, in this order: as spelt; by an
- * exact alias; without a leading "provider/", again as spelt and by an exact
- * alias; by a glob, the higher priority first, then the longer literal part.
- * An alias that leads to no card does not count.  Nothing else is stripped:
- * regions and dates are part of a model's price.
- */
-static void
-load_model(PriceModel *model, ModelKey key, Snapshot snapshot)
-{
-	ModelKey	stripped = key;
-	AliasTarget *aliases;
-	AliasTarget *globs;
-	int			naliases;
-	int			nglobs = 0;
-
-	if (load_cards(model, key, snapshot))
-		return;
-
-	if (key.provider.len > 0 &&
-		key.model.len > key.provider.len &&
-		memcmp(key.model.data, key.provider.data, key.provider.len) == 0 &&
-		key.model.data[key.provider.len] == '/')
-	{
-		stripped.model.data += key.provider.len + 1;
-		stripped.model.len -= key.provider.len + 1;
-	}
-
-	read_aliases(key, stripped, snapshot);
-	naliases = SPI_processed;
-	aliases = palloc(sizeof(AliasTarget) * (naliases + 1));
-	globs = palloc(sizeof(AliasTarget) * (naliases + 1));
-	for (int i = 0; i < naliases; i++)
-	{
-		AliasTarget *alias = &aliases[i];
-		bool		isnull;
-
-		/* The SPI result lives as long as we do: no need to copy. */
-		alias->glob = DatumGetBool(result_value(i, 1, &isnull));
-		alias->pattern = result_text(i, 2);
-		alias->target.provider = result_text(i, 3);
-		alias->target.model = result_text(i, 4);
-		alias->priority = DatumGetInt32(result_value(i, 5, &isnull));
-		alias->literal_length = glob_literal_length(alias->pattern);
-		alias->position = i;
-
-		if (alias->glob &&
-			(glob_matches(alias->pattern, key.model) ||
-			 glob_matches(alias->pattern, stripped.model)))
-			globs[nglobs++] = *alias;
-	}
-
-	for (int i = 0; i < naliases; i++)
-	{
-		if (!aliases[i].glob && text_view_equal(aliases[i].pattern, key.model) &&
-			load_cards(model, aliases[i].target, snapshot))
-			return;
-	}
-
-	if (stripped.model.len != key.model.len)
-	{
-		if (load_cards(model, stripped, snapshot))
-			return;
-		for (int i = 0; i < naliases; i++)
-		{
-			if (!aliases[i].glob &&
-				text_view_equal(aliases[i].pattern, stripped.model) &&
-				load_cards(model, aliases[i].target, snapshot))
-				return;
-		}
-	}
-
-	qsort(globs, nglobs, sizeof(AliasTarget), compare_globs);
-	for (int i = 0; i < nglobs; i++)
-	{
-		if (load_cards(model, globs[i].target, snapshot))
-			return;
-	}
+	return load_cards(search->model, key, search->snapshot);
 }
 
 /*
@@ -1119,45 +947,63 @@ price_snapshot(void)
 	return ActiveSnapshotSet() ? GetActiveSnapshot() : GetTransactionSnapshot();
 }
 
-/*
- * Read a model from the tables into a context of its own below the current
- * one.  Reading is the extension's business: it runs with the rights of the
- * price table's owner, so that an INSERT into a usage table works even where
- * prices are confidential.
- */
-static PriceModel *
-read_model(ModelKey key)
+/* The state before prices are read. */
+typedef struct SavedReader
 {
-	PriceModel *model;
-	MemoryContext context;
-	Relation	price;
-	Oid			save_userid;
-	int			save_sec_context;
-	Snapshot	snapshot;
+	Oid			userid;
+	int			sec_context;
+} SavedReader;
 
-	context = AllocSetContextCreate(CurrentMemoryContext,
-									"aibilling_polar model",
-									ALLOCSET_SMALL_SIZES);
-	model = MemoryContextAllocZero(context, sizeof(PriceModel));
-	model->context = context;
+/*
+ * Connect to SPI with the rights of the price table's owner.  Reading is the
+ * extension's business: it has these rights, so that an INSERT into a usage
+ * table works even where prices are confidential.
+ */
+static Snapshot
+begin_reading(SavedReader *saved)
+{
+	Relation	price = open_price_table(TABLE_PRICE);
 
-	price = open_price_table(TABLE_PRICE);
-	GetUserIdAndSecContext(&save_userid, &save_sec_context);
+	GetUserIdAndSecContext(&saved->userid, &saved->sec_context);
 	SetUserIdAndSecContext(price->rd_rel->relowner,
-						   save_sec_context | SECURITY_LOCAL_USERID_CHANGE |
+						   saved->sec_context | SECURITY_LOCAL_USERID_CHANGE |
 						   SECURITY_NOFORCE_RLS);
 	table_close(price, NoLock);
 
 	if (SPI_connect() != SPI_OK_CONNECT)
 		elog(ERROR, "SPI_connect failed");
-	snapshot = RegisterSnapshot(price_snapshot());
-	load_model(model, key, snapshot);
-	if (model->ntiers > 0)
-		load_rules(model, key.provider, snapshot);
+	return RegisterSnapshot(price_snapshot());
+}
+
+static void
+end_reading(const SavedReader *saved, Snapshot snapshot)
+{
 	UnregisterSnapshot(snapshot);
 	SPI_finish();
+	SetUserIdAndSecContext(saved->userid, saved->sec_context);
+}
 
-	SetUserIdAndSecContext(save_userid, save_sec_context);
+/*
+ * Read a model from the tables into a context of its own below the current
+ * one.
+ */
+static PriceModel *
+read_model(ModelKey key)
+{
+	MemoryContext context = AllocSetContextCreate(CurrentMemoryContext,
+												  "aibilling_polar model",
+												  ALLOCSET_SMALL_SIZES);
+	PriceModel *model = MemoryContextAllocZero(context, sizeof(PriceModel));
+	SavedReader saved;
+	CardSearch	search = {.model = model};
+
+	model->context = context;
+	model->provider.data = model->model.data = "";
+
+	search.snapshot = begin_reading(&saved);
+	(void) abp_find_name(key, search.snapshot, find_cards, &search);
+	load_rules(model, key.provider, search.snapshot);
+	end_reading(&saved, search.snapshot);
 	return model;
 }
 
@@ -1270,7 +1116,7 @@ window_contains(const PriceWindow *window, TimestampTz at)
 /* What is in force for a request; rate is NULL if nothing is. */
 typedef struct RateInForce
 {
-	const PriceModel *model;
+	PriceModel *model;
 	const PriceTier *tier;
 	const PriceCard *card;
 	const PriceWindow *window;
@@ -1281,7 +1127,7 @@ typedef struct RateInForce
 
 /* Find a tier's rate in force.  Returns false if it has none. */
 static bool
-find_rate(const PriceModel *model, TextView tier_name, TimestampTz at,
+find_rate(const PriceModel *model, TextView tier_name, bool fold, TimestampTz at,
 		  int64 input_tokens, RateInForce *result)
 {
 	const PriceTier *tier = NULL;
@@ -1289,7 +1135,7 @@ find_rate(const PriceModel *model, TextView tier_name, TimestampTz at,
 
 	for (int i = 0; i < model->ntiers && tier == NULL; i++)
 	{
-		if (text_view_equal(model->tiers[i].name, tier_name))
+		if (same_tier(model->tiers[i].name, tier_name, fold))
 			tier = &model->tiers[i];
 	}
 	if (tier == NULL)
@@ -1330,6 +1176,32 @@ find_rate(const PriceModel *model, TextView tier_name, TimestampTz at,
 	return false;
 }
 
+/* The rule for a service tier, NULL if there is none. */
+static const TierRule *
+find_rule(const PriceModel *model, TextView tier, bool fold)
+{
+	for (int i = 0; i < model->nrules; i++)
+	{
+		const TierRule *rule = &model->rules[i];
+
+		if (same_tier(rule->name, tier, fold))
+			return rule->has_multiplier ? rule : NULL;
+	}
+	return NULL;
+}
+
+/* The model that a request is for. */
+static PriceModel *
+requested_model(const PriceRequest *request)
+{
+	static const TextView empty = {"", 0};
+	ModelKey	key;
+
+	key.provider = request->provider.data ? request->provider : empty;
+	key.model = request->model.data ? request->model : empty;
+	return find_model(key);
+}
+
 /*
  * Find what is in force for a request.  Returns NULL, or what is missing in
  * words that go behind "no price for ".
@@ -1337,55 +1209,234 @@ find_rate(const PriceModel *model, TextView tier_name, TimestampTz at,
 static const char *
 rate_in_force(const PriceRequest *request, RateInForce *result)
 {
-	static const TextView empty = {"", 0};
 	const UsageCounts *counts = request->counts;
-	ModelKey	key;
 	TextView	tier = canonical_tier(request->service_tier);
 	int64		input_tokens = counts->given[COUNT_INPUT] ?
 	counts->value[COUNT_INPUT] : 0;
-
-	key.provider = request->provider.data ? request->provider : empty;
-	key.model = request->model.data ? request->model : empty;
+	const TierRule *rule;
 
 	memset(result, 0, sizeof(*result));
-	result->model = find_model(key);
+	result->model = requested_model(request);
 	if (result->model->ntiers == 0)
 		return "this model";
 
-	if (find_rate(result->model, tier, request->at, input_tokens, result))
-		return NULL;
-	if (text_view_equal(tier, standard_tier))
-		return "this time";
-
-	for (int i = 0; i < result->model->nrules; i++)
+	/* as spelt; if that is no tier, in any case */
+	for (int fold = 0;; fold++)
 	{
-		const TierRule *rule = &result->model->rules[i];
-
-		if (!text_view_equal(rule->name, tier))
-			continue;
-		if (!rule->has_multiplier)
-			break;
-		if (!find_rate(result->model, standard_tier, request->at, input_tokens,
-					   result))
+		if (fold)
+			tier = canonical_tier(abp_fold_name(tier));
+		if (find_rate(result->model, tier, fold, request->at, input_tokens, result))
+			return NULL;
+		if (text_view_equal(tier, standard_tier))
 			return "this time";
-		result->tier_factor = &rule->multiplier;
-		return NULL;
+
+		rule = find_rule(result->model, tier, fold);
+		if (rule != NULL)
+		{
+			if (!find_rate(result->model, standard_tier, false, request->at, input_tokens,
+						   result))
+				return "this time";
+			result->tier_factor = &rule->multiplier;
+			return NULL;
+		}
+		if (fold)
+			return "this service tier, nor a rule";
 	}
-	return "this service tier, nor a rule";
+}
+
+/* How many names are compared with all others before the cache is emptied. */
+#define MAX_SIMILAR_SEARCHES 100
+
+/*
+ * The name that was meant by one that has no price, in words; NULL if none is
+ * near.  Found once for each name while it is cached.
+ */
+static const char *
+similar_name(PriceModel *model, const PriceRequest *request)
+{
+	ModelKey	key = {request->provider, request->model};
+	SavedReader saved;
+	MemoryContext caller_context = CurrentMemoryContext;
+	Snapshot	snapshot;
+	char	   *similar;
+
+	if (model->similar_known || key.provider.len == 0 || key.model.len == 0 ||
+		similar_searches >= MAX_SIMILAR_SEARCHES)
+		return model->similar;
+
+	similar_searches++;
+	snapshot = begin_reading(&saved);
+	similar = abp_similar_name(key, snapshot);
+	if (similar != NULL)
+		model->similar = MemoryContextStrdup(model->context, similar);
+	end_reading(&saved, snapshot);
+	MemoryContextSwitchTo(caller_context);
+	model->similar_known = true;
+	return model->similar;
 }
 
 static char *
-unpriced_reason(const PriceRequest *request, const char *what)
+unpriced_reason(const PriceRequest *request, PriceModel *model, const char *what)
 {
 	TextView	tier = canonical_tier(request->service_tier);
+	const char *names = psprintf("(provider \"%.*s\", model \"%.*s\", service tier \"%.*s\")",
+								 request->provider.len,
+								 request->provider.data ? request->provider.data : "",
+								 request->model.len,
+								 request->model.data ? request->model.data : "",
+								 tier.len, tier.data);
+	const char *similar;
 
-	return psprintf("no price for %s (provider \"%.*s\", model \"%.*s\", service tier \"%.*s\")",
-					what,
-					request->provider.len,
-					request->provider.data ? request->provider.data : "",
-					request->model.len,
-					request->model.data ? request->model.data : "",
-					tier.len, tier.data);
+	if (model->ntiers > 0)
+		return psprintf("no price for %s %s", what, names);
+	if (request->model.len == 0)
+		return psprintf("no price: the %s names no model: give it in column model %s",
+						request->from_reply ? "reply" : "row", names);
+	if (request->provider.len == 0)
+		return psprintf("no price: the row names no provider: give it in column provider %s",
+						names);
+
+	similar = similar_name(model, request);
+	if (similar == NULL)
+		return psprintf("no price for %s %s", what, names);
+	return psprintf("no price for %s %s; perhaps you meant %s", what, names, similar);
+}
+
+/* --- what to do about a missing price ------------------------------------- */
+
+/*
+ * Append the missing prices of the buckets as arguments of set_price: those of
+ * columns, then units.  Of a card that is still to be made, input and output
+ * are asked for together: one without the other would leave the next request
+ * without a cost.
+ */
+static void
+append_missing_arguments(StringInfo statement, const CostBucket *buckets, int nbuckets,
+						 bool new_card)
+{
+	static const char *const columns[] = {
+		"input", "output", "cache_read", "cache_write", "cache_write_1h", "reasoning", "request", "web_search"
+	};
+	StringInfoData units;
+	bool		tokens = false;
+
+	initStringInfo(&units);
+	for (int i = 0; i < nbuckets; i++)
+		tokens |= buckets[i].per != 1;
+
+	for (int i = 0; i < lengthof(columns); i++)
+	{
+		bool		wanted = new_card && tokens && i < 2;
+
+		/* reasoning costs what output does, unless it has its own price */
+		if (new_card && strcmp(columns[i], "reasoning") == 0)
+			continue;
+		for (int j = 0; j < nbuckets && !wanted; j++)
+			wanted = buckets[j].amount == NULL && buckets[j].name.len == strlen(columns[i]) &&
+				memcmp(buckets[j].name.data, columns[i], buckets[j].name.len) == 0;
+		if (wanted)
+			appendStringInfo(statement, ", %s => ?", columns[i]);
+	}
+
+	for (int j = 0; j < nbuckets; j++)
+	{
+		const CostBucket *bucket = &buckets[j];
+		bool		is_column = bucket->amount != NULL;
+
+		for (int i = 0; i < lengthof(columns) && !is_column; i++)
+			is_column = bucket->name.len == strlen(columns[i]) &&
+				memcmp(bucket->name.data, columns[i], bucket->name.len) == 0;
+		if (is_column)
+			continue;
+		appendStringInfoString(&units, units.len == 0 ? "{" : ", ");
+		escape_json(&units, pnstrdup(bucket->name.data, bucket->name.len));
+		appendStringInfoString(&units, ": ?");
+	}
+	if (units.len > 0)
+		appendStringInfo(statement, ", units => %s",
+						 quote_literal_cstr(psprintf("%s}", units.data)));
+}
+
+/* The time as a literal that means the same whatever DateStyle and time zone. */
+static char *
+time_literal(TimestampTz at)
+{
+	struct pg_tm tm;
+	fsec_t		fsec;
+
+	if (TIMESTAMP_IS_NOBEGIN(at))
+		return pstrdup("-infinity");
+	if (TIMESTAMP_IS_NOEND(at) || timestamp2tm(at, NULL, &tm, &fsec, NULL, NULL) != 0 ||
+		tm.tm_year <= 0)
+		return NULL;
+	return psprintf("%04d-%02d-%02d %02d:%02d:%02d.%06d+00", tm.tm_year, tm.tm_mon, tm.tm_mday,
+					tm.tm_hour, tm.tm_min, tm.tm_sec, (int) fsec);
+}
+
+/*
+ * What to do about a request whose cost is unknown for lack of a price, in
+ * whole sentences, palloc'd; NULL if nothing can be said.  The statement in it
+ * leaves the figures open: nobody is to make a price up.
+ *
+ * It changes the card that is in force, from the request's time on.  A model
+ * that has no card at all gets one for all time.
+ */
+char	   *
+abp_price_hint(const PriceRequest *request)
+{
+	RateInForce in_force;
+	TextView	tier = canonical_tier(request->service_tier);
+	bool		of_tier = !text_view_equal(tier, standard_tier);
+	const char *what;
+	PriceModel *model;
+	CostBucket *buckets;
+	int			nbuckets;
+	StringInfoData hint;
+	char	   *from;
+
+	abp_price_init();
+	if (!abp_cost_counted(request->counts))
+		return NULL;
+
+	what = rate_in_force(request, &in_force);
+	model = in_force.model;
+	if (model->ntiers == 0 && request->model.len == 0)
+		return pstrdup("UPDATE the row's column model. What is held is listed in aibilling.unpriced.");
+	if (model->ntiers == 0 && request->provider.len == 0)
+		return pstrdup("UPDATE the row's column provider. What is held is listed in aibilling.unpriced.");
+
+	initStringInfo(&hint);
+	if (model->ntiers == 0 && similar_name(model, request) != NULL)
+		appendStringInfo(&hint, "Perhaps you meant %s: correct the row, or give the name in aibilling.model_alias. For what is new, once you know its price: ",
+						 model->similar);
+	else if (has_set_price)
+		appendStringInfoString(&hint, "Once you know the price: ");
+	if (!has_set_price)
+	{
+		appendStringInfoString(&hint, "ALTER EXTENSION aibilling_polar UPDATE brings aibilling.set_price(), which adds a price.");
+		return hint.data;
+	}
+
+	/* A tier that a rule prices has the standard tier's prices. */
+	if (of_tier && (in_force.tier_factor != NULL ||
+					(what != NULL && find_rule(model, canonical_tier(abp_fold_name(tier)), true) != NULL)))
+		of_tier = false;
+
+	appendStringInfo(&hint, "SELECT * FROM aibilling.set_price(%s, %s",
+					 quote_literal_cstr(model->ntiers > 0 ? pnstrdup(model->provider.data, model->provider.len) :
+										pnstrdup(request->provider.data, request->provider.len)),
+					 quote_literal_cstr(model->ntiers > 0 ? pnstrdup(model->model.data, model->model.len) :
+										pnstrdup(request->model.data, request->model.len)));
+	buckets = abp_cost_buckets(request->counts, in_force.rate, in_force.tier_factor, &nbuckets);
+	append_missing_arguments(&hint, buckets, nbuckets, what != NULL);
+	if (of_tier)
+		appendStringInfo(&hint, ", service_tier => %s",
+						 quote_literal_cstr(pnstrdup(tier.data, tier.len)));
+	from = time_literal(model->ntiers > 0 ? request->at : DT_NOBEGIN);
+	if (from != NULL)
+		appendStringInfo(&hint, ", valid_from => '%s'", from);
+	appendStringInfoString(&hint, "); with the figures in place of each \"?\". What is held is listed in aibilling.unpriced.");
+	return hint.data;
 }
 
 /* --- entry points --------------------------------------------------------- */
@@ -1457,7 +1508,7 @@ abp_price_cost(const PriceRequest *request, ExactCost *cost, char **missing)
 	if (what != NULL)
 	{
 		if (missing != NULL)
-			*missing = unpriced_reason(request, what);
+			*missing = unpriced_reason(request, in_force.model, what);
 		return COST_UNPRICED;
 	}
 
@@ -1477,7 +1528,7 @@ abp_price_cost(const PriceRequest *request, ExactCost *cost, char **missing)
 			cost->usd_numeric = usd;
 		}
 		else if (missing != NULL)
-			*missing = unpriced_reason(request, dimensions);
+			*missing = unpriced_reason(request, in_force.model, dimensions);
 	}
 
 	if (!known)
@@ -1492,6 +1543,26 @@ round_to_nanos(const ExactCost *cost, bool noerror, int64 *nanos)
 	if (noerror)
 		return abp_cost_fits_nanos(cost, nanos);
 	*nanos = abp_cost_nanos(cost);
+	return true;
+}
+
+/*
+ * The provider and model whose cards price usage of these names, at whatever
+ * time.  They point into the cache: use them before pricing anything else.
+ * Returns false and changes nothing if there are no cards.
+ */
+bool
+abp_price_find_model(TextView *provider, TextView *model)
+{
+	const PriceRequest request = {.provider = *provider,.model = *model};
+	const PriceModel *found;
+
+	abp_price_init();
+	found = requested_model(&request);
+	if (found->ntiers == 0)
+		return false;
+	*provider = found->provider;
+	*model = found->model;
 	return true;
 }
 
@@ -1544,6 +1615,67 @@ abp_price_usage(const PriceRequest *request, bool noerror, PricedCost *cost)
 }
 
 /*
+ * Does a list such as "input, output" have this name?
+ */
+static bool
+list_has_name(const char *list, int len, TextView name)
+{
+	const char *end = list + len;
+
+	while (list < end)
+	{
+		const char *comma = memchr(list, ',', end - list);
+		int			item = (comma != NULL ? comma : end) - list;
+
+		if (item == name.len && memcmp(list, name.data, item) == 0)
+			return true;
+		list += item;
+		while (list < end && (*list == ',' || *list == ' '))
+			list++;
+	}
+	return false;
+}
+
+/*
+ * What the note of a card says of one bucket.  Remarks of imports that name
+ * the prices they are about ("as input: cache_read, cache_write") are shown
+ * for these only, the rest of the note for all.  palloc'd; NULL if it says
+ * nothing.
+ */
+static const char *
+note_of_bucket(const char *note, TextView bucket)
+{
+	static const char *const of_some[] = {"as ", "twice ", "free beside ", "half of standard"};
+	StringInfoData shown;
+
+	if (note == NULL)
+		return NULL;
+
+	initStringInfo(&shown);
+	for (const char *remark = note, *next; remark != NULL; remark = next)
+	{
+		const char *separator = strstr(remark, "; ");
+		int			len = separator != NULL ? separator - remark : strlen(remark);
+		const char *colon = NULL;
+
+		next = separator != NULL ? separator + 2 : NULL;
+		for (int i = 0; i < lengthof(of_some) && colon == NULL; i++)
+		{
+			if (strncmp(remark, of_some[i], strlen(of_some[i])) == 0)
+				colon = memchr(remark, ':', len);
+		}
+		if (colon != NULL)
+		{
+			if (!list_has_name(colon + 2, remark + len - colon - 2, bucket))
+				continue;
+			len = colon - remark;
+		}
+		appendStringInfo(&shown, "%s%.*s", shown.len > 0 ? "; " : "", len, remark);
+	}
+	return shown.len > 0 ? shown.data : NULL;
+}
+
+/*
  * Price a request and say how.  The buckets' amounts add up to the exact
  * cost; a bucket without a price has none.  Texts point into the cache, so
  * use them before pricing anything else; the rest is palloc'd in the current
@@ -1555,6 +1687,7 @@ abp_price_explain(const PriceRequest *request, PriceExplanation *explanation)
 	RateInForce in_force;
 	const char *what;
 	ExactCost	cost;
+	char	   *hint = NULL;
 	bool		unknown;
 
 	memset(explanation, 0, sizeof(*explanation));
@@ -1577,6 +1710,8 @@ abp_price_explain(const PriceRequest *request, PriceExplanation *explanation)
 		return;
 	}
 
+	if (explanation->missing != NULL)
+		hint = abp_price_hint(request);
 	what = rate_in_force(request, &in_force);
 	explanation->buckets = abp_cost_buckets(request->counts, in_force.rate,
 											in_force.tier_factor,
@@ -1593,8 +1728,21 @@ abp_price_explain(const PriceRequest *request, PriceExplanation *explanation)
 			bucket->amount = NULL;
 			bucket->note = explanation->missing;
 		}
-		else if (bucket->amount == NULL)
-			bucket->note = "no price";
+		else
+		{
+			const char *own = bucket->amount == NULL ? "no price" : bucket->note;
+			const char *of_card = note_of_bucket(in_force.window->notes[in_force.rate - in_force.window->rates],
+												 bucket->name);
+
+			bucket->note = own == NULL ? of_card : of_card == NULL ? own : psprintf("%s; %s", own, of_card);
+		}
+
+		/* What to do is said once. */
+		if (bucket->amount == NULL && hint != NULL)
+		{
+			bucket->note = psprintf("%s. %s", bucket->note, hint);
+			hint = NULL;
+		}
 	}
 	if (what != NULL)
 		return;

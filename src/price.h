@@ -24,6 +24,7 @@ typedef struct PriceRequest
 	TimestampTz at;				/* the price in force then applies */
 	const UsageCounts *counts;
 	Numeric		provider_cost;	/* USD as the provider reported it, or NULL */
+	bool		from_reply;		/* does the row hold a provider's reply? */
 } PriceRequest;
 
 typedef struct PricedCost
@@ -62,6 +63,8 @@ extern CostStatus abp_price_cost(const PriceRequest *request, ExactCost *cost,
 								 char **missing);
 extern void abp_price_explain(const PriceRequest *request,
 							  PriceExplanation *explanation);
+extern char *abp_price_hint(const PriceRequest *request);
+extern bool abp_price_find_model(TextView *provider, TextView *model);
 extern bool abp_price_tier_is_standard(TextView tier);
 extern const char *abp_cost_status_name(CostStatus status);
 

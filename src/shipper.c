@@ -877,6 +877,8 @@ add_event(const UsageRow *row, Jsonb *whole, void *arg)
 		abp_idset_add(&filling->seen, row->id, row->id, filling->context);
 	else if (!notice_row(filling, row))
 		return filling->nrows <= filling->max_rows;
+	if (delivery->nevents == filling->max_rows)
+		return false;			/* rows share ids: shared_ids tells which */
 	abp_usage_judge(row, filling->server, &verdict);
 	if (verdict.state != OUTBOX_READY)
 	{
@@ -1597,10 +1599,18 @@ settle_delivered(Shipment *shipment, const Verdict *verdict, double elapsed_ms,
 	delivery->inserted = verdict->inserted;
 	delivery->duplicates = verdict->duplicates;
 
-	/* An id that was delivered before may be of a row that has come back. */
+	/*
+	 * An id that was delivered before may be of a row that has come back.  Or
+	 * the row that was to be sent has gone with its partition, and this one
+	 * has its id: then it is looked at when it is there again.
+	 */
 	if (verdict->duplicates > 0 && !delivery->outcome_unknown)
-		delivery->unexpected_duplicates =
-			Max(0, verdict->duplicates - abp_ledger_delivered_before(delivery, ledger_from));
+	{
+		IdSet		before = abp_ledger_delivered_before(delivery, ledger_from);
+
+		delivery->unexpected_duplicates = Max(0, verdict->duplicates - abp_idset_count(&before));
+		abp_idset_add_set(&delivery->vanished_ids, &before, shipment->context);
+	}
 	if (delivery->unexpected_duplicates > 0)
 	{
 		ereport(WARNING,
@@ -2822,6 +2832,33 @@ settle_orphans(List *tables)
 	}
 }
 
+/*
+ * A usage table is gone, and no event trigger of ours has seen it go, as with
+ * session_replication_role = replica: its outbox goes, too.
+ */
+static void
+forget_dropped(List *tables)
+{
+	ListCell   *lc;
+
+	foreach(lc, tables)
+	{
+		UsageTable *table = lfirst(lc);
+		int64		count;
+
+		if (OidIsValid(table->owner) || abp_ledger_sending(table->relid))
+			continue;
+		count = abp_outbox_discard(table->relid);
+		abp_usage_table_forget(table->relid);
+		tables_stale = true;
+		if (count > 0)
+			ereport(WARNING,
+					(errcode(ERRCODE_UNDEFINED_TABLE),
+					 errmsg("usage table with OID %u is gone, and with it " INT64_FORMAT " rows that were not delivered",
+							table->relid, count)));
+	}
+}
+
 /* Shipments go with their table, should its server or its token become another. */
 static void
 change_lanes(List *tables)
@@ -3268,6 +3305,7 @@ work(const ShipScope *scope)
 	}
 	if (!armed)
 		return NIL;
+	forget_dropped(tables);
 
 	if (servers_changed)
 		servers_generation++;

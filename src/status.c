@@ -248,6 +248,28 @@ append_missing_prices(StringInfo words, const UsageTable *table)
 	PopActiveSnapshot();
 }
 
+/* The prices that an import found suspicious, for somebody to look at. */
+static void
+append_held_prices(StringInfo words)
+{
+	SavedUser	saved;
+	MemoryContext caller = CurrentMemoryContext;
+	char	   *held = NULL;
+
+	abp_become_extension_owner(&saved);
+	SPI_connect();
+	if (SPI_execute("SELECT format('%s suspicious prices are held since %s (aibilling.price_quarantine)',"
+					" count(*), min(quarantined_at)::timestamptz(0))"
+					" FROM aibilling.price_quarantine HAVING count(*) > 0",
+					true, 1) == SPI_OK_SELECT && SPI_processed > 0)
+		held = MemoryContextStrdup(caller, SPI_getvalue(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 1));
+	SPI_finish();
+	abp_restore_user(&saved);
+
+	if (held != NULL)
+		appendStringInfo(words, "; %s", held);
+}
+
 /* What happens now with a table, and why. */
 static char *
 status_words(const UsageTable *table, bool armed, int worker_pid, int shipper,
@@ -298,6 +320,7 @@ status_words(const UsageTable *table, bool armed, int worker_pid, int shipper,
 						 unpriced_estimated ? "about " : "", unpriced);
 		append_missing_prices(&words, table);
 	}
+	append_held_prices(&words);
 	if (rejected > 0)
 		appendStringInfo(&words, "; %s" INT64_FORMAT " rows are rejected (aibilling.outbox)",
 						 rejected_estimated ? "about " : "", rejected);
@@ -458,15 +481,17 @@ abp_sql_status(PG_FUNCTION_ARGS)
 		Datum		values[NUM_STATUS] = {0};
 		bool		nulls[NUM_STATUS];
 		int			worker_pid = abp_worker_pid();
+		StringInfoData words;
 
 		memset(nulls, true, sizeof(nulls));
 		nulls[STATUS_WORDS] = false;
 		nulls[STATUS_WORKER_PID] = worker_pid == 0;
 		values[STATUS_WORKER_PID] = Int32GetDatum(worker_pid);
-		values[STATUS_WORDS] =
-			CStringGetTextDatum(psprintf("no usage table is attached; create one with aibilling.create_usage_table%s%s",
-										 worker_pid == 0 ? "; " : "",
-										 worker_pid == 0 ? no_worker_words() : ""));
+		initStringInfo(&words);
+		appendStringInfo(&words, "no usage table is attached; create one with aibilling.create_usage_table%s%s",
+						 worker_pid == 0 ? "; " : "", worker_pid == 0 ? no_worker_words() : "");
+		append_held_prices(&words);
+		values[STATUS_WORDS] = CStringGetTextDatum(words.data);
 		tuplestore_putvalues(result->setResult, result->setDesc, values, nulls);
 	}
 	return (Datum) 0;

@@ -670,7 +670,8 @@ price_request(const UsageRow *row)
 		.service_tier = row->service_tier,
 		.at = row->occurred_at,
 		.counts = &row->counts,
-		.provider_cost = row->provider_cost
+		.provider_cost = row->provider_cost,
+		.from_reply = row->raw_usage != NULL
 	};
 
 	return request;
@@ -1218,7 +1219,7 @@ abp_usage_note_doubt(const char *doubt)
 }
 
 static void
-warn_unpriced(const char *reason)
+warn_unpriced(const UsageRow *row, const char *reason)
 {
 	char		key[128];
 	bool		found;
@@ -1236,10 +1237,15 @@ warn_unpriced(const char *reason)
 	strlcpy(key, reason, sizeof(key));
 	hash_search(warned_models, key, HASH_ENTER, &found);
 	if (!found)
+	{
+		PriceRequest request = price_request(row);
+		char	   *hint = abp_price_hint(&request);
+
 		ereport(WARNING,
 				(errcode(ERRCODE_WARNING),
 				 errmsg("usage is held until it can be priced: %s", reason),
-				 errhint("Add the price to aibilling.price; what is held is listed in aibilling.unpriced.")));
+				 errhint("%s", hint ? hint : "What is held is listed in aibilling.unpriced.")));
+	}
 }
 
 /* --- triggers ---------------------------------------------------------------- */
@@ -1387,41 +1393,12 @@ is_repriced(const UsageRelation *known, int64 id)
 		abp_idset_contains(repricing_ids, id);
 }
 
-/* A row's place in a table. */
-typedef struct RowTid
-{
-	Oid			relid;
-	ItemPointerData tid;
-} RowTid;
-
-static bool
-is_another_row(UsageRelation *known, Relation rel, HeapTuple tuple, void *arg)
-{
-	RowTid	   *row = arg;
-
-	return row->relid != RelationGetRelid(rel) || !ItemPointerEquals(&row->tid, &tuple->t_self);
-}
-
 /*
- * Does a row share its id, in a partitioned table, with one that Polar has?
- * Then the outbox may speak of the other one.
- */
-static bool
-shares_delivered_id(const UsageRelation *known, Relation rel, HeapTuple tuple, int64 id)
-{
-	RowTid		row = {RelationGetRelid(rel), tuple->t_self};
-
-	return abp_ledger_has(known->usage_table, id, known->ledger_from) &&
-		look_for_rows(known->usage_table, id, SnapshotSelf, is_another_row, &row);
-}
-
-/*
- * Something that is billed has changed, in a row that was "old": the outbox is
- * to say what the new row deserves.  Raises an error if Polar has the row, or
- * may have it.
+ * Something that is billed has changed in a row: the outbox is to say what the
+ * new row deserves.  Raises an error if Polar has the row, or may have it.
  */
 static void
-requeue_row(UsageRelation *known, Relation rel, HeapTuple old, const UsageRow *row,
+requeue_row(UsageRelation *known, Relation rel, const UsageRow *row,
 			const ServerOptions *server)
 {
 	RowPlace	place;
@@ -1438,7 +1415,9 @@ requeue_row(UsageRelation *known, Relation rel, HeapTuple old, const UsageRow *r
 		return;
 	if (place.where != ROW_IN_OUTBOX || place.outcome_unknown)
 		refuse_change(&place, rel, row->id, "update");
-	if (!own && shares_delivered_id(known, rel, old, row->id))
+	/* Rows of partitions may share an id: the outbox may speak of the other one. */
+	if (!own && rel->rd_rel->relispartition &&
+		abp_ledger_has(known->usage_table, row->id, known->ledger_from))
 	{
 		place.where = ROW_DELIVERED;
 		refuse_change(&place, rel, row->id, "update");
@@ -1595,7 +1574,7 @@ abp_sql_price_usage(PG_FUNCTION_ARGS)
 		row.has_cost_nanos = cost.known;
 		row.cost_nanos = cost.cost_nanos;
 		row.cost_cents = cost.cost_cents;
-		requeue_row(known, rel, trigdata->tg_trigtuple, &row, server);
+		requeue_row(known, rel, &row, server);
 	}
 	return PointerGetDatum(tuple);
 }
@@ -1661,7 +1640,7 @@ abp_sql_enqueue_usage(PG_FUNCTION_ARGS)
 
 		(void) find_returning(known->usage_table, row.id, HASH_REMOVE);
 		if (kind == RETURN_CHANGED && server != NULL)
-			requeue_row(known, rel, trigdata->tg_trigtuple, &row, server);
+			requeue_row(known, rel, &row, server);
 		if (kind != RETURN_DELIVERED)
 			return PointerGetDatum(NULL);
 		state.outcome_unknown = true;
@@ -1680,26 +1659,25 @@ abp_sql_enqueue_usage(PG_FUNCTION_ARGS)
 		if (state.state == OUTBOX_REJECTED)
 			warn_rejected(rel, row.id, state.error);
 		else if (state.state == OUTBOX_UNPRICED)
-			warn_unpriced(state.error);
+			warn_unpriced(&row, state.error);
 	}
 	abp_collect_inserted(known->usage_table, row.id, &state);
 	return PointerGetDatum(NULL);
 }
 
 /*
- * A row is gone that shared its id with another.  Rejected for that, the other
- * one may be free now; what else waits stays in the outbox, where the shipper
- * looks at what there is.
+ * A row is gone that shared its id with another, and what waits under that id
+ * may be of either: the shipper looks at the other one, which Polar may have.
  */
 static void
-keep_queued(const UsageRelation *known, int64 id, const RowPlace *place, bool own)
+leave_to_other(const UsageRelation *known, int64 id, const RowPlace *place, bool own)
 {
 	RowState	ready = {OUTBOX_READY, DT_NOBEGIN};
 
-	if (place->state != OUTBOX_REJECTED)
-		return;
-	ready.outcome_unknown = place->outcome_unknown;
-	abp_collect_changed(known->usage_table, id, own ? NULL : place, &ready);
+	ready.outcome_unknown = place->outcome_unknown ||
+		abp_ledger_has(known->usage_table, id, known->ledger_from);
+	if (place->state == OUTBOX_REJECTED || ready.outcome_unknown)
+		abp_collect_changed(known->usage_table, id, own ? NULL : place, &ready);
 }
 
 /*
@@ -1720,7 +1698,7 @@ abp_sql_guard_usage(PG_FUNCTION_ARGS)
 	int64		id;
 	RowPlace	place;
 	bool		own;
-	bool		has_moved;
+	bool		is_there;		/* the statement has put it elsewhere */
 
 	abp_extension_check_version();
 	check_trigger(fcinfo, "guard_usage",
@@ -1747,18 +1725,25 @@ abp_sql_guard_usage(PG_FUNCTION_ARGS)
 	{
 		values, nulls
 	};
-	has_moved = look_for_rows(known->usage_table, id, SnapshotSelf, is_same_row, &row);
-	if (place.where == ROW_SENDING && !(has_moved && row.unchanged))
-		refuse_change(&place, rel, id, "delete");
-	if (place.where == ROW_SENDING || has_moved)
+	is_there = look_for_rows(known->usage_table, id, SnapshotSelf, is_same_row, &row);
+	if (place.where == ROW_SENDING)
+	{
+		if (!is_there || !row.unchanged)
+			refuse_change(&place, rel, id, "delete");
+		return PointerGetDatum(NULL);
+	}
+
+	/* What its INSERT trigger does not know as a row that was there, is queued by it. */
+	if (is_there && returning != NULL &&
+		find_returning(known->usage_table, id, HASH_FIND) != NULL)
 		return PointerGetDatum(NULL);
 
-	if (row_exists(known->usage_table, id))
-		keep_queued(known, id, &place, own);
-	else if (place.outcome_unknown)
-		refuse_change(&place, rel, id, "delete");
-	else
+	if (!is_there && row_exists(known->usage_table, id))
+		leave_to_other(known, id, &place, own);
+	else if (!place.outcome_unknown)
 		abp_collect_changed(known->usage_table, id, own ? NULL : &place, NULL);
+	else if (!is_there || !row.unchanged)
+		refuse_change(&place, rel, id, "delete");
 	return PointerGetDatum(NULL);
 }
 

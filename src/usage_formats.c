@@ -523,6 +523,17 @@ extra_openai(Reading *r)
 		!abp_usage_doubt(r, "the usage object has cache_read_input_tokens or cache_creation_input_tokens beside input_tokens; its format is \"anthropic\", not \"%s\"",
 						 r->format->name))
 		return false;
+
+	/* Perplexity's fee for a request depends on it; its cost has it included. */
+	if (r->cost == NULL && !r->cost_given)
+	{
+		if (abp_usage_string_is(r, r->usage, "search_context_size", "medium") &&
+			!abp_usage_add_count(r, &r->count[FIELD_SEARCH_MEDIUM], 1, "search_context_size"))
+			return false;
+		if (abp_usage_string_is(r, r->usage, "search_context_size", "high") &&
+			!abp_usage_add_count(r, &r->count[FIELD_SEARCH_HIGH], 1, "search_context_size"))
+			return false;
+	}
 	return extra_openai_like(r);
 }
 

@@ -52,6 +52,9 @@ typedef enum Field
 	FIELD_FILE_SEARCH,
 	FIELD_MAPS,
 	FIELD_CODE_EXECUTION,
+	FIELD_SEARCH_MEDIUM,		/* requests with more than the low search
+								 * context */
+	FIELD_SEARCH_HIGH,
 	FIELD_SESSION,
 	FIELD_IMAGE,
 	FIELD_PAGE,

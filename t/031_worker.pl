@@ -388,13 +388,13 @@ $polar->release;
 my $session = $bare->background_psql('postgres', on_error_stop => 0);
 $bare->safe_psql('postgres', q{CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
 	$$BEGIN RAISE 'the ledger refuses'; END$$;
-CREATE TRIGGER refuse BEFORE UPDATE ON aibilling.delivery FOR EACH ROW EXECUTE FUNCTION refuse()});
+CREATE TRIGGER refuse BEFORE UPDATE ON aibilling.ledger FOR EACH ROW EXECUTE FUNCTION refuse()});
 $session->query('CALL aibilling.sync();');
 wait_ended($session);
 is($bare->safe_psql('postgres', "SELECT count(*) $lock"), '0', 'a refusing ledger leaves no lock');
 like($bare->status, qr/^blocked: the ledger refuses/, 'status says what blocks the table');
 is($session->query('SELECT 1;'), '1', 'the session lives');
-$bare->safe_psql('postgres', 'DROP TRIGGER refuse ON aibilling.delivery');
+$bare->safe_psql('postgres', 'DROP TRIGGER refuse ON aibilling.ledger');
 $session->query('CALL aibilling.sync();');
 is($bare->ledger('count(*)', "state <> 'delivered'"), '0', 'and its next sync() settles');
 $session->quit;

@@ -163,7 +163,7 @@ foreach my $format (sort keys %lists)
 	$polar->file("/$format.json", $lists{$format});
 	$node->safe_psql('postgres', "CREATE SERVER $name FOREIGN DATA WRAPPER polar OPTIONS (kind 'prices', format '$format', url '$url/$format.json')");
 	requests_since();
-	is(fetched("SELECT action, price_column, new_price FROM aibilling.fetch_prices('$name')"), 'added|input|1', "format $format");
+	is(fetched("SELECT action, price_column, new_price FROM aibilling.fetch_prices('$name') WHERE reason IS NULL"), 'added|input|1', "format $format");
 	is((requests_since())[0]{token}, 'none', "format $format: without a token");
 }
 

@@ -198,6 +198,77 @@ $node->safe_psql('postgres', "UPDATE aibilling.price SET input = 0.000000001 WHE
 ok(wait_place('postgres', 'absurd', 'delivered'), 'and is delivered when the price is corrected');
 
 # ---------------------------------------------------------------------------
+# The way out: what the warning says is typed, with a figure, and all is priced
+# ---------------------------------------------------------------------------
+
+# The statement of a hint, with figures.
+sub statement_of
+{
+	my ($said) = @_;
+
+	my ($statement) = $said =~ /HINT: .*?(SELECT \* FROM aibilling\.set_price\(.*?\);)/;
+	return ($statement // 'SELECT 1/0') =~ s/\?/3/gr;
+}
+
+$node->safe_psql('postgres', "INSERT INTO aibilling.price (provider, model, source, input, output) VALUES ('acme', 'known-1', 'bundled', 1, 2)");
+$node->safe_psql('postgres', "INSERT INTO aibilling.price (provider, model, source, context_above, input) VALUES ('acme', 'known-1', 'bundled', 5000, 4)");
+
+# A new model: rows of all times wait, and are priced by one statement.
+$warnings = said('postgres', "INSERT INTO usage ($columns, output_tokens, occurred_at) VALUES
+	('new', 'acme', 'brand-new', 'c', 1000, 100, '2026-03-01'), ('new, older', 'acme', 'brand-new', 'c', 1000, 100, '2026-01-01')");
+unlike($warnings, qr/Perhaps/, 'a new model is like no other');
+like($warnings, qr/set_price\('acme', 'brand-new', input => \?, output => \?, valid_from => '-infinity'\);/, 'the hint leaves the figures open');
+$node->safe_psql('postgres', statement_of($warnings));
+ok(wait_place('postgres', $_, 'delivered'), "$_: priced and delivered") foreach 'new', 'new, older';
+is($node->safe_psql('postgres', "SELECT cost_nanos FROM usage WHERE model = 'brand-new'"), "3300000\n3300000", 'at the price that was typed');
+
+# A misspelt one: the hint names what was meant.
+$warnings = said('postgres', "INSERT INTO usage ($columns) VALUES ('misspelt', 'acme', 'knwon-1', 'c', 1000)");
+like($warnings, qr/WARNING: .*perhaps you meant model "known-1"\nHINT:  Perhaps you meant model "known-1": correct the row/, 'what was meant by the model');
+is(listed('postgres'), 'no price for this model (provider "acme", model "knwon-1", service tier "standard"); perhaps you meant model "known-1"|1', 'the list says so, too');
+$node->safe_psql('postgres', "UPDATE usage SET model = 'known-1' WHERE external_id = 'misspelt'");
+ok(wait_place('postgres', 'misspelt', 'delivered'), 'corrected, it is priced');
+like(said('postgres', "INSERT INTO usage ($columns) VALUES ('mistaken', 'acmee', 'known-1', 'c', 1000); DELETE FROM usage WHERE external_id = 'mistaken'"),
+	qr/HINT:  Perhaps you meant provider "acme"/, 'what was meant by the provider');
+
+# A reply or a row without a name.
+$warnings = said('postgres', q{INSERT INTO usage (external_id, provider, external_customer_id, raw_usage, usage_format)
+	VALUES ('nameless', 'acme', 'c', '{"prompt_tokens": 1000, "completion_tokens": 10, "total_tokens": 1010}', 'openai')});
+like($warnings, qr/the reply names no model: give it in column model/, 'a reply without a model');
+unlike($warnings, qr/set_price/, 'is no reason to enter a price');
+like(said('postgres', "INSERT INTO usage ($columns) VALUES ('providerless', NULL, 'known-1', 'c', 1000)"),
+	qr/the row names no provider: give it in column provider/, 'a row without a provider');
+$node->safe_psql('postgres', "UPDATE usage SET provider = 'acme', model = 'known-1' WHERE external_id IN ('nameless', 'providerless')");
+ok(wait_place('postgres', $_, 'delivered'), "$_: named, it is priced") foreach 'nameless', 'providerless';
+
+# A price that is missing on a card: it is added, and all else of the card stays.
+$warnings = said('postgres', "INSERT INTO usage ($columns, cache_read_tokens, units, occurred_at)
+	VALUES ('lacking', 'acme', 'known-1', 'c', 6000, 1000, '{\"image\": 1}', '2026-05-01 10:00:00.25+00')");
+like($warnings, qr/set_price\('acme', 'known-1', cache_read => \?, units => '\{"image": \?\}', valid_from => '2026-05-01 10:00:00\.250000\+00'\);/,
+	'the hint names what is missing, and since when');
+like($node->safe_psql('postgres', "SELECT hint FROM aibilling.unpriced WHERE reason LIKE '%known-1%'"),
+	qr/set_price\('acme', 'known-1', cache_read => \?, .*valid_from => '2026-05-01 10:00:00\.250000\+00'\);/, 'aibilling.unpriced has the hint, too');
+like($node->safe_psql('postgres', "SELECT string_agg(note, ' ') FROM usage u, aibilling.explain_cost('usage', u.id) WHERE external_id = 'lacking'"),
+	qr/no price\. .*set_price\('acme', 'known-1', cache_read => \?/, 'explain_cost says the same');
+$node->safe_psql('postgres', statement_of($warnings));
+ok(wait_place('postgres', 'lacking', 'delivered'), 'it is priced');
+is($node->safe_psql('postgres', "SELECT cost_nanos FROM usage WHERE external_id = 'lacking'"), 5000 * 4000 + 1000 * 3000 + 3000000000, 'by the step of the card, and the prices typed');
+$node->safe_psql('postgres', "INSERT INTO usage ($columns, output_tokens, occurred_at) VALUES
+	('before it', 'acme', 'known-1', 'c', 1000, 10, '2026-04-01'), ('after it', 'acme', 'known-1', 'c', 1000, 10, '2026-06-01'), ('long after', 'acme', 'known-1', 'c', 6000, 10, now())");
+is($node->safe_psql('postgres', "SELECT cost_nanos FROM usage WHERE external_id IN ('before it', 'after it', 'long after') ORDER BY id"),
+	"1020000\n1020000\n24020000", 'and every other row of the model is priced as before');
+
+# A price that an import holds back is announced: to whoever imports, in the log, and in status.
+my $log = $node->log_offset;
+$warnings = said('postgres', q{SELECT count(*) FROM aibilling.import_prices('{"acme/cut": {"litellm_provider": "acme", "input_cost_per_token": 1e-5}}', 'litellm', false);
+	SELECT count(*) FROM aibilling.import_prices('{"acme/cut": {"litellm_provider": "acme", "input_cost_per_token": 1e-6}}', 'litellm', false)});
+like($warnings, qr/NOTICE:  1 of the prices of litellm are suspicious and are held back: acme\/cut\nHINT: .*price_quarantine/, 'a NOTICE');
+like($node->log_since($log), qr/LOG:  aibilling_polar: 1 prices of litellm are held in aibilling\.price_quarantine, imported by "/, 'a line in the log');
+like($node->status, qr/; 1 suspicious prices are held since \d.* \(aibilling\.price_quarantine\)/, 'and in status');
+$node->safe_psql('postgres', "SELECT aibilling.release_price('litellm', 'acme', 'cut')");
+unlike($node->status, qr/held/, 'until somebody has looked');
+
+# ---------------------------------------------------------------------------
 # Rows from before their table was attached, which no price can help
 # ---------------------------------------------------------------------------
 

@@ -437,9 +437,9 @@ SKIP:
 	mkdir "$disk/space";
 	$node->safe_psql('postgres', "CREATE TABLESPACE small LOCATION '$disk/space'");
 	$node->safe_psql('postgres', 'DELETE FROM aibilling.delivery');
-	$node->safe_psql('postgres', 'VACUUM FULL aibilling.delivery');
+	$node->safe_psql('postgres', 'VACUUM FULL aibilling.ledger');
 	$node->safe_psql('postgres', "ALTER TABLE $_ SET TABLESPACE small")
-	  foreach 'aibilling.delivery', 'usage';
+	  foreach 'aibilling.ledger', 'usage';
 	$node->insert_rows($rows, prefix => 'full_');
 
 	open my $file, '>', $filler or die "$filler: $!";

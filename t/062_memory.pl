@@ -42,7 +42,7 @@ CREATE FUNCTION public.event_name(r jsonb) RETURNS text LANGUAGE sql AS
 	$$SELECT CASE WHEN (r->>'id')::bigint NOT IN (SELECT id FROM public.spoil) THEN 'llm_usage' END$$;
 CREATE FUNCTION refuse_resend() RETURNS trigger LANGUAGE plpgsql AS
 	$$BEGIN RAISE 'the ledger is shut'; END$$;
-CREATE TRIGGER refuse_resend BEFORE UPDATE ON aibilling.delivery
+CREATE TRIGGER refuse_resend BEFORE UPDATE ON aibilling.ledger
 	FOR EACH ROW WHEN (new.attempts > 1) EXECUTE FUNCTION refuse_resend();
 ALTER SERVER polar OPTIONS (ADD event_name_function 'public.event_name')});
 $polar->fault(kind => '503');
@@ -56,7 +56,7 @@ my $until = sql('SELECT blocked_until FROM aibilling.usage_table');
 sql(q{ALTER SERVER polar OPTIONS (SET event_name 'llm_usage')});
 $node->poll_query_until('postgres',
 	"SELECT blocked_until > '$until' FROM aibilling.usage_table");
-sql(q{DROP TRIGGER refuse_resend ON aibilling.delivery;
+sql(q{DROP TRIGGER refuse_resend ON aibilling.ledger;
 ALTER SERVER polar OPTIONS (SET event_name 'llm_usage')});
 $node->wait_settled;
 is( sql(q{SELECT string_agg(id || ' ' || (aibilling.usage_status('usage', id)).state, ', ' ORDER BY id)

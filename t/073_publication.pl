@@ -139,6 +139,16 @@ $its_polar->wait(events => 2);
 $subscriber->wait_settled;
 
 my $publisher = $node->connstr('postgres');
+foreach my $table ('ledger', 'attachment', 'outbox_entry')
+{
+	works("CREATE PUBLICATION one FOR TABLE aibilling.$table");
+	$subscriber->safe_psql('postgres', qq{
+CREATE SUBSCRIPTION one CONNECTION \$\$$publisher\$\$ PUBLICATION one WITH (copy_data = false)});
+	like($subscriber->status, qr/^paused: a subscription brings/, "a subscription to aibilling.$table alone is enough");
+	$subscriber->safe_psql('postgres', 'DROP SUBSCRIPTION one');
+	works('DROP PUBLICATION one');
+}
+unlike($subscriber->status, qr/^paused/, 'without it there is nothing to pause for');
 $subscriber->safe_psql('postgres', qq{
 CREATE SUBSCRIPTION s CONNECTION \$\$$publisher\$\$ PUBLICATION dbz_publication WITH (copy_data = false)});
 like($subscriber->status, qr/^paused: a subscription brings another database's outbox here/,

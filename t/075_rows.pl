@@ -6,6 +6,8 @@
 use strict;
 use warnings;
 
+use FindBin;
+use lib $FindBin::Bin;
 use AibillingNode;
 use PolarServer;
 use PostgreSQL::Test::Utils;
@@ -521,6 +523,14 @@ subtest '24, 25: what is not queued, and tables that are gone' => sub {
 	is(at_polar('us'), 'us4 x1', 'which are not sent');
 	is(error_of("UPDATE unsent SET input_tokens = 3 WHERE external_id = 'us1'"), '', 'and may change');
 	ok(settled('unsent') && at_polar('us') eq 'us4 x1', 'without being sent');
+
+	pause();
+	my $log = $node->log_offset;
+	sql(ins('unsent', 'us5,us6') . 'SET session_replication_role = replica; DROP TABLE unsent');
+	resume();
+	$polar->wait_for(sub { sql('SELECT count(*) FROM aibilling.outbox_entry e WHERE NOT EXISTS (SELECT FROM pg_class WHERE oid = e.usage_table)') == 0 },
+		'the outbox of a table that went unseen');
+	like($node->log_since($log), qr/is gone, and with it 2 rows that were not delivered/, 'the log says what went');
 };
 
 $node->stop;

@@ -1,0 +1,382 @@
+#!/usr/bin/env python3
+"""Random statements and operators against a server with faults; then rows and events must agree.
+
+    stress.py --seconds N --seed N --polar PORT       (the server by PGHOST, PGPORT, PGDATABASE, PGUSER)
+
+Several sessions insert, change, move, delete and bring back rows of plain and partitioned tables, whose
+ids are shared, reused and moved; operators pause, retry, reprice, detach and kill; a role of its own
+misbehaves in its own table; the stand-in for Polar loses answers and refuses.  At the end all faults
+cease, and then
+
+- each row that is delivered is at Polar exactly once, with its cost and its customer,
+- each row that is not is in the outbox, rejected, with a reason,
+- Polar has nothing that has not been a row here.
+
+Exit status 1, with what is wrong, if not.
+"""
+import argparse
+import collections
+import json
+import random
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+
+TABLES = ("one", "two", "parts", "tenants")
+PARTITIONED = {"parts": ("region", ("'a'", "'b'", "'c'")), "tenants": ("tenant", ("0", "1"))}
+CUSTOMERS = ("c1", "c2", "c3")
+
+SETUP = """
+CREATE ROLE eve LOGIN;
+CREATE ROLE owner LOGIN;
+GRANT USAGE ON FOREIGN SERVER polar, other TO eve, owner;
+CREATE SCHEMA eve AUTHORIZATION eve;
+INSERT INTO aibilling.price (provider, model, input, output) VALUES ('p', 'm0', 1.25, 10), ('p', 'm1', 0.3, 0.7);
+SELECT aibilling.create_usage_table('one', 'polar');
+SELECT aibilling.create_usage_table('two', 'other');
+CREATE TABLE parts (LIKE one INCLUDING DEFAULTS, region text NOT NULL, PRIMARY KEY (id, region)) PARTITION BY LIST (region);
+CREATE SEQUENCE parts_id; ALTER TABLE parts ALTER id SET DEFAULT nextval('parts_id');
+CREATE TABLE parts_a PARTITION OF parts FOR VALUES IN ('a');
+CREATE TABLE parts_b PARTITION OF parts FOR VALUES IN ('b');
+CREATE TABLE parts_c PARTITION OF parts FOR VALUES IN ('c');
+SELECT aibilling.attach('parts', 'polar');
+CREATE TABLE tenants (LIKE one INCLUDING DEFAULTS, tenant int NOT NULL, PRIMARY KEY (id, tenant)) PARTITION BY LIST (tenant);
+CREATE SEQUENCE tenants_id; ALTER TABLE tenants ALTER id SET DEFAULT nextval('tenants_id');
+CREATE TABLE tenants_0 PARTITION OF tenants FOR VALUES IN (0);
+CREATE TABLE tenants_1 PARTITION OF tenants FOR VALUES IN (1);
+SELECT aibilling.attach('tenants', 'other');
+CREATE TABLE audit (what text, id bigint);
+CREATE FUNCTION audit() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN
+	INSERT INTO audit VALUES (TG_OP, coalesce(NEW.id, OLD.id));
+	BEGIN PERFORM 1 / 0; EXCEPTION WHEN division_by_zero THEN NULL; END;
+	RETURN coalesce(NEW, OLD);
+END$$;
+CREATE TRIGGER audit BEFORE INSERT OR UPDATE OR DELETE ON tenants FOR EACH ROW EXECUTE FUNCTION audit();
+CREATE TRIGGER zzz_audit BEFORE UPDATE OR DELETE ON parts FOR EACH ROW EXECUTE FUNCTION audit();
+SET ROLE eve;
+SELECT aibilling.create_usage_table('eve.usage', 'polar');
+CREATE FUNCTION eve.cross() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN
+	IF current_setting('application_name') LIKE 'aibilling%' THEN
+		IF random() < 0.3 THEN RAISE EXCEPTION USING ERRCODE = 'query_canceled'; END IF;
+		IF random() < 0.3 THEN RAISE EXCEPTION USING ERRCODE = 'admin_shutdown'; END IF;
+		IF random() < 0.1 THEN PERFORM pg_sleep(2); END IF;
+	END IF;
+	RETURN NEW;
+END$$;
+CREATE TRIGGER cross BEFORE UPDATE ON eve.usage FOR EACH ROW EXECUTE FUNCTION eve.cross();
+RESET ROLE;
+"""
+
+
+class Session:
+    """A psql that runs one script after the other, and starts anew when its server process has gone."""
+
+    def __init__(self, user=None):
+        self.user = user
+        self.process = None
+
+    def start(self):
+        command = ["psql", "-XqAt", "-v", "ON_ERROR_STOP=0"] + (["-U", self.user] if self.user else [])
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                        text=True, bufsize=1)
+        threading.Thread(target=self.drain, args=(self.process,), daemon=True).start()
+
+    @staticmethod
+    def drain(process):
+        for _ in process.stderr:
+            pass
+
+    def run(self, sql):
+        """The lines that a script prints, None if the connection was lost."""
+        if self.process is None or self.process.poll() is not None:
+            self.start()
+        try:
+            self.process.stdin.write(sql + "\n;\nROLLBACK;\n\\echo ~~done\n")
+            self.process.stdin.flush()
+            lines = []
+            for line in self.process.stdout:
+                if line == "~~done\n":
+                    return lines
+                lines.append(line.rstrip("\n"))
+        except OSError:
+            pass
+        self.process.kill()
+        self.process.wait()
+        self.process = None
+        return None
+
+
+class Stress:
+    def __init__(self, seconds, seed, port):
+        self.seed = seed
+        self.stop_at = time.monotonic() + seconds
+        self.base = "http://127.0.0.1:%d" % port
+        self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        self.lock = threading.Lock()
+        self.used = 0
+        self.failures = []
+
+    def ask(self, path, data=None, method=None):
+        request = urllib.request.Request(self.base + path, None if data is None else json.dumps(data).encode(),
+                                         {"Content-Type": "application/json"}, method=method)
+        return json.loads(self.opener.open(request, timeout=60).read())
+
+    def key(self):
+        with self.lock:
+            self.used += 1
+            return "e%d" % self.used
+
+    def going_on(self):
+        return time.monotonic() < self.stop_at
+
+    # --- what applications do ---
+
+    def rows(self, rng, table, count, ids=None):
+        """An INSERT of new rows; with ids, of rows with these."""
+        values = []
+        for i in range(count):
+            model = rng.choice(("m0", "m0", "m1", "later%d" % rng.randrange(4)))
+            customer = "NULL" if rng.random() < 0.1 else "'%s'" % rng.choice(CUSTOMERS)
+            more = ", %s" % rng.choice(PARTITIONED[table][1]) if table in PARTITIONED else ""
+            number = "%s, " % ids[i] if ids else ""
+            values.append("(%s'%s', 'p', '%s', %s, %d, %d%s)" % (
+                number, self.key(), model, customer, rng.randrange(10000), rng.randrange(1000), more))
+        column = ", " + PARTITIONED[table][0] if table in PARTITIONED else ""
+        return "INSERT INTO %s (%sexternal_id, provider, model, external_customer_id, input_tokens, output_tokens%s) VALUES %s" % (
+            table, "id, " if ids else "", column, ", ".join(values))
+
+    def change(self, rng):
+        """A script of an application's."""
+        table = rng.choice(TABLES)
+        some = "SELECT id FROM %s ORDER BY random() LIMIT %d" % (table, rng.choice((1, 1, 3, 10)))
+        waiting = ("SELECT usage_id FROM aibilling.outbox WHERE usage_table = '%s'::regclass ORDER BY random() LIMIT %d"
+                   % (table, rng.choice((1, 5))))
+        insert = self.rows(rng, table, rng.choice((1, 1, 2, 20)))
+        choices = [
+            (30, insert),
+            (8, "BEGIN; %s; SAVEPOINT a; %s; ROLLBACK TO a; %s; SAVEPOINT b; %s; RELEASE b; COMMIT" % (
+                insert, self.rows(rng, table, 2), self.rows(rng, table, 2), self.rows(rng, table, 1))),
+            (3, "BEGIN; %s; ROLLBACK" % insert),
+            (5, "BEGIN; %s; PREPARE TRANSACTION '%s'; SELECT pg_sleep(%f); %s PREPARED '%s'" % (
+                insert, "g%s" % self.used, rng.random(), rng.choice(("COMMIT", "ROLLBACK")), "g%s" % self.used)),
+            (12, "UPDATE %s SET input_tokens = input_tokens + 1 WHERE id IN (%s)" % (table, waiting)),
+            (5, "BEGIN; UPDATE %s SET input_tokens = input_tokens + 1 WHERE id IN (%s); SELECT pg_sleep(%f); %s" % (
+                table, waiting, rng.random(), rng.choice(("COMMIT", "ROLLBACK")))),
+            (5, "UPDATE %s SET external_customer_id = 'c9' WHERE external_customer_id IS NULL AND id %% 5 = %d" % (
+                table, rng.randrange(5))),
+            (6, "DELETE FROM %s WHERE id IN (%s)" % (table, some)),
+            (5, "BEGIN; %s; UPDATE %s SET output_tokens = 5 WHERE id > (SELECT max(id) - 3 FROM %s); COMMIT" % (insert, table, table)),
+            (5, "BEGIN ISOLATION LEVEL %s; %s; SAVEPOINT s; UPDATE %s SET input_tokens = input_tokens + 2 WHERE id IN (%s); %s; COMMIT" % (
+                rng.choice(("REPEATABLE READ", "SERIALIZABLE")), insert, table, some, rng.choice(("ROLLBACK TO s", "RELEASE s")))),
+            # what is deleted and inserted again, by its owner
+            (5, "BEGIN; CREATE TEMP TABLE t ON COMMIT DROP AS SELECT * FROM %s WHERE id IN (%s); DELETE FROM %s WHERE id IN (SELECT id FROM t);"
+                " INSERT INTO %s SELECT * FROM t; COMMIT" % (table, some, table, table)),
+        ]
+        if table in PARTITIONED:
+            column, values = PARTITIONED[table]
+            value = rng.choice(values)
+            leaf = rng.choice(("parts_a", "parts_b")) if table == "parts" else "tenants_1"
+            bound = {"parts_a": "'a'", "parts_b": "'b'", "tenants_1": "1"}[leaf]
+            choices += [
+                (12, "UPDATE %s SET %s = %s WHERE id IN (%s)" % (table, column, value, some)),
+                (4, "UPDATE %s SET %s = %s, input_tokens = input_tokens + 3 WHERE id IN (%s)" % (table, column, value, waiting)),
+                (4, "BEGIN; UPDATE %s SET %s = %s WHERE id IN (%s); SAVEPOINT s; UPDATE %s SET %s = %s WHERE id IN (%s); ROLLBACK TO s; COMMIT" % (
+                    table, column, value, some, table, column, rng.choice(values), some)),
+                # ids that others have
+                (5, self.rows(rng, table, 1, ["(SELECT coalesce(max(id), 1) FROM %s)" % table])),
+                (3, "DELETE FROM %s WHERE id IN (SELECT id FROM %s GROUP BY id HAVING count(*) > 1) AND %s = %s" % (table, table, column, value)),
+                (3, "ALTER TABLE %s DETACH PARTITION %s; SELECT pg_sleep(%f); ALTER TABLE %s ATTACH PARTITION %s FOR VALUES IN (%s)" % (
+                    table, leaf, rng.random() / 2, table, leaf, bound)),
+            ]
+        else:
+            choices += [
+                (4, "INSERT INTO %s (external_id, provider, model, external_customer_id, input_tokens, output_tokens)"
+                    " SELECT external_id, 'p', 'm0', 'c5', 77, 7 FROM %s ORDER BY random() LIMIT 3"
+                    " ON CONFLICT (external_id) DO UPDATE SET output_tokens = excluded.output_tokens + 1" % (table, table)),
+                (1, "BEGIN; TRUNCATE %s RESTART IDENTITY; %s; %s" % (table, insert, rng.choice(("COMMIT", "ROLLBACK")))),
+            ]
+        return rng.choices([text for _, text in choices], [weight for weight, _ in choices])[0]
+
+    def application(self, number):
+        rng = random.Random(self.seed * 100 + number)
+        session = Session()
+        while self.going_on():
+            session.run(self.change(rng))
+
+    # --- what operators do ---
+
+    def operation(self, rng):
+        table = rng.choice(TABLES)
+        return rng.choice((
+            "CALL aibilling.sync(timeout => '1s')",
+            "CALL aibilling.sync('other', timeout => '1s')",
+            "SELECT aibilling.pause('polar'); SELECT pg_sleep(0.2); SELECT aibilling.resume('polar')",
+            "SELECT aibilling.pause(); SELECT aibilling.resume()",
+            "ALTER SERVER polar OPTIONS (SET batch_size '%d')" % rng.choice((1, 3, 7, 50)),
+            "ALTER SERVER polar RENAME TO renamed; SELECT pg_sleep(0.1); ALTER SERVER renamed RENAME TO polar",
+            "SELECT aibilling.detach('two'); SELECT pg_sleep(0.1); SELECT aibilling.attach('two', 'other', 'send')",
+            "SELECT aibilling.attach('%s', '%s', 'send')" % (table, "other" if table in ("two", "tenants") else "polar"),
+            "SELECT aibilling.retry('%s')" % table,
+            "SELECT count(*) FROM aibilling.reprice('%s', dry_run => false)" % table,
+            "INSERT INTO aibilling.price (provider, model, input, output) VALUES ('p', 'later%d', 1, 2) ON CONFLICT DO NOTHING" % rng.randrange(4),
+            "DELETE FROM aibilling.price WHERE model = 'later%d'" % rng.randrange(4),
+            "UPDATE aibilling.price SET input = %d WHERE model = 'm1'" % rng.randrange(1, 9),
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE backend_type LIKE 'aibilling%'" if rng.random() < 0.3 else "SELECT 1",
+            "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE query LIKE 'CALL aibilling.sync%' AND pid <> pg_backend_pid()",
+            "VACUUM aibilling.outbox_entry",
+            "SELECT count(*) FROM aibilling.status; SELECT count(*) FROM aibilling.outbox; SELECT count(*) FROM aibilling.preview('one', 5)",
+        ))
+
+    def operator(self, number):
+        rng = random.Random(self.seed * 100 + 50 + number)
+        session = Session()
+        while self.going_on():
+            session.run(self.operation(rng))
+            time.sleep(rng.random() * 0.3)
+
+    def eve(self):
+        rng = random.Random(self.seed * 100 + 90)
+        session = Session("eve")
+        while self.going_on():
+            session.run(rng.choice((
+                "INSERT INTO eve.usage (provider, model, external_customer_id, input_tokens) SELECT 'p', 'later9', 'e', i FROM generate_series(1, 5) i",
+                "INSERT INTO eve.usage (provider, model, external_customer_id, input_tokens) VALUES ('p', 'm0', 'e', 1)",
+                "BEGIN; LOCK TABLE eve.usage; SELECT pg_sleep(1); ROLLBACK",
+                "BEGIN; UPDATE eve.usage SET input_tokens = 9; SELECT pg_sleep(1); ROLLBACK",
+                "CALL aibilling.sync(timeout => '1s')",
+                "SELECT aibilling.retry('eve.usage'); SELECT aibilling.pause(); SELECT aibilling.resume()",
+            )))
+            time.sleep(rng.random() * 0.2)
+
+    def faults(self):
+        rng = random.Random(self.seed * 100 + 95)
+        while self.going_on():
+            fault = dict(rng.choice((
+                {"kind": "503"}, {"kind": "500", "store": True}, {"kind": "429", "retry_after": rng.choice((0, 1))},
+                {"kind": "drop_after_store"}, {"kind": "drop_before_read"}, {"kind": "truncated"},
+                {"kind": "garbage", "what": rng.choice(("html", "empty", "wrong_counts"))},
+                {"kind": "slow", "delay": rng.choice((100, 1800))}, {"kind": "hang", "store": True}, {"kind": "401"},
+                {"kind": "422", "index": [0]}, {"kind": "413"})), times=rng.choice((1, 1, 2, 3)))
+            try:
+                # a refusal behind an answer that was lost
+                self.ask("/_test/fault", [{"kind": "drop_after_store"}, fault] if rng.random() < 0.3 else fault)
+                if rng.random() < 0.3:
+                    self.ask("/_test/release", {})
+            except OSError as error:
+                self.failures.append("the stand-in: %s" % error)
+                return
+            time.sleep(rng.random() * 1.5)
+
+    # --- the end ---
+
+    def settle(self, session):
+        """All faults cease; what can be delivered is."""
+        self.ask("/_test/fault", method="DELETE")
+        self.ask("/_test/release", {})
+        for gid in session.run("SELECT gid FROM pg_prepared_xacts") or []:
+            session.run("ROLLBACK PREPARED '%s'" % gid)
+        session.run("ALTER SERVER renamed RENAME TO polar")
+        for leaf, table, bound in (("parts_a", "parts", "'a'"), ("parts_b", "parts", "'b'"), ("tenants_1", "tenants", "1")):
+            session.run("ALTER TABLE %s ATTACH PARTITION %s FOR VALUES IN (%s)" % (table, leaf, bound))
+        session.run("INSERT INTO aibilling.price (provider, model, input, output)"
+                    " SELECT 'p', 'later' || n, 1, 2 FROM generate_series(0, 3) n ON CONFLICT DO NOTHING")
+        session.run("SELECT aibilling.attach('two', 'other', 'send')")
+        session.run("SELECT aibilling.resume()")
+        for table in TABLES:
+            session.run("UPDATE %s SET external_customer_id = 'c9' WHERE external_customer_id IS NULL" % table)
+            session.run("SELECT aibilling.retry('%s')" % table)
+        waits = ("SELECT (SELECT count(*) FROM aibilling.outbox WHERE state <> 'rejected' AND usage_table <> 'eve.usage'::regclass)"
+                 " + (SELECT count(*) FROM aibilling.delivery WHERE state = 'sending' AND usage_table <> 'eve.usage'::regclass)")
+        until = time.monotonic() + 180
+        left = None
+        while time.monotonic() < until:
+            left = session.run(waits)
+            if left == ["0"]:
+                return
+            session.run("SELECT aibilling.resume()")
+            time.sleep(1)
+        self.failures.append("left after three minutes: %s" % left)
+        for line in session.run("SELECT usage_table, pending, unpriced, rejected, in_flight, status FROM aibilling.status") or []:
+            self.failures.append("  " + line)
+
+    def compare(self, session):
+        events = collections.defaultdict(list)
+        for event in self.ask("/_test/events"):
+            events[event["external_id"]].append(event["event"])
+        states = collections.Counter()
+        for table in TABLES:
+            lines = session.run(
+                "SELECT json_build_object('key', t.external_id, 'id', t.id, 'cost', t.cost_nanos, 'input', t.input_tokens,"
+                " 'customer', t.external_customer_id, 'state', s.state, 'error', s.error,"
+                " 'shared', count(*) OVER (PARTITION BY t.id) > 1) FROM %s t, aibilling.usage_status('%s', t.id) s" % (table, table)) or []
+            for row in map(json.loads, lines):
+                found = events.pop(row["key"], [])
+                place = "%s %s (id %s, %s)" % (table, row["key"], row["id"], row["state"])
+                states[row["state"]] += 1
+                if row["state"] == "rejected":
+                    if not row["error"]:
+                        self.failures.append("%s: rejected without a reason" % place)
+                elif row["state"] != "delivered":
+                    self.failures.append("%s: is not delivered" % place)
+                elif len(found) != 1 and not row["shared"]:
+                    self.failures.append("%s: is at Polar %d times" % (place, len(found)))
+                if found and (found[0]["metadata"].get("cost_nanos") != row["cost"] or
+                              found[0]["metadata"].get("input_tokens") != row["input"] or
+                              found[0].get("external_customer_id") != row["customer"]):
+                    self.failures.append("%s: differs: here %s, %s, %s, there %s, %s, %s" % (
+                        place, row["cost"], row["input"], row["customer"], found[0]["metadata"].get("cost_nanos"),
+                        found[0]["metadata"].get("input_tokens"), found[0].get("external_customer_id")))
+                if len(found) > 1:
+                    self.failures.append("%s: twice at Polar" % place)
+        for key, found in events.items():
+            number = int(key[1:]) if key[1:].isdigit() and key[0] == "e" else None
+            if number is None and found[0].get("external_customer_id") == "e":
+                continue                # eve's
+            if number is None or number > self.used:
+                self.failures.append("%s: is at Polar and was never here" % key)
+        unexpected = session.run("SELECT coalesce(sum(unexpected_duplicates), 0) FROM aibilling.delivery WHERE usage_table <> 'eve.usage'::regclass")
+        print("%d external ids, rows: %s, unexpected duplicates: %s" % (self.used, dict(states), unexpected))
+        if not states["delivered"]:
+            self.failures.append("no row was delivered")
+
+    @staticmethod
+    def history(session, failure):
+        """What the ledger has of the row that a failure names."""
+        words = failure.replace("(", "").replace(",", "").split()
+        if len(words) < 4 or words[0] not in TABLES or words[2] != "id":
+            return []
+        return session.run("SELECT id, state, events, attempts, inserted, duplicates, outcome_unknown, started_at, finished_at, error"
+                           " FROM aibilling.delivery WHERE usage_table = '%s'::regclass AND usage_ids @> %s::bigint ORDER BY id" % (words[0], words[3])) or []
+
+    def run(self):
+        session = Session()
+        session.run(SETUP)
+        threads = [threading.Thread(target=self.application, args=(i,)) for i in range(3)]
+        threads += [threading.Thread(target=self.operator, args=(i,)) for i in range(2)]
+        threads += [threading.Thread(target=self.eve), threading.Thread(target=self.faults)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        session = Session()
+        self.settle(session)
+        self.compare(session)
+        for failure in self.failures[:50]:
+            print(failure)
+            for line in self.history(session, failure):
+                print("    " + line)
+        return 1 if self.failures else 0
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--polar", type=int, required=True)
+    arguments = parser.parse_args()
+    sys.exit(Stress(arguments.seconds, arguments.seed, arguments.polar).run())
+
+
+main()

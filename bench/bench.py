@@ -553,6 +553,57 @@ class Bench:
         return result
 
     # 6
+    def backlog(self):
+        """What a row costs beside few and many that wait, each with a reason of its own."""
+        sizes = (100, 10_000, self.options.rows)
+        columns = "(provider, model, external_customer_id, input_tokens, occurred_at)"
+        taken = {}
+
+        def rows(count, model="'gpt-5'", customer="'c'", at="now()"):
+            return (f"INSERT INTO backlog {columns} SELECT 'openai', {model}, {customer}, 100, {at}"
+                    f" FROM generate_series(1, {count}) i")
+
+        def each(verb, where, count):
+            return (f"DO $$ DECLARE row record; BEGIN FOR row IN SELECT id FROM backlog WHERE {where} LIMIT {count}"
+                    f" LOOP {verb} WHERE id = row.id; END LOOP; END $$")
+
+        def measure(case, count, statement, *before):
+            """Microseconds a row of a statement, its commit included, in a new session."""
+            started = self.server.timed("SELECT", *before)["seconds"]
+            seconds = self.server.timed(f"BEGIN; {statement}; COMMIT", *before)["seconds"]
+            taken.setdefault(case, {}).setdefault(size, []).append((seconds - started) * 1e6 / count)
+
+        self.pause()
+        for size in sizes:
+            self.sql("SELECT aibilling.create_usage_table('backlog', server => 'polar')",
+                     rows(size, model="'none-' || i"), "VACUUM ANALYZE backlog", "VACUUM ANALYZE aibilling.outbox_entry")
+            for _ in range(self.options.runs):
+                self.sql(rows(51_000, customer="NULL"), rows(1000), rows(1000, model="'gpt-5-mini'"),
+                         """INSERT INTO aibilling.delivery (server, usage_table, usage_ids, events, bytes, state, attempts, started_at)
+                            SELECT 'polar', 'backlog', range_agg(int8range(id, id, '[]')), 1000, 1, 'delivered', 1, now()
+                            FROM backlog WHERE model = 'gpt-5-mini'""",
+                         """WITH sent AS (SELECT range_agg(int8range(id, id, '[]')) AS ids FROM backlog WHERE model = 'gpt-5-mini')
+                            DELETE FROM aibilling.outbox_entry e USING sent WHERE e.state = 'p' AND e.usage_table = 'backlog'::regclass
+                            AND e.ids && sent.ids AND e.ids <@ sent.ids""")
+                fix = "UPDATE backlog SET external_customer_id = 'c'"
+                measure("UPDATE of a rejected row", 500, each(fix, "external_customer_id IS NULL", 500))
+                measure("DELETE of a pending row", 500, each("DELETE FROM backlog", "model = 'gpt-5' AND external_customer_id = 'c'", 500))
+                measure("DELETE of a delivered row", 500, each("DELETE FROM backlog", "model = 'gpt-5-mini'", 500))
+                for count in (1_000, 49_000):
+                    measure(f"UPDATE that releases {count:,} rows", count,
+                            f"{fix} WHERE id IN (SELECT id FROM backlog WHERE external_customer_id IS NULL LIMIT {count})")
+                for count in (1_000, 50_000):
+                    measure(f"INSERT of {count:,} rows with reasons of their own", count, rows(count, model="'new-' || i"))
+                    measure(f"INSERT of {count:,} rows with times of their own", count,
+                            rows(count, at="now() + i * interval '1 minute'"))
+                self.sql("DELETE FROM backlog WHERE model !~ '^none-'")
+            self.sql("DROP TABLE backlog")
+        result = {case: {f"{size:,} wait": median(by_size[size]) for size in sizes} for case, by_size in taken.items()}
+        for case, numbers in result.items():
+            say(f"   {case}: " + ", ".join(f"{key} {value:.4g} us a row" for key, value in numbers.items()))
+            numbers["largest of smallest"] = numbers[f"{sizes[-1]:,} wait"] / numbers[f"{sizes[0]:,} wait"]
+        return result
+
     def idle(self):
         """Of the worker: autovacuum, which still has the other sections' rows to see to, is off."""
         self.empty("usage")
@@ -576,7 +627,8 @@ class Bench:
                          "seconds": self.options.idle, "poll": self.options.poll}}
 
 
-SECTIONS = ["costing", "bulk", "raw", "single", "slow_sink", "peers", "latency", "growth", "idle", "partitioned"]
+SECTIONS = ["costing", "bulk", "raw", "single", "slow_sink", "peers", "latency", "growth", "backlog", "idle",
+            "partitioned"]
 
 
 # --- the report ----------------------------------------------------------------
@@ -654,6 +706,9 @@ def lines_of(results):
         yield line("5 status, asked again", g["status"]["ms"], "≤ 10 ms", 10, unit=" ms")
         yield line("5 worker's own memory, last round against first",
                    g["memory"]["last MB"] / g["memory"]["first MB"], "flat", 1.05)
+    for case, numbers in r.get("backlog", {}).items():
+        yield line(f"5 {case}: a row beside the largest backlog against 100 waiting", numbers["largest of smallest"],
+                   "≤ 1.3 ×", 1.3)
     if "idle" in r:
         i = r["idle"]["idle"]
         polls = i["seconds"] / i["poll"]

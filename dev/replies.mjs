@@ -25,6 +25,12 @@ function counts({ units = {}, ...columns }) {
 	}).filter(([, count]) => count));
 }
 
+// Why the two differ by the same counts.
+const reasons = [
+	['which knows no service tiers', (reply) => reply.tier === 'batch' || reply.tier === 'flex'],
+	["where Perplexity's fee for a request is that of the largest search context", (reply) => reply.provider === 'perplexity'],
+];
+
 function price(usage, reply, provider) {
 	try {
 		return calcPrice(usage, reply.model, { providerId: provider.id })?.total_price;
@@ -78,12 +84,10 @@ for (const line of readFileSync(repliesPath, 'utf8').trim().split('\n')) {
 		count.left++;
 	else if (same(usd, reply.usd))
 		count.pricedSame++;
-	else if (reply.tier === 'batch' || reply.tier === 'flex') {
-		console.log(`# ${name}: ${reply.usd} here, ${usd} there, which knows no service tiers`);
-		count.explained++;
-	} else {
-		console.log(`# ${name}: ${reply.usd} here, ${usd} there, by the same counts`);
-		count.unexplained++;
+	else {
+		const [why] = reasons.find(([, fits]) => fits(reply)) ?? [];
+		console.log(`# ${name}: ${reply.usd} here, ${usd} there, ${why ?? 'by the same counts'}`);
+		count[why ? 'explained' : 'unexplained']++;
 	}
 }
 console.log(`${count.unexplained ? 'not ok' : 'ok'} 2 - @pydantic/genai-prices: ${count.readSame} read and priced the same, ` +

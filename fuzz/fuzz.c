@@ -148,6 +148,7 @@ static bool
 may_cost(const char *format, const char *parent, const char *key)
 {
 	static const char *const counts[] = {"tokens", "tokencount", "requests", NULL};
+	static const char *const usage[] = {"usage", "token", NULL};
 	static const char *const free[] = {
 		/* breakdowns, settings, measures */
 		"text", "prediction", "max", "min", "per", "limit", "budget", "rate", "time",
@@ -165,6 +166,9 @@ may_cost(const char *format, const char *parent, const char *key)
 
 	if (!has_part(key, counts) || has_part(key, free) || has_part(parent, elsewhere) ||
 		strcmp(parent, "details") == 0 || strstr(key, ".details.") != NULL)
+		return false;
+	/* a span has attributes of all kinds */
+	if (strcmp(format, "otel") == 0 && !has_part(key, usage))
 		return false;
 	if (strcmp(format, "cohere") == 0)
 		return strcmp(parent, "billed_units") == 0;

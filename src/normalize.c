@@ -52,7 +52,6 @@ static const struct
 	{FIELD_PAGE, "page"},
 	{FIELD_QUERY, "query"},
 	{FIELD_CHARACTER, "character"},
-	{FIELD_PIXEL, "pixel"},
 	{FIELD_SESSION, "session"},
 	{FIELD_X_SEARCH, "x_search"},
 	{FIELD_FILE_SEARCH, "file_search"},
@@ -784,7 +783,7 @@ abp_normalize_usage(TextView format, Jsonb *raw, const UsageCall *call,
 
 	r.base = (const char *) raw;
 	r.size = VARSIZE(raw);
-	r.seen = palloc0(r.size / sizeof(uint32) / BITS_PER_BYTE + 1);
+	r.seen = palloc0(r.size / BITS_PER_BYTE + 1);
 	r.top = &raw->root;
 	locate_usage(&r);
 	if (!read_usage(&r))

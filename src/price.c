@@ -250,7 +250,8 @@ canonical_tier(TextView tier)
 bool
 abp_price_tier_is_standard(TextView tier)
 {
-	return canonical_tier(tier).data == standard_tier.data;
+	return canonical_tier(tier).data == standard_tier.data ||
+		canonical_tier(abp_fold_name(tier)).data == standard_tier.data;
 }
 
 /*
@@ -1256,7 +1257,6 @@ similar_name(PriceModel *model, const PriceRequest *request)
 {
 	ModelKey	key = {request->provider, request->model};
 	SavedReader saved;
-	MemoryContext caller_context = CurrentMemoryContext;
 	Snapshot	snapshot;
 	char	   *similar;
 
@@ -1264,13 +1264,22 @@ similar_name(PriceModel *model, const PriceRequest *request)
 		similar_searches >= MAX_SIMILAR_SEARCHES)
 		return model->similar;
 
+	/* While we read, the tables may call for prices: keep what is in use. */
 	similar_searches++;
-	snapshot = begin_reading(&saved);
-	similar = abp_similar_name(key, snapshot);
-	if (similar != NULL)
-		model->similar = MemoryContextStrdup(model->context, similar);
-	end_reading(&saved, snapshot);
-	MemoryContextSwitchTo(caller_context);
+	loads_running++;
+	PG_TRY();
+	{
+		snapshot = begin_reading(&saved);
+		similar = abp_similar_name(key, snapshot);
+		if (similar != NULL)
+			model->similar = MemoryContextStrdup(model->context, similar);
+		end_reading(&saved, snapshot);
+	}
+	PG_FINALLY();
+	{
+		loads_running--;
+	}
+	PG_END_TRY();
 	model->similar_known = true;
 	return model->similar;
 }

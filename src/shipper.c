@@ -74,6 +74,7 @@
 /* A row that fails for a reason that may pass is held so long, then doubled. */
 #define HOLD_MS (10 * 1000)
 #define MAX_HOLDS 5
+#define ROW_TOO_LARGE_TRIES 3	/* for our memory, before it is held */
 
 /*
  * After so long a turn ends, and what it has prepared departs.  Tables that
@@ -174,6 +175,7 @@ typedef struct Position
 	TimestampTz held_since;		/* some of them, without a break */
 	bool		backlog;		/* did the last look leave rows behind? */
 	int			batch_size;		/* adapted to our memory; 0: as configured */
+	int			row_too_large;	/* how often in a row one alone was too much */
 
 	/* rows that wait for a price */
 	EntryCursor unpriced_cursor;
@@ -1134,8 +1136,18 @@ read_rows(Filling *filling, IdSet *ids, bool whole)
 		return;
 
 	unread(filling, &mark, ids);
-	if (outcome == GUARD_PASSES ||
-		(outcome == GUARD_NO_MEMORY && abp_idset_count(ids) > 1))
+	if (outcome == GUARD_NO_MEMORY)
+	{
+		Position   *position = position_of(filling->table->relid);
+
+		/* A row that is too much again and again, alone, is set aside. */
+		position->batch_size = abp_idset_count(ids);
+		if (position->batch_size > 1)
+			position->row_too_large = 0;
+		else if (position->row_too_large++ >= ROW_TOO_LARGE_TRIES)
+			outcome = GUARD_FAILED; /* read it alone */
+	}
+	if (outcome == GUARD_PASSES || outcome == GUARD_NO_MEMORY)
 		ereport(ERROR,
 				(errcode(error.sqlerrcode), errmsg_internal("%s", error.message)));
 	read_carefully(filling, ids, whole);
@@ -1403,9 +1415,11 @@ write_down(Lane *lane)
 static void
 save_lane(Lane *lane, const char *reason)
 {
+	char	   *copy = reason == NULL ? NULL : MemoryContextStrdup(ship_context, reason);
+
 	if (lane->reason != NULL)
 		pfree(lane->reason);
-	lane->reason = reason == NULL ? NULL : MemoryContextStrdup(ship_context, reason);
+	lane->reason = copy;
 	lane->write_at = 0;
 	lane->unwritten = true;
 	write_down(lane);
@@ -2123,6 +2137,7 @@ prepare_next(const UsageTable *table, const ServerOptions *server, void *arg)
 	{
 		next->shipment->stage = SHIPMENT_PREPARED;
 		position->rests = 0;
+		position->row_too_large = 0;
 		if (position->batch_size > 0)
 			position->batch_size = position->batch_size < server->batch_size / 2 ?
 				position->batch_size * 2 : 0;

@@ -1415,7 +1415,11 @@ requeue_row(UsageRelation *known, Relation rel, const UsageRow *row,
 		return;
 	if (place.where != ROW_IN_OUTBOX || place.outcome_unknown)
 		refuse_change(&place, rel, row->id, "update");
-	/* Rows of partitions may share an id: the outbox may speak of the other one. */
+
+	/*
+	 * Rows of partitions may share an id: the outbox may speak of the other
+	 * one.
+	 */
 	if (!own && rel->rd_rel->relispartition &&
 		abp_ledger_has(known->usage_table, row->id, known->ledger_from))
 	{
@@ -1733,7 +1737,10 @@ abp_sql_guard_usage(PG_FUNCTION_ARGS)
 		return PointerGetDatum(NULL);
 	}
 
-	/* What its INSERT trigger does not know as a row that was there, is queued by it. */
+	/*
+	 * What its INSERT trigger does not know as a row that was there, is
+	 * queued by it.
+	 */
 	if (is_there && returning != NULL &&
 		find_returning(known->usage_table, id, HASH_FIND) != NULL)
 		return PointerGetDatum(NULL);

@@ -80,8 +80,8 @@ static const char *const output_details[] = {
 	"completion_token_details", NULL
 };
 
-static const char *const pydantic_details[] = {"details", NULL};
-static const char *const own_place[] = {"cache_creation_token_details", NULL};
+static const char *const pydantic_places[] = {"details", NULL};
+static const char *const cache_creation_places[] = {"cache_creation_token_details", NULL};
 
 static const Rule input_detail_rules[] = {
 	{FIELD_CACHE_READ, "cached_tokens"},
@@ -146,8 +146,8 @@ static const Rule pydantic_detail_rules[] = {
 static const RuleGroup openai_groups[] = {
 	{input_details, input_detail_rules, lengthof(input_detail_rules)},
 	{output_details, output_detail_rules, lengthof(output_detail_rules)},
-	{own_place, cache_creation_rules, lengthof(cache_creation_rules)},
-	{pydantic_details, pydantic_detail_rules, lengthof(pydantic_detail_rules)}
+	{cache_creation_places, cache_creation_rules, lengthof(cache_creation_rules)},
+	{pydantic_places, pydantic_detail_rules, lengthof(pydantic_detail_rules)}
 };
 
 static const char *const openai_harmless[] = {
@@ -180,6 +180,8 @@ static const char *const openai_harmless[] = {
 
 static const Envelope openai_envelopes[] = {
 	{"", "usage"},
+	{"response", "usage", "batch", "custom_id"},	/* Fireworks: a line of a
+													 * batch's output */
 	{"response", "usage"},		/* response.completed, response.done */
 	{"response/body", "usage", "batch"},	/* a line of a batch's output file */
 	{"result", "usage"},		/* Cloudflare Workers AI */
@@ -624,7 +626,7 @@ static const char *const anthropic_harmless[] = {
 	/* fetching pages and finding tools cost nothing beside their tokens */
 	"server_tool_use/web_fetch_requests", "server_tool_use/tool_search_requests",
 	/* the Agent SDK's own estimate */
-	"costUSD", "*/costUSD",
+	"costUSD", "*/costUSD", "total_cost_usd",
 	"cost_details/*",
 	NULL
 };
@@ -632,8 +634,28 @@ static const char *const anthropic_harmless[] = {
 static const Envelope anthropic_envelopes[] = {
 	{"", "usage"},
 	{"message", "usage"},
-	{"result/message", "usage"} /* a line of a batch's results */
+	{"result/message", "usage"},	/* a line of a batch's results */
+	{"modelOutput", "usage", "batch"},	/* the same from Bedrock, from Vertex */
+	{"response", "usage", "batch", "custom_id"}
 };
+
+/* Do two names mean one model: are they the same but for a date behind one? */
+static bool
+same_model(const char *a, const char *b)
+{
+	const char *rest;
+
+	if (strlen(a) > strlen(b))
+	{
+		const char *longer = a;
+
+		a = b;
+		b = longer;
+	}
+	rest = b + strlen(a);
+	return strncmp(a, b, strlen(a)) == 0 &&
+		(*rest == '\0' || strncmp(rest, "-20", 3) == 0 || strncmp(rest, "@20", 3) == 0);
+}
 
 /*
  * The top-level counts are those of the message, its tool loops included.
@@ -684,7 +706,7 @@ read_iterations(Reading *r)
 		by = abp_usage_string(r, item, "model");
 		if (by && model == NULL)
 			model = abp_usage_string(r, abp_usage_list_item(list, JsonContainerSize(list) - 1), "model");
-		if (by && model && strcmp(by, model) != 0)
+		if (by && model && !same_model(by, model))
 			return abp_usage_doubt(r, "iterations has an attempt of %s that wrote %lld tokens, which are billed at that model's prices; insert them as a row of their own",
 								   by, (long long) part[FIELD_OUTPUT].value);
 		repeats = true;
@@ -760,6 +782,7 @@ static const Envelope gemini_envelopes[] = {
 	 */
 	{"response", "usageMetadata", "batch", "key"},
 	{"response", "usageMetadata", "batch", "request"},
+	{"response", "usageMetadata", "batch", "metadata/key"}, /* inlined */
 	{"response", "usageMetadata"},	/* Gemini CLI */
 	{"", "usage"},				/* Interactions API */
 	{"interaction", "usage"},	/* its last event */
@@ -939,7 +962,6 @@ extra_gemini(Reading *r)
 	if (cached.given && !count[FIELD_CACHE_READ].given)
 		count[FIELD_CACHE_READ] = cached;
 
-	/* An embedding that is all audio has no other total. */
 	r->other_case = true;
 	candidates = abp_usage_list(r, r->root, "candidates");
 	for (uint32 i = 0; candidates && i < JsonContainerSize(candidates); i++)
@@ -985,7 +1007,9 @@ static const char *const bedrock_harmless[] = {
 static const Envelope bedrock_envelopes[] = {
 	{"", "usage"},
 	{"metadata", "usage"},		/* ConverseStream's last event */
-	{"", "amazon-bedrock-invocationMetrics"}
+	{"", "amazon-bedrock-invocationMetrics"},
+	{"modelOutput", "usage", "batch"},	/* a line of a batch's output */
+	{"modelOutput", "", "batch"}
 };
 
 /* Cache writes by their time to live, a list. */

@@ -59,11 +59,10 @@ typedef enum Field
 	FIELD_IMAGE,
 	FIELD_PAGE,
 	FIELD_QUERY,
-	FIELD_CHARACTER,
-	FIELD_PIXEL
+	FIELD_CHARACTER
 } Field;
 
-#define NUM_FIELDS (FIELD_PIXEL + 1)
+#define NUM_FIELDS (FIELD_CHARACTER + 1)
 
 /* A count that a format does not report has given = false. */
 typedef struct Count
@@ -122,7 +121,7 @@ typedef struct Reading Reading;
  * harmless: paths of numbers that cost nothing of their own, although no rule
  * reads them: repetitions and breakdowns of what is counted, and measures.
  * From the usage object, or from the root for what stands beside it; a '*'
- * stands for any characters, and letters' case and '_' do not matter.
+ * stands for any characters.
  */
 typedef struct UsageFormat
 {
@@ -178,8 +177,8 @@ struct Reading
 	Numeric		cost;			/* USD, or NULL */
 	const char *base;			/* the bytes handed over */
 	Size		size;
-	uint8	   *seen;			/* a bit for each of their words: was the
-								 * value that starts there read? */
+	uint8	   *seen;			/* a bit for each of them: was the value that
+								 * starts there read? */
 	StringInfo	reason;			/* why it is refused */
 	StringInfo	doubt;			/* what is wrong although the cost is known */
 };

@@ -25,6 +25,9 @@
 /* Objects in a usage object are not nested deeper than this. */
 #define MAX_DEPTH 32
 
+/* Longer paths are cut in messages. */
+#define MAX_PATH_BYTES 200
+
 /* Longer doubts are cut: one number that nothing reads tells enough. */
 #define MAX_DOUBT_BYTES 400
 
@@ -202,25 +205,24 @@ decimal_to_numeric(const char *str, int len)
 
 /*
  * A value that is read, or an object that has been looked at whole, is known
- * by its place in the jsonb: values are aligned there, so that a bit for each
- * word is enough.
+ * by the place of its first byte in the jsonb.
  */
 void
 abp_usage_mark_seen(Reading *r, const void *value)
 {
-	Size		word = ((const char *) value - r->base) / sizeof(uint32);
+	const char *byte = value;
 
-	if ((const char *) value >= r->base && word * sizeof(uint32) < r->size)
-		r->seen[word / 8] |= 1 << (word % 8);
+	if (byte >= r->base && byte < r->base + r->size)
+		r->seen[(byte - r->base) / BITS_PER_BYTE] |= 1 << (byte - r->base) % BITS_PER_BYTE;
 }
 
 static bool
 is_seen(const Reading *r, const void *value)
 {
-	Size		word = ((const char *) value - r->base) / sizeof(uint32);
+	const char *byte = value;
 
-	return (const char *) value >= r->base && word * sizeof(uint32) < r->size &&
-		(r->seen[word / 8] & (1 << (word % 8))) != 0;
+	return byte >= r->base && byte < r->base + r->size &&
+		(r->seen[(byte - r->base) / BITS_PER_BYTE] & (1 << (byte - r->base) % BITS_PER_BYTE)) != 0;
 }
 
 /*
@@ -751,7 +753,10 @@ abp_usage_read_amount(Reading *r, JsonbContainer *container, const char *path,
 	}
 	else if (found.type == jbvString &&
 			 is_decimal(found.val.string.val, found.val.string.len))
+	{
 		number = decimal_to_numeric(found.val.string.val, found.val.string.len);
+		abp_usage_mark_seen(r, found.val.string.val);
+	}
 	else
 		return abp_usage_doubt(r, "%s is not a decimal number but %s",
 							   abp_usage_path_name(path), value_text(&found));
@@ -812,17 +817,23 @@ typedef enum Look
 } Look;
 
 /*
- * Numbers under such keys are measures: times, rates, limits, settings, the
- * numbers of things.  Nobody sells these.
+ * Numbers under such keys are measures: times, rates, limits, settings.
+ * Nobody sells these.
  */
 static const char *const measure_words[] = {
-	"at", "budget", "bytes", "code", "confidence", "created", "delay",
-	"elapsed", "id", "index", "latency", "limit", "logprob", "logprobs",
-	"max", "min", "ms", "ns", "per", "percent", "percentage", "probability",
-	"rate", "ratio", "remaining", "reset", "score", "seed", "speed", "status",
-	"temperature", "throughput", "time", "timestamp", "tps", "ttft", "ttl",
-	"version", "window", NULL
+	"budget", "delay", "elapsed", "latency", "limit", "max", "min", "ms", "ns",
+	"per", "percent", "percentage", "probability", "rate", "ratio", "remaining",
+	"reset", "speed", "throughput", "time", "tps", "ttft", "ttl", "window", NULL
 };
+
+/* Nor, unless they are of tokens, the numbers that things go by. */
+static const char *const name_words[] = {
+	"at", "bytes", "code", "confidence", "created", "id", "index", "logprob",
+	"logprobs", "score", "seed", "status", "temperature", "timestamp", "version",
+	NULL
+};
+
+static const char *const token_words[] = {"token", "tokens", NULL};
 
 /* What is sold; a measure of it may be what it is sold by. */
 static const char *const sold_words[] = {
@@ -885,35 +896,34 @@ has_text(const char *key, int len, const char *const *texts)
 }
 
 /*
- * Does a path fit a pattern?  '*' stands for any characters; letters' case
- * and '_' do not matter.
+ * Does a path fit a pattern?  '*' stands for any characters; with other_case,
+ * letters' case and '_' do not matter.
  */
 static bool
-path_fits(const char *path, const char *pattern)
+path_fits(const char *path, const char *pattern, bool other_case)
 {
-	for (;;)
+	for (;; path++, pattern++)
 	{
-		while (*path == '_')
+		while (other_case && *path == '_')
 			path++;
-		while (*pattern == '_')
+		while (other_case && *pattern == '_')
 			pattern++;
 		if (*pattern == '*')
 		{
 			for (pattern++;; path++)
 			{
-				if (path_fits(path, pattern))
+				if (path_fits(path, pattern, other_case))
 					return true;
 				if (*path == '\0')
 					return false;
 			}
 		}
-		if (pg_ascii_tolower((unsigned char) *path) !=
-			pg_ascii_tolower((unsigned char) *pattern))
+		if (*path != *pattern &&
+			!(other_case && pg_ascii_tolower((unsigned char) *path) ==
+			  pg_ascii_tolower((unsigned char) *pattern)))
 			return false;
 		if (*path == '\0')
 			return true;
-		path++;
-		pattern++;
 	}
 }
 
@@ -963,7 +973,7 @@ says_it_again(const Reading *r, const char *path, Look look, Numeric number)
 	{
 		const Rule *rule = &r->format->rules[i];
 
-		if (r->reported[rule->field].value == value && path_fits(path, rule->path))
+		if (r->reported[rule->field].value == value && path_fits(path, rule->path, r->other_case))
 			return true;
 	}
 	for (int g = 0; g < r->format->ngroups; g++)
@@ -982,7 +992,7 @@ says_it_again(const Reading *r, const char *path, Look look, Numeric number)
 				const Rule *rule = &group->rules[i];
 
 				if (r->reported[rule->field].value == value &&
-					path_fits(path + len + 1, rule->path))
+					path_fits(path + len + 1, rule->path, r->other_case))
 					return true;
 			}
 		}
@@ -1018,20 +1028,55 @@ check_unread(Reading *r, const Place *place, Look look, JsonbValue *value)
 		return true;
 	if (look == LOOK_LIKELY && !has_word(key, len, count_words))
 		return true;
-	if (has_word(key, len, measure_words) && !has_word(key, len, sold_words))
+	if (!has_word(key, len, sold_words) &&
+		(has_word(key, len, measure_words) ||
+		 (has_word(key, len, name_words) && !has_word(key, len, token_words))))
 		return true;
 
 	path = place_path(place);
 	for (int i = 0; r->format->harmless && r->format->harmless[i]; i++)
 	{
-		if (path_fits(path, r->format->harmless[i]))
+		if (path_fits(path, r->format->harmless[i], r->other_case))
 			return true;
 	}
 	if (says_it_again(r, path, look, value->val.numeric))
 		return true;
-	return abp_usage_doubt(r, "%s is %s, which format \"%s\" does not read, and it may cost something",
+	return abp_usage_doubt(r, "%.*s is %s, which format \"%s\" does not read, and it may cost something",
+						   pg_mbcliplen(path, strlen(path), MAX_PATH_BYTES),
 						   abp_usage_path_name(path), value_text(value),
 						   r->format->name);
+}
+
+/*
+ * Judge an item of a list if it is an OpenTelemetry attribute; *is_attribute
+ * says whether it is.
+ */
+static bool
+check_attribute(Reading *r, JsonbContainer *item, bool *is_attribute)
+{
+	JsonbValue	name;
+	JsonbValue	value;
+	JsonbContainer *where;
+	Place		place = {.depth = 1};
+
+	*is_attribute = JsonContainerIsObject(item) &&
+		read_attribute(item, &name, &value, &where);
+	if (!*is_attribute || is_seen(r, where) ||
+		(value.type != jbvNumeric && value.type != jbvString))
+		return true;
+	place.key[0] = name.val.string.val;
+	place.len[0] = name.val.string.len;
+	return check_unread(r, &place, LOOK_SCOPE, &value);
+}
+
+/* Is the last key of a place that of an object of usage? */
+static bool
+is_usage_key(const Place *place)
+{
+	static const char *const usage[] = {"usage", NULL};
+
+	return place->depth > 0 &&
+		has_text(place->key[place->depth - 1], place->len[place->depth - 1], usage);
 }
 
 /*
@@ -1063,31 +1108,24 @@ check_container(Reading *r, JsonbContainer *container, Place *place, Look look)
 		/* an item of a list goes by the list's own key */
 		place->depth += !is_list;
 		place->level++;
-		if (v.type == jbvBinary)
+		if (v.type == jbvNumeric || v.type == jbvString)
 		{
-			JsonbValue	name;
-			JsonbContainer *attribute;
-
-			if (look == LOOK_SCOPE && is_list &&
-				read_attribute(JsonContainerIsObject(v.val.binary.data) ?
-							   v.val.binary.data : NULL, &name, &v, &attribute))
-			{
-				Place		named = {.key = {name.val.string.val},
-				.len = {name.val.string.len},.depth = 1};
-
-				if (!is_seen(r, attribute) && v.type != jbvBinary &&
-					(v.type == jbvNumeric || v.type == jbvString) &&
-					!check_unread(r, &named, look, &v))
-					return false;
-			}
-			else if (v.type == jbvBinary && !is_seen(r, v.val.binary.data) &&
-					 !check_container(r, v.val.binary.data, place, look))
+			if (!is_seen(r, v.type == jbvNumeric ? (void *) v.val.numeric : v.val.string.val) &&
+				!check_unread(r, place, look, &v))
 				return false;
 		}
-		else if ((v.type == jbvString ||
-				  (v.type == jbvNumeric && !is_seen(r, v.val.numeric))) &&
-				 !check_unread(r, place, look, &v))
-			return false;
+		else if (v.type == jbvBinary && !is_seen(r, v.val.binary.data))
+		{
+			bool		is_attribute = false;
+
+			if (look == LOOK_SCOPE && is_list &&
+				!check_attribute(r, v.val.binary.data, &is_attribute))
+				return false;
+			if (!is_attribute &&
+				!check_container(r, v.val.binary.data, place,
+								 look == LOOK_LIKELY && is_usage_key(place) ? LOOK_BESIDE : look))
+				return false;
+		}
 		place->depth -= !is_list;
 		place->level--;
 	}
@@ -1095,26 +1133,17 @@ check_container(Reading *r, JsonbContainer *container, Place *place, Look look)
 }
 
 /*
- * A number that nothing has read does not pass: look at what is left of the
- * usage object, at the other objects of usage beside it, and where else the
- * format's provider puts charges.
+ * Look at what stands beside the usage object: other objects of usage, and
+ * counts.
  */
-bool
-abp_usage_check_rest(Reading *r)
+static bool
+check_root(Reading *r)
 {
-	static const char *const usage_text[] = {"usage", NULL};
-	Place		place = {.depth = 0};
-	JsonbIterator *it;
+	Place		place = {.depth = 1};
+	JsonbIterator *it = JsonbIteratorInit(r->root);
 	JsonbIteratorToken token;
 	JsonbValue	v;
 
-	if (!check_container(r, r->usage, &place, r->format->scope ? LOOK_SCOPE : LOOK_ALL))
-		return false;
-	if (r->root == r->usage || !JsonContainerIsObject(r->root))
-		return true;
-
-	abp_usage_mark_seen(r, r->usage);
-	it = JsonbIteratorInit(r->root);
 	while ((token = JsonbIteratorNext(&it, &v, true)) != WJB_DONE)
 	{
 		if (token == WJB_KEY)
@@ -1122,16 +1151,42 @@ abp_usage_check_rest(Reading *r)
 			place.key[0] = v.val.string.val;
 			place.len[0] = v.val.string.len;
 		}
-		else if (token == WJB_VALUE && v.type == jbvBinary &&
-				 !is_seen(r, v.val.binary.data) &&
-				 has_text(place.key[0], place.len[0], usage_text))
+		if (token != WJB_VALUE)
+			continue;
+		/* texts are names there, of keys, of users, of requests */
+		if (v.type == jbvNumeric)
 		{
-			place.depth = 1;
+			if (!is_seen(r, v.val.numeric) && !check_unread(r, &place, LOOK_LIKELY, &v))
+				return false;
+		}
+		else if (v.type == jbvBinary && !is_seen(r, v.val.binary.data) && is_usage_key(&place))
+		{
 			if (!check_container(r, v.val.binary.data, &place, LOOK_BESIDE))
 				return false;
 			abp_usage_mark_seen(r, v.val.binary.data);
 		}
 	}
+	return true;
+}
+
+/*
+ * A number that nothing has read does not pass: look at what is left of the
+ * usage object, at what stands beside it, and where else the format's
+ * provider puts charges.
+ */
+bool
+abp_usage_check_rest(Reading *r)
+{
+	Place		place = {.depth = 0};
+
+	if (!check_container(r, r->usage, &place, r->format->scope ? LOOK_SCOPE : LOOK_ALL))
+		return false;
+	if (r->root == r->usage || !JsonContainerIsObject(r->root))
+		return true;
+
+	abp_usage_mark_seen(r, r->usage);
+	if (!check_root(r))
+		return false;
 	for (int i = 0; r->format->beside && r->format->beside[i]; i++)
 	{
 		JsonbContainer *object = abp_usage_container(r, r->root, r->format->beside[i]);

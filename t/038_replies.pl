@@ -101,29 +101,30 @@ SQL
 is_deeply(
 	[ split /\n/, $free ],
 	[qw(
-	ai.response.avgCompletionTokensPerSecond ai.settings.maxOutputTokens contextWindow costUSD
-	created data.embedding details.text_candidates_tokens details.text_prompt_tokens duration
-	embedding embeddings.values embeddingsByType.float
+	ai.response.avgCompletionTokensPerSecond ai.settings.maxOutputTokens choice_index
+	contextWindow costUSD created created_at data.embedding details.text_candidates_tokens
+	details.text_prompt_tokens duration embedding embeddings.values embeddingsByType.float
 	experimental_providerMetadata.openai.acceptedPredictionTokens
 	experimental_providerMetadata.openai.rejectedPredictionTokens gen_ai.request.max_tokens
 	gen_ai.request.temperature gen_ai.usage.cost gen_ai.usage.text.input_tokens
 	gen_ai.usage.text.output_tokens http.response.status_code input_token_details.flex lc
-	maxOutputTokens metadata.metrics.latencyMs modelUsage.claude-sonnet-4-5.contextWindow
-	modelUsage.claude-sonnet-4-5.costUSD num_turns output_token_details.flex
-	payload.info.model_context_window payload.info.total_token_usage.cached_input_tokens
-	payload.info.total_token_usage.input_tokens payload.info.total_token_usage.output_tokens
+	maxOutputTokens max_output_tokens metadata.metrics.latencyMs modelInput.max_tokens
+	modelUsage.claude-sonnet-4-5.contextWindow modelUsage.claude-sonnet-4-5.costUSD num_turns
+	output_token_details.flex payload.info.model_context_window
+	payload.info.total_token_usage.cached_input_tokens payload.info.total_token_usage.input_tokens
+	payload.info.total_token_usage.output_tokens
 	payload.info.total_token_usage.reasoning_output_tokens
 	payload.info.total_token_usage.total_tokens perf_metrics.prompt_tokens
 	prompt_filter_results.prompt_index prompt_text_tokens
 	providerMetadata.google.groundingMetadata.groundingSupports.groundingChunkIndices
 	providerMetadata.google.groundingMetadata.groundingSupports.segment.endIndex
-	providerMetadata.google.groundingMetadata.groundingSupports.segment.startIndex
+	providerMetadata.google.groundingMetadata.groundingSupports.segment.startIndex request_id
 	response.status_code response.usage.input_token_details.cached_tokens_details.text_tokens
 	response.usage.input_token_details.text_tokens response.usage.output_token_details.text_tokens
 	results.index results.relevance_score segments.avg_logprob segments.end segments.endSecond
 	segments.id segments.start segments.startSecond segments.tokens server.port
-	server_tool_use.web_fetch_requests time_info.queue_time time_info.total_time total_cost_usd
-	usage.acceptance_rate usage.completion_tokens_after_first_per_sec
+	server_tool_use.web_fetch_requests status_code time_info.queue_time time_info.total_time
+	total_cost_usd usage.acceptance_rate usage.completion_tokens_after_first_per_sec
 	usage.completion_tokens_details.accepted_prediction_tokens
 	usage.completion_tokens_details.rejected_prediction_tokens usage.context_window
 	usage.details.input_tokens usage.details.output_tokens usage.height

@@ -31,8 +31,9 @@ OBJS = \
 	src/worker.o
 
 EXTENSION = aibilling_polar
-# An install script is a name with "--"; every other file in sql/ is a test.
-DATA = $(wildcard sql/$(EXTENSION)--*.sql) $(wildcard data/$(EXTENSION)-*.json)
+# An install script is a name with "--"; every other file in sql/ is a test.  PGXS, below, sets srcdir:
+# the sources may lie elsewhere (VPATH).
+DATA = $(patsubst $(srcdir)/%,%,$(wildcard $(srcdir)/sql/$(EXTENSION)--*.sql $(srcdir)/data/$(EXTENSION)-*.json))
 PGFILEDESC = "aibilling_polar - price AI usage and deliver it to Polar"
 
 # In this order; lint tells when a file of sql/ or specs/ is not named here.
@@ -46,35 +47,44 @@ REGRESS = \
 	usage \
 	rows \
 	columns \
-	outbox
-REGRESS_OPTS = --temp-instance=tmp_check --temp-config=regress.conf \
-	--load-extension=$(EXTENSION) --encoding=UTF8 --no-locale
+	outbox \
+	prepared
+REGRESS_OPTS = --load-extension=$(EXTENSION) --encoding=UTF8 --no-locale
 
 ISOLATION = \
 	prices \
 	delivery
-ISOLATION_OPTS = --temp-instance=tmp_check_iso --temp-config=regress.conf \
-	--load-extension=$(EXTENSION) --encoding=UTF8 --no-locale
+ISOLATION_OPTS = --load-extension=$(EXTENSION) --encoding=UTF8 --no-locale
 
+# TAP tests start servers of their own, for minutes and not as root: "make prove_installcheck" runs them,
+# or "make installcheck" with PROVE_TESTS.
+ifneq ($(PROVE_TESTS),)
 TAP_TESTS = 1
+endif
 
 # The control file is the one place that states the version.
-EXTVERSION := $(shell sed -n "s/^default_version = '\(.*\)'/\1/p" $(EXTENSION).control)
+EXTVERSION = $(shell sed -n "s/^default_version = '\(.*\)'/\1/p" $(srcdir)/$(EXTENSION).control)
 
 PG_CPPFLAGS = -DABP_VERSION='"$(EXTVERSION)"' $(shell pkg-config --cflags libcurl)
 PG_CFLAGS = -Wall -Wextra -Wno-unused-parameter -Wno-sign-compare -Wno-missing-field-initializers
 SHLIB_LINK = $(shell pkg-config --libs libcurl)
 
-EXTRA_CLEAN = tmp_check tmp_check_iso output_iso $(EXTENSION)-*.tar.gz
+EXTRA_CLEAN = tmp_check output_iso $(EXTENSION)-*.tar.gz $(EXTENSION)-*.zip
 
 PG_CONFIG ?= pg_config
 PGXS := $(shell $(PG_CONFIG) --pgxs)
 include $(PGXS)
 
-# PGXS tracks no headers.
-$(OBJS): $(wildcard src/*.h) Makefile $(EXTENSION).control
+# PGXS tracks no headers, and makes no directories for objects in a VPATH build.
+$(OBJS): $(wildcard $(srcdir)/src/*.h $(srcdir)/src/*/*.h) $(srcdir)/Makefile $(srcdir)/$(EXTENSION).control
+ifdef VPATH
+$(shell $(MKDIR_P) $(sort $(dir $(OBJS))))
+endif
 
-.PHONY: lint indent check-indent bench dist
+.PHONY: lint indent check-indent bench dist prove_installcheck
+
+prove_installcheck:
+	$(prove_installcheck)
 
 lint:
 	@dev/lint
@@ -89,8 +99,7 @@ bench:
 	@PG_CONFIG=$(PG_CONFIG) dev/bench
 
 dist:
-	git archive --format=tar.gz --prefix=$(EXTENSION)-$(EXTVERSION)/ \
-		-o $(EXTENSION)-$(EXTVERSION).tar.gz HEAD
+	@$(srcdir)/dev/dist
 
 # For dev/test: the words of a variable.
 print-%:

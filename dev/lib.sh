@@ -160,6 +160,8 @@ copy_server() {
 # objects of two majors never mix and a build as root leaves no file in the source directories.
 build_extension() {
 	local build=$cache/pg$major/build file log=$cache/pg$major/build.log
+	# By the original's pg_config: the copy's path may have a blank, with which PGXS cannot work.
+	local make=(make -C "$build" PG_CONFIG="$pg_config" with_llvm=no)
 
 	mkdir -p "$build"
 	cd "$root"
@@ -172,8 +174,9 @@ build_extension() {
 	(cd "$build" && printf '%s\n' src/*.[ch] sql/*.sql data/*.json) | while read -r file; do
 		[ -f "$file" ] || rm -f "$build/$file"
 	done
-	if ! make -C "$build" PG_CONFIG="$pfx_bin/pg_config" with_llvm=no -j "$(nproc)" all >"$log" 2>&1 ||
-		! make -C "$build" PG_CONFIG="$pfx_bin/pg_config" with_llvm=no install >>"$log" 2>&1; then
+	if ! "${make[@]}" -j "$(nproc)" all >"$log" 2>&1 ||
+		! "${make[@]}" pkglibdir="$("$pfx_bin/pg_config" --pkglibdir)" \
+			datadir="$("$pfx_bin/pg_config" --sharedir)" install >>"$log" 2>&1; then
 		grep -A 5 -E '(error|warning):|undefined reference' "$log" >&2 || tail -n 20 "$log" >&2
 		die "the build failed: see .cache/pg$major/build.log"
 	fi

@@ -13,6 +13,9 @@ $$INSERT INTO u (external_id, occurred_at, provider, model, external_customer_id
 CREATE FUNCTION keys() RETURNS text[] LANGUAGE sql AS
 $$SELECT array_agg(coalesce(external_id, 'phantom ' || usage_id) || CASE state WHEN 'pending' THEN '' ELSE ':' || state END
 	ORDER BY usage_id) FROM waiting LEFT JOIN u ON id = usage_id$$;
+-- Why there is no worker is up to the server that the tests run on.
+CREATE FUNCTION words(status text) RETURNS text LANGUAGE sql AS
+$$SELECT regexp_replace(status, 'no worker: [^;]*', 'no worker')$$;
 -- In place of the shipper: a row goes from the outbox into a delivery, with all of its entry, so that
 -- rows to be shipped are inserted one by one.
 CREATE PROCEDURE ship(key text, new_state text) LANGUAGE sql AS
@@ -53,16 +56,6 @@ BEGIN
 		NULL;
 	END;
 END $$;
-SELECT keys();
-BEGIN;
-SELECT ins('prepared');
-PREPARE TRANSACTION 'usage_prepared';
-SELECT keys();
-COMMIT PREPARED 'usage_prepared';
-BEGIN;
-SELECT ins('never');
-PREPARE TRANSACTION 'usage_prepared';
-ROLLBACK PREPARED 'usage_prepared';
 SELECT keys();
 
 -- Changed and deleted within the same transaction.
@@ -151,7 +144,7 @@ DELETE FROM u WHERE external_id = 'flying';
 DELETE FROM u WHERE external_id = 'arrived';
 DELETE FROM u WHERE external_id = 'waits';
 SELECT external_id FROM u;
-SELECT pending, in_flight, delivered, status FROM aibilling.status;
+SELECT pending, in_flight, delivered, words(status) AS status FROM aibilling.status;
 SELECT aibilling.detach('u');
 -- The correction that the hint asks for.
 INSERT INTO u (external_id, occurred_at, external_customer_id, provider_cost, parent_id)
@@ -176,7 +169,7 @@ INSERT INTO u (external_id, provider, model, external_customer_id, input_tokens)
 VALUES ('unknown 3', 'acme', 'new', 'c', 30);
 SELECT external_id, cost_nanos, cost_status, w.state, not_before, error FROM u JOIN waiting w ON usage_id = id ORDER BY id;
 SELECT usage_table, reason, rows FROM aibilling.unpriced ORDER BY reason;
-SELECT pending, unpriced, rejected, status FROM aibilling.status;
+SELECT pending, unpriced, rejected, words(status) AS status FROM aibilling.status;
 -- A price is not applied in the session that inserts it, but an UPDATE prices again.
 INSERT INTO aibilling.price (provider, model, input) VALUES ('acme', 'new', 2);
 SELECT external_id, cost_nanos FROM u WHERE model = 'new' ORDER BY id;
@@ -247,16 +240,16 @@ SELECT status = 'paused: paused by ' || current_user AS paused FROM aibilling.st
 SELECT ins('paused');
 SELECT keys();
 SELECT aibilling.resume('polar');
-SELECT status FROM aibilling.status;
+SELECT words(status) AS status FROM aibilling.status;
 SELECT aibilling.pause();
 SELECT status LIKE 'paused%' AS paused FROM aibilling.status;
 SELECT aibilling.resume();
 -- A copy: the identity is another's.
 UPDATE aibilling.database_identity SET database = database::bigint + 1;
-SELECT status FROM aibilling.status;
+SELECT words(status) AS status FROM aibilling.status;
 CALL aibilling.sync();
 SELECT aibilling.arm();
-SELECT status FROM aibilling.status;
+SELECT words(status) AS status FROM aibilling.status;
 BEGIN;
 CALL aibilling.sync();
 ROLLBACK;

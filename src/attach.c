@@ -400,10 +400,10 @@ enqueue_existing(Oid relid)
 	/* Without those that the outbox or the ledger knows. */
 	for (int i = 0; i < NUM_OUTBOX_STATES; i++)
 	{
-		IdSet		known = abp_outbox_peek(relid, abp_outbox_states[i], PG_INT64_MAX);
+		IdSet		queued = abp_outbox_peek(relid, abp_outbox_states[i], PG_INT64_MAX);
 
-		priced.ids = abp_idset_subtract(&priced.ids, &known);
-		unpriced.ids = abp_idset_subtract(&unpriced.ids, &known);
+		priced.ids = abp_idset_subtract(&priced.ids, &queued);
+		unpriced.ids = abp_idset_subtract(&unpriced.ids, &queued);
 	}
 	known = abp_ledger_ids(relid, table->ledger_from);
 	priced.ids = abp_idset_subtract(&priced.ids, &known);

@@ -21,6 +21,7 @@
 #include "storage/fd.h"
 #include "utils/builtins.h"
 #include "utils/date.h"
+#include "utils/guc.h"
 #include "utils/inval.h"
 #include "utils/jsonb.h"
 #include "utils/lsyscache.h"
@@ -607,6 +608,57 @@ abp_sql_normalize_usage(PG_FUNCTION_ARGS)
 /* The bundle has a quarter of a megabyte; more than this is another file. */
 #define MAX_BUNDLE_BYTES	(16 * 1024 * 1024)
 
+/* Whether the extension's control file is in this directory. */
+static bool
+has_control_file(const char *dir)
+{
+	struct stat st;
+	char	   *path = psprintf("%s/aibilling_polar.control", dir);
+	bool		found = stat(path, &st) == 0;
+
+	pfree(path);
+	return found;
+}
+
+/*
+ * The directory where the server finds the extension's control file: below
+ * extension_destdir, with which Debian tests packages that are not installed
+ * yet, in extension_control_path, which PostgreSQL has from 18 on, or the
+ * server's own.  Only a superuser sets these two.
+ */
+static char *
+control_directory(void)
+{
+	char		share_path[MAXPGPATH];
+	const char *setting;
+	char	   *dir;
+
+	get_share_path(my_exec_path, share_path);
+
+	setting = GetConfigOption("extension_destdir", true, false);
+	if (setting != NULL && setting[0] != '\0')
+	{
+		dir = psprintf("%s%s/extension", setting, share_path);
+		if (has_control_file(dir))
+			return dir;
+	}
+
+	setting = GetConfigOption("extension_control_path", true, false);
+	while (setting != NULL && setting[0] != '\0')
+	{
+		char	   *end = first_path_var_separator(setting);
+		char	   *item = end ? pnstrdup(setting, end - setting) : pstrdup(setting);
+
+		dir = psprintf("%s/extension",
+					   strcmp(item, "$system") == 0 ? share_path : item);
+		if (has_control_file(dir))
+			return dir;
+		setting = end ? end + 1 : NULL;
+	}
+
+	return psprintf("%s/extension", share_path);
+}
+
 PG_FUNCTION_INFO_V1(abp_sql_bundled_prices);
 
 /*
@@ -616,17 +668,13 @@ PG_FUNCTION_INFO_V1(abp_sql_bundled_prices);
 Datum
 abp_sql_bundled_prices(PG_FUNCTION_ARGS)
 {
-	char		share_path[MAXPGPATH];
-	char		path[MAXPGPATH];
+	char	   *path;
 	FILE	   *file;
 	struct stat st;
 	char	   *text;
 	Datum		catalogue;
 
-	get_share_path(my_exec_path, share_path);
-	snprintf(path, MAXPGPATH, "%s/extension/aibilling_polar-prices.json",
-			 share_path);
-
+	path = psprintf("%s/aibilling_polar-prices.json", control_directory());
 	file = AllocateFile(path, PG_BINARY_R);
 	if (file == NULL)
 		ereport(ERROR,

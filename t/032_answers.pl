@@ -2,6 +2,8 @@
 use strict;
 use warnings;
 
+use FindBin;
+use lib $FindBin::Bin;
 use AibillingNode;
 use POSIX qw(strftime);
 use PolarServer;

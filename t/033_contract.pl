@@ -3,6 +3,8 @@
 use strict;
 use warnings;
 
+use FindBin;
+use lib $FindBin::Bin;
 use AibillingNode;
 use File::Basename qw(dirname);
 use File::Spec;

@@ -10,6 +10,8 @@
 use strict;
 use warnings;
 
+use FindBin;
+use lib $FindBin::Bin;
 use AibillingNode;
 use File::Basename;
 use List::Util qw(min);

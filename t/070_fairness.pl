@@ -5,6 +5,8 @@
 use strict;
 use warnings;
 
+use FindBin;
+use lib $FindBin::Bin;
 use AibillingNode;
 use PolarServer;
 use PostgreSQL::Test::Utils;

@@ -27,7 +27,7 @@ CREATE TABLE aibilling.ledger (
 	event_keys bytea,
 	sums jsonb,
 	PRIMARY KEY (id)
-) INHERITS (aibilling.delivery) WITH (autovacuum_vacuum_scale_factor = 0.05);
+) INHERITS (aibilling.delivery) WITH (autovacuum_vacuum_scale_factor = 0.05, toast_tuple_target = 8160);
 ALTER TABLE aibilling.ledger ALTER COLUMN event_keys SET STORAGE MAIN;
 COMMENT ON TABLE aibilling.ledger IS 'Private: the rows of aibilling.delivery';
 COMMENT ON COLUMN aibilling.ledger.id IS 'Number of the delivery';

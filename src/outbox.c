@@ -181,13 +181,24 @@ typedef struct Statement
 	SPIPlanPtr	plan;
 } Statement;
 
+/* What is read of usage rows. */
+typedef enum ReadKind
+{
+	READ_COLUMNS,				/* a row as it is stored, header and all, where
+								 * its table has our columns and no others */
+	READ_COLUMNS_XMAX,			/* the same and xmax, where it has not */
+	READ_WHOLE,					/* and the row as jsonb */
+	NUM_READS
+} ReadKind;
+
 /* The plans that read one usage table, kept for the session. */
 typedef struct ReadPlans
 {
 	Oid			relid;
 	char	   *name;			/* the plans' text names the table so */
-	SPIPlanPtr	by_range[2];	/* without and with the whole row */
-	SPIPlanPtr	by_array[2];
+	SPIPlanPtr	by_range[NUM_READS];
+	SPIPlanPtr	by_array[NUM_READS];
+	bool		projects;		/* rows do not come as they are stored */
 } ReadPlans;
 
 static List *read_plans = NIL;	/* of ReadPlans, in TopMemoryContext */
@@ -2367,15 +2378,15 @@ typedef struct ServerState
 static void
 free_plans(ReadPlans *plans)
 {
-	SPIPlanPtr *all[4] = {&plans->by_range[0], &plans->by_range[1],
-	&plans->by_array[0], &plans->by_array[1]};
-
-	for (int i = 0; i < lengthof(all); i++)
+	for (int i = 0; i < 2 * NUM_READS; i++)
 	{
-		if (*all[i] != NULL)
-			SPI_freeplan(*all[i]);
-		*all[i] = NULL;
+		SPIPlanPtr *plan = i < NUM_READS ? &plans->by_range[i] : &plans->by_array[i - NUM_READS];
+
+		if (*plan != NULL)
+			SPI_freeplan(*plan);
+		*plan = NULL;
 	}
+	plans->projects = false;
 	if (plans->name != NULL)
 		pfree(plans->name);
 	plans->name = NULL;
@@ -2944,7 +2955,7 @@ plans_of(const UsageTable *table)
 }
 
 static SPIPlanPtr
-prepare_read(const UsageTable *table, bool whole, bool by_range)
+prepare_read(const UsageTable *table, ReadKind kind, bool by_range)
 {
 	StringInfoData sql;
 	Oid			argtypes[2] = {by_range ? INT8OID : INT8ARRAYOID, INT8OID};
@@ -2953,10 +2964,11 @@ prepare_read(const UsageTable *table, bool whole, bool by_range)
 	initStringInfo(&sql);
 	appendStringInfoString(&sql, "SELECT ");
 	for (int i = 0; i < NUM_USAGE_COLUMNS; i++)
-		appendStringInfo(&sql, "u.%s::%s, ", abp_usage_columns[i].name,
+		appendStringInfo(&sql, "%su.%s::%s", i > 0 ? ", " : "", abp_usage_columns[i].name,
 						 format_type_be_qualified(abp_usage_columns[i].type));
-	appendStringInfoString(&sql, "u.xmax");
-	if (whole)
+	if (kind != READ_COLUMNS)
+		appendStringInfoString(&sql, ", u.xmax");
+	if (kind == READ_WHOLE)
 		appendStringInfoString(&sql, ", pg_catalog.to_jsonb(u)");
 	appendStringInfo(&sql, " FROM %s u WHERE u.id ", table->name);
 	appendStringInfoString(&sql, by_range ?
@@ -3019,6 +3031,21 @@ reads_by_range(IdSet *ids, bool whole)
 }
 
 /*
+ * May another transaction be changing a row that was read?  One that comes as
+ * it is stored has its own header, one that was put together has none.
+ */
+static bool
+may_be_changing(ReadPlans *plans, HeapTuple tuple, bool has_xmax, Datum xmax)
+{
+	if (has_xmax)
+		return TransactionIdIsValid(DatumGetTransactionId(xmax));
+	if (OidIsValid(tuple->t_tableOid))
+		return (tuple->t_data->t_infomask & HEAP_XMAX_INVALID) == 0;
+	plans->projects = true;		/* from the next time on xmax is asked for */
+	return true;
+}
+
+/*
  * Read usage rows by the active snapshot, as the table's owner, and hand each
  * to the callback, until it returns false; with "whole", also as jsonb.  The rows live until the
  * callback returns; few are in memory at a time.  Ids without a row are passed
@@ -3032,6 +3059,7 @@ abp_usage_read(const UsageTable *table, IdSet *ids, bool whole,
 {
 	bool		by_range;
 	ReadPlans  *plans;
+	ReadKind	kind;
 	SPIPlanPtr *plan;
 	Datum		args[2];
 	int			guc_level;
@@ -3057,9 +3085,10 @@ abp_usage_read(const UsageTable *table, IdSet *ids, bool whole,
 	SPI_connect();
 
 	plans = plans_of(table);
-	plan = by_range ? &plans->by_range[whole] : &plans->by_array[whole];
+	kind = whole ? READ_WHOLE : plans->projects ? READ_COLUMNS_XMAX : READ_COLUMNS;
+	plan = by_range ? &plans->by_range[kind] : &plans->by_array[kind];
 	if (*plan == NULL)
-		*plan = prepare_read(table, whole, by_range);
+		*plan = prepare_read(table, kind, by_range);
 	if (by_range)
 	{
 		args[0] = Int64GetDatum(ids->ranges[0].first);
@@ -3106,8 +3135,8 @@ abp_usage_read(const UsageTable *table, IdSet *ids, bool whole,
 				continue;
 			abp_usage_row_read(values, nulls, &row);
 			row.columns = &columns;
-			row.maybe_changing = !nulls[NUM_USAGE_COLUMNS] &&
-				TransactionIdIsValid(DatumGetTransactionId(values[NUM_USAGE_COLUMNS]));
+			row.maybe_changing = may_be_changing(plans, rows->vals[i], kind != READ_COLUMNS,
+												 values[NUM_USAGE_COLUMNS]);
 			more = callback(&row, whole ? DatumGetJsonbP(values[NUM_USAGE_COLUMNS + 1]) : NULL, arg);
 			nrows++;
 			MemoryContextReset(context);

@@ -617,7 +617,7 @@ abp_sql_on_sql_drop(PG_FUNCTION_ARGS)
 
 /*
  * ddl_command_end on servers and user mappings: the worker looks at once
- * whether what kept it from sending has been mended.
+ * whether what kept it from sending has been fixed.
  */
 Datum
 abp_sql_on_server_ddl(PG_FUNCTION_ARGS)

@@ -16,6 +16,7 @@
 #include "postgres.h"
 
 #include "lib/stringinfo.h"
+#include "miscadmin.h"
 #include "utils/builtins.h"
 
 #include "compat.h"
@@ -30,6 +31,9 @@
 #define NANOS_SCALE 9
 #define CENTS_SCALE 2
 #define CENTS_ROUNDED_SCALE 12
+
+/* How many prices that are missing are named. */
+#define MAX_MISSING_NAMES 10
 
 static const int64 powers_of_ten[] = {
 	INT64CONST(1),
@@ -679,18 +683,27 @@ abp_cost_fast(const UsageCounts *counts, const Rate *rate,
 	return true;
 }
 
-static const UnitPrice *
-find_unit_price(const Rate *rate, TextView name)
+/* The order of names in a rate's units: as jsonb has them, the shorter first. */
+int
+abp_compare_unit_prices(const void *a, const void *b)
 {
-	for (int i = 0; i < rate->nunits; i++)
-	{
-		const UnitPrice *unit = &rate->units[i];
+	TextView	x = ((const UnitPrice *) a)->name;
+	TextView	y = ((const UnitPrice *) b)->name;
 
-		if (unit->name.len == name.len &&
-			memcmp(unit->name.data, name.data, name.len) == 0)
-			return unit;
-	}
-	return NULL;
+	if (x.len != y.len)
+		return x.len < y.len ? -1 : 1;
+	return memcmp(x.data, y.data, x.len);
+}
+
+/* The price of a unit among nunits of them, in order; NULL if there is none. */
+const UnitPrice *
+abp_find_unit_price(const UnitPrice *units, int nunits, TextView name)
+{
+	UnitPrice	key = {.name = name};
+
+	if (nunits == 0)
+		return NULL;
+	return bsearch(&key, units, nunits, sizeof(UnitPrice), abp_compare_unit_prices);
 }
 
 /* Fill in a bucket's amount from its quantity and price. */
@@ -788,9 +801,10 @@ abp_cost_buckets(const UsageCounts *counts, const Rate *rate,
 	for (int i = 0; i < units.nunits; i++)
 	{
 		const UnitQuantity *unit = &units.units[i];
-		const UnitPrice *unit_price = find_unit_price(rate, unit->name);
+		const UnitPrice *unit_price = abp_find_unit_price(rate->units, rate->nunits, unit->name);
 		CostBucket *bucket = &buckets[n];
 
+		CHECK_FOR_INTERRUPTS();
 		bucket->name = unit->name;
 		bucket->quantity = unit->quantity;
 		/* The cached part of audio is a bucket of its own. */
@@ -866,7 +880,7 @@ abp_cost_add_difference(CostBucket **buckets, int *nbuckets, Numeric stored_cent
 
 /*
  * Cost of checked counts in numeric.  Returns false if a price is missing;
- * then *missing names the buckets without one.  Allocates in the current
+ * then *missing names the first buckets without one.  Allocates in the current
  * memory context, intermediate results too.
  */
 bool
@@ -878,6 +892,7 @@ abp_cost_exact(const UsageCounts *counts, const Rate *rate,
 	CostBucket *buckets = abp_cost_buckets(counts, rate, tier, &nbuckets);
 	Numeric		usd = int64_to_numeric(0);
 	StringInfoData names;
+	int			nmissing = 0;
 	bool		used = false;
 	bool		charged = false;
 
@@ -888,9 +903,12 @@ abp_cost_exact(const UsageCounts *counts, const Rate *rate,
 
 		if (bucket->amount == NULL)
 		{
-			if (names.len > 0)
-				appendStringInfoString(&names, ", ");
-			appendBinaryStringInfo(&names, bucket->name.data, bucket->name.len);
+			if (nmissing++ < MAX_MISSING_NAMES)
+			{
+				if (names.len > 0)
+					appendStringInfoString(&names, ", ");
+				appendBinaryStringInfo(&names, bucket->name.data, bucket->name.len);
+			}
 			continue;
 		}
 		usd = numeric_plus(usd, bucket->amount);
@@ -901,8 +919,10 @@ abp_cost_exact(const UsageCounts *counts, const Rate *rate,
 		}
 	}
 
-	if (names.len > 0)
+	if (nmissing > 0)
 	{
+		if (nmissing > MAX_MISSING_NAMES)
+			appendStringInfo(&names, " and %d more", nmissing - MAX_MISSING_NAMES);
 		*missing = names.data;
 		return false;
 	}

@@ -112,7 +112,7 @@ typedef struct Rate
 									 * price[] is 0 then */
 	ExactDecimal factor;
 	int			nunits;
-	UnitPrice  *units;
+	UnitPrice  *units;			/* in the order of abp_compare_unit_prices() */
 } Rate;
 
 /* An exact amount in USD: usd_numeric if that is set, else usd. */
@@ -134,6 +134,9 @@ typedef struct CostBucket
 	const char *note;			/* or NULL */
 } CostBucket;
 
+extern int	abp_compare_unit_prices(const void *a, const void *b);
+extern const UnitPrice *abp_find_unit_price(const UnitPrice *units, int nunits,
+											TextView name);
 extern bool abp_cost_consistent(const UsageCounts *counts, CountsProblem *problem);
 extern void abp_cost_check(const UsageCounts *counts);
 extern bool abp_cost_finite(Numeric provider_cost, char **problem);

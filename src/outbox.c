@@ -78,9 +78,6 @@
 #define READ_CHUNK 50
 #define READ_CHUNK_WHOLE 1
 
-/* The longest reason kept with an entry or a delivery, in bytes. */
-#define MAX_ERROR_LEN 1000
-
 /* columns of aibilling.outbox_entry */
 #define Anum_entry_usage_table 1
 #define Anum_entry_state 2
@@ -184,8 +181,9 @@ typedef struct Statement
 /* What is read of usage rows. */
 typedef enum ReadKind
 {
-	READ_COLUMNS,				/* a row as it is stored, header and all, where
-								 * its table has our columns and no others */
+	READ_COLUMNS,				/* a row as it is stored, header and all,
+								 * where its table has our columns and no
+								 * others */
 	READ_COLUMNS_XMAX,			/* the same and xmax, where it has not */
 	READ_WHOLE,					/* and the row as jsonb */
 	NUM_READS
@@ -426,8 +424,8 @@ error_text(const char *error)
 {
 	int			len = strlen(error);
 
-	return cstring_to_text_with_len(error, len <= MAX_ERROR_LEN ? len :
-									pg_mbcliplen(error, len, MAX_ERROR_LEN));
+	return cstring_to_text_with_len(error, len <= MAX_REASON_LEN ? len :
+									pg_mbcliplen(error, len, MAX_REASON_LEN));
 }
 
 /* --- the outbox ----------------------------------------------------------- */

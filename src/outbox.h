@@ -33,6 +33,9 @@
 
 extern const char abp_outbox_states[NUM_OUTBOX_STATES];
 
+/* The words of why a row is not sent, and of an error, are cut to this, in bytes. */
+#define MAX_REASON_LEN 1000
+
 /* What the outbox makes of a row. */
 typedef struct RowState
 {

@@ -438,7 +438,7 @@ merge_row(MemoryContext context, Rate *rate, const PriceRow *row,
 		JsonbIterator *it = JsonbIteratorInit(&units->root);
 		JsonbIteratorToken token;
 		JsonbValue	v;
-		int			inherited = rate->nunits;
+		int			nearer = rate->nunits;
 		int			room = rate->nunits + JB_ROOT_COUNT(units);
 
 		if (room == 0)
@@ -451,7 +451,6 @@ merge_row(MemoryContext context, Rate *rate, const PriceRow *row,
 		while ((token = JsonbIteratorNext(&it, &v, true)) != WJB_DONE)
 		{
 			TextView	name;
-			bool		known = false;
 
 			if (token != WJB_KEY)
 				continue;
@@ -459,10 +458,9 @@ merge_row(MemoryContext context, Rate *rate, const PriceRow *row,
 			name.len = v.val.string.len;
 			(void) JsonbIteratorNext(&it, &v, true);
 
-			for (int i = 0; i < inherited && !known; i++)
-				known = text_view_equal(rate->units[i].name, name);
 			/* The table's constraint refuses what is not a number. */
-			if (!known && v.type == jbvNumeric)
+			if (v.type == jbvNumeric &&
+				abp_find_unit_price(rate->units, nearer, name) == NULL)
 			{
 				UnitPrice  *unit = &rate->units[rate->nunits++];
 				Size		size = VARSIZE_ANY(v.val.numeric);
@@ -472,6 +470,7 @@ merge_row(MemoryContext context, Rate *rate, const PriceRow *row,
 				memcpy(unit->price, v.val.numeric, size);
 			}
 		}
+		qsort(rate->units, rate->nunits, sizeof(UnitPrice), abp_compare_unit_prices);
 	}
 
 #undef VALUE

@@ -1334,7 +1334,7 @@ end_of_transaction(XactEvent event, void *arg)
  * usage_owner or, if he has none, of PUBLIC; InvalidOid asks for PUBLIC's only.
  * The file is read at each call, so a new token is used at once.
  *
- * NULL comes with words for status in *reason: what is wrong and how to mend
+ * NULL comes with words for status in *reason: what is wrong and how to fix
  * it, never the token.  A price list may be public, so a server of kind
  * 'prices' without any token yields NULL and nothing in *reason.
  *

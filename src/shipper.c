@@ -1474,7 +1474,7 @@ pause_lane(Lane *lane, const char *reason)
 		ereport(WARNING,
 				(errcode(ERRCODE_CONNECTION_EXCEPTION),
 				 errmsg("delivery to %s is paused: %s", lane_name(lane), reason),
-				 errhint("Mend the server's options or its access token; delivery resumes by itself then, or with aibilling.resume().")));
+				 errhint("Fix the server's options or its access token; delivery resumes by itself then, or with aibilling.resume().")));
 	lane->paused_by_answer = true;
 	lane->not_before = in_ms(PROBE_MS);
 	save_lane(lane, reason);
@@ -1898,7 +1898,7 @@ lane_is_closed(Lane *lane, const UsageTable *table, const ServerOptions *server,
 		try_now(lane);
 	}
 
-	/* What failed or was refused may have been mended: try. */
+	/* What failed or was refused may have been fixed: try. */
 	if (servers_are_new(table) || (lane->paused_by_answer && hash != lane->refused_token))
 		try_now(lane);
 	lane->refused_token = hash;
@@ -2071,7 +2071,7 @@ guarded(TableWork work, const UsageTable *table, const ServerOptions *server, vo
 		ereport(WARNING,
 				(errcode(error.sqlerrcode),
 				 errmsg("usage rows of %s cannot be delivered: %s", table->name, error.message),
-				 errhint("Mend the cause; delivery of the table resumes by itself.")));
+				 errhint("Fix the cause; delivery of the table resumes by itself.")));
 
 	/*
 	 * What a batch needs is too much just now; those that pass let it grow
@@ -2909,7 +2909,7 @@ refuse_table(const UsageTable *table, const char *reason)
 		ereport(WARNING,
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 				 errmsg("usage rows of %s cannot be delivered: %s", table->name, reason),
-				 errhint("Mend the cause; delivery of the table resumes by itself.")));
+				 errhint("Fix the cause; delivery of the table resumes by itself.")));
 	block_table(table, reason, until);
 }
 

@@ -23,6 +23,7 @@
 #include "commands/trigger.h"
 #include "executor/executor.h"
 #include "fmgr.h"
+#include "mb/pg_wchar.h"
 #include "miscadmin.h"
 #include "optimizer/optimizer.h"
 #include "partitioning/partdesc.h"
@@ -765,9 +766,25 @@ missing_price(const UsageRow *row)
 	return NULL;
 }
 
+/* How much of a reason is stored and logged, in bytes. */
+static int
+short_length(const char *reason)
+{
+	int			len = strlen(reason);
+
+	return len <= MAX_REASON_LEN ? len : pg_mbcliplen(reason, len, MAX_REASON_LEN);
+}
+
+static void
+shorten(char *reason)
+{
+	if (reason != NULL)
+		reason[short_length(reason)] = '\0';
+}
+
 /*
  * What keeps a row without a cost from having one: a fault of its own, for
- * somebody to mend, or the lack of a price.  OUTBOX_READY if nothing does.
+ * somebody to fix, or the lack of a price.  OUTBOX_READY if nothing does.
  */
 void
 abp_usage_judge_price(const UsageRow *row, RowState *verdict)
@@ -790,6 +807,7 @@ abp_usage_judge_price(const UsageRow *row, RowState *verdict)
 		if (verdict->error != NULL)
 			verdict->state = OUTBOX_UNPRICED;
 	}
+	shorten(verdict->error);
 }
 
 /*
@@ -816,7 +834,7 @@ abp_usage_price(const UsageRow *row, PricedCost *cost, char **problem)
 
 /*
  * What is to become of a row: ready, or waiting for its time, for a price,
- * for somebody to mend it.
+ * for somebody to fix it.
  */
 void
 abp_usage_judge(const UsageRow *row, const ServerOptions *server, RowState *verdict)
@@ -859,6 +877,7 @@ abp_usage_judge(const UsageRow *row, const ServerOptions *server, RowState *verd
 		verdict->state = OUTBOX_WAITING;
 		verdict->not_before = row->occurred_at - row->occurred_at % USECS_PER_SEC + USECS_PER_SEC;
 	}
+	shorten(verdict->error);
 }
 
 /* --- the end of a transaction ------------------------------------------------ */
@@ -1200,7 +1219,7 @@ warn_rejected(Relation rel, int64 id, const char *reason)
 			(errcode(ERRCODE_WARNING),
 			 errmsg("usage row " INT64_FORMAT " of \"%s\" was stored but cannot be sent: %s",
 					id, RelationGetRelationName(rel), reason),
-			 errhint("Mend the row with UPDATE. All such rows stand in aibilling.outbox as rejected.")));
+			 errhint("Fix the row with UPDATE. All such rows stand in aibilling.outbox as rejected.")));
 }
 
 /*
@@ -1214,7 +1233,8 @@ abp_usage_note_doubt(const char *doubt)
 		return;
 	noted_statement = GetCurrentStatementStartTimestamp();
 	ereport(NOTICE,
-			(errmsg("the reported cost is used, but the usage object is in doubt: %s", doubt),
+			(errmsg("the reported cost is used, but the usage object is in doubt: %.*s",
+					short_length(doubt), doubt),
 			 errdetail("Counts that make no sense are left out. aibilling.explain_cost() tells the same of each row.")));
 }
 
@@ -1241,6 +1261,7 @@ warn_unpriced(const UsageRow *row, const char *reason)
 		PriceRequest request = price_request(row);
 		char	   *hint = abp_price_hint(&request);
 
+		shorten(hint);
 		ereport(WARNING,
 				(errcode(ERRCODE_WARNING),
 				 errmsg("usage is held until it can be priced: %s", reason),

@@ -136,7 +136,7 @@ $node->write_token($token_file, $polar->token);
 is($polar->summary->{arrived}, 0, 'no request was made with any of them');
 $node->safe_psql('postgres', 'DROP USER MAPPING FOR PUBLIC SERVER polar');
 $polar->wait(events => 1);
-pass('once mended, delivery resumes by itself');
+pass('once fixed, delivery resumes by itself');
 $node->wait_status('^idle');
 is(newest('attempts'), '1', 'and no attempt was burnt');
 
@@ -144,7 +144,7 @@ $node->safe_psql('postgres',
 	"CREATE USER MAPPING FOR PUBLIC SERVER polar OPTIONS (access_token 'mapped_token')");
 ok($node->wait_status('^paused: .*given twice'), 'a token given twice is told with nothing to send, too');
 $node->safe_psql('postgres', 'DROP USER MAPPING FOR PUBLIC SERVER polar');
-ok($node->wait_status('^idle'), 'and that it is mended');
+ok($node->wait_status('^idle'), 'and that it is fixed');
 
 # --- answers that prove nothing, or that the server is ill ---------------------------
 
@@ -204,7 +204,7 @@ round_of('a redirect', { kind => 'redirect', location => $poisoned->url },
 # Nothing is sent while it is paused; what ends the pause.
 sub pause_by_401
 {
-	my ($what, $mend) = @_;
+	my ($what, $fix) = @_;
 
 	$rounds++;
 	$polar->fault(kind => '401');
@@ -214,7 +214,7 @@ sub pause_by_401
 	$node->insert_rows(3, prefix => "round_${rounds}_more_");
 	$node->worker_waits;
 	is($polar->summary->{arrived}, $arrived, "no request while paused, $what");
-	$mend->();
+	$fix->();
 	$polar->wait(arrived => $arrived + 1);
 	$node->wait_status('^idle');
 	is(outbox('count(*)'), '0', "resumed by $what");

@@ -314,7 +314,7 @@ foreach my $db ('postgres', 'plain')
 	unlike($node->safe_psql($db, q{SELECT status FROM aibilling.status WHERE usage_table = 'old'::regclass}), qr/blocked/, "$db: nothing is blocked");
 	is($node->safe_psql($db, "SELECT aibilling.retry('old')"), '11', "$db: retry");
 	$node->safe_psql($db, 'CALL aibilling.sync()');
-	is($node->safe_psql($db, "SELECT state, count(*) FROM aibilling.outbox WHERE usage_table = 'old'::regclass GROUP BY 1"), 'rejected|11', "$db: mends nothing");
+	is($node->safe_psql($db, "SELECT state, count(*) FROM aibilling.outbox WHERE usage_table = 'old'::regclass GROUP BY 1"), 'rejected|11', "$db: fixes nothing");
 	is($node->safe_psql($db, "SELECT usage_id, r.state, old_cost_nanos, new_cost_nanos, action FROM aibilling.reprice('old') r"), '4|rejected|7||kept', "$db: nor does reprice");
 	$node->safe_psql($db, "UPDATE old SET input_tokens = 20 WHERE external_id = '$prefix cached'");
 	$node->safe_psql($db, 'CALL aibilling.sync()');

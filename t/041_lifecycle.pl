@@ -484,7 +484,7 @@ SQL
 	# before arm() is for the servers of these names.
 	$new->safe_psql('app', insert('unarmed', 1));
 	$new->safe_psql('app', "UPDATE usage SET external_customer_id = 'customer' WHERE external_id = 'old-rejected'");
-	is(places($new, 'app'), 'pending 13, unpriced 1', 'a row can be mended');
+	is(places($new, 'app'), 'pending 13, unpriced 1', 'a row can be fixed');
 	is(value($new, 'app', "SELECT DISTINCT state FROM aibilling.preview('held')"), 'pending', 'preview shows what will be sent');
 	my $pairs = "SELECT string_agg(usage || ' to ' || server, ', ' ORDER BY usage::text) FROM aibilling.usage_table";
 	my $attached = 'answered to answered, held to held, tenant.usage to polar, usage to polar';

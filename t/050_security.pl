@@ -531,7 +531,7 @@ is($node->worker_pid, $pid, 'and the next worker lives');
 allowed('eve', "ALTER SERVER eves OPTIONS (SET metadata_function 'eve.meta'); SELECT aibilling.resume('eves')");
 $polar->wait(events => 15);
 $node->wait_settled;
-pass('once mended and resumed, its rows are delivered');
+pass('once fixed and resumed, its rows are delivered');
 
 # Row-level security
 allowed('eve', q{

@@ -135,6 +135,8 @@ is($node->safe_psql('postgres', 'SELECT external_customer_id, customer_key IS NU
 # The clients
 # ---------------------------------------------------------------------------
 
+# They change what they have written: nothing is sent meanwhile.
+$node->safe_psql('postgres', q{SELECT aibilling.pause('polar')});
 my @tried;
 foreach (@clients)
 {
@@ -176,6 +178,7 @@ SKIP:
 	skip 'no client', 1 unless @tried;
 
 	# The rows without a customer stay, all others are delivered.
+	$node->safe_psql('postgres', q{SELECT aibilling.resume('polar')});
 	$node->wait_settled;
 	my @tables = ('done', map { "by_$_->[0]" } @tried);
 	my $delivered = join ' UNION ALL ',

@@ -541,5 +541,32 @@ subtest '24, 25: what is not queued, and tables that are gone' => sub {
 	like($node->log_since($log), qr/is gone, and with it 2 rows that were not delivered/, 'the log says what went');
 };
 
+subtest 'what is said of a row is short, whatever it holds' => sub {
+	sql(q{SELECT aibilling.create_usage_table('wide', 'polar')});
+	my $many = q{(SELECT jsonb_object_agg('unit ' || i, 1) FROM generate_series(1, 20000) i)};
+	my $long = q{repeat('é', 100000)};
+	my %rows = (
+		'many units without a price' => [ 'units', $many ],
+		'a unit with a long name' => [ 'units', "jsonb_build_object($long, 1)" ],
+		'a model with a long name' => [ 'model', $long ],
+	);
+	foreach my $name (sort keys %rows)
+	{
+		my ($column, $value) = @{ $rows{$name} };
+		my %values = (model => q{'none of these'}, units => 'NULL', $column => $value);
+		my $said = warnings_of(qq{INSERT INTO wide (external_customer_id, provider, model, units)
+			VALUES ('c', 'acme', $values{model}, $values{units})});
+		like($said, qr/held until it can be priced|cannot be sent/, "$name: there is a warning");
+		cmp_ok(length($said), '<', 3000, '... which is short');
+		cmp_ok(sql(q{SELECT max(octet_length(error)) FROM aibilling.outbox WHERE usage_table = 'wide'::regclass}),
+			'<=', 1000, '... as is what the outbox keeps');
+	}
+	sql(q{SELECT aibilling.set_price('acme', 'counted', units => } . $many . q{, valid_from => '-infinity')});
+	is(sql(q{INSERT INTO wide (external_customer_id, provider, model, units)
+			VALUES ('c', 'acme', 'counted', } . $many . q{ || '{"unit 7": 3}') RETURNING cost_nanos}),
+		'20002000000000', 'each of many units finds its price');
+	sql(q{DROP TABLE wide});
+};
+
 $node->stop;
 done_testing();

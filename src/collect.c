@@ -8,7 +8,7 @@
  * or is prepared: a row and its outbox entry commit together or not at all.
  *
  * New rows, nearly all that there is, are sets of ids in one state.  Rows that
- * are changed after that, or were there before, stand in a hash table.  Both
+ * are changed after that, or were there before, are in a hash table.  Both
  * know at which nesting level of the transaction they came, so that a rolled
  * back subtransaction takes its part along; what a level has collected lies
  * before all that lower levels have, so that its end looks at nothing else.

@@ -130,7 +130,7 @@
 #define ABP_JSON_GO_ON
 #endif
 
-/* 19 lets the postmaster end a worker that stands in the way of CREATE/DROP DATABASE. */
+/* 19 lets the postmaster end a worker that blocks CREATE/DROP DATABASE. */
 #ifndef BGWORKER_INTERRUPTIBLE
 #define BGWORKER_INTERRUPTIBLE 0
 #endif

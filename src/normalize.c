@@ -258,7 +258,7 @@ nest_input(Reading *r, int64 *plain_input)
 
 /*
  * Make the output total inclusive of reasoning, and compare the grand total.
- * plain_input is the input total as it stood in the object.
+ * plain_input is the input total as it was in the object.
  */
 static bool
 nest_output(Reading *r, int64 plain_input)

@@ -33,7 +33,7 @@ typedef enum UsageColumn
 	COL_MEMBER_ID,
 	COL_EXTERNAL_MEMBER_ID,
 	COL_PARENT_ID,
-	COL_FIRST_COUNT,			/* the counts stand in the order of UsageCount */
+	COL_FIRST_COUNT,			/* the counts are in the order of UsageCount */
 	COL_LAST_COUNT = COL_FIRST_COUNT + NUM_USAGE_COUNTS - 1,
 	COL_UNITS,
 	COL_RAW_USAGE,

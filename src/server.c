@@ -133,7 +133,7 @@ static const char *const proxy_schemes[] = {
 
 /*
  * Names that the extension itself gives to metadata.  No tag may end up with
- * one of them, or an application's tag could stand in for a cost.
+ * one of them, or an application's tag could replace a cost.
  */
 static const char *const metadata_names[] = {
 	"_cost", "_llm", "cache_read_tokens", "cache_write_1h_tokens",
@@ -257,7 +257,7 @@ aibilling_polar_fdw_validator(PG_FUNCTION_ARGS)
 	PG_RETURN_VOID();
 }
 
-/* Returns the option's entry, or NULL if it may not stand in this catalogue. */
+/* Returns the option's entry, or NULL if it may not be in this catalogue. */
 static const OptionName *
 find_option(const char *name, Oid catalog)
 {
@@ -270,7 +270,7 @@ find_option(const char *name, Oid catalog)
 	return NULL;
 }
 
-/* Raises the error for an option that may not stand in this catalogue. */
+/* Raises the error for an option that may not be in this catalogue. */
 static void
 report_unknown_option(const char *name, Oid catalog)
 {
@@ -1201,7 +1201,7 @@ abp_server_init(void)
 	server_cache = hash_create("aibilling_polar servers", 8, &ctl,
 							   HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
 
-	/* owner, name and options all stand in pg_foreign_server */
+	/* owner, name and options are all in pg_foreign_server */
 	CacheRegisterSyscacheCallback(FOREIGNSERVEROID, invalidate_servers,
 								  (Datum) 0);
 	RegisterXactCallback(end_of_transaction, NULL);
@@ -1330,7 +1330,7 @@ end_of_transaction(XactEvent event, void *arg)
  * abp_server_token
  *		Returns the access token for a server, palloc'd, or NULL.
  *
- * It stands in the server's access_token_file, or else in the user mapping of
+ * It is in the server's access_token_file, or else in the user mapping of
  * usage_owner or, if he has none, of PUBLIC; InvalidOid asks for PUBLIC's only.
  * The file is read at each call, so a new token is used at once.
  *
@@ -1382,7 +1382,7 @@ abp_server_token(const ServerOptions *server, Oid usage_owner,
 
 /*
  * abp_forget_token
- *		Wipes and frees a token; NULL is let pass.
+ *		Wipes and frees a token; NULL is allowed.
  */
 void
 abp_forget_token(char *token)

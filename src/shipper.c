@@ -370,7 +370,7 @@ void
 abp_ship_commit(const ShipScope *scope)
 {
 	PopActiveSnapshot();
-	ForceSyncCommit();			/* what is sent must stand in the ledger first */
+	ForceSyncCommit();			/* what is sent must be in the ledger first */
 	if (scope->in_procedure)
 		SPI_commit();
 	else
@@ -739,7 +739,7 @@ set_aside(Filling *filling, int64 id, const RowState *verdict)
 	abp_idset_add(&entry->ids, id, id, filling->context);
 	if (verdict->state == OUTBOX_UNPRICED)
 	{
-		/* Its price may have come while it stood in another state. */
+		/* Its price may have come while it was in another state. */
 		look_for_prices_again(filling->table->relid);
 	}
 	filling->exceptions = lappend(filling->exceptions, entry);
@@ -2152,7 +2152,7 @@ prepare_next(const UsageTable *table, const ServerOptions *server, void *arg)
 }
 
 /*
- * The same by one snapshot, of what stands in the outbox and of the rows: a
+ * The same by one snapshot, of what is in the outbox and of the rows: a
  * transaction that changes a row changes both.
  */
 static void
@@ -2645,7 +2645,7 @@ release_unpriced(const UsageTable *table, const ServerOptions *server, void *arg
 	abp_outbox_put(out, nout);
 }
 
-/* The same by one snapshot, of what stands in the outbox and of the rows. */
+/* The same by one snapshot, of what is in the outbox and of the rows. */
 static void
 release_unpriced_at_once(const UsageTable *table, const ServerOptions *server, void *arg)
 {
@@ -2766,7 +2766,7 @@ recover(List *tables)
 	recovered = true;
 }
 
-/* resume() has cleared what stands in the tables: clear it here too. */
+/* resume() has cleared what is in the tables: clear it here too. */
 static void
 notice_resumed(List *tables)
 {

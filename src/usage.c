@@ -1219,7 +1219,7 @@ warn_rejected(Relation rel, int64 id, const char *reason)
 			(errcode(ERRCODE_WARNING),
 			 errmsg("usage row " INT64_FORMAT " of \"%s\" was stored but cannot be sent: %s",
 					id, RelationGetRelationName(rel), reason),
-			 errhint("Fix the row with UPDATE. All such rows stand in aibilling.outbox as rejected.")));
+			 errhint("Fix the row with UPDATE. All such rows are in aibilling.outbox as rejected.")));
 }
 
 /*

@@ -79,7 +79,7 @@ typedef struct Rule
 	const char *path;
 } Rule;
 
-/* Rules for what stands in any of some objects, such as prompt_tokens_details. */
+/* Rules for what is in any of some objects, such as prompt_tokens_details. */
 typedef struct RuleGroup
 {
 	const char *const *places;	/* NULL ends them */

@@ -213,7 +213,7 @@ take_provider_object(Reading *r, const char *format, JsonbContainer *object,
 	return true;
 }
 
-/* The counts of versions 4 and 5 that stand in the metadata one by one. */
+/* The counts of versions 4 and 5 that are in the metadata one by one. */
 static bool
 add_provider_counts(Reading *r)
 {
@@ -430,7 +430,7 @@ cost_ai_sdk(Reading *r)
 	return true;
 }
 
-/* Anthropic's fast mode stands in its own object. */
+/* Anthropic's fast mode is in its own object. */
 static const char *
 tier_ai_sdk(Reading *r)
 {

@@ -4,7 +4,7 @@
  *	  Which worker serves which database, and how a commit wakes it.
  *
  * Shared memory holds a slot for each worker.  A wake-up is only a hint: what
- * there is to do stands in tables, and an idle worker polls them.
+ * there is to do is in tables, and an idle worker polls them.
  *
  *-------------------------------------------------------------------------
  */

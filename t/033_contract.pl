@@ -181,7 +181,7 @@ foreach my $case (grep { !$_->{accept} && $_->{insert} } @results)
 {
 	my $answer = by_hand(unchecked_event($case->{row}));
 
-	# Some limits are our own, or stand in Polar's documentation only.
+	# Some limits are our own, or are in Polar's documentation only.
 	if (defined $case->{limit})
 	{
 		is($answer->{status}, 200, "$case->{what}: only refused here ($case->{limit})");

@@ -475,7 +475,7 @@ FROM (SELECT generate_series(lower(r), upper(r) - 1) AS id
 	  FROM aibilling.delivery, unnest(usage_ids) r WHERE state = 'delivered') d
 SQL
 	"$delivered|$delivered",
-	'no row stands in two deliveries');
+	'no row is in two deliveries');
 is(scalar(@events), $delivered, 'the stand-in has as many');
 is( $node->safe_psql($database, 'SELECT sum(unexpected_duplicates), sum(vanished) FROM aibilling.delivery'),
 	'0|0',

@@ -167,7 +167,7 @@ CREATE TRIGGER end_worker BEFORE INSERT OR UPDATE ON aibilling.server_state FOR 
 	insert_one_by_one('other', 1, 'last');
 	price('last');
 	ok($node->wait_status('ended with an error.*the ledger is not to be touched', 'other'),
-		'stands in status');
+		'is in status');
 	sql(q{DROP FUNCTION end_worker CASCADE});
 	$polar->clear_faults;
 	counts_become('other', '4 0 0 0', 'the next one works');

@@ -123,7 +123,7 @@ is(as('mallory', "CREATE SERVER twin FOREIGN DATA WRAPPER polar OPTIONS (url '$u
 $node->safe_psql('postgres', 'ALTER SERVER own OWNER TO reader');
 like(as('mallory', 'ALTER SERVER own OPTIONS (DROP environment)'), qr/must be owner/, 'nobody alters the server of another');
 
-# A mapping of mallory's own token does not stand in for the file's.
+# A mapping of mallory's own token does not replace the file's.
 is(as('mallory', q{
 CREATE USER MAPPING FOR mallory SERVER gateway OPTIONS (access_token 'polar_oat_mallory');
 ALTER SERVER gateway OPTIONS (SET batch_size '30');

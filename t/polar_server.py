@@ -48,7 +48,7 @@ POST /_test/prices      rows of Narev's price list, replacing all
 POST /_test/files       {"path": "/x.json", "body": text, "content_type": type}
 
 A fault is {"kind": ..., "times": 1}.  "times" is a number or "always",
-"probability" a chance, "after" a number of requests to let pass first,
+"probability" a chance, "after" a number of requests to answer well first,
 "min_events" the smallest batch it concerns, "path" the only path it concerns.
 The first fault of the queue that applies is the one that happens.  "store"
 says whether the events are stored all the same.  Kinds:

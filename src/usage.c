@@ -57,6 +57,9 @@
 /* How many models a session is warned about before it is left in peace. */
 #define MAX_WARNED_MODELS 1000
 
+/* How many warnings a statement of a client writes, whatever its functions do. */
+#define MAX_STATEMENT_WARNINGS 5
+
 PG_FUNCTION_INFO_V1(abp_sql_price_usage);
 PG_FUNCTION_INFO_V1(abp_sql_enqueue_usage);
 PG_FUNCTION_INFO_V1(abp_sql_guard_usage);
@@ -110,6 +113,10 @@ static int	returning_level = 0;	/* the deepest nesting level among them */
 
 /* The command that has warned of a row that cannot be sent. */
 static CommandId warned_command = InvalidCommandId;
+
+/* The start of the client's statement that has warned last, and how often it has. */
+static TimestampTz warned_statement = 0;
+static int	statement_warnings = 0;
 
 /* The start of the statement that has told of a usage object in doubt. */
 static TimestampTz noted_statement = 0;
@@ -1206,14 +1213,27 @@ is_returning(UsageRelation *known, RowColumns *row, int64 id, ReturnKind *kind)
 
 /* --- warnings --------------------------------------------------------------- */
 
+/* May this statement warn once more?  It is to be a few kB in the log, not more. */
+static bool
+may_warn(void)
+{
+	if (warned_statement != GetCurrentStatementStartTimestamp())
+	{
+		warned_statement = GetCurrentStatementStartTimestamp();
+		statement_warnings = 0;
+	}
+	return statement_warnings < MAX_STATEMENT_WARNINGS;
+}
+
 static void
 warn_rejected(Relation rel, int64 id, const char *reason)
 {
 	CommandId	command = GetCurrentCommandId(false);
 
-	if (warned_command == command)
+	if (warned_command == command || !may_warn())
 		return;
 	warned_command = command;
+	statement_warnings++;
 
 	ereport(WARNING,
 			(errcode(ERRCODE_WARNING),
@@ -1251,7 +1271,7 @@ warn_unpriced(const UsageRow *row, const char *reason)
 		warned_models = hash_create("aibilling models warned of", 16, &ctl,
 									HASH_ELEM | HASH_STRINGS);
 	}
-	if (hash_get_num_entries(warned_models) >= MAX_WARNED_MODELS)
+	if (hash_get_num_entries(warned_models) >= MAX_WARNED_MODELS || !may_warn())
 		return;
 
 	strlcpy(key, reason, sizeof(key));
@@ -1262,6 +1282,7 @@ warn_unpriced(const UsageRow *row, const char *reason)
 		char	   *hint = abp_price_hint(&request);
 
 		shorten(hint);
+		statement_warnings++;
 		ereport(WARNING,
 				(errcode(ERRCODE_WARNING),
 				 errmsg("usage is held until it can be priced: %s", reason),

@@ -565,6 +565,15 @@ subtest 'what is said of a row is short, whatever it holds' => sub {
 	is(sql(q{INSERT INTO wide (external_customer_id, provider, model, units)
 			VALUES ('c', 'acme', 'counted', } . $many . q{ || '{"unit 7": 3}') RETURNING cost_nanos}),
 		'20002000000000', 'each of many units finds its price');
+	my @statements = (
+		q{INSERT INTO wide (external_customer_id, provider, model, input_tokens)
+			SELECT 'c', 'acme', 'unheard of ' || i, 1 FROM generate_series(1, 100) i},
+		q{DO $$BEGIN FOR i IN 1 .. 100 LOOP INSERT INTO wide (provider, model, input_tokens) VALUES ('acme', 'm', 1); END LOOP; END$$});
+	foreach (@statements)
+	{
+		my $warnings = () = warnings_of($_) =~ /WARNING/g;
+		is($warnings, 5, "a statement warns of a few only: $_");
+	}
 	sql(q{DROP TABLE wide});
 };
 

@@ -312,7 +312,7 @@ retriable(const UsageTable *table, IdSet *only)
 	if (only != NULL)
 		ids = abp_idset_intersect(&ids, only);
 	ids = abp_idset_subtract(&ids, &own);
-	locked = abp_usage_lock(table, &ids);
+	locked = abp_usage_lock(table, &ids, false);
 	visible = abp_usage_visible(table, &ids);
 	visible = abp_idset_subtract(&visible, &locked);
 	return abp_idset_subtract(&ids, &visible);
@@ -383,12 +383,41 @@ typedef struct Repricing
 {
 	const UsageTable *table;
 	bool		dry_run;
+	IdSet		differing;		/* of a chunk: the cost would be another */
 	IdSet		changed;
 	int64		kept;			/* rows that cannot be repriced */
 	StringInfoData kept_names;	/* the first of them, with reasons */
 	ReturnSetInfo *result;
 	MemoryContext context;
 } Repricing;
+
+/*
+ * Is the cost of a row by the prices of now another one, or not to be told?
+ * Then *possible is false, and *problem says why, palloc'd.
+ */
+static bool
+cost_differs(const UsageRow *row, PricedCost *cost, bool *possible, char **problem)
+{
+	*possible = abp_usage_price(row, cost, problem);
+	return !*possible || cost->known != row->has_cost_nanos ||
+		(cost->known &&
+		 (cost->cost_nanos != row->cost_nanos || row->cost_cents == NULL ||
+		  !DatumGetBool(DirectFunctionCall2(numeric_eq, NumericGetDatum(cost->cost_cents),
+											NumericGetDatum(row->cost_cents)))));
+}
+
+static bool
+note_difference(const UsageRow *row, Jsonb *whole, void *arg)
+{
+	Repricing  *repricing = arg;
+	PricedCost	cost;
+	bool		possible;
+	char	   *problem;
+
+	if (cost_differs(row, &cost, &possible, &problem))
+		abp_idset_add(&repricing->differing, row->id, row->id, repricing->context);
+	return true;
+}
 
 static bool
 reprice_row(const UsageRow *row, Jsonb *whole, void *arg)
@@ -403,12 +432,7 @@ reprice_row(const UsageRow *row, Jsonb *whole, void *arg)
 	bool		possible;
 	char	   *problem;
 
-	possible = abp_usage_price(row, &cost, &problem);
-	if (possible && cost.known == row->has_cost_nanos &&
-		(!cost.known ||
-		 (cost.cost_nanos == row->cost_nanos && row->cost_cents != NULL &&
-		  DatumGetBool(DirectFunctionCall2(numeric_eq, NumericGetDatum(cost.cost_cents),
-										   NumericGetDatum(row->cost_cents))))))
+	if (!cost_differs(row, &cost, &possible, &problem))
 		return true;
 
 	if (!abp_collect_find(repricing->table->relid, row->id, &place))
@@ -503,6 +527,15 @@ abp_sql_reprice(PG_FUNCTION_ARGS)
 			abp_idset_add(&ids, id, id, CurrentMemoryContext);
 		}
 		SPI_freetuptable(SPI_tuptable);
+		if (!repricing.dry_run)
+		{
+			/* Who has a row's lock can rely on where it is: it is not sent. */
+			abp_usage_read(table, &ids, false, note_difference, &repricing);
+			if (repricing.differing.nranges == 0)
+				continue;
+			ids = abp_usage_lock(table, &repricing.differing, true);
+			abp_idset_free(&repricing.differing);
+		}
 		abp_usage_read(table, &ids, false, reprice_row, &repricing);
 	}
 	SPI_cursor_close(cursor);

@@ -3234,15 +3234,17 @@ select_ids(const UsageTable *table, const char *statement, IdSet *ids)
 }
 
 /*
- * Lock rows against changes until the transaction ends, without waiting for
- * those who are changing them.  Returns the ids of the rows that we have, in
- * the current memory context.
+ * Lock rows against changes until the transaction ends; those that others are
+ * changing are waited for or passed over.  Returns the ids of the rows that we
+ * have, in the current memory context.
  */
 IdSet
-abp_usage_lock(const UsageTable *table, IdSet *ids)
+abp_usage_lock(const UsageTable *table, IdSet *ids, bool wait)
 {
-	return select_ids(table, "SELECT u.id::pg_catalog.int8 FROM %s u WHERE u.id OPERATOR(pg_catalog.=) ANY ($1)"
-					  " FOR NO KEY UPDATE SKIP LOCKED", ids);
+#define LOCK_ROWS \
+	"SELECT u.id::pg_catalog.int8 FROM %s u WHERE u.id OPERATOR(pg_catalog.=) ANY ($1) FOR NO KEY UPDATE"
+
+	return select_ids(table, wait ? LOCK_ROWS : LOCK_ROWS " SKIP LOCKED", ids);
 }
 
 /*

@@ -231,7 +231,7 @@ extern void abp_database_check_timeline(void);
 extern uint64 abp_usage_read(const UsageTable *table, IdSet *ids, bool whole,
 							 UsageRowCallback callback, void *arg);
 extern IdSet abp_usage_settled(const UsageTable *table, IdSet *ids);
-extern IdSet abp_usage_lock(const UsageTable *table, IdSet *ids);
+extern IdSet abp_usage_lock(const UsageTable *table, IdSet *ids, bool wait);
 extern IdSet abp_usage_visible(const UsageTable *table, IdSet *ids);
 extern IdSet abp_usage_reprice(const UsageTable *table, IdSet *ids);
 

@@ -2503,7 +2503,7 @@ lock_rows(void *arg)
 {
 	GuardedLock *lock = arg;
 
-	lock->locked = abp_usage_lock(lock->table, &lock->ids);
+	lock->locked = abp_usage_lock(lock->table, &lock->ids, false);
 }
 
 /* A step of the scan over a table's unpriced entries. */

@@ -1,38 +1,11 @@
 # aibilling_polar: price AI usage exactly and deliver it to Polar
 
 MODULE_big = aibilling_polar
-OBJS = \
-	src/aibilling_polar.o \
-	src/attach.o \
-	src/collect.o \
-	src/config.o \
-	src/cost.o \
-	src/functions.o \
-	src/guard.o \
-	src/http.o \
-	src/idset.o \
-	src/names.o \
-	src/normalize.o \
-	src/object_access.o \
-	src/operate.o \
-	src/outbox.o \
-	src/polar.o \
-	src/price.o \
-	src/row.o \
-	src/server.o \
-	src/shipper.o \
-	src/status.o \
-	src/sync.o \
-	src/usage.o \
-	src/usage_formats.o \
-	src/usage_frameworks.o \
-	src/usage_object.o \
-	src/wake.o \
-	src/worker.o
+# Every source file: PGXS, below, sets srcdir, as the sources may lie elsewhere (VPATH).
+OBJS = $(patsubst $(srcdir)/%.c,%.o,$(wildcard $(srcdir)/src/*.c $(srcdir)/src/*/*.c))
 
 EXTENSION = aibilling_polar
-# An install script is a name with "--"; every other file in sql/ is a test.  PGXS, below, sets srcdir:
-# the sources may lie elsewhere (VPATH).
+# An install script is a name with "--"; every other file in sql/ is a test.
 DATA = $(patsubst $(srcdir)/%,%,$(wildcard $(srcdir)/sql/$(EXTENSION)--*.sql $(srcdir)/data/$(EXTENSION)-*.json))
 PGFILEDESC = "aibilling_polar - price AI usage and deliver it to Polar"
 
@@ -65,7 +38,7 @@ endif
 # The control file is the one place that states the version.
 EXTVERSION = $(shell sed -n "s/^default_version = '\(.*\)'/\1/p" $(srcdir)/$(EXTENSION).control)
 
-PG_CPPFLAGS = -DABP_VERSION='"$(EXTVERSION)"' $(shell pkg-config --cflags libcurl)
+PG_CPPFLAGS = -I$(srcdir)/src -DABP_VERSION='"$(EXTVERSION)"' $(shell pkg-config --cflags libcurl)
 PG_CFLAGS = -Wall -Wextra -Wno-unused-parameter -Wno-sign-compare -Wno-missing-field-initializers
 SHLIB_LINK = $(shell pkg-config --libs libcurl)
 

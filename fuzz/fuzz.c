@@ -36,9 +36,9 @@
 #include "utils/timestamp.h"
 
 #include "compat.h"
-#include "normalize.h"
-#include "polar.h"
-#include "server.h"
+#include "price/normalize.h"
+#include "polar/polar.h"
+#include "polar/server.h"
 
 /* An answer may be longer than this, but nothing new is found there. */
 #define MAX_INPUT	65536

@@ -12,7 +12,7 @@
 #include "compat.h"
 #include "config.h"
 #include "object_access.h"
-#include "worker.h"
+#include "ship/worker.h"
 
 ABP_MODULE_MAGIC;
 

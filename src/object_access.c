@@ -17,8 +17,8 @@
 
 #include "compat.h"
 #include "object_access.h"
-#include "outbox.h"
-#include "server.h"
+#include "polar/server.h"
+#include "queue/outbox.h"
 
 static object_access_hook_type next_hook = NULL;
 

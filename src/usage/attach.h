@@ -1,0 +1,19 @@
+/*-------------------------------------------------------------------------
+ *
+ * attach.h
+ *	  Usage tables: create, attach, detach.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef ABP_ATTACH_H
+#define ABP_ATTACH_H
+
+#include "postgres.h"
+
+#include "queue/outbox.h"
+
+extern void abp_check_table_owner(Oid relid);
+extern UsageTable *abp_attached_table(Oid relid);
+extern bool abp_ids_may_repeat(Oid relid);
+
+#endif							/* ABP_ATTACH_H */

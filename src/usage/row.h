@@ -1,0 +1,118 @@
+/*-------------------------------------------------------------------------
+ *
+ * row.h
+ *	  The columns of a usage table, and a row of it in C.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef ABP_ROW_H
+#define ABP_ROW_H
+
+#include "postgres.h"
+
+#include "access/attnum.h"
+#include "datatype/timestamp.h"
+#include "utils/relcache.h"
+#include "utils/uuid.h"
+
+#include "price/cost.h"
+
+typedef enum UsageColumn
+{
+	COL_ID,
+	COL_EXTERNAL_ID,
+	COL_OCCURRED_AT,
+	COL_EVENT_NAME,
+	COL_PROVIDER,
+	COL_SUB_PROVIDER,
+	COL_MODEL,
+	COL_SERVICE_TIER,
+	COL_GENERATION_ID,
+	COL_CUSTOMER_ID,
+	COL_EXTERNAL_CUSTOMER_ID,
+	COL_MEMBER_ID,
+	COL_EXTERNAL_MEMBER_ID,
+	COL_PARENT_ID,
+	COL_FIRST_COUNT,			/* the counts are in the order of UsageCount */
+	COL_LAST_COUNT = COL_FIRST_COUNT + NUM_USAGE_COUNTS - 1,
+	COL_UNITS,
+	COL_RAW_USAGE,
+	COL_USAGE_FORMAT,
+	COL_PROVIDER_COST,
+	COL_TAGS,
+	COL_COST_NANOS,
+	COL_COST_CENTS,
+	COL_COST_STATUS
+} UsageColumn;
+
+#define NUM_USAGE_COLUMNS (COL_COST_STATUS + 1)
+
+typedef struct UsageColumnInfo
+{
+	const char *name;
+	Oid			type;
+	bool		billed;			/* part of what is priced or sent */
+} UsageColumnInfo;
+
+extern const UsageColumnInfo abp_usage_columns[NUM_USAGE_COLUMNS];
+
+/*
+ * Where a relation keeps the columns of a usage table, and how: as what they
+ * are (plain), or as another type that ORMs like to use for it.
+ */
+typedef struct UsageColumns
+{
+	AttrNumber	attnums[NUM_USAGE_COLUMNS];
+	Oid			declared[NUM_USAGE_COLUMNS];	/* may be a domain */
+	Oid			stored[NUM_USAGE_COLUMNS];	/* the type below it */
+	int32		typmods[NUM_USAGE_COLUMNS];
+	bool		plain[NUM_USAGE_COLUMNS];
+	bool		all_plain;
+} UsageColumns;
+
+/* A usage row in C.  Strings point into the tuple that it was read from. */
+typedef struct UsageRow
+{
+	int64		id;
+	TextView	external_id;
+	TimestampTz occurred_at;
+	TextView	event_name;
+	TextView	provider;
+	TextView	sub_provider;
+	TextView	model;
+	TextView	service_tier;
+	TextView	generation_id;
+	const pg_uuid_t *customer_id;	/* NULL if not set */
+	TextView	external_customer_id;
+	const pg_uuid_t *member_id; /* NULL if not set */
+	TextView	external_member_id;
+	TextView	parent_id;
+	UsageCounts counts;
+	Jsonb	   *raw_usage;		/* NULL if not set */
+	TextView	usage_format;
+	Numeric		provider_cost;	/* NULL if not set */
+	Jsonb	   *tags;			/* never NULL */
+	bool		tags_are_null;	/* SQL's or JSON's */
+	bool		has_cost_nanos;
+	int64		cost_nanos;
+	Numeric		cost_cents;		/* NULL if not known */
+	TextView	cost_status;
+	bool		maybe_changing; /* another transaction may be changing it;
+								 * only in rows that abp_usage_read has read */
+	const UsageColumns *columns;	/* of its table; NULL: all plain */
+} UsageRow;
+
+extern void abp_usage_row_read(const Datum *values, const bool *nulls,
+							   UsageRow *row);
+extern Jsonb *abp_usage_json(Datum value);
+extern bool abp_usage_columns_find(Relation rel, UsageColumns *columns,
+								   char **problem);
+extern char *abp_usage_columns_faults(Oid relid);
+extern Datum abp_usage_value_read(const UsageColumns *columns, UsageColumn column,
+								  Datum value);
+extern Datum abp_usage_value_write(const UsageColumns *columns, UsageColumn column,
+								   Datum value, bool isnull);
+extern bool abp_usage_value_fits(const UsageColumns *columns, UsageColumn column,
+								 Datum value);
+
+#endif							/* ABP_ROW_H */

@@ -1702,3 +1702,131 @@ GRANT EXECUTE ON FUNCTION
 	aibilling.price_in_tier(aibilling.price, text, numeric),
 	aibilling.set_price(text, text, numeric, numeric, numeric, numeric, numeric, numeric, numeric, numeric, jsonb, text, timestamptz)
 TO PUBLIC;
+
+-- ---------------------------------------------------------------------------
+-- Other people's servers: usage tables that a subscription feeds
+-- ---------------------------------------------------------------------------
+
+ALTER TABLE aibilling.usage_table
+	ADD COLUMN replicated boolean NOT NULL DEFAULT false,
+	ADD COLUMN skipped bigint NOT NULL DEFAULT 0,
+	ADD COLUMN kept bigint NOT NULL DEFAULT 0;
+COMMENT ON COLUMN aibilling.usage_table.replicated IS
+'Whether a subscription feeds it: then its triggers fire for what comes by replication, and no row is refused';
+COMMENT ON COLUMN aibilling.usage_table.skipped IS
+'Rows that were not stored, since one of their external_id was there already; shown by aibilling.status';
+COMMENT ON COLUMN aibilling.usage_table.kept IS
+'Rows whose change at the publisher was not taken over, since they were in flight or delivered; shown by aibilling.status';
+COMMENT ON COLUMN aibilling.outbox_entry.state IS
+'p: to be sent; w: to be sent, not before not_before; u: waits for a price; r: rejected, waits to be fixed. A capital letter: its ids are taken out of that state. To be counted only: n (not queued), s (skipped), k (change not taken over), v (deleted in flight)';
+
+-- The new functions take the place of the old ones, and their grants.
+
+CREATE FUNCTION aibilling.create_usage_table(name text, server name, replicated boolean DEFAULT false) RETURNS regclass
+LANGUAGE c VOLATILE STRICT AS 'MODULE_PATHNAME', 'abp_sql_create_usage_table';
+COMMENT ON FUNCTION aibilling.create_usage_table(text, name, boolean) IS
+'Creates a usage table owned by the caller and attaches it to the foreign server. name: as one writes a table''s name, quoted and with a schema if need be; replicated: as in aibilling.attach(). Returns the table. Needs CREATE in the schema and USAGE on the server';
+
+CREATE FUNCTION aibilling.attach(usage regclass, server name, existing text DEFAULT 'ignore', replicated boolean DEFAULT false) RETURNS void
+LANGUAGE c VOLATILE STRICT AS 'MODULE_PATHNAME', 'abp_sql_attach';
+COMMENT ON FUNCTION aibilling.attach(regclass, name, text, boolean) IS
+'Makes a table a usage table whose rows are delivered to the foreign server; again for another server. existing: ignore (rows already there are never sent) or send (those without a delivery are). replicated: a subscription feeds the table: its triggers fire for what comes by it, external_id becomes the replica identity, and no row is refused (what an INSERT elsewhere refuses is stored and rejected, a second row of an external_id is skipped, a change of what was sent is not taken over; all is counted in aibilling.status). Raises undefined_column naming what the table lacks. Needs ownership of the table and USAGE on the server';
+
+REVOKE ALL ON FUNCTION aibilling.create_usage_table(text, name, boolean),
+	aibilling.attach(regclass, name, text, boolean) FROM PUBLIC;
+DO $$
+DECLARE
+	g record;
+BEGIN
+	FOR g IN
+		SELECT f.new, CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END AS grantee,
+			CASE WHEN a.is_grantable THEN ' WITH GRANT OPTION' ELSE '' END AS option
+		FROM (VALUES
+			('aibilling.create_usage_table(text, name)'::regprocedure, 'aibilling.create_usage_table(text, name, boolean)'::regprocedure),
+			('aibilling.attach(regclass, name, text)', 'aibilling.attach(regclass, name, text, boolean)')
+		) AS f (old, new)
+		JOIN pg_proc p ON p.oid = f.old
+		CROSS JOIN LATERAL aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a
+		WHERE a.grantee <> p.proowner
+	LOOP
+		EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %s%s', g.new, g.grantee, g.option);
+	END LOOP;
+END
+$$;
+DROP FUNCTION aibilling.create_usage_table(text, name), aibilling.attach(regclass, name, text);
+
+CREATE FUNCTION aibilling.usage_table_ddl(name text) RETURNS text
+LANGUAGE c STABLE STRICT AS 'MODULE_PATHNAME', 'abp_sql_usage_table_ddl';
+COMMENT ON FUNCTION aibilling.usage_table_ddl(text) IS
+'The statements that create a usage table, and a publication of it, on a server of PostgreSQL 15 or later that does not have this extension. name: the table''s, as in aibilling.create_usage_table(); a subscription looks for a table of the same schema and name. Cost columns are not in it, id is not published, external_id is the replica identity, and INSERT and UPDATE are published: what is deleted there stays here';
+REVOKE ALL ON FUNCTION aibilling.usage_table_ddl(text) FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION aibilling.usage_table_ddl(text) TO PUBLIC;
+
+-- What a subscription's worker has told of itself: for the view below, with the rights of whoever owns it.
+CREATE VIEW aibilling.feed AS
+SELECT r.srrelid::regclass AS usage_table, s.subname AS subscription, s.subenabled AS enabled,
+	r.srsubstate <> 'r' AS copying, w.pid,
+	-- A worker that has answered all it got is up to date, while it hears from the publisher, who says
+	-- something every half a minute.
+	CASE
+		WHEN w.pid IS NULL OR r.srsubstate IN ('i', 'd') THEN NULL
+		WHEN w.received_lsn <= w.latest_end_lsn AND now() - w.last_msg_receipt_time < interval '70 s' THEN interval '0'
+		ELSE greatest(clock_timestamp() - w.last_msg_send_time, interval '0')
+	END AS lag
+FROM pg_subscription_rel r
+JOIN pg_subscription s ON s.oid = r.srsubid
+-- of several workers of one subscription the first one hears from the publisher
+LEFT JOIN LATERAL (
+	SELECT * FROM pg_stat_subscription l WHERE l.subid = s.oid AND l.relid IS NULL AND l.pid IS NOT NULL
+	ORDER BY l.received_lsn DESC NULLS LAST LIMIT 1
+) AS w ON true;
+COMMENT ON VIEW aibilling.feed IS 'Private: the subscriptions that feed tables, and how far behind they are; shown by aibilling.status';
+COMMENT ON COLUMN aibilling.feed.usage_table IS 'The table';
+COMMENT ON COLUMN aibilling.feed.subscription IS 'The subscription';
+COMMENT ON COLUMN aibilling.feed.enabled IS 'Whether it is enabled';
+COMMENT ON COLUMN aibilling.feed.copying IS 'Whether it still copies the rows that were there before it';
+COMMENT ON COLUMN aibilling.feed.pid IS 'Process id of its worker; NULL: none runs';
+COMMENT ON COLUMN aibilling.feed.lag IS 'How old the last news of the publisher was that is stored here; NULL: not known';
+REVOKE ALL ON aibilling.feed FROM PUBLIC;
+
+CREATE OR REPLACE VIEW aibilling.status AS
+SELECT r.usage_table, r.server, r.pending, r.pending_estimated, r.unpriced, r.rejected, r.in_flight, r.oldest,
+	r.last_delivery, r.last_error, r.deliveries, r.delivered, r.duplicates, r.unexpected_duplicates, r.vanished,
+	r.worker_pid,
+	-- (names, which are of another collation, are among these words)
+	concat_ws('; ', r.status, f.words,
+		CASE WHEN c.skipped > 0 THEN format('%s rows came again and were skipped', c.skipped) END,
+		CASE WHEN c.kept > 0 THEN format('warning: %s rows were changed at their publisher after they had been sent, which changed nothing', c.kept) END) COLLATE "default" AS status,
+	f.lag, c.skipped, c.kept
+FROM aibilling.status_rows() r
+LEFT JOIN LATERAL (
+	SELECT a.skipped + coalesce(sum(n.rows) FILTER (WHERE n.state = 's'), 0)::bigint AS skipped,
+		a.kept + coalesce(sum(n.rows) FILTER (WHERE n.state = 'k'), 0)::bigint AS kept
+	FROM aibilling.attachment a
+	LEFT JOIN LATERAL (
+		SELECT e.state, coalesce((SELECT sum(coalesce(upper(r), 9223372036854775807) - lower(r)) FROM unnest(e.ids) r), 1) AS rows
+		FROM aibilling.outbox_entry e
+		WHERE e.usage_table = a.usage AND e.state IN ('s', 'k') AND e.not_before = '-infinity'
+	) AS n ON true
+	WHERE a.usage = r.usage_table
+	GROUP BY a.skipped, a.kept
+) AS c ON true
+LEFT JOIN LATERAL (
+	SELECT CASE WHEN count(*) = count(f.lag) THEN max(f.lag) END AS lag,
+		string_agg(CASE
+			WHEN NOT f.enabled THEN format('warning: subscription "%s" is disabled, and what its publisher writes waits there', f.subscription)
+			WHEN f.pid IS NULL THEN format('warning: subscription "%s" does not run, and what its publisher writes waits there; see the server log', f.subscription)
+			WHEN f.copying THEN format('subscription "%s" copies the rows that were there before it', f.subscription)
+			WHEN f.lag > interval '1 minute' THEN format('subscription "%s" is %s behind', f.subscription, date_trunc('second', f.lag))
+			END, '; ' ORDER BY f.subscription) AS words
+	FROM aibilling.feed f
+	WHERE f.usage_table = r.usage_table
+) AS f ON true;
+COMMENT ON COLUMN aibilling.status.lag IS
+'How far the slowest subscription that feeds the table is behind its publisher, by the clocks of both; NULL: none does, or one does not run or copies what was there before it, which status says';
+COMMENT ON COLUMN aibilling.status.skipped IS
+'Rows that came by a subscription and were not stored, since one of their external_id was there already';
+COMMENT ON COLUMN aibilling.status.kept IS
+'Rows whose change at their publisher was not taken over, since they had been sent';
+COMMENT ON COLUMN aibilling.status.vanished IS
+'Rows that were gone when they were to be sent or, where a subscription feeds the table, deleted while they were in flight';

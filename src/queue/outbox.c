@@ -60,6 +60,7 @@
 #include "utils/typcache.h"
 
 #include "compat.h"
+#include "queue/feed.h"
 #include "queue/outbox.h"
 
 /* The most ids an entry can hold; see the head of this file. */
@@ -1146,6 +1147,7 @@ abp_outbox_tidy(Oid usage_table, int max_removals)
 	int64		first = 0;
 
 	sum_up_not_queued(usage_table);
+	abp_feed_sum_up(usage_table);
 	ScanKeyInit(&keys[0], Anum_entry_usage_table, BTEqualStrategyNumber,
 				F_OIDEQ, ObjectIdGetDatum(usage_table));
 	ScanKeyInit(&keys[1], Anum_entry_state, BTLessStrategyNumber,
@@ -1324,7 +1326,7 @@ counted_ids(HeapTuple tuple, TupleDesc desc)
 
 	CHECK_FOR_INTERRUPTS();
 	abp_idset_free(&ids);
-	return state == OUTBOX_NOT_QUEUED ? 0 : OUTBOX_IS_REMOVAL(state) ? -count : count;
+	return OUTBOX_IS_NOTE(state) ? 0 : OUTBOX_IS_REMOVAL(state) ? -count : count;
 }
 
 /*

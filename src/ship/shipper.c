@@ -52,6 +52,7 @@
 #include "config.h"
 #include "polar/polar.h"
 #include "polar/server.h"
+#include "queue/feed.h"
 #include "queue/outbox.h"
 #include "queue/wake.h"
 #include "ship/guard.h"
@@ -1634,6 +1635,7 @@ settle_delivered(Shipment *shipment, const Verdict *verdict, double elapsed_ms,
 				 errhint("Another producer, or a copy of this database, sends the same external ids.")));
 	}
 	abp_ledger_finish(delivery, "delivered", NULL);
+	abp_feed_settled(delivery);
 	delivered += delivery->nevents;
 	lane_succeeded(lane);
 

@@ -27,7 +27,9 @@
 #include "miscadmin.h"
 #include "optimizer/optimizer.h"
 #include "partitioning/partdesc.h"
+#include "replication/logicalworker.h"
 #include "rewrite/rewriteHandler.h"
+#include "storage/lmgr.h"
 #include "utils/acl.h"
 #include "utils/builtins.h"
 #include "utils/datum.h"
@@ -49,6 +51,7 @@
 #include "polar/server.h"
 #include "price/normalize.h"
 #include "price/price.h"
+#include "queue/feed.h"
 #include "queue/outbox.h"
 #include "queue/wake.h"
 #include "usage/collect.h"
@@ -59,6 +62,15 @@
 
 /* How many warnings a statement of a client writes, whatever its functions do. */
 #define MAX_STATEMENT_WARNINGS 5
+
+/* To a subscription's worker every change is a statement: it warns as often in this time. */
+#define WORKER_WARNINGS_MS 60000
+
+/*
+ * As much of an external_id is stored as an index can hold, and a checksum of the rest.  More than Polar takes, so
+ * that the row stays rejected.
+ */
+#define MAX_STORED_EXTERNAL_ID 1000
 
 PG_FUNCTION_INFO_V1(abp_sql_price_usage);
 PG_FUNCTION_INFO_V1(abp_sql_enqueue_usage);
@@ -78,7 +90,10 @@ typedef struct UsageRelation
 	Oid			serverid;
 	int64		ledger_from;	/* its last delivery before a TRUNCATE */
 	Oid			id_index;		/* InvalidOid: not looked for, or none */
+	Oid			external_id_index;	/* likewise */
 	bool		counts_not_queued;	/* since the extension's 1.2 */
+	bool		replicated;		/* fed by a subscription */
+	bool		warned_skipped; /* of a second row of an external_id */
 	int			natts;
 	UsageColumns columns;
 	Datum	   *values;			/* scratch: one tuple's columns */
@@ -188,27 +203,39 @@ lacks_kept(const bool *nulls, const bool *old_nulls)
 	return false;
 }
 
-/* The new tuple of an UPDATE, with the old values where it empties them. */
+/* The new tuple of an UPDATE, with the old values of these columns. */
 static HeapTuple
-tuple_with_kept(const UsageRelation *known, TupleDesc desc, HeapTuple tuple, HeapTuple old,
-				const bool *nulls)
+tuple_with_old(const UsageRelation *known, TupleDesc desc, HeapTuple tuple, HeapTuple old,
+			   const bool *take)
 {
-	int			replace[lengthof(kept_columns)];
-	Datum		values[lengthof(kept_columns)];
-	bool		isnull[lengthof(kept_columns)];
+	int			replace[NUM_USAGE_COLUMNS];
+	Datum		values[NUM_USAGE_COLUMNS];
+	bool		isnull[NUM_USAGE_COLUMNS];
 	int			n = 0;
 
-	for (int i = 0; i < lengthof(kept_columns); i++)
+	for (int i = 0; i < NUM_USAGE_COLUMNS; i++)
 	{
-		AttrNumber	attnum = known->columns.attnums[kept_columns[i]];
+		AttrNumber	attnum = known->columns.attnums[i];
 
-		if (!nulls[kept_columns[i]])
+		if (!take[i])
 			continue;
 		replace[n] = attnum;
 		values[n] = heap_getattr(old, attnum, desc, &isnull[n]);
 		n++;
 	}
-	return heap_modify_tuple_by_cols(tuple, desc, n, replace, values, isnull);
+	return n == 0 ? tuple : heap_modify_tuple_by_cols(tuple, desc, n, replace, values, isnull);
+}
+
+/* The same where it empties columns that it cannot. */
+static HeapTuple
+tuple_with_kept(const UsageRelation *known, TupleDesc desc, HeapTuple tuple, HeapTuple old,
+				const bool *nulls)
+{
+	bool		take[NUM_USAGE_COLUMNS] = {false};
+
+	for (int i = 0; i < lengthof(kept_columns); i++)
+		take[kept_columns[i]] = nulls[kept_columns[i]];
+	return tuple_with_old(known, desc, tuple, old, take);
 }
 
 static inline bool
@@ -378,6 +405,7 @@ know_relation(Relation rel)
 		known->values = NULL;
 		known->nulls = NULL;
 		known->natts = 0;
+		known->warned_skipped = false;
 	}
 	known->valid = false;
 	known->warned = false;
@@ -413,8 +441,10 @@ know_relation(Relation rel)
 	/* Looking the server up may let in news of a change: then look again. */
 	known->valid = true;
 	known->id_index = InvalidOid;
+	known->external_id_index = InvalidOid;
 	known->counts_not_queued = OidIsValid(abp_extension_relation("ledger"));
 	known->usage_table = find_usage_table(rel, &serverid, &ledger_from);
+	known->replicated = OidIsValid(known->usage_table) && abp_feed_replicated(known->usage_table);
 	known->serverid = serverid;
 	known->ledger_from = ledger_from;
 	return known;
@@ -998,9 +1028,9 @@ typedef bool (*RowLook) (UsageRelation *known, Relation rel, HeapTuple tuple, vo
 static Oid	last_partition = InvalidOid;
 static Oid	last_root = InvalidOid;
 
-/* An index that finds rows by their id. */
+/* An index that finds rows by this column. */
 static Oid
-id_index(Relation rel, AttrNumber id)
+index_on(Relation rel, AttrNumber column)
 {
 	List	   *indexes = RelationGetIndexList(rel);
 	Oid			found = InvalidOid;
@@ -1011,7 +1041,7 @@ id_index(Relation rel, AttrNumber id)
 		Relation	index = index_open(lfirst_oid(lc), AccessShareLock);
 
 		if (index->rd_index->indisvalid && index->rd_rel->relam == BTREE_AM_OID &&
-			index->rd_index->indkey.values[0] == id &&
+			index->rd_index->indkey.values[0] == column &&
 			heap_attisnull(index->rd_indextuple, Anum_pg_index_indpred, NULL))
 			found = lfirst_oid(lc);
 		index_close(index, NoLock);
@@ -1046,7 +1076,7 @@ look_in_leaf(Relation rel, int64 id, Snapshot snapshot, RowLook look, void *arg)
 	bool		found = false;
 
 	if (!OidIsValid(known->id_index))
-		known->id_index = id_index(rel, known->columns.attnums[COL_ID]);
+		known->id_index = index_on(rel, known->columns.attnums[COL_ID]);
 	index = known->id_index;
 	init_id_key(&key, known, id);
 	scan = systable_beginscan(rel, index, OidIsValid(index), snapshot, 1, &key);
@@ -1217,7 +1247,15 @@ is_returning(UsageRelation *known, RowColumns *row, int64 id, ReturnKind *kind)
 static bool
 may_warn(void)
 {
-	if (warned_statement != GetCurrentStatementStartTimestamp())
+	if (IsLogicalWorker())
+	{
+		if (TimestampDifferenceExceeds(warned_statement, GetCurrentTimestamp(), WORKER_WARNINGS_MS))
+		{
+			warned_statement = GetCurrentTimestamp();
+			statement_warnings = 0;
+		}
+	}
+	else if (warned_statement != GetCurrentStatementStartTimestamp())
 	{
 		warned_statement = GetCurrentStatementStartTimestamp();
 		statement_warnings = 0;
@@ -1436,6 +1474,44 @@ is_repriced(const UsageRelation *known, int64 id)
 }
 
 /*
+ * What a table's row deserves.  A cost beyond cost_nanos, which an INSERT refuses, rejects the row of a subscription.
+ */
+static void
+judge_row(const UsageRelation *known, const UsageRow *row, const ServerOptions *server, RowState *state)
+{
+	PricedCost	cost;
+	char	   *problem;
+
+	abp_usage_judge(row, server, state);
+	if (known->replicated && state->state == OUTBOX_UNPRICED && !abp_usage_price(row, &cost, &problem))
+		state->state = OUTBOX_REJECTED;
+}
+
+/*
+ * Something that is billed has changed in a row that waits at this place, or
+ * that this transaction has put into the outbox (NULL).
+ */
+static void
+requeue_at(UsageRelation *known, Relation rel, const UsageRow *row, const ServerOptions *server,
+		   const RowPlace *place)
+{
+	RowState	state;
+
+	judge_row(known, row, server, &state);
+	if (state.state == OUTBOX_REJECTED)
+		warn_rejected(rel, row->id, state.error);
+
+	/*
+	 * A ready row stays where it is: the shipper reads it as updated, and may
+	 * have passed it over while it was locked.
+	 */
+	if (place != NULL && place->state == OUTBOX_READY && state.state == OUTBOX_READY)
+		abp_wake_at_commit();
+	else
+		abp_collect_changed(known->usage_table, row->id, place, &state);
+}
+
+/*
  * Something that is billed has changed in a row: the outbox is to say what the
  * new row deserves.  Raises an error if Polar has the row, or may have it.
  */
@@ -1444,7 +1520,6 @@ requeue_row(UsageRelation *known, Relation rel, const UsageRow *row,
 			const ServerOptions *server)
 {
 	RowPlace	place;
-	RowState	state;
 	bool		own;
 
 	if (is_repriced(known, row->id))
@@ -1468,19 +1543,7 @@ requeue_row(UsageRelation *known, Relation rel, const UsageRow *row,
 		place.where = ROW_DELIVERED;
 		refuse_change(&place, rel, row->id, "update");
 	}
-
-	abp_usage_judge(row, server, &state);
-	if (state.state == OUTBOX_REJECTED)
-		warn_rejected(rel, row->id, state.error);
-
-	/*
-	 * A ready row stays where it is: the shipper reads it as updated, and may
-	 * have passed it over while it was locked.
-	 */
-	if (!own && place.state == OUTBOX_READY && state.state == OUTBOX_READY)
-		abp_wake_at_commit();
-	else
-		abp_collect_changed(known->usage_table, row->id, own ? NULL : &place, &state);
+	requeue_at(known, rel, row, server, own ? NULL : &place);
 }
 
 /*
@@ -1502,6 +1565,390 @@ remains_as_it_is(UsageRelation *known, const Datum *values, const bool *nulls)
 	if (returning != NULL)
 		(void) find_returning(known->usage_table, id, HASH_REMOVE);
 	return false;
+}
+
+/* --- tables that a subscription feeds ---------------------------------------- */
+
+/*
+ * Whatever comes over a subscription is stored: an error here would keep the rest
+ * of its publisher's rows from ever coming.  What an INSERT elsewhere refuses is
+ * rejected, what cannot be taken over any more is counted.
+ */
+
+/* Columns that a raw usage object may have filled, beside the counts and the service tier. */
+static const UsageColumn filled_columns[] = {
+	COL_MODEL, COL_GENERATION_ID, COL_UNITS, COL_PROVIDER_COST
+};
+
+/*
+ * Fill in what can be of a row, in its columns and its cost.  Returns whether its
+ * raw usage object was read; what is wrong with the row is for the outbox to say.
+ */
+static bool
+price_if_sound(UsageRow *row, PricedCost *cost)
+{
+	RowProblem	problem;
+	CountsProblem counts_problem;
+	char	   *amount_problem;
+	bool		normalized = false;
+
+	*cost = (PricedCost)
+	{
+		COST_INCOMPLETE
+	};
+	if (!row_is_sound(row, &problem))
+		return false;
+	if (row->raw_usage != NULL)
+	{
+		StringInfoData reason;
+		char	   *doubt;
+
+		initStringInfo(&reason);
+		if (!normalize_row(row, &reason, &doubt))
+			return false;
+		normalized = true;
+	}
+	if (abp_cost_consistent(&row->counts, &counts_problem) &&
+		(row->provider_cost == NULL || abp_cost_finite(row->provider_cost, &amount_problem)))
+	{
+		PriceRequest request = price_request(row);
+
+		if (!abp_price_usage(&request, true, cost))
+			*cost = (PricedCost)
+		{
+			COST_INCOMPLETE
+		};
+	}
+	return normalized;
+}
+
+/* Is there a row of this external_id?  Waits for whoever is inserting or deleting one. */
+static bool
+external_id_exists(UsageRelation *known, Relation rel, Datum external_id)
+{
+	AttrNumber	attnum = known->columns.attnums[COL_EXTERNAL_ID];
+	Oid			collation = TupleDescAttr(RelationGetDescr(rel), attnum - 1)->attcollation;
+	RegProcedure equal = known->columns.stored[COL_EXTERNAL_ID] == BPCHAROID ? F_BPCHAREQ : F_TEXTEQ;
+
+	if (!OidIsValid(known->external_id_index))
+		known->external_id_index = index_on(rel, attnum);
+	for (;;)
+	{
+		SnapshotData dirty;
+		ScanKeyData key;
+		SysScanDesc scan;
+		HeapTuple	tuple;
+		ItemPointerData tid;
+		TransactionId busy = InvalidTransactionId;
+
+		CHECK_FOR_INTERRUPTS();
+		InitDirtySnapshot(dirty);
+		ScanKeyEntryInitialize(&key, 0, attnum, BTEqualStrategyNumber, InvalidOid, collation, equal, external_id);
+		scan = systable_beginscan(rel, known->external_id_index, OidIsValid(known->external_id_index),
+								  &dirty, 1, &key);
+		tuple = systable_getnext(scan);
+		if (tuple != NULL)
+		{
+			tid = tuple->t_self;
+			busy = TransactionIdIsValid(dirty.xmin) ? dirty.xmin : dirty.xmax;
+		}
+		systable_endscan(scan);
+		if (!TransactionIdIsValid(busy))
+			return tuple != NULL;
+		XactLockTableWait(busy, rel, &tid, XLTW_InsertIndex);
+	}
+}
+
+/* An external_id that no index may hold as it is: cut, with a checksum of all of it. */
+static HeapTuple
+tuple_with_short_external_id(const UsageRelation *known, TupleDesc desc, HeapTuple tuple, const UsageRow *row)
+{
+	int			attnum = known->columns.attnums[COL_EXTERNAL_ID];
+	bool		isnull = false;
+	text	   *whole = cstring_to_text_with_len(row->external_id.data, row->external_id.len);
+	char	   *checksum = TextDatumGetCString(DirectFunctionCall1(md5_text, PointerGetDatum(whole)));
+	int			len = pg_mbcliplen(row->external_id.data, row->external_id.len, MAX_STORED_EXTERNAL_ID);
+	Datum		value = CStringGetTextDatum(psprintf("%.*s... md5 %s", len, row->external_id.data, checksum));
+
+	return heap_modify_tuple_by_cols(tuple, desc, 1, &attnum, &value, &isnull);
+}
+
+/* The next id of the table's own: the one that came with a row is another row's here. */
+static HeapTuple
+tuple_with_new_id(UsageRelation *known, Relation rel, HeapTuple tuple, int64 *id)
+{
+	int			attnum = known->columns.attnums[COL_ID];
+
+	do
+	{
+		ExprContext *econtext = CreateStandaloneExprContext();
+		bool		isnull;
+		Datum		value = ExecEvalExpr(default_of(known, rel, COL_ID), econtext, &isnull);
+
+		CHECK_FOR_INTERRUPTS();
+		tuple = heap_modify_tuple_by_cols(tuple, RelationGetDescr(rel), 1, &attnum, &value, &isnull);
+		FreeExprContext(econtext, true);
+		if (isnull)
+			break;
+		*id = DatumGetInt64(abp_usage_value_read(&known->columns, COL_ID, value));
+	} while (row_exists(known->usage_table, *id));
+	return tuple;
+}
+
+/* A second row of an external_id: its subscription was made again, or its publisher has two. */
+static void
+skip_row(UsageRelation *known, Relation rel, const UsageRow *row)
+{
+	abp_collect_note(known->usage_table, OUTBOX_SKIPPED, row->id);
+	if (known->warned_skipped)
+		return;
+	known->warned_skipped = true;
+	ereport(WARNING,
+			(errcode(ERRCODE_UNIQUE_VIOLATION),
+			 errmsg("usage row with external_id \"%.*s\" is in \"%s\" already: the second one is skipped",
+					row->external_id.len, row->external_id.data, RelationGetRelationName(rel)),
+			 errdetail("So are others like it, without another warning of this session; aibilling.status counts them."),
+			 errhint("That is to be expected where a subscription copies again what it has brought before.")));
+}
+
+/* BEFORE INSERT.  NULL: the row is skipped. */
+static HeapTuple
+replicated_insert(UsageRelation *known, Relation rel, HeapTuple tuple)
+{
+	TupleDesc	desc = RelationGetDescr(rel);
+	Datum		values[NUM_USAGE_COLUMNS];
+	bool		nulls[NUM_USAGE_COLUMNS];
+	UsageRow	row;
+	PricedCost	cost;
+	bool		normalized;
+
+	read_columns(known, tuple, desc, values, nulls);
+
+	/*
+	 * A cost that its publisher has given is none of ours; its owner's may
+	 * be.
+	 */
+	if (!nulls[COL_COST_STATUS] && !nulls[COL_ID] && !IsLogicalWorker())
+	{
+		if (remains_as_it_is(known, values, nulls))
+			return tuple;
+		read_columns(known, tuple, desc, values, nulls);
+	}
+	if (lacks_defaults(known, nulls))
+		known = fill_defaults(known, rel, &tuple, values, nulls);
+	abp_usage_row_read(values, nulls, &row);
+	if (row.external_id.len > MAX_STORED_EXTERNAL_ID)
+	{
+		tuple = tuple_with_short_external_id(known, desc, tuple, &row);
+		read_columns(known, tuple, desc, values, nulls);
+		abp_usage_row_read(values, nulls, &row);
+	}
+	if (!nulls[COL_EXTERNAL_ID] && external_id_exists(known, rel, values[COL_EXTERNAL_ID]))
+	{
+		skip_row(known, rel, &row);
+		return NULL;
+	}
+	if (known->has_default[COL_ID] && row_exists(known->usage_table, row.id))
+	{
+		tuple = tuple_with_new_id(known, rel, tuple, &row.id);
+		read_columns(known, tuple, desc, values, nulls);
+		abp_usage_row_read(values, nulls, &row);
+	}
+
+	row.columns = &known->columns;
+	normalized = price_if_sound(&row, &cost);
+	return priced_tuple(known, desc, &row, normalized, &cost);
+}
+
+/*
+ * What an UPDATE over a subscription says nothing about: costs and the id, which
+ * are not the publisher's; and, unless it brings another raw usage object, what
+ * this one has filled in here and is empty there.
+ */
+static void
+find_unsaid(const Datum *old_values, const bool *old_nulls, const Datum *values, const bool *nulls,
+			bool *take)
+{
+	bool		had_raw = !old_nulls[COL_RAW_USAGE] || !old_nulls[COL_USAGE_FORMAT];
+	bool		new_raw = !nulls[COL_RAW_USAGE] && !old_nulls[COL_RAW_USAGE] &&
+	!same_value(COL_RAW_USAGE, values[COL_RAW_USAGE], old_values[COL_RAW_USAGE]);
+
+	memset(take, 0, sizeof(bool) * NUM_USAGE_COLUMNS);
+	for (int i = 0; i < lengthof(kept_columns); i++)
+		take[kept_columns[i]] = nulls[kept_columns[i]];
+	take[COL_ID] = take[COL_COST_NANOS] = take[COL_COST_CENTS] = take[COL_COST_STATUS] = true;
+	if (!had_raw || new_raw)
+		return;
+
+	for (int i = COL_FIRST_COUNT; i <= COL_LAST_COUNT; i++)
+		take[i] = nulls[i];
+	for (int i = 0; i < lengthof(filled_columns); i++)
+		take[filled_columns[i]] = nulls[filled_columns[i]];
+	if (!nulls[COL_UNITS] && !old_nulls[COL_UNITS])
+		take[COL_UNITS] = DatumGetBool(DirectFunctionCall2(jsonb_contains, old_values[COL_UNITS],
+														   values[COL_UNITS]));
+	if (!nulls[COL_SERVICE_TIER])
+	{
+		text	   *tier = DatumGetTextPP(values[COL_SERVICE_TIER]);
+		TextView	view = {VARDATA_ANY(tier), VARSIZE_ANY_EXHDR(tier)};
+
+		take[COL_SERVICE_TIER] = abp_price_tier_is_standard(view);
+	}
+}
+
+/* Warn of a change that is not taken over. */
+static void
+keep_billed(const UsageRelation *known, Relation rel, int64 id, const char *reason)
+{
+	static TimestampTz warned = 0;
+
+	abp_collect_note(known->usage_table, OUTBOX_KEPT, id);
+	if (!TimestampDifferenceExceeds(warned, GetCurrentTimestamp(), WORKER_WARNINGS_MS))
+		return;
+	warned = GetCurrentTimestamp();
+	ereport(WARNING,
+			(errcode(ERRCODE_WARNING),
+			 errmsg("usage row " INT64_FORMAT " of \"%s\" keeps what was billed: %s",
+					id, RelationGetRelationName(rel), reason),
+			 errdetail("It has been changed at its publisher. So may others have been: this is told once a minute, and aibilling.status counts them."),
+			 errhint("Insert a correcting row there: with its own external_id, no counts, the difference in provider_cost, and tags.corrects naming the external_id of this row.")));
+}
+
+/* Does a row that is not in the outbox, or may be at Polar, take no change any more? */
+static bool
+is_closed(const RowPlace *place)
+{
+	return place->where == ROW_SENDING || place->where == ROW_DELIVERED ||
+		(place->where == ROW_IN_OUTBOX && place->outcome_unknown);
+}
+
+/* All columns that are billed, and what they came from unless that is emptied. */
+static void
+find_billed(const bool *nulls, bool *take)
+{
+	for (int i = 0; i < NUM_USAGE_COLUMNS; i++)
+		take[i] = abp_usage_columns[i].billed;
+	take[COL_RAW_USAGE] = take[COL_USAGE_FORMAT] = !nulls[COL_RAW_USAGE];
+}
+
+/* BEFORE UPDATE. */
+static HeapTuple
+replicated_update(UsageRelation *known, Relation rel, HeapTuple old, HeapTuple tuple)
+{
+	TupleDesc	desc = RelationGetDescr(rel);
+	Datum		old_values[NUM_USAGE_COLUMNS];
+	bool		old_nulls[NUM_USAGE_COLUMNS];
+	Datum		values[NUM_USAGE_COLUMNS];
+	bool		nulls[NUM_USAGE_COLUMNS];
+	bool		take[NUM_USAGE_COLUMNS];
+	const ServerOptions *server = NULL;
+	HeapTuple	priced;
+	UsageRow	row;
+	RowPlace	place;
+	PricedCost	cost;
+	bool		normalized;
+	bool		raw_changed;
+	bool		own;
+	bool		repriced;
+
+	read_columns(known, old, desc, old_values, old_nulls);
+	read_columns(known, tuple, desc, values, nulls);
+	repriced = is_repriced(known, DatumGetInt64(old_values[COL_ID]));
+	find_unsaid(old_values, old_nulls, values, nulls, take);
+	tuple = tuple_with_old(known, desc, tuple, old, take);
+	read_columns(known, tuple, desc, values, nulls);
+	if (lacks_defaults(known, nulls))
+		known = fill_defaults(known, rel, &tuple, values, nulls);
+	if (!billed_columns_changed(old_values, old_nulls, values, nulls, &raw_changed) && !repriced &&
+		(!raw_changed || nulls[COL_RAW_USAGE]))
+		return tuple;
+	abp_usage_row_read(values, nulls, &row);
+	if (!same_value(COL_EXTERNAL_ID, old_values[COL_EXTERNAL_ID], values[COL_EXTERNAL_ID]) &&
+		(row.external_id.len > MAX_STORED_EXTERNAL_ID ||
+		 external_id_exists(known, rel, values[COL_EXTERNAL_ID])))
+	{
+		memset(take, 0, sizeof(take));
+		take[COL_EXTERNAL_ID] = true;
+		keep_billed(known, rel, row.id, "its new external_id is too long, or another row's");
+		tuple = tuple_with_old(known, desc, tuple, old, take);
+		read_columns(known, tuple, desc, values, nulls);
+		abp_usage_row_read(values, nulls, &row);
+	}
+
+	row.columns = &known->columns;
+	normalized = price_if_sound(&row, &cost);
+	priced = priced_tuple(known, desc, &row, normalized, &cost);
+	if (repriced)
+		return priced;
+
+	own = abp_collect_find(known->usage_table, row.id, &place);
+	if (!own)
+		abp_outbox_find(known->usage_table, row.id, known->ledger_from, &place);
+	if (is_closed(&place))
+	{
+		Datum		new_values[NUM_USAGE_COLUMNS];
+		bool		new_nulls[NUM_USAGE_COLUMNS];
+
+		/* its cost by the prices of now is no change of the row */
+		find_billed(nulls, take);
+		memset(new_nulls, false, sizeof(new_nulls));
+		read_columns(known, priced, desc, new_values, new_nulls);
+		for (int i = COL_COST_NANOS; i <= COL_COST_STATUS; i++)
+		{
+			new_values[i] = old_values[i];
+			new_nulls[i] = old_nulls[i];
+		}
+		if (billed_columns_changed(old_values, old_nulls, new_values, new_nulls, &raw_changed))
+			keep_billed(known, rel, row.id, place.where == ROW_SENDING ? "it is being sent" :
+						place.where == ROW_DELIVERED ? "it has been delivered" : "it may have been delivered");
+		return tuple_with_old(known, desc, tuple, old, take);
+	}
+
+	if (OidIsValid(known->serverid))
+		server = abp_server_options(known->serverid);
+	if (place.where == ROW_IN_OUTBOX && server != NULL)
+	{
+		row.has_cost_nanos = cost.known;
+		row.cost_nanos = cost.cost_nanos;
+		row.cost_cents = cost.cost_cents;
+		requeue_at(known, rel, &row, server, own ? NULL : &place);
+	}
+	return priced;
+}
+
+/*
+ * AFTER DELETE of a row that waits or is in flight: a waiting one leaves the
+ * outbox, one in flight is counted as vanished when its answer comes.
+ */
+static void
+replicated_delete(const UsageRelation *known, int64 id, const RowPlace *place)
+{
+	if (place != NULL && place->where == ROW_SENDING)
+		abp_collect_note(known->usage_table, OUTBOX_VANISHED, id);
+	else
+		abp_collect_changed(known->usage_table, id, place, NULL);
+}
+
+/*
+ * BEFORE TRUNCATE: the same of all rows.  What is counted so far is kept from
+ * the outbox, which is about to be emptied.
+ */
+static void
+vanish_in_flight(Oid usage_table)
+{
+	IdSet		sending = abp_feed_sending(usage_table);
+
+	abp_feed_sum_up(usage_table);
+	for (int i = 0; i < sending.nranges; i++)
+	{
+		for (int64 id = sending.ranges[i].first;; id++)
+		{
+			CHECK_FOR_INTERRUPTS();
+			abp_collect_note(usage_table, OUTBOX_VANISHED, id);
+			if (id == sending.ranges[i].last)
+				break;
+		}
+	}
 }
 
 /*
@@ -1543,6 +1990,9 @@ abp_sql_price_usage(PG_FUNCTION_ARGS)
 				 errhint("Attach it with SELECT aibilling.attach('%s', server => '...').",
 						 RelationGetRelationName(rel))));
 	}
+	if (known->replicated)
+		return PointerGetDatum(update ? replicated_update(known, rel, trigdata->tg_trigtuple, tuple) :
+							   replicated_insert(known, rel, tuple));
 
 	if (update)
 	{
@@ -1694,13 +2144,13 @@ abp_sql_enqueue_usage(PG_FUNCTION_ARGS)
 	if (enqueue_is_off(known->usage_table))
 	{
 		if (known->counts_not_queued)
-			abp_collect_not_queued(known->usage_table, row.id);
+			abp_collect_note(known->usage_table, OUTBOX_NOT_QUEUED, row.id);
 		return PointerGetDatum(NULL);
 	}
 
 	if (server != NULL)
 	{
-		abp_usage_judge(&row, server, &state);
+		judge_row(known, &row, server, &state);
 		state.outcome_unknown = was_there != NULL;
 		if (state.state == OUTBOX_REJECTED)
 			warn_rejected(rel, row.id, state.error);
@@ -1766,6 +2216,11 @@ abp_sql_guard_usage(PG_FUNCTION_ARGS)
 		abp_outbox_find(known->usage_table, id, known->ledger_from, &place);
 	if (place.where == ROW_NOT_SENT || place.where == ROW_DELIVERED)
 		return PointerGetDatum(NULL);
+	if (known->replicated)
+	{
+		replicated_delete(known, id, own ? NULL : &place);
+		return PointerGetDatum(NULL);
+	}
 
 	row = (RowColumns)
 	{
@@ -1817,7 +2272,9 @@ abp_sql_truncate_usage(PG_FUNCTION_ARGS)
 	if (!OidIsValid(known->usage_table))
 		return PointerGetDatum(NULL);
 
-	if (abp_ledger_sending(known->usage_table))
+	if (known->replicated)
+		vanish_in_flight(known->usage_table);
+	else if (abp_ledger_sending(known->usage_table))
 		ereport(ERROR,
 				(errcode(ERRCODE_OBJECT_IN_USE),
 				 errmsg("cannot truncate \"%s\": rows of it are being sent",

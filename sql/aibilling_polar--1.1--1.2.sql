@@ -1905,6 +1905,28 @@ COMMENT ON COLUMN aibilling.capture_failure.key IS 'Its key, as text';
 COMMENT ON COLUMN aibilling.capture_failure."row" IS 'The row; NULL: it cannot be had as jsonb';
 COMMENT ON COLUMN aibilling.capture_failure.error IS 'What went wrong';
 COMMENT ON COLUMN aibilling.capture_failure.at IS 'When';
+COMMENT ON COLUMN aibilling.capture_definition.source IS 'As aibilling.captures.source';
+COMMENT ON COLUMN aibilling.capture_definition.usage IS 'As aibilling.captures.usage';
+COMMENT ON COLUMN aibilling.capture_definition.prefix IS 'As aibilling.captures.prefix';
+COMMENT ON COLUMN aibilling.capture_definition.columns IS 'As aibilling.captures.columns';
+COMMENT ON COLUMN aibilling.capture_definition.preset IS 'As aibilling.captures.preset';
+COMMENT ON COLUMN aibilling.capture_definition.only_when IS 'As aibilling.captures.only_when';
+COMMENT ON COLUMN aibilling.capture_definition.replicated IS 'As aibilling.captures.replicated';
+COMMENT ON COLUMN aibilling.capture_definition.function_name IS 'As aibilling.captures.function_name';
+COMMENT ON COLUMN aibilling.capture_definition.key_columns IS 'As aibilling.captures.key_columns';
+COMMENT ON COLUMN aibilling.capture_definition.key IS 'As aibilling.captures.key';
+COMMENT ON COLUMN aibilling.capture_definition.targets IS 'As aibilling.captures.targets';
+COMMENT ON COLUMN aibilling.capture_definition.expressions IS 'As aibilling.captures.expressions';
+COMMENT ON COLUMN aibilling.capture_definition.changes IS 'As aibilling.captures.changes';
+COMMENT ON COLUMN aibilling.capture_definition.on_conflict IS 'As aibilling.captures.on_conflict';
+COMMENT ON COLUMN aibilling.capture_definition.captured_at IS 'As aibilling.captures.captured_at';
+COMMENT ON COLUMN aibilling.capture_definition.released_at IS 'As aibilling.captures.released_at';
+COMMENT ON COLUMN aibilling.capture_error.source IS 'As aibilling.capture_failure.source';
+COMMENT ON COLUMN aibilling.capture_error.usage IS 'As aibilling.capture_failure.usage';
+COMMENT ON COLUMN aibilling.capture_error.key IS 'As aibilling.capture_failure.key';
+COMMENT ON COLUMN aibilling.capture_error."row" IS 'As aibilling.capture_failure.row';
+COMMENT ON COLUMN aibilling.capture_error.error IS 'As aibilling.capture_failure.error';
+COMMENT ON COLUMN aibilling.capture_error.at IS 'As aibilling.capture_failure.at';
 SELECT pg_extension_config_dump('aibilling.capture_definition', '');
 SELECT pg_extension_config_dump('aibilling.capture_error', '');
 
@@ -2462,27 +2484,74 @@ $$;
 COMMENT ON FUNCTION aibilling.capture_row(aibilling.captures, jsonb, text) IS
 'Captures a row, given as jsonb, unless it was before; with an error only notes it. What goes wrong is put into aibilling.capture_failure. Returns whether nothing did';
 
+-- A tenth at a time, until the rows that cannot be captured are found.
+CREATE FUNCTION aibilling.capture_together(d aibilling.captures, source_rows jsonb[]) RETURNS bigint
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+SET timezone = 'UTC'
+SET datestyle = 'ISO'
+SET enable_hashjoin = off
+SET enable_mergejoin = off
+SET enable_seqscan = off
+AS $$
+DECLARE
+	n integer := cardinality(source_rows);
+	part integer := (n + 9) / 10;
+	relname name := (SELECT c.relname FROM pg_class c WHERE c.oid = d.source);
+	mapped text;
+	captured bigint;
+BEGIN
+	IF n <= 1 THEN
+		RETURN (SELECT count(*) FILTER (WHERE aibilling.capture_row(d, r)) FROM unnest(source_rows) r);
+	END IF;
+	mapped := format(E'SELECT\n%s, %s AS "source key", "the row" FROM unnest($1) AS "the row", LATERAL jsonb_populate_record(NULL::%s, "the row") AS %I WHERE %s',
+		d.expressions, d.key, d.source, relname, d.only_when);
+	BEGIN
+		EXECUTE format('INSERT INTO aibilling.capture_failure (source, usage, key, "row", error, at)'
+			' SELECT $2, $3, m."source key", m."the row", ''changed after capture'', now() FROM (%s) AS m JOIN %s u ON u.external_id = m.external_id WHERE %s'
+			' ON CONFLICT (source, usage, key) DO UPDATE SET "row" = excluded."row", error = excluded.error, at = excluded.at',
+			mapped, d.usage, d.changes) USING source_rows, d.source, d.usage;
+		EXECUTE format('INSERT INTO %1$s (%2$s) SELECT %2$s FROM (%3$s) AS m WHERE NOT EXISTS (SELECT FROM %1$s u WHERE u.external_id = m.external_id)%4$s',
+			d.usage, d.targets, mapped, CASE WHEN d.on_conflict <> '' THEN format(' ON CONFLICT %s DO NOTHING', d.on_conflict) END)
+		USING source_rows;
+		GET DIAGNOSTICS captured = ROW_COUNT;
+		RETURN captured;
+	EXCEPTION
+		WHEN serialization_failure OR deadlock_detected THEN
+			RAISE;
+		WHEN OTHERS THEN
+			captured := 0;
+	END;
+	FOR i IN 0 .. (n - 1) / part LOOP
+		captured := captured + aibilling.capture_together(d, source_rows[i * part + 1 : (i + 1) * part]);
+	END LOOP;
+	RETURN captured;
+END
+$$;
+COMMENT ON FUNCTION aibilling.capture_together(aibilling.captures, jsonb[]) IS
+'Captures rows, given as jsonb, that were not before. What goes wrong is put into aibilling.capture_failure. Returns how many are captured';
+
 CREATE FUNCTION aibilling.capture_rows(capture text, source_rows jsonb[], state text, error text) RETURNS void
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
 	d aibilling.captures;
-	-- of the statement or the server, not of one of its rows: the others would fail alike
-	of_all text := CASE WHEN left(state, 2) IN ('42', '53', '55', '0A', '3F') THEN error END;
-	r jsonb;
 BEGIN
 	SELECT c.* INTO d FROM aibilling.captures c WHERE c.function_name = capture AND c.released_at IS NULL;
 	IF NOT FOUND THEN
 		RAISE EXCEPTION 'there is no capture "%"', capture USING ERRCODE = 'undefined_object';
 	END IF;
-	FOREACH r IN ARRAY source_rows LOOP
-		PERFORM aibilling.capture_row(d, r, of_all);
-	END LOOP;
+	-- of the statement or the server, not of one of its rows: all would fail alike
+	IF left(state, 2) IN ('42', '53', '55', '0A', '3F') THEN
+		PERFORM aibilling.capture_row(d, r, error) FROM unnest(source_rows) r;
+	ELSE
+		PERFORM aibilling.capture_together(d, source_rows);
+	END IF;
 END
 $$;
 COMMENT ON FUNCTION aibilling.capture_rows(text, jsonb[], text, text) IS
-'Captures rows one by one that could not be captured together, because of this error. For the triggers of aibilling.capture()';
+'Captures rows that could not be captured by their statement''s trigger, because of this error. For the triggers of aibilling.capture()';
 
 CREATE FUNCTION aibilling.capture_changed(capture text, old_row jsonb, new_row jsonb) RETURNS void
 LANGUAGE plpgsql VOLATILE
@@ -2534,6 +2603,9 @@ LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 SET timezone = 'UTC'
 SET datestyle = 'ISO'
+SET enable_hashjoin = off
+SET enable_mergejoin = off
+SET enable_seqscan = off
 AS $$
 DECLARE
 	d aibilling.captures;
@@ -2574,7 +2646,7 @@ BEGIN
 			WHEN serialization_failure OR deadlock_detected THEN
 				RAISE;
 			WHEN OTHERS THEN
-				EXECUTE format('SELECT count(*) FILTER (WHERE aibilling.capture_row($1, to_jsonb(r))) FROM %s AS r WHERE %s', source, range)
+				EXECUTE format('SELECT aibilling.capture_together($1, array_agg(to_jsonb(r))) FROM %s AS r WHERE %s', source, range)
 				INTO n USING d;
 		END;
 		captured := captured + n;
@@ -2625,7 +2697,7 @@ REVOKE ALL ON FUNCTION aibilling.owns(regclass), aibilling.check_expression(regc
 	aibilling.capture_plan(regclass, regclass, jsonb, text, text, boolean),
 	aibilling.capture_sql(regclass, regclass, jsonb, text, text, text, boolean),
 	aibilling.capture(regclass, regclass, jsonb, text, text, text, boolean), aibilling.release(regclass, regclass),
-	aibilling.capture_row(aibilling.captures, jsonb, text), aibilling.capture_rows(text, jsonb[], text, text),
+	aibilling.capture_row(aibilling.captures, jsonb, text), aibilling.capture_together(aibilling.captures, jsonb[]), aibilling.capture_rows(text, jsonb[], text, text),
 	aibilling.capture_changed(text, jsonb, jsonb), aibilling.capture_history(regclass, regclass, text),
 	aibilling.capture_retry(regclass) FROM PUBLIC;
 -- With the rights of whoever calls.
@@ -2634,6 +2706,6 @@ GRANT EXECUTE ON FUNCTION aibilling.owns(regclass), aibilling.check_expression(r
 	aibilling.capture_plan(regclass, regclass, jsonb, text, text, boolean),
 	aibilling.capture_sql(regclass, regclass, jsonb, text, text, text, boolean),
 	aibilling.capture(regclass, regclass, jsonb, text, text, text, boolean), aibilling.release(regclass, regclass),
-	aibilling.capture_row(aibilling.captures, jsonb, text), aibilling.capture_rows(text, jsonb[], text, text),
+	aibilling.capture_row(aibilling.captures, jsonb, text), aibilling.capture_together(aibilling.captures, jsonb[]), aibilling.capture_rows(text, jsonb[], text, text),
 	aibilling.capture_changed(text, jsonb, jsonb), aibilling.capture_history(regclass, regclass, text),
 	aibilling.capture_retry(regclass) TO PUBLIC;

@@ -146,7 +146,7 @@ $session->query_safe('COMMIT');
 $session->quit;
 is(app(q{SELECT aibilling.capture_retry('app.llm_calls')}), '1', 'retry captures it');
 app(q{ALTER TABLE app.usage ADD CONSTRAINT one UNIQUE (generation_id) DEFERRABLE INITIALLY DEFERRED});
-app(q{SELECT aibilling.release('app.llm_calls', 'app.usage'); SELECT aibilling.capture('app.llm_calls', 'app.usage', '{"generation_id": "'same'"}')});
+app(q{SELECT aibilling.release('app.llm_calls', 'app.usage'); SELECT aibilling.capture('app.llm_calls', 'app.usage', $${"generation_id": "'same'"}$$)});
 like(message("$insert; $insert", 'writer'), qr/ERROR:  duplicate key value violates unique constraint "one"/, 'and so is a deferred constraint');
 app(q{ALTER TABLE app.usage DROP CONSTRAINT one});
 
@@ -188,15 +188,18 @@ app(q{UPDATE app.message SET usage = '{"in": 50, "out": 6}' WHERE chat = 'new'})
 app(q{UPDATE app.message SET usage = '{"in": 50, "out": 6}' WHERE chat = 'old' AND n = 1});
 is(app($failures), '["new", 1]|changed after capture', 'a change of a captured row shows');
 is(app(q{SELECT aibilling.capture_retry('app.message')}) . app($failures), '0["new", 1]|changed after capture', 'retry does not make it go away');
-app(q{DELETE FROM aibilling.capture_failure; UPDATE app.message SET done = false WHERE n = 2; UPDATE app.message SET done = true WHERE n = 2});
-is(app($failures), '["old", 2]|changed after capture', 'a row that is incomplete again was changed');
-app(q{DELETE FROM app.message WHERE chat = 'new'; INSERT INTO app.message VALUES ('new', 1, '{"in": 5, "out": 6}', true)});
-is(app($failures), '["old", 2]|changed after capture', 'a row that is inserted again is the same');
+app(q{DELETE FROM aibilling.capture_failure; UPDATE app.message SET done = false WHERE n = 2});
+is(app($failures), '["old", 2]|changed after capture', 'a row that is incomplete again has changed');
+app(q{UPDATE app.message SET done = true WHERE n = 2});
+is(app($failures), '', 'until it is what it was');
+app(q{DELETE FROM app.message WHERE chat = 'new'; INSERT INTO app.message VALUES ('new', 1, '{"in": 5, "out": 6}', true), ('new', 3, '{"in": 9}', true)});
+is(app($failures), '', 'a row that is inserted again is the same');
 app(q{DELETE FROM app.message WHERE chat = 'new'; INSERT INTO app.message VALUES ('new', 1, '{"in": 7, "out": 6}', true)});
 like(app($failures), qr/\["new", 1\]\|changed after capture/, 'or another');
-is(sql($messages), qq{["old", 2]|5|6\n["new", 1]|5|6}, 'nothing is billed twice');
+is(sql($messages), qq{["old", 2]|5|6\n["new", 1]|5|6\n["new", 3]|9|}, 'nothing is billed twice');
+app(q{DELETE FROM app.message WHERE n = 3});
 app(q{UPDATE app.message SET n = 9 WHERE chat = 'new'; DELETE FROM aibilling.capture_failure});
-is(sql($messages), qq{["old", 2]|5|6\n["new", 1]|5|6}, 'not even under another key');
+is(sql($messages), qq{["old", 2]|5|6\n["new", 1]|5|6\n["new", 3]|9|}, 'not even under another key');
 app(q{INSERT INTO app.message VALUES ('new', 2, '{"in": "many"}', true)});
 like(app($failures), qr/^\["new", 2\]\|invalid input syntax for type bigint: "many"/, 'a mapping that fails');
 app(q{UPDATE app.message SET usage = '{"in": 8}' WHERE chat = 'new' AND n = 2});
@@ -217,8 +220,6 @@ INSERT INTO app.parted_1 VALUES (3, '2026-01-06', 'parted', 'm', 'p', 3);
 INSERT INTO app.parted_2 (id, day, user_id, model, provider, prompt_tokens) VALUES (4, '2026-02-06', 'parted', 'm', 'p', 4)});
 is(sql(q{SELECT string_agg(input_tokens || ' ' || occurred_at::date, ', ' ORDER BY input_tokens) FROM app.usage WHERE external_customer_id = 'parted'}),
 	'1 2026-01-05, 2 2026-02-05, 3 2026-01-06, 4 2026-02-06', 'rows of a partitioned table, also those inserted into a partition');
-app(q{UPDATE app.parted SET day = '2026-02-07' WHERE id = 1});
-is(sql(q{SELECT count(*) FROM app.usage WHERE external_customer_id = 'parted'}), '5', 'another partition key is another key') if 0;
 app(q{DELETE FROM aibilling.capture_failure});
 
 # ---------------------------------------------------------------------------
@@ -229,7 +230,7 @@ app(q{
 CREATE TABLE app.history (k text, s smallint, user_id text DEFAULT 'history', prompt_tokens int, UNIQUE (k, s));
 ALTER TABLE app.history ALTER COLUMN k SET NOT NULL, ALTER COLUMN s SET NOT NULL;
 INSERT INTO app.history SELECT 'o''k ' || i / 3, i % 3, 'history', CASE i WHEN 15000 THEN -1 ELSE 1 END FROM generate_series(1, 110000) i});
-like(message(q{SELECT aibilling.capture('app.history', 'app.usage', '{"provider": "'p'", "model": "'m'"}', existing => 'load')}),
+like(message(q{SELECT aibilling.capture('app.history', 'app.usage', $${"provider": "'p'", "model": "'m'"}$$, existing => 'load')}),
 	qr/NOTICE:  100000 rows of app.history are read, 99999 of them captured\n.*NOTICE:  109999 rows of app.history that were there are captured, and not sent/s, 'progress is told');
 like(app($failures), qr/negative/, 'a bad row of history is a failure');
 is(sql(q{SELECT count(*), sum(cost_nanos) FROM app.usage WHERE external_customer_id = 'history'}), '109999|109999000', 'history is priced');
@@ -265,8 +266,8 @@ VALUES ('chatcmpl-0001','acompletion','None','2026-03-24 22:02:42.975','2026-03-
  0,103925,98805,5120,'','anthropic','success')});
 is(sql(q{SELECT generation_id, provider, external_customer_id, occurred_at AT TIME ZONE 'UTC', input_tokens, cache_read_tokens, cache_write_tokens, output_tokens, reasoning_tokens, cost_status, cost_cents
 	FROM app.usage WHERE generation_id IN ('chatcmpl-0001', 'failed', 'hit', 'cached') ORDER BY id}),
-	"chatcmpl-0001|openai|customer_1|2026-03-24 22:02:42.975|10|||20||reported|0.022500000000\n"
-	  . 'cached|anthropic|u|2026-03-24 22:02:44|98805|66360|32435|5120|1710|priced|21.836925000000', 'litellm');
+	"chatcmpl-0001|openai|customer_1|2026-03-24 22:02:42.975|10|||20||reported|0.0225\n"
+	  . 'cached|anthropic|u|2026-03-24 22:02:44|98805|66360|32435|5120|1710|priced|21.836925', 'litellm');
 
 app(q{
 CREATE TYPE app."ObservationType" AS ENUM ('SPAN', 'EVENT', 'GENERATION');
@@ -308,7 +309,6 @@ CREATE TABLE app.unattached (LIKE app.usage INCLUDING ALL);
 CREATE TABLE app.source (id int PRIMARY KEY, tenant text, prompt_tokens int, model text);
 CREATE TABLE app.anthropic (id int PRIMARY KEY, input_tokens int, cache_read_input_tokens int);
 CREATE FUNCTION app.fails() RETURNS int LANGUAGE plpgsql AS $$BEGIN INSERT INTO app.keyless VALUES ('trace', 1); RAISE 'side effect'; END$$});
-as('other', q{SET client_min_messages = error; SELECT 1});
 sql(q{CREATE SCHEMA other AUTHORIZATION other; CREATE TABLE other.source (LIKE app.source INCLUDING ALL); ALTER TABLE other.source OWNER TO other; GRANT USAGE ON SCHEMA other TO app});
 my $into = q{'app.usage'};
 refused("SELECT aibilling.capture('app.view', $into)", qr/app.view is not a table that can be captured/);
@@ -342,7 +342,6 @@ refused("SELECT aibilling.capture('app.source', $into, '{\"input_tokens\": \"$_-
 	[ 'tenant IS NULL', qr/cannot cast type boolean to bigint/ ],
 	[ 'no_function(1)', qr/function no_function\(integer\) does not exist/ ]);
 refused("SELECT aibilling.capture('app.source', $into, '{\"input_tokens\": true}')", qr/no SQL expression: true/);
-refused("SELECT aibilling.capture('app.source', $into, only_when => 'prompt_tokens')", qr/cannot map only_when|cannot cast/) if 0;
 refused("SELECT aibilling.capture('app.source', $into, only_when => 'tenent')", qr/cannot map only_when.*column "tenent" does not exist/);
 refused("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT aibilling.capture('app.source', $into, existing => 'send')", qr/isolation level repeatable read/);
 app(qq{SELECT aibilling.capture('app.source', $into, '{"input_tokens": "app.fails()", "external_customer_id": "tenant"}')});

@@ -23,6 +23,8 @@
 #include "utils/datetime.h"
 #include "utils/memutils.h"
 
+#include "base/text_view.h"
+#include "base/usage_row.h"
 #include "compat.h"
 #include "polar/polar.h"
 

@@ -13,7 +13,7 @@
 #include "lib/stringinfo.h"
 #include "utils/jsonb.h"
 
-#include "queue/outbox.h"
+#include "base/usage_row.h"
 
 /* How the rows of a server become events: options of CREATE SERVER. */
 typedef struct EventFormat

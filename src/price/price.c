@@ -41,7 +41,10 @@
 #include "utils/snapmgr.h"
 #include "utils/timestamp.h"
 
+#include "base/text_view.h"
+#include "base/usage_row.h"
 #include "compat.h"
+#include "price/cost.h"
 #include "price/names.h"
 #include "price/price.h"
 

@@ -41,22 +41,29 @@
 #include "utils/jsonb.h"
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
+#include "utils/regproc.h"
 #include "utils/resowner.h"
 #include "utils/snapmgr.h"
 #include "utils/syscache.h"
 #include "utils/timeout.h"
 #include "utils/timestamp.h"
-#include "utils/regproc.h"
 
+#include "base/extension.h"
+#include "base/idset.h"
+#include "base/rights.h"
+#include "base/usage_row.h"
 #include "compat.h"
-#include "config.h"
 #include "polar/polar.h"
 #include "polar/server.h"
+#include "queue/attachment.h"
+#include "queue/entry.h"
+#include "queue/ledger.h"
 #include "queue/outbox.h"
 #include "queue/wake.h"
 #include "ship/guard.h"
 #include "ship/http.h"
 #include "ship/shipper.h"
+#include "usage/rows.h"
 #include "usage/usage.h"
 
 /* Advisory locks of SQL have 1 or 2 here: no session can name ours. */
@@ -979,7 +986,7 @@ read_guarded(void *arg)
 {
 	GuardedRead *read = arg;
 
-	abp_usage_read(read->filling->table, read->ids, read->whole, add_in_time, read->filling);
+	abp_rows_read(read->filling->table, read->ids, read->whole, add_in_time, read->filling);
 }
 
 static bool
@@ -997,7 +1004,7 @@ read_no_row(const UsageTable *table, bool whole)
 	IdSet		none = {0};
 
 	abp_idset_add(&none, PG_INT64_MIN, PG_INT64_MIN, CurrentMemoryContext);
-	abp_usage_read(table, &none, whole, pass_over, NULL);
+	abp_rows_read(table, &none, whole, pass_over, NULL);
 }
 
 /*
@@ -1177,7 +1184,7 @@ read_batch(Filling *filling, IdSet *ids, bool whole)
 	read_rows(filling, ids, whole);
 	if (filling->changing.nranges > 0)
 	{
-		IdSet		settled = abp_usage_settled(filling->table, &filling->changing);
+		IdSet		settled = abp_rows_settled(filling->table, &filling->changing);
 		bool		full = filling->full;
 
 		filling->changing = abp_idset_subtract(&filling->changing, &settled);
@@ -2329,7 +2336,7 @@ reject_shared(PriceLook *look)
 			IdSet		one = {0};
 
 			abp_idset_add(&one, id, id, look->context);
-			if (abp_usage_read(look->table, &one, false, count_row, NULL) > 1)
+			if (abp_rows_read(look->table, &one, false, count_row, NULL) > 1)
 				abp_idset_add(&shared, id, id, look->context);
 			abp_idset_free(&one);
 			if (id == look->seen.ranges[i].last)
@@ -2356,7 +2363,7 @@ look_at_rows(void *arg)
 		look->priced = abp_idset_copy(look->ids);
 	else
 	{
-		abp_usage_read(look->table, look->ids, false, look_for_price, look);
+		abp_rows_read(look->table, look->ids, false, look_for_price, look);
 		look->gone = abp_idset_subtract(look->ids, &look->seen);
 		move_all(look, &look->gone, OUTBOX_READY, NULL);
 	}
@@ -2379,7 +2386,7 @@ price_rows(void *arg)
 		CommandCounterIncrement();
 	}
 	PushActiveSnapshot(GetLatestSnapshot());
-	abp_usage_read(look->table, &look->priced, false, look_at_priced, look);
+	abp_rows_read(look->table, &look->priced, false, look_at_priced, look);
 	PopActiveSnapshot();
 }
 
@@ -2503,7 +2510,7 @@ lock_rows(void *arg)
 {
 	GuardedLock *lock = arg;
 
-	lock->locked = abp_usage_lock(lock->table, &lock->ids, false);
+	lock->locked = abp_rows_lock(lock->table, &lock->ids, false);
 }
 
 /* A step of the scan over a table's unpriced entries. */
@@ -3167,6 +3174,7 @@ current_tables(bool *armed)
 		known_tables = NIL;
 		MemoryContextReset(tables_context);
 		known_tables = abp_usage_tables(armed);
+		abp_rows_forget_plans_except(known_tables);
 		forget_positions_except(known_tables);
 		tables_read_at = now;
 		MemoryContextSwitchTo(old);

@@ -19,7 +19,11 @@
 #include "utils/portal.h"
 #include "utils/timestamp.h"
 
+#include "base/extension.h"
 #include "compat.h"
+#include "queue/attachment.h"
+#include "queue/entry.h"
+#include "queue/ledger.h"
 #include "queue/outbox.h"
 #include "queue/wake.h"
 #include "ship/http.h"

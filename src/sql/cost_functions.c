@@ -8,6 +8,7 @@
 #include "postgres.h"
 
 #include <sys/stat.h>
+
 #include "access/htup_details.h"
 #include "catalog/pg_type.h"
 #include "commands/trigger.h"
@@ -28,9 +29,12 @@
 #include "utils/rel.h"
 #include "utils/timestamp.h"
 
+#include "base/text_view.h"
+#include "base/usage_row.h"
 #include "compat.h"
 #include "polar/polar.h"
 #include "polar/server.h"
+#include "price/cost.h"
 #include "price/normalize.h"
 #include "price/price.h"
 #include "queue/wake.h"

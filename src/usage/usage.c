@@ -43,15 +43,26 @@
 #include "utils/syscache.h"
 #include "utils/timestamp.h"
 
+#include "base/extension.h"
+#include "base/idset.h"
+#include "base/text_view.h"
+#include "base/usage_row.h"
 #include "compat.h"
 #include "config.h"
 #include "polar/polar.h"
 #include "polar/server.h"
+#include "price/cost.h"
 #include "price/normalize.h"
 #include "price/price.h"
+#include "queue/attachment.h"
+#include "queue/entry.h"
+#include "queue/ledger.h"
 #include "queue/outbox.h"
+#include "queue/place.h"
 #include "queue/wake.h"
 #include "usage/collect.h"
+#include "usage/row.h"
+#include "usage/rows.h"
 #include "usage/usage.h"
 
 /* How many models a session is warned about before it is left in peace. */
@@ -1452,7 +1463,7 @@ requeue_row(UsageRelation *known, Relation rel, const UsageRow *row,
 
 	own = abp_collect_find(known->usage_table, row->id, &place);
 	if (!own)
-		abp_outbox_find(known->usage_table, row->id, known->ledger_from, &place);
+		abp_place_find(known->usage_table, row->id, known->ledger_from, &place);
 	if (place.where == ROW_NOT_SENT)
 		return;
 	if (place.where != ROW_IN_OUTBOX || place.outcome_unknown)
@@ -1763,7 +1774,7 @@ abp_sql_guard_usage(PG_FUNCTION_ARGS)
 
 	own = abp_collect_find(known->usage_table, id, &place);
 	if (!own)
-		abp_outbox_find(known->usage_table, id, known->ledger_from, &place);
+		abp_place_find(known->usage_table, id, known->ledger_from, &place);
 	if (place.where == ROW_NOT_SENT || place.where == ROW_DELIVERED)
 		return PointerGetDatum(NULL);
 
@@ -1846,7 +1857,7 @@ abp_usage_price_again(const UsageTable *table, IdSet *ids)
 	repricing_table = table->relid;
 	repricing_ids = ids;
 	repricing_level = GetCurrentTransactionNestLevel();
-	updated = abp_usage_reprice(table, ids);
+	updated = abp_rows_reprice(table, ids);
 	repricing_table = InvalidOid;
 	return updated;
 }

@@ -14,6 +14,7 @@
 #include "polar/polar.h"
 #include "polar/server.h"
 #include "price/price.h"
+#include "queue/attachment.h"
 #include "queue/outbox.h"
 
 extern void abp_usage_judge(const UsageRow *row, const ServerOptions *server,

@@ -12,6 +12,9 @@
 
 #include "base/text_view.h"
 
+/* How much of the user's own text a reason repeats. */
+#define MAX_QUOTED_BYTES	40
+
 text	   *
 abp_reason_text(const char *error)
 {
@@ -19,4 +22,11 @@ abp_reason_text(const char *error)
 
 	return cstring_to_text_with_len(error, len <= MAX_REASON_LEN ? len :
 									pg_mbcliplen(error, len, MAX_REASON_LEN));
+}
+
+/* How many bytes of a string of the user's a reason may repeat. */
+int
+abp_quoted_len(const char *data, int len)
+{
+	return pg_mbcliplen(data, len, MAX_QUOTED_BYTES);
 }

@@ -10,6 +10,7 @@
 
 #include "postgres.h"
 
+#include "mb/pg_wchar.h"
 #include "utils/builtins.h"
 
 /*
@@ -38,6 +39,24 @@ text_view_datum(TextView view)
 	return PointerGetDatum(cstring_to_text_with_len(view.data, view.len));
 }
 
+/* Is a string what a constant says? */
+static inline bool
+text_view_is(TextView view, const char *other)
+{
+	return view.len == strlen(other) && memcmp(view.data, other, view.len) == 0;
+}
+
+/*
+ * Is a string longer than this many code points?  Counting is left for the
+ * strings that have more bytes than that.
+ */
+static inline bool
+text_longer_than(const char *data, int len, int nchars)
+{
+	return unlikely(len > nchars) && pg_mbstrlen_with_len(data, len) > nchars;
+}
+
 extern text *abp_reason_text(const char *reason);
+extern int	abp_quoted_len(const char *data, int len);
 
 #endif							/* ABP_TEXT_VIEW_H */

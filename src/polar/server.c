@@ -52,7 +52,7 @@
 #include "utils/syscache.h"
 #include "utils/varlena.h"
 
-#include "polar/polar.h"
+#include "polar/limits.h"
 #include "polar/server.h"
 
 #define PRODUCTION_URL "https://api.polar.sh"

@@ -12,7 +12,7 @@
 
 #include "lib/stringinfo.h"
 
-#include "polar/polar.h"
+#include "polar/event_format.h"
 
 typedef enum ServerKind
 {

@@ -53,8 +53,11 @@
 #include "base/rights.h"
 #include "base/usage_row.h"
 #include "compat.h"
-#include "polar/polar.h"
+#include "polar/event.h"
+#include "polar/event_format.h"
+#include "polar/limits.h"
 #include "polar/server.h"
+#include "polar/verdict.h"
 #include "queue/attachment.h"
 #include "queue/entry.h"
 #include "queue/ledger.h"
@@ -911,7 +914,7 @@ add_event(const UsageRow *row, Jsonb *whole, void *arg)
 	initStringInfo(&reason);
 	if (delivery->nevents > 0)
 		appendStringInfoChar(body, ',');
-	if (!abp_polar_encode(body, row, &filling->server->format, &overrides, &reason))
+	if (!abp_event_encode(body, row, &filling->server->format, &overrides, &reason))
 	{
 		body->len = before;
 		reject(filling, row->id, reason.data);
@@ -1770,9 +1773,9 @@ settle(Shipment *shipment, const ServerOptions *server, int64 ledger_from)
 		return;
 	}
 
-	verdict = abp_polar_judge(reply->status, reply->body, reply->body_len,
-							  reply->truncated, reply->retry_after,
-							  delivery->nevents, GetCurrentTimestamp());
+	verdict = abp_verdict_of(reply->status, reply->body, reply->body_len,
+							 reply->truncated, reply->retry_after,
+							 delivery->nevents, GetCurrentTimestamp());
 	if (verdict->kind != VERDICT_SERVER_ERROR)
 		shipment->server_errors = 0;
 

@@ -10,7 +10,7 @@
 
 #include "postgres.h"
 
-#include "polar/polar.h"
+#include "polar/event_format.h"
 #include "polar/server.h"
 #include "ship/guard.h"
 

@@ -32,7 +32,7 @@
 #include "base/text_view.h"
 #include "base/usage_row.h"
 #include "compat.h"
-#include "polar/polar.h"
+#include "polar/metadata.h"
 #include "polar/server.h"
 #include "price/cost.h"
 #include "price/normalize.h"
@@ -209,7 +209,7 @@ abp_sql_polar_cost(PG_FUNCTION_ARGS)
 		cents = abp_cost_cents_exact(&cost);
 
 	json = psprintf("{\"amount\": \"%s\", \"currency\": \"usd\"}",
-					abp_polar_amount(cents));
+					abp_event_amount(cents));
 	PG_RETURN_DATUM(DirectFunctionCall1(jsonb_in, CStringGetDatum(json)));
 }
 

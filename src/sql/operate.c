@@ -27,7 +27,8 @@
 #include "base/rights.h"
 #include "base/usage_row.h"
 #include "compat.h"
-#include "polar/polar.h"
+#include "polar/event.h"
+#include "polar/event_format.h"
 #include "polar/server.h"
 #include "price/price.h"
 #include "queue/attachment.h"
@@ -77,7 +78,7 @@ preview_row(const UsageRow *row, Jsonb *whole, void *arg)
 	problem = verdict.error;
 	if (verdict.state != OUTBOX_REJECTED &&
 		(abp_ship_call_functions(preview->server, whole, &overrides, &problem) != GUARD_DONE ||
-		 !abp_polar_encode(&body, row, &preview->server->format, &overrides, &reason)))
+		 !abp_event_encode(&body, row, &preview->server->format, &overrides, &reason)))
 	{
 		verdict.state = OUTBOX_REJECTED;
 		if (problem == NULL)

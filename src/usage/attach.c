@@ -23,7 +23,6 @@
 #include "miscadmin.h"
 #include "nodes/makefuncs.h"
 #include "storage/lmgr.h"
-#include "usage/rows.h"
 #include "utils/builtins.h"
 #include "utils/fmgroids.h"
 #include "utils/guc.h"
@@ -46,6 +45,7 @@
 #include "usage/attach.h"
 #include "usage/collect.h"
 #include "usage/row.h"
+#include "usage/rows.h"
 #include "usage/usage.h"
 
 PG_FUNCTION_INFO_V1(abp_sql_create_usage_table);

@@ -49,7 +49,7 @@
 #include "base/usage_row.h"
 #include "compat.h"
 #include "config.h"
-#include "polar/polar.h"
+#include "polar/event.h"
 #include "polar/server.h"
 #include "price/cost.h"
 #include "price/normalize.h"
@@ -875,7 +875,7 @@ abp_usage_judge(const UsageRow *row, const ServerOptions *server, RowState *verd
 	verdict->error = find_fault(row, !row->has_cost_nanos, &filled);
 	if (verdict->error != NULL)
 		verdict->state = OUTBOX_REJECTED;
-	else if (!abp_polar_check(row, &server->format, &reason))
+	else if (!abp_event_check(row, &server->format, &reason))
 	{
 		verdict->state = OUTBOX_REJECTED;
 		verdict->error = pstrdup(reason.data);

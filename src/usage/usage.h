@@ -11,7 +11,7 @@
 #include "postgres.h"
 
 #include "base/idset.h"
-#include "polar/polar.h"
+#include "polar/event_format.h"
 #include "polar/server.h"
 #include "price/price.h"
 #include "queue/attachment.h"

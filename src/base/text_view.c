@@ -30,3 +30,20 @@ abp_quoted_len(const char *data, int len)
 {
 	return pg_mbcliplen(data, len, MAX_QUOTED_BYTES);
 }
+
+/* How much of a reason is stored and logged, in bytes. */
+int
+abp_short_length(const char *reason)
+{
+	int			len = strlen(reason);
+
+	return len <= MAX_REASON_LEN ? len : pg_mbcliplen(reason, len, MAX_REASON_LEN);
+}
+
+/* Cut a reason, which may be NULL, to that. */
+void
+abp_shorten(char *reason)
+{
+	if (reason != NULL)
+		reason[abp_short_length(reason)] = '\0';
+}

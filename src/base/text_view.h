@@ -58,5 +58,7 @@ text_longer_than(const char *data, int len, int nchars)
 
 extern text *abp_reason_text(const char *reason);
 extern int	abp_quoted_len(const char *data, int len);
+extern int	abp_short_length(const char *reason);
+extern void abp_shorten(char *reason);
 
 #endif							/* ABP_TEXT_VIEW_H */

@@ -66,8 +66,9 @@
 #include "ship/guard.h"
 #include "ship/http.h"
 #include "ship/shipper.h"
+#include "usage/fate.h"
 #include "usage/rows.h"
-#include "usage/usage.h"
+#include "usage/triggers.h"
 
 /* Advisory locks of SQL have 1 or 2 here: no session can name ours. */
 #define SHIP_LOCK_FIELD 3
@@ -891,7 +892,7 @@ add_event(const UsageRow *row, Jsonb *whole, void *arg)
 		return filling->nrows <= filling->max_rows;
 	if (delivery->nevents == filling->max_rows)
 		return false;			/* rows share ids: shared_ids tells which */
-	abp_usage_judge(row, filling->server, &verdict);
+	abp_fate_of(row, filling->server, &verdict);
 	if (verdict.state != OUTBOX_READY)
 	{
 		set_aside(filling, row->id, &verdict);
@@ -2278,7 +2279,7 @@ look_for_price(const UsageRow *row, Jsonb *whole, void *arg)
 
 	look->nrows++;
 	abp_idset_add(&look->seen, row->id, row->id, look->context);
-	abp_usage_judge_price(row, &verdict);
+	abp_fate_by_price(row, &verdict);
 	if (verdict.state == OUTBOX_READY)
 		abp_idset_add(&look->priced, row->id, row->id, look->context);
 	else if (verdict.state != OUTBOX_UNPRICED || look->entry->error == NULL ||
@@ -2294,7 +2295,7 @@ look_at_priced(const UsageRow *row, Jsonb *whole, void *arg)
 	PriceLook  *look = arg;
 	RowState	verdict;
 
-	abp_usage_judge(row, look->server, &verdict);
+	abp_fate_of(row, look->server, &verdict);
 	if (verdict.state == OUTBOX_UNPRICED)
 	{
 		verdict.state = OUTBOX_REJECTED;
@@ -2385,7 +2386,7 @@ price_rows(void *arg)
 	if (!look->server->send_unpriced)
 	{
 		fire_deferred_at_once();
-		(void) abp_usage_price_again(look->table, &look->priced);
+		(void) abp_price_rows_again(look->table, &look->priced);
 		CommandCounterIncrement();
 	}
 	PushActiveSnapshot(GetLatestSnapshot());
@@ -2406,7 +2407,7 @@ price_no_row(void *arg)
 	PriceLook  *look = arg;
 	IdSet		none = {0};
 
-	(void) abp_usage_price_again(look->table, &none);
+	(void) abp_price_rows_again(look->table, &none);
 }
 
 /* All rows that are looked at go on waiting, with this reason. */

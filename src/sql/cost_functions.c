@@ -39,8 +39,9 @@
 #include "price/price.h"
 #include "queue/wake.h"
 #include "ship/http.h"
+#include "usage/fate.h"
 #include "usage/row.h"
-#include "usage/usage.h"
+#include "usage/warn.h"
 
 /* --- cost ---------------------------------------------------------------- */
 
@@ -473,7 +474,7 @@ abp_sql_explain_usage_cost(PG_FUNCTION_ARGS)
 
 		/* A doubt is read out of the usage object again: it has no column. */
 		put_explanation((ReturnSetInfo *) fcinfo->resultinfo, &request, stored_cents,
-						abp_usage_doubt_of(&stored));
+						abp_fate_doubt(&stored));
 	}
 	SPI_finish();
 
@@ -584,7 +585,7 @@ abp_sql_normalize_usage(PG_FUNCTION_ARGS)
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg_internal("%s", reason.data)));
 	if (usage.doubt != NULL)
-		abp_usage_note_doubt(usage.doubt);
+		abp_warn_doubt(usage.doubt);
 
 	/* The counts' order is that of the columns. */
 	for (n = 0; n < NUM_USAGE_COUNTS; n++)

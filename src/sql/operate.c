@@ -41,8 +41,9 @@
 #include "ship/shipper.h"
 #include "usage/attach.h"
 #include "usage/collect.h"
+#include "usage/fate.h"
 #include "usage/rows.h"
-#include "usage/usage.h"
+#include "usage/triggers.h"
 
 PG_FUNCTION_INFO_V1(abp_sql_preview);
 PG_FUNCTION_INFO_V1(abp_sql_pause);
@@ -74,7 +75,7 @@ preview_row(const UsageRow *row, Jsonb *whole, void *arg)
 
 	initStringInfo(&body);
 	initStringInfo(&reason);
-	abp_usage_judge(row, preview->server, &verdict);
+	abp_fate_of(row, preview->server, &verdict);
 	problem = verdict.error;
 	if (verdict.state != OUTBOX_REJECTED &&
 		(abp_ship_call_functions(preview->server, whole, &overrides, &problem) != GUARD_DONE ||
@@ -408,7 +409,7 @@ typedef struct Repricing
 static bool
 cost_differs(const UsageRow *row, PricedCost *cost, bool *possible, char **problem)
 {
-	*possible = abp_usage_price(row, cost, problem);
+	*possible = abp_fate_cost(row, cost, problem);
 	return !*possible || cost->known != row->has_cost_nanos ||
 		(cost->known &&
 		 (cost->cost_nanos != row->cost_nanos || row->cost_cents == NULL ||
@@ -554,7 +555,7 @@ abp_sql_reprice(PG_FUNCTION_ARGS)
 
 	if (repricing.changed.nranges > 0)
 	{
-		abp_usage_price_again(table, &repricing.changed);
+		abp_price_rows_again(table, &repricing.changed);
 		own = abp_collect_changes(table->relid);
 		repricing.changed = abp_idset_subtract(&repricing.changed, &own);
 		(void) abp_outbox_make_ready(table->relid, OUTBOX_UNPRICED, &repricing.changed);

@@ -44,9 +44,9 @@
 #include "queue/wake.h"
 #include "usage/attach.h"
 #include "usage/collect.h"
+#include "usage/lookup.h"
 #include "usage/row.h"
 #include "usage/rows.h"
-#include "usage/usage.h"
 
 PG_FUNCTION_INFO_V1(abp_sql_create_usage_table);
 PG_FUNCTION_INFO_V1(abp_sql_attach);
@@ -660,7 +660,7 @@ requeue_returned(Oid relid, int64 ledger_from)
 			.usage_table = relid,
 			.state = OUTBOX_READY,
 			.outcome_unknown = delivery->outcome_unknown,
-			.ids = abp_usage_existing(relid, &delivery->vanished_ids)
+			.ids = abp_lookup_existing(relid, &delivery->vanished_ids)
 		};
 
 		if (entry.ids.nranges == 0)

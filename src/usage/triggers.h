@@ -1,0 +1,18 @@
+/*-------------------------------------------------------------------------
+ *
+ * triggers.h
+ *	  The triggers of usage tables.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef ABP_TRIGGERS_H
+#define ABP_TRIGGERS_H
+
+#include "postgres.h"
+
+#include "base/idset.h"
+#include "queue/attachment.h"
+
+extern IdSet abp_price_rows_again(const UsageTable *table, IdSet *ids);
+
+#endif							/* ABP_TRIGGERS_H */

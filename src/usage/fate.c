@@ -20,6 +20,7 @@
 #include "base/usage_row.h"
 #include "polar/event.h"
 #include "polar/server.h"
+#include "price/cards.h"
 #include "price/cost.h"
 #include "price/normalize.h"
 #include "price/price.h"

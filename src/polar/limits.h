@@ -10,6 +10,8 @@
 
 #include "postgres.h"
 
+#include "base/text_view.h"
+
 /* Polar's limits: characters are code points. */
 #define MAX_NAME_CHARS		128
 #define MAX_VALUE_CHARS		500
@@ -33,6 +35,13 @@
 
 /* |cost_nanos| up to here is surely below 100,000 cents. */
 #define SAFE_COST_NANOS		INT64CONST(999999999998)
+
+/*
+ * Names that the extension itself gives to metadata.  No tag may end up with
+ * one of them, or an application's tag could replace a cost.
+ */
+#define NUM_OWN_KEYS 19
+extern const TextView abp_own_keys[NUM_OWN_KEYS];
 
 #define POLAR_INGEST_PATH "/v1/events/ingest"
 

@@ -22,20 +22,6 @@
 #include "polar/limits.h"
 #include "polar/metadata.h"
 
-/* Metadata keys that are ours: a tag never takes their place. */
-static const TextView own_keys[] = {
-#define OWN_KEY(name) {name, sizeof(name) - 1}
-	OWN_KEY("generation_id"), OWN_KEY("model_id"), OWN_KEY("provider"),
-	OWN_KEY("sub_provider"), OWN_KEY("input_tokens"), OWN_KEY("output_tokens"),
-	OWN_KEY("total_tokens"), OWN_KEY("reasoning_tokens"),
-	OWN_KEY("cache_read_tokens"), OWN_KEY("cache_write_tokens"),
-	OWN_KEY("cache_write_1h_tokens"), OWN_KEY("request_count"),
-	OWN_KEY("web_search_count"), OWN_KEY("raw_provider_cost"),
-	OWN_KEY("cost_nanos"), OWN_KEY("cost_currency"), OWN_KEY("external_id"),
-	OWN_KEY("_cost"), OWN_KEY("_llm")
-#undef OWN_KEY
-};
-
 /*
  * Append a container as JSON text without blanks, as JSON.stringify writes
  * it.  Stops early once the text is surely too long for Polar.
@@ -198,11 +184,11 @@ put_text_entry(JsonWriter *w, const char *json_key, int json_key_len,
 static bool
 is_own_key(const char *prefix, int prefix_len, TextView key)
 {
-	for (int i = 0; i < lengthof(own_keys); i++)
+	for (int i = 0; i < NUM_OWN_KEYS; i++)
 	{
-		if (own_keys[i].len == prefix_len + key.len &&
-			memcmp(own_keys[i].data, prefix, prefix_len) == 0 &&
-			memcmp(own_keys[i].data + prefix_len, key.data, key.len) == 0)
+		if (abp_own_keys[i].len == prefix_len + key.len &&
+			memcmp(abp_own_keys[i].data, prefix, prefix_len) == 0 &&
+			memcmp(abp_own_keys[i].data + prefix_len, key.data, key.len) == 0)
 			return true;
 	}
 	return false;

@@ -57,6 +57,7 @@
 #include "polar/event_format.h"
 #include "polar/limits.h"
 #include "polar/server.h"
+#include "polar/token.h"
 #include "polar/verdict.h"
 #include "queue/attachment.h"
 #include "queue/entry.h"

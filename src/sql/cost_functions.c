@@ -34,6 +34,7 @@
 #include "compat.h"
 #include "polar/metadata.h"
 #include "polar/server.h"
+#include "polar/token.h"
 #include "price/cost.h"
 #include "price/normalize.h"
 #include "price/price.h"

@@ -53,7 +53,10 @@ abp_extension_check_version(void)
 				 errhint("Run ALTER EXTENSION aibilling_polar UPDATE.")));
 }
 
-/* The same, of one that is needed. */
+/*
+ * The OID of a relation of the extension that is needed.  Raises an error
+ * without it.
+ */
 Oid
 abp_extension_needed(const char *name)
 {

@@ -10,6 +10,9 @@
 #include "base/json_walk.h"
 #include "base/text_view.h"
 
+/*
+ * Begin a walk over the pairs of an object.
+ */
 void
 abp_walk_start(ObjectWalk *walk, JsonbContainer *object)
 {

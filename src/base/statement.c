@@ -13,6 +13,10 @@
 #include "base/rights.h"
 #include "base/statement.h"
 
+/*
+ * Run a statement, prepared the first time, between SPI_connect and SPI_finish and
+ * with the rights of the caller.  Returns the number of rows; nulls may be NULL.
+ */
 uint64
 abp_statement_run(Statement *statement, Datum *values, const char *nulls)
 {
@@ -54,6 +58,9 @@ abp_statement_run_alone(Statement *statement, Datum *values, const char *nulls)
 	return nrows;
 }
 
+/*
+ * A column of the last result, counted from 1.
+ */
 Datum
 abp_result_datum(uint64 row, int column, bool *isnull)
 {
@@ -69,6 +76,9 @@ abp_result_string(uint64 row, int column, MemoryContext context)
 	return value == NULL ? NULL : MemoryContextStrdup(context, value);
 }
 
+/*
+ * A bigint column of the last result, or if_null.
+ */
 int64
 abp_result_int64(uint64 row, int column, int64 if_null)
 {
@@ -78,6 +88,9 @@ abp_result_int64(uint64 row, int column, int64 if_null)
 	return isnull ? if_null : DatumGetInt64(value);
 }
 
+/*
+ * An oid column of the last result; NULL is InvalidOid.
+ */
 Oid
 abp_result_oid(uint64 row, int column)
 {
@@ -87,6 +100,10 @@ abp_result_oid(uint64 row, int column)
 	return isnull ? InvalidOid : DatumGetObjectId(value);
 }
 
+/*
+ * An int8multirange column of the last result, copied to "context"; NULL is the
+ * empty set.
+ */
 IdSet
 abp_result_idset(uint64 row, int column, MemoryContext context)
 {

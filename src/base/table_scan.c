@@ -17,6 +17,10 @@
 #include "base/extension.h"
 #include "base/table_scan.h"
 
+/*
+ * Begin a scan of one of the extension's tables by one of its indexes, locked until
+ * the transaction ends.  Raises an error if one of them is not there.
+ */
 void
 abp_scan_begin_as_of(OrderedScan *scan, const char *table, const char *index,
 					 int nkeys, ScanKey keys, LOCKMODE lockmode, Snapshot snapshot)
@@ -27,6 +31,9 @@ abp_scan_begin_as_of(OrderedScan *scan, const char *table, const char *index,
 	scan->context = CurrentMemoryContext;
 }
 
+/*
+ * The same by the active snapshot.
+ */
 void
 abp_scan_begin(OrderedScan *scan, const char *table, const char *index,
 			   int nkeys, ScanKey keys, LOCKMODE lockmode)
@@ -34,6 +41,9 @@ abp_scan_begin(OrderedScan *scan, const char *table, const char *index,
 	abp_scan_begin_as_of(scan, table, index, nkeys, keys, lockmode, GetActiveSnapshot());
 }
 
+/*
+ * End a scan.
+ */
 void
 abp_scan_end(OrderedScan *scan)
 {
@@ -42,6 +52,9 @@ abp_scan_end(OrderedScan *scan)
 	table_close(scan->rel, NoLock);
 }
 
+/*
+ * The next tuple, NULL at the end; it lives until the one after it is asked for.
+ */
 HeapTuple
 abp_scan_next(OrderedScan *scan)
 {

@@ -15,6 +15,9 @@
 /* How much of the user's own text a reason repeats. */
 #define MAX_QUOTED_BYTES	40
 
+/*
+ * A reason as text, cut to MAX_REASON_LEN; palloc'd.
+ */
 text	   *
 abp_reason_text(const char *error)
 {

@@ -186,6 +186,9 @@ abp_usage_is_decimal(const char *str, int len)
 	return p == end;
 }
 
+/*
+ * A decimal number in text, as abp_usage_is_decimal accepts it, as numeric.
+ */
 Numeric
 abp_usage_decimal(const char *str, int len)
 {
@@ -208,6 +211,9 @@ abp_usage_mark_seen(Reading *r, const void *value)
 		r->seen[(byte - r->base) / BITS_PER_BYTE] |= 1 << (byte - r->base) % BITS_PER_BYTE;
 }
 
+/*
+ * Was the value that starts at this byte read?
+ */
 bool
 abp_usage_is_seen(const Reading *r, const void *value)
 {
@@ -507,6 +513,9 @@ find_number(Reading *r, JsonbContainer *container, const char *path,
 	return true;
 }
 
+/*
+ * Which of two numbers is larger: below, at or above 0.
+ */
 int
 abp_usage_compare(Numeric a, Numeric b)
 {

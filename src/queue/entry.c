@@ -207,6 +207,9 @@ write_entry(EntryWriter *writer, const OutboxEntry *entry, IdSet *ids)
 	heap_freetuple(tuple);
 }
 
+/*
+ * Write entries into the table of this OID, each cut into blocks.
+ */
 void
 abp_entries_put(Oid relid, OutboxEntry *entries, int nentries)
 {
@@ -300,6 +303,9 @@ abp_entry_read(HeapTuple tuple, TupleDesc desc)
 	return entry;
 }
 
+/*
+ * Does an entry's tuple hold an id?
+ */
 bool
 abp_entry_holds(HeapTuple tuple, TupleDesc desc, int64 id)
 {

@@ -38,7 +38,7 @@
 #include "queue/place.h"
 #include "queue/wake.h"
 #include "ship/guard.h"
-#include "ship/shipper.h"
+#include "ship/user_code.h"
 #include "usage/attach.h"
 #include "usage/collect.h"
 #include "usage/fate.h"
@@ -78,7 +78,7 @@ preview_row(const UsageRow *row, Jsonb *whole, void *arg)
 	abp_fate_of(row, preview->server, &verdict);
 	problem = verdict.error;
 	if (verdict.state != OUTBOX_REJECTED &&
-		(abp_ship_call_functions(preview->server, whole, &overrides, &problem) != GUARD_DONE ||
+		(abp_user_code_call(preview->server, whole, &overrides, &problem) != GUARD_DONE ||
 		 !abp_event_encode(&body, row, &preview->server->format, &overrides, &reason)))
 	{
 		verdict.state = OUTBOX_REJECTED;

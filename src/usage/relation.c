@@ -69,6 +69,9 @@ static const UsageColumn kept_columns[] = {
 	COL_ID, COL_EXTERNAL_ID, COL_OCCURRED_AT, COL_COST_NANOS, COL_COST_CENTS, COL_COST_STATUS
 };
 
+/*
+ * Does an UPDATE empty a column that it cannot empty?
+ */
 bool
 abp_relation_lacks_kept(const bool *nulls, const bool *old_nulls)
 {
@@ -103,6 +106,9 @@ abp_relation_keep(const UsageRelation *known, TupleDesc desc, HeapTuple tuple, H
 	return heap_modify_tuple_by_cols(tuple, desc, n, replace, values, isnull);
 }
 
+/*
+ * Is a column NULL that takes its default then?
+ */
 bool
 abp_relation_lacks_defaults(const UsageRelation *known, const bool *nulls)
 {
@@ -255,6 +261,11 @@ find_usage_table(Relation rel, Oid *serverid, int64 *ledger_from)
 	return InvalidOid;
 }
 
+/*
+ * What is known of a table with our triggers, looked up if need be; valid until
+ * anything is called that may change the table.  Raises an error if it has not the
+ * columns of a usage table.
+ */
 UsageRelation *
 abp_relation_know(Relation rel)
 {

@@ -23,6 +23,9 @@
 static HTAB *returning = NULL;
 static int	returning_level = 0;	/* the deepest nesting level among them */
 
+/*
+ * Find what is remembered of a row, or enter or remove it; NULL if nothing is.
+ */
 Returning  *
 abp_returning_find(Oid usage_table, int64 id, HASHACTION action)
 {

@@ -440,7 +440,7 @@ abp_rows_visible(const UsageTable *table, IdSet *ids)
 
 /*
  * Price rows anew: an UPDATE that the table's own trigger turns into new
- * costs (usage.c).  Returns the ids of the rows that there are.
+ * costs (triggers.c).  Returns the ids of the rows that there are.
  */
 IdSet
 abp_rows_reprice(const UsageTable *table, IdSet *ids)

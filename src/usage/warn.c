@@ -94,6 +94,9 @@ abp_warn_doubt(const char *doubt)
 			 errdetail("Counts that make no sense are left out. aibilling.explain_cost() tells the same of each row.")));
 }
 
+/*
+ * Warn, once a session for each model, of rows that wait for a price.
+ */
 void
 abp_warn_unpriced(const UsageRow *row, const char *reason)
 {

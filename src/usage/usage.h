@@ -24,6 +24,7 @@ extern char *abp_usage_doubt_of(const UsageRow *row);
 extern void abp_usage_note_doubt(const char *doubt);
 extern IdSet abp_usage_price_again(const UsageTable *table, IdSet *ids);
 extern IdSet abp_usage_existing(Oid usage_table, const IdSet *ids);
+extern bool abp_usage_row_left(Oid usage_table, int64 id, int64 ledger_from, bool *maybe_sent);
 extern void abp_usage_forget_relations(void);
 
 #endif							/* ABP_USAGE_H */

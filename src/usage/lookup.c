@@ -183,7 +183,8 @@ abp_lookup_exists(Oid usage_table, int64 id)
 }
 
 /*
- * Ids of which there is a row, of those given; in the current memory context.
+ * Ids of which there is a row, of those given, in a usage table or a partition;
+ * in the current memory context.
  */
 IdSet
 abp_lookup_existing(Oid usage_table, const IdSet *ids)
@@ -194,6 +195,8 @@ abp_lookup_existing(Oid usage_table, const IdSet *ids)
 	{
 		for (int64 id = ids->ranges[i].first;; id++)
 		{
+			CHECK_FOR_INTERRUPTS();
+
 			if (abp_lookup_exists(usage_table, id))
 				abp_idset_add(&existing, id, id, CurrentMemoryContext);
 			if (id == ids->ranges[i].last)

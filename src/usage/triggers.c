@@ -446,14 +446,41 @@ abp_sql_enqueue_usage(PG_FUNCTION_ARGS)
  * may be of either: the shipper looks at the other one, which Polar may have.
  */
 static void
-leave_to_other(const UsageRelation *known, int64 id, const RowPlace *place, bool own)
+leave_to_other(Oid usage_table, int64 id, int64 ledger_from, const RowPlace *place, bool own)
 {
 	RowState	ready = {OUTBOX_READY, DT_NOBEGIN};
 
 	ready.outcome_unknown = place->outcome_unknown ||
-		abp_ledger_has(known->usage_table, id, known->ledger_from);
+		abp_ledger_has(usage_table, id, ledger_from);
 	if (place->state == OUTBOX_REJECTED || ready.outcome_unknown)
-		abp_collect_changed(known->usage_table, id, own ? NULL : place, &ready);
+		abp_collect_changed(usage_table, id, own ? NULL : place, &ready);
+}
+
+/*
+ * A row has left its table with its partition: take what waits of it out of the
+ * outbox, unless there is another row of its id.  Returns whether anything
+ * waits, and whether Polar may have it.
+ */
+bool
+abp_usage_row_left(Oid usage_table, int64 id, int64 ledger_from, bool *maybe_sent)
+{
+	RowPlace	place;
+	bool		own = abp_collect_find(usage_table, id, &place);
+
+	if (!own)
+		abp_place_find(usage_table, id, ledger_from, &place);
+	if (place.state == 0)
+		return false;
+
+	*maybe_sent = place.outcome_unknown || place.where == ROW_SENDING ||
+		abp_ledger_has(usage_table, id, ledger_from);
+	if (place.where == ROW_SENDING)
+		return true;
+	if (abp_lookup_exists(usage_table, id))
+		leave_to_other(usage_table, id, ledger_from, &place, own);
+	else
+		abp_collect_changed(usage_table, id, own ? NULL : &place, NULL);
+	return true;
 }
 
 /*
@@ -518,7 +545,7 @@ abp_sql_guard_usage(PG_FUNCTION_ARGS)
 		return PointerGetDatum(NULL);
 
 	if (!is_there && abp_lookup_exists(known->usage_table, id))
-		leave_to_other(known, id, &place, own);
+		leave_to_other(known->usage_table, id, known->ledger_from, &place, own);
 	else if (!place.outcome_unknown)
 		abp_collect_changed(known->usage_table, id, own ? NULL : &place, NULL);
 	else if (!is_there || !row.unchanged)

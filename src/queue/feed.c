@@ -16,46 +16,19 @@
 #include "access/htup_details.h"
 #include "access/table.h"
 #include "catalog/pg_type.h"
-#include "executor/spi.h"
 #include "utils/fmgroids.h"
 #include "utils/lsyscache.h"
 #include "utils/rel.h"
 #include "utils/snapmgr.h"
 
+#include "base/extension.h"
+#include "base/rights.h"
+#include "base/statement.h"
 #include "queue/feed.h"
-
-/* A statement about one usage table, or one delivery, that is prepared once a session. */
-typedef struct FeedStatement
-{
-	const char *sql;
-	Oid			argtype;
-	SPIPlanPtr	plan;
-} FeedStatement;
 
 /* The ids of an outbox entry, whether it has one or several. */
 #define IDS_OF(entry) \
 	"coalesce(" entry ".ids, int8multirange(int8range(" entry ".id, nullif(" entry ".id, 9223372036854775807) + 1)))"
-
-/* Run a statement inside SPI_connect.  Returns the number of rows. */
-static uint64
-run(FeedStatement *statement, Datum value)
-{
-	int			result;
-
-	if (statement->plan == NULL)
-	{
-		SPIPlanPtr	plan = SPI_prepare(statement->sql, 1, &statement->argtype);
-
-		if (plan == NULL)
-			elog(ERROR, "unexpected failure to prepare: %s", SPI_result_code_string(SPI_result));
-		SPI_keepplan(plan);
-		statement->plan = plan;
-	}
-	result = SPI_execute_plan(statement->plan, &value, NULL, false, 0);
-	if (result < 0)
-		elog(ERROR, "unexpected failure to execute: %s", SPI_result_code_string(result));
-	return SPI_processed;
-}
 
 /*
  * Is this attached table fed by a subscription?  Without SQL: a session asks it
@@ -100,27 +73,19 @@ abp_feed_replicated(Oid usage_table)
 IdSet
 abp_feed_sending(Oid usage_table)
 {
-	static FeedStatement sending = {
+	static Statement sending = {
 		"SELECT range_agg(d.usage_ids) FROM aibilling.ledger d WHERE d.usage_table = $1 AND d.state = 'sending'",
-		REGCLASSOID
+		1, {REGCLASSOID}
 	};
+	Datum		values[1] = {ObjectIdGetDatum(usage_table)};
 	MemoryContext caller = CurrentMemoryContext;
-	IdSet		ids = {0};
+	IdSet		ids;
 	SavedUser	saved;
-	bool		isnull;
-	Datum		value;
 
 	abp_become_extension_owner(&saved);
 	SPI_connect();
-	(void) run(&sending, ObjectIdGetDatum(usage_table));
-	value = SPI_getbinval(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 1, &isnull);
-	if (!isnull)
-	{
-		MemoryContext old = MemoryContextSwitchTo(caller);
-
-		ids = abp_idset_from_multirange(value);
-		MemoryContextSwitchTo(old);
-	}
+	(void) abp_statement_run(&sending, values, NULL);
+	ids = abp_result_idset(0, 1, caller);
 	SPI_finish();
 	abp_restore_user(&saved);
 	return ids;
@@ -134,12 +99,12 @@ abp_feed_sending(Oid usage_table)
 void
 abp_feed_sum_up(Oid usage_table)
 {
-	static FeedStatement noted = {
+	static Statement noted = {
 		"SELECT FROM aibilling.outbox_entry e WHERE e.usage_table = $1"
 		" AND e.state = ANY ('{s,k,v}'::pg_catalog.\"char\"[]) AND e.not_before = '-infinity' LIMIT 1",
-		REGCLASSOID
+		1, {REGCLASSOID}
 	};
-	static FeedStatement sum_up = {
+	static Statement sum_up = {
 		"WITH gone AS (DELETE FROM aibilling.outbox_entry e WHERE e.usage_table = $1"
 		"  AND e.state = ANY ('{s,k}'::pg_catalog.\"char\"[]) AND e.not_before = '-infinity'"
 		"  RETURNING e.state, (SELECT sum(coalesce(upper(r), 9223372036854775807) - lower(r))"
@@ -148,27 +113,20 @@ abp_feed_sum_up(Oid usage_table)
 		"  skipped = skipped + (SELECT coalesce(sum(g.n), 0) FROM gone g WHERE g.state = 's'),"
 		"  kept = kept + (SELECT coalesce(sum(g.n), 0) FROM gone g WHERE g.state = 'k')"
 		" WHERE usage = $1",
-		REGCLASSOID
+		1, {REGCLASSOID}
 	};
-	static FeedStatement forget = {
+	static Statement forget = {
 		"DELETE FROM aibilling.outbox_entry e WHERE e.usage_table = $1 AND e.state = 'v'"
 		" AND e.not_before = '-infinity' AND NOT EXISTS (SELECT FROM aibilling.ledger d"
 		"  WHERE d.usage_table = $1 AND d.state = 'sending' AND d.usage_ids && " IDS_OF("e") ")",
-		REGCLASSOID
+		1, {REGCLASSOID}
 	};
-	SavedUser	saved;
+	Datum		values[1] = {ObjectIdGetDatum(usage_table)};
 
-	if (!abp_feed_replicated(usage_table))
+	if (!abp_feed_replicated(usage_table) || abp_statement_run_alone(&noted, values, NULL) == 0)
 		return;
-	abp_become_extension_owner(&saved);
-	SPI_connect();
-	if (run(&noted, ObjectIdGetDatum(usage_table)) > 0)
-	{
-		(void) run(&sum_up, ObjectIdGetDatum(usage_table));
-		(void) run(&forget, ObjectIdGetDatum(usage_table));
-	}
-	SPI_finish();
-	abp_restore_user(&saved);
+	(void) abp_statement_run_alone(&sum_up, values, NULL);
+	(void) abp_statement_run_alone(&forget, values, NULL);
 }
 
 /*
@@ -178,21 +136,16 @@ abp_feed_sum_up(Oid usage_table)
 void
 abp_feed_settled(const Delivery *delivery)
 {
-	static FeedStatement count = {
+	static Statement count = {
 		"UPDATE aibilling.ledger d SET vanished = d.vanished + v.n"
 		" FROM (SELECT sum(upper(r) - lower(r)) AS n"
 		"  FROM aibilling.ledger l, aibilling.outbox_entry e, unnest(l.usage_ids * " IDS_OF("e") ") r"
 		"  WHERE l.id = $1 AND e.usage_table = l.usage_table AND e.state = 'v' AND e.not_before = '-infinity') v"
 		" WHERE d.id = $1 AND v.n > 0",
-		INT8OID
+		1, {INT8OID}
 	};
-	SavedUser	saved;
+	Datum		values[1] = {Int64GetDatum(delivery->id)};
 
-	if (!abp_feed_replicated(delivery->usage_table))
-		return;
-	abp_become_extension_owner(&saved);
-	SPI_connect();
-	(void) run(&count, Int64GetDatum(delivery->id));
-	SPI_finish();
-	abp_restore_user(&saved);
+	if (abp_feed_replicated(delivery->usage_table))
+		(void) abp_statement_run_alone(&count, values, NULL);
 }

@@ -11,7 +11,8 @@
 
 #include "postgres.h"
 
-#include "queue/outbox.h"
+#include "base/idset.h"
+#include "queue/ledger.h"
 
 extern bool abp_feed_replicated(Oid usage_table);
 extern IdSet abp_feed_sending(Oid usage_table);

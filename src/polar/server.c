@@ -17,6 +17,7 @@
 
 #include <ctype.h>
 #include <fcntl.h>
+#include <pwd.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -862,6 +863,17 @@ token_fault(const char *token, size_t len)
 		return "is empty";
 	if (len > MAX_TOKEN_BYTES)
 		return "is longer than 4 kB";
+	/* as shells and .env files have it */
+	if (token[0] == '"' || token[0] == '\'')
+		return "is in quotes";
+	if (len > strlen("Bearer ") && pg_strncasecmp(token, "Bearer ", strlen("Bearer ")) == 0)
+		return "begins with \"Bearer\"";
+	for (size_t i = 0; i < len && (isalnum((unsigned char) token[i]) || token[i] == '_'); i++)
+	{
+		/* not at the end, where base64 has it */
+		if (i + 2 < len && token[i + 1] == '=' && token[i + 2] != '=')
+			return "begins with a name and \"=\"";
+	}
 	for (size_t i = 0; i < len; i++)
 	{
 		/* a line break would let the token write headers of its own */
@@ -1450,7 +1462,22 @@ mapped_token(Oid serverid, Oid usage_owner, bool *mapped, bool *is_public)
 	return token;
 }
 
-/* Returns the token in a file, or NULL and the reason. */
+/* Returns the operating system user of the server, by name or number. */
+static const char *
+server_user(void)
+{
+	struct passwd *user = getpwuid(geteuid());
+
+	return user != NULL ? pstrdup(user->pw_name) : psprintf("%u", (unsigned) geteuid());
+}
+
+/*
+ * Returns the token in a file, or NULL and the reason.
+ *
+ * Who may read the file is PostgreSQL's rule for ssl_key_file: the server's
+ * user alone, or root and a group of the server's, as secrets that Docker and
+ * Kubernetes mount have it.
+ */
 static char *
 token_from_file(const char *path, StringInfo reason)
 {
@@ -1466,9 +1493,13 @@ token_from_file(const char *path, StringInfo reason)
 	fd = OpenTransientFile(path, O_RDONLY | O_NONBLOCK | PG_BINARY);
 	if (fd < 0)
 	{
+		int			open_errno = errno;
+		const char *user = server_user();
+
+		errno = open_errno;
 		appendStringInfo(reason,
-						 "could not open access token file \"%s\": %m; let it be readable by the operating system user of the database server",
-						 path);
+						 "could not open access token file \"%s\": %m; it must be there and readable by the operating system user of the database server, \"%s\"",
+						 path, user);
 		return NULL;
 	}
 
@@ -1481,12 +1512,13 @@ token_from_file(const char *path, StringInfo reason)
 						 path);
 	else if (st.st_uid != geteuid() && st.st_uid != 0)
 		appendStringInfo(reason,
-						 "access token file \"%s\" must be owned by the operating system user of the database server or by root; use chown",
-						 path);
-	else if (st.st_mode & (S_IRWXG | S_IRWXO))
+						 "access token file \"%s\" must be owned by the operating system user of the database server or by root; use chown %s",
+						 path, server_user());
+	else if (st.st_uid == 0 ? st.st_mode & (S_IWGRP | S_IXGRP | S_IRWXO) : st.st_mode & (S_IRWXG | S_IRWXO))
 		appendStringInfo(reason,
-						 "access token file \"%s\" is open to group or others; use chmod 0600",
-						 path);
+						 "access token file \"%s\" is open to %s; use chmod %s", path,
+						 st.st_uid == 0 ? "others, or its group may write it" : "group or others",
+						 st.st_uid == 0 ? "0640" : "0600");
 	else
 	{
 		ssize_t		n;

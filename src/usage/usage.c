@@ -1367,7 +1367,7 @@ check_trigger(FunctionCallInfo fcinfo, const char *name,
 /* The new row with its columns filled in and its cost. */
 static HeapTuple
 priced_tuple(UsageRelation *known, TupleDesc desc, const UsageRow *row,
-			 bool normalized, const PricedCost *cost)
+			 bool normalized, bool stripped, const PricedCost *cost)
 {
 	Datum	   *values = known->values;
 	bool	   *nulls = known->nulls;
@@ -1400,6 +1400,8 @@ priced_tuple(UsageRelation *known, TupleDesc desc, const UsageRow *row,
 				   PointerGetDatum(cstring_to_text_with_len(row->generation_id.data,
 															row->generation_id.len)));
 	}
+	if (stripped)
+		SET_COLUMN(COL_RAW_USAGE, row->raw_usage == NULL, JsonbPGetDatum(row->raw_usage));
 	if (row->tags_are_null && !nulls[known->columns.attnums[COL_TAGS] - 1])
 		SET_COLUMN(COL_TAGS, false, JsonbPGetDatum(row->tags));
 	SET_COLUMN(COL_COST_NANOS, !cost->known, Int64GetDatum(cost->cost_nanos));
@@ -1568,6 +1570,8 @@ abp_sql_price_usage(PG_FUNCTION_ARGS)
 	PricedCost	cost = {COST_INCOMPLETE};
 	bool		update;
 	bool		normalized = false;
+	bool		strips = false;
+	Jsonb	   *kept = NULL;
 	HeapTuple	tuple;
 
 	check_trigger(fcinfo, "price_usage",
@@ -1643,9 +1647,13 @@ abp_sql_price_usage(PG_FUNCTION_ARGS)
 
 	if (row.raw_usage != NULL)
 	{
+		UsageCall	call = {row.model, row.provider_cost != NULL};
 		StringInfoData reason;
 		char	   *doubt;
 
+		strips = server != NULL && server->strip_raw_usage;
+		if (strips)
+			kept = abp_usage_strip(row.usage_format, row.raw_usage, &call);
 		initStringInfo(&reason);
 		normalized = normalize_row(&row, &reason, &doubt);
 		pfree(reason.data);
@@ -1662,7 +1670,9 @@ abp_sql_price_usage(PG_FUNCTION_ARGS)
 		if (unlikely(!row.counts.given[COUNT_OUTPUT]) && !update)
 			warn_of_no_output(&row, &request, &cost);
 	}
-	tuple = priced_tuple(known, desc, &row, normalized, &cost);
+	if (unlikely(strips))
+		row.raw_usage = kept;
+	tuple = priced_tuple(known, desc, &row, normalized, strips, &cost);
 
 	if (update && OidIsValid(known->usage_table) && server != NULL)
 	{

@@ -1718,3 +1718,4 @@ COMMENT ON FUNCTION aibilling.usage_status(regclass, bigint) IS
 'Where a usage row stands: state pending, unpriced, rejected, sending, delivered, not_sent (loaded, or there before the table was attached) or no_row (there is none of this id), the delivery, when it was last sent, how often it was tried, and the last error';
 COMMENT ON COLUMN aibilling.status.last_error IS
 'Error of the last delivery that had one, with its time if a delivery has succeeded since';
+COMMENT ON COLUMN aibilling.status.rejected IS 'Rows that cannot be sent until they are fixed; see aibilling.outbox';

@@ -32,10 +32,18 @@
 #include "utils/timestamp.h"
 #include "utils/varlena.h"
 
+#include "base/extension.h"
+#include "base/idset.h"
+#include "base/rights.h"
 #include "compat.h"
 #include "config.h"
-#include "polar/polar.h"
+#include "polar/limits.h"
+#include "polar/verdict.h"
 #include "polar/server.h"
+#include "polar/token.h"
+#include "queue/attachment.h"
+#include "queue/entry.h"
+#include "queue/ledger.h"
 #include "queue/outbox.h"
 #include "queue/wake.h"
 #include "ship/http.h"
@@ -559,8 +567,8 @@ try_token(const ServerOptions *server, const char *token, char **error, long *st
 		if (reply->outcome == HTTP_ANSWERED)
 		{
 			*status = reply->status;
-			verdict = abp_polar_judge(reply->status, reply->body, reply->body_len, reply->truncated,
-									  reply->retry_after, 0, GetCurrentTimestamp());
+			verdict = abp_verdict_of(reply->status, reply->body, reply->body_len, reply->truncated,
+									 reply->retry_after, 0, GetCurrentTimestamp());
 		}
 		else
 			*error = pstrdup(reply->error);

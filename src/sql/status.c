@@ -27,16 +27,24 @@
 #include "utils/timestamp.h"
 #include "utils/varlena.h"
 
+#include "base/extension.h"
+#include "base/idset.h"
+#include "base/rights.h"
+#include "base/usage_row.h"
 #include "compat.h"
 #include "config.h"
+#include "queue/attachment.h"
+#include "queue/entry.h"
+#include "queue/ledger.h"
 #include "queue/outbox.h"
 #include "queue/wake.h"
 #include "ship/guard.h"
 #include "ship/shipper.h"
 #include "sql/status.h"
 #include "usage/attach.h"
+#include "usage/lookup.h"
 #include "usage/row.h"
-#include "usage/usage.h"
+#include "usage/rows.h"
 
 /* How many waiting rows status counts one by one. */
 #define STATUS_EXACT_LIMIT 100000
@@ -170,10 +178,7 @@ abp_sql_usage_status(PG_FUNCTION_ARGS)
 
 	if (nulls[0])
 	{
-		IdSet		id = {0};
-
-		abp_idset_add(&id, PG_GETARG_INT64(1), PG_GETARG_INT64(1), CurrentMemoryContext);
-		values[0] = CStringGetTextDatum(abp_usage_existing(PG_GETARG_OID(0), &id).nranges > 0 ?
+		values[0] = CStringGetTextDatum(abp_lookup_exists(PG_GETARG_OID(0), PG_GETARG_INT64(1)) ?
 										"not_sent" : "no_row");
 		nulls[0] = false;
 	}
@@ -369,7 +374,7 @@ read_oldest(void *arg)
 	OldestRow  *oldest = arg;
 
 	abp_guard_start_clock();
-	abp_usage_read(oldest->table, &oldest->ids, false, note_oldest, oldest);
+	abp_rows_read(oldest->table, &oldest->ids, false, note_oldest, oldest);
 }
 
 /*

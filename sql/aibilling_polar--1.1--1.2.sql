@@ -1702,3 +1702,20 @@ GRANT EXECUTE ON FUNCTION
 	aibilling.price_in_tier(aibilling.price, text, numeric),
 	aibilling.set_price(text, text, numeric, numeric, numeric, numeric, numeric, numeric, numeric, numeric, jsonb, text, timestamptz)
 TO PUBLIC;
+
+-- ---------------------------------------------------------------------------
+-- The first hour
+-- ---------------------------------------------------------------------------
+
+CREATE FUNCTION aibilling.check_setup(
+	OUT step integer, OUT item text, OUT ok boolean, OUT wrong text, OUT fix text) RETURNS SETOF record
+LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'abp_sql_check_setup'
+ROWS 20;
+COMMENT ON FUNCTION aibilling.check_setup() IS
+'What must be right before usage is billed, one row a thing, in the order in which people set it up: whether it is right (NULL: not known yet, or not for the caller to know), what is wrong, and what fixes it, an SQL statement if it ends in a semicolon, else a command for a shell on the database server. Sends each server a request without events, which stores nothing; a token is tried for whoever may set it, and takes up to 10 seconds where Polar is not reached';
+GRANT EXECUTE ON FUNCTION aibilling.check_setup() TO PUBLIC;
+COMMENT ON FUNCTION aibilling.usage_status(regclass, bigint) IS
+'Where a usage row stands: state pending, unpriced, rejected, sending, delivered, not_sent (loaded, or there before the table was attached) or no_row (there is none of this id), the delivery, when it was last sent, how often it was tried, and the last error';
+COMMENT ON COLUMN aibilling.status.last_error IS
+'Error of the last delivery that had one, with its time if a delivery has succeeded since';
+COMMENT ON COLUMN aibilling.status.rejected IS 'Rows that cannot be sent until they are fixed; see aibilling.outbox';

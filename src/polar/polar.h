@@ -33,6 +33,16 @@ typedef struct EventOverrides
 	Jsonb	   *metadata;		/* the whole metadata, or NULL */
 } EventOverrides;
 
+/* Whom an event is about, as it is sent; neither, where that cannot be said. */
+typedef struct EventCustomer
+{
+	bool		has_id;
+	pg_uuid_t	id;				/* Polar's own, if has_id */
+	TextView	external_id;	/* the application's, .data == NULL if not sent */
+	char		number[256];	/* what external_id points to if a tag is a
+								 * number */
+} EventCustomer;
+
 typedef enum VerdictKind
 {
 	VERDICT_DELIVERED,			/* 200, inserted + duplicates = events */
@@ -70,6 +80,8 @@ typedef struct Verdict
 
 extern bool abp_polar_check(const UsageRow *row, const EventFormat *format,
 							StringInfo reason);
+extern void abp_polar_customer(const UsageRow *row, const EventFormat *format,
+							   EventCustomer *customer);
 extern bool abp_polar_encode(StringInfo body, const UsageRow *row,
 							 const EventFormat *format,
 							 const EventOverrides *overrides,

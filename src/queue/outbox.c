@@ -61,6 +61,7 @@
 
 #include "compat.h"
 #include "queue/outbox.h"
+#include "queue/shares.h"
 
 /* The most ids an entry can hold; see the head of this file. */
 #define OUTBOX_BLOCK 1024
@@ -210,7 +211,8 @@ abp_extension_installed(void)
 {
 	return OidIsValid(get_extension_oid("aibilling_polar", true)) &&
 		OidIsValid(abp_extension_relation("database_identity")) &&
-		OidIsValid(abp_extension_relation("ledger"));
+		OidIsValid(abp_extension_relation("ledger")) &&
+		OidIsValid(abp_extension_relation("rollup"));
 }
 
 /*
@@ -1400,6 +1402,46 @@ next_left(OrderedScan *scan, OutboxEntry *entry)
 }
 
 /*
+ * All ids of a table by the active snapshot, in the current memory context: in
+ * *unsure those that Polar may have.
+ */
+void
+abp_outbox_ids(Oid usage_table, IdSet *sure, IdSet *unsure)
+{
+	bool		removals = has_removals(usage_table);
+
+	for (int i = 0; i < NUM_OUTBOX_STATES; i++)
+	{
+		OrderedScan scan;
+		HeapTuple	tuple;
+		OutboxEntry entry;
+
+		begin_entry_scan(&scan, usage_table, abp_outbox_states[i], PG_INT64_MIN, DT_NOEND,
+						 AccessShareLock);
+		if (removals)
+		{
+			while (next_left(&scan, &entry) != NULL)
+				abp_idset_add_set(entry.outcome_unknown ? unsure : sure, &entry.ids,
+								  CurrentMemoryContext);
+		}
+		else
+		{
+			while ((tuple = next_ordered(&scan)) != NULL)
+			{
+				IdSet		ids = read_entry_ids(tuple, RelationGetDescr(scan.rel));
+
+				abp_idset_add_set(ENTRY_FORM(tuple)->outcome_unknown ? unsure : sure, &ids,
+								  CurrentMemoryContext);
+				abp_idset_free(&ids);
+			}
+		}
+		end_ordered_scan(&scan);
+	}
+	abp_idset_sort(sure);
+	abp_idset_sort(unsure);
+}
+
+/*
  * Up to max_ids ids of a table in one state, left where they are.
  */
 IdSet
@@ -1739,6 +1781,8 @@ abp_ledger_finish(Delivery *delivery, const char *state, const char *error)
 		values[7] = PointerGetDatum(error_text(error));
 
 	run_alone(&finish, values, nulls);
+	if (strcmp(state, "delivered") != 0)
+		abp_share_drop(delivery->id);
 }
 
 /* What event_keys has written, in the current memory context; NULL if nothing. */

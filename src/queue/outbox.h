@@ -152,6 +152,9 @@ typedef struct Delivery
 	int64	   *event_ids;		/* the row of each event */
 	IdSet		key_ids;		/* the rows of the first request, and for each */
 	uint32	   *keys;			/* the checksum of its external_id, or NULL */
+	bytea	   *share;			/* what its rows add up to, NULL: not known */
+	bool		knows_counted;	/* is "counted" known? */
+	IdSet		counted;		/* rows that another delivery counts already */
 	StringInfoData body;
 	int64		inserted;
 	int64		duplicates;
@@ -183,6 +186,7 @@ extern int64 abp_outbox_count(Oid usage_table, char state, int64 exact_limit,
 							  bool *estimated, int64 *first_id);
 extern int64 abp_outbox_count_all(void);
 extern int64 abp_outbox_discard(Oid usage_table);
+extern void abp_outbox_ids(Oid usage_table, IdSet *sure, IdSet *unsure);
 extern IdSet abp_outbox_peek(Oid usage_table, char state, int64 max_ids);
 extern int64 abp_outbox_make_ready(Oid usage_table, char state, IdSet *only);
 extern bool abp_outbox_bounds(Oid usage_table, char state, int64 *first,

@@ -53,10 +53,13 @@
 #include "polar/polar.h"
 #include "polar/server.h"
 #include "queue/outbox.h"
+#include "queue/shares.h"
 #include "queue/wake.h"
+#include "ship/fold.h"
 #include "ship/guard.h"
 #include "ship/http.h"
 #include "ship/shipper.h"
+#include "usage/share.h"
 #include "usage/usage.h"
 
 /* Advisory locks of SQL have 1 or 2 here: no session can name ours. */
@@ -230,6 +233,8 @@ typedef struct Filling
 	int64		nrows;
 	int64	   *row_ids;		/* of each row, as they came */
 	uint32	   *event_keys;		/* of each event */
+	ShareGroups groups;			/* what the events add up to, */
+	ShareNote  *notes;			/* each one's part */
 	IdSet		seen;
 	IdSet		changing;		/* another transaction may be changing them */
 	IdSet		sent;
@@ -435,6 +440,7 @@ abp_ship_reset(void)
 	prices_changed = true;
 	tables_stale = true;
 	delivered = 0;
+	abp_fold_reset();
 }
 
 static Lane *
@@ -919,6 +925,8 @@ add_event(const UsageRow *row, Jsonb *whole, void *arg)
 	else
 	{
 		filling->event_keys[delivery->nevents] = external_id_key(row);
+		abp_share_note(&filling->groups, &filling->notes[delivery->nevents], row,
+					   &filling->server->format);
 		delivery->event_ids[delivery->nevents++] = row->id;
 		abp_idset_add(&filling->sent, row->id, row->id, filling->context);
 	}
@@ -1173,6 +1181,8 @@ read_batch(Filling *filling, IdSet *ids, bool whole)
 
 	filling->row_ids = palloc(sizeof(int64) * (filling->max_rows + 1));
 	filling->event_keys = palloc(sizeof(uint32) * Max(1, filling->max_rows));
+	filling->notes = palloc(sizeof(ShareNote) * Max(1, filling->max_rows));
+	abp_share_init(&filling->groups, filling->context);
 	appendStringInfoString(&delivery->body, "{\"events\":[");
 	read_rows(filling, ids, whole);
 	if (filling->changing.nranges > 0)
@@ -1231,6 +1241,41 @@ keep_keys(Filling *filling)
 		delivery->keys[i] = keys[i].key;
 	memset(&delivery->key_ids, 0, sizeof(IdSet));
 	abp_idset_add_set(&delivery->key_ids, &delivery->ids, filling->shipment->context);
+}
+
+/* Add up what the events of a request are, but for those that others count. */
+static void
+add_up(Filling *filling)
+{
+	Delivery   *delivery = &filling->shipment->delivery;
+	ShareGroups *groups = &filling->groups;
+	MemoryContext old;
+
+	if (!delivery->knows_counted)
+	{
+		IdSet		counted = {0};
+
+		if (delivery->outcome_unknown)
+			counted = abp_ledger_counted(delivery->usage_table, &delivery->ids,
+										 filling->table->ledger_from);
+		abp_idset_add_set(&delivery->counted, &counted, filling->shipment->context);
+		delivery->knows_counted = true;
+	}
+	for (int i = 0; i < delivery->nevents; i++)
+	{
+		ShareNote  *note = &filling->notes[i];
+
+		if (delivery->counted.nranges == 0 ||
+			!abp_idset_contains(&delivery->counted, delivery->event_ids[i]))
+			abp_share_add(groups, &groups->groups[note->group].sums, &note->sums);
+	}
+
+	old = MemoryContextSwitchTo(filling->shipment->context);
+	if (delivery->share != NULL)
+		pfree(delivery->share);
+	delivery->share = NULL;
+	delivery->share = abp_share_encode(groups);
+	MemoryContextSwitchTo(old);
 }
 
 /*
@@ -1332,6 +1377,7 @@ fill_shipment(Shipment *shipment, const UsageTable *table,
 	memset(&delivery->ids, 0, sizeof(IdSet));
 	abp_idset_add_set(&delivery->ids, &filling.sent, shipment->context);
 	abp_idset_sort(&delivery->ids);
+	add_up(&filling);
 	if (taken_from != 0)
 		keep_keys(&filling);
 	if (filling.changing.nranges > 0)
@@ -1555,6 +1601,14 @@ return_or_keep(Shipment *shipment, const char *error, bool burn_attempt)
 		give_back(shipment, error, burn_attempt);
 }
 
+/* What is left of a delivery's rows is added up when they are sent again. */
+static void
+forget_share(Delivery *delivery)
+{
+	delivery->share = NULL;
+	abp_share_write(delivery);
+}
+
 /* Two deliveries know the same rows again; in the current memory context. */
 static void
 copy_keys(Delivery *to, const Delivery *from)
@@ -1584,12 +1638,16 @@ halve(Shipment *shipment, const char *error)
 	half->delivery.ids = abp_idset_split(&delivery->ids, delivery->nevents / 2);
 	half->delivery.nevents = delivery->nevents - delivery->nevents / 2;
 	copy_keys(&half->delivery, delivery);
+	half->delivery.knows_counted = delivery->knows_counted;
+	half->delivery.counted = abp_idset_copy(&delivery->counted);
 	MemoryContextSwitchTo(old);
 
 	abp_ledger_begin(&half->delivery);
+	forget_share(&half->delivery);
 	keep_for_retry(half, DT_NOBEGIN, error);
 
 	delivery->nevents /= 2;
+	forget_share(delivery);
 	shipment->server_errors = 0;
 	shipment->timeouts = 0;
 	keep_for_retry(shipment, DT_NOBEGIN, error);
@@ -1634,6 +1692,7 @@ settle_delivered(Shipment *shipment, const Verdict *verdict, double elapsed_ms,
 				 errhint("Another producer, or a copy of this database, sends the same external ids.")));
 	}
 	abp_ledger_finish(delivery, "delivered", NULL);
+	abp_fold_delivered();
 	delivered += delivery->nevents;
 	lane_succeeded(lane);
 
@@ -1689,6 +1748,7 @@ settle_refused(Shipment *shipment, const Verdict *verdict)
 	memset(&delivery->ids, 0, sizeof(IdSet));
 	abp_idset_add_set(&delivery->ids, &rest, shipment->context);
 	delivery->nevents = abp_idset_count(&delivery->ids);
+	forget_share(delivery);
 	keep_for_retry(shipment, DT_NOBEGIN, verdict->error);
 }
 
@@ -2135,6 +2195,7 @@ prepare_next(const UsageTable *table, const ServerOptions *server, void *arg)
 		abp_ledger_begin(delivery);
 	if (delivery->nevents > 0)
 	{
+		abp_share_write(delivery);
 		next->shipment->stage = SHIPMENT_PREPARED;
 		position->rests = 0;
 		position->row_too_large = 0;
@@ -2190,6 +2251,7 @@ rebuild(const UsageTable *table, const ServerOptions *server, void *arg)
 	if (delivery->nevents > 0)
 	{
 		abp_ledger_resend(delivery);
+		abp_share_write(delivery);
 		shipment->stage = SHIPMENT_PREPARED;
 	}
 	else
@@ -2749,6 +2811,7 @@ recover(List *tables)
 		shipment->delivery.vanished_ids = abp_idset_copy(&left->vanished_ids);
 		copy_keys(&shipment->delivery, left);
 		MemoryContextSwitchTo(old);
+		abp_share_load_counted(&shipment->delivery, shipment->context);
 		shipment->delivery.nevents = abp_idset_count(&left->ids);
 		shipment->stage = SHIPMENT_WAITING;
 		shipment->retry_at = DT_NOBEGIN;
@@ -2869,6 +2932,7 @@ forget_dropped(List *tables)
 			continue;
 		count = abp_outbox_discard(table->relid);
 		abp_usage_table_forget(table->relid);
+		abp_rollup_forget(table->relid);
 		tables_stale = true;
 		if (count > 0)
 			ereport(WARNING,
@@ -3347,6 +3411,8 @@ work(const ShipScope *scope)
 		}
 		serve_table(table, fresh, &departures);
 	}
+
+	more_to_build |= abp_fold(tables, departures == NIL && !more_to_build && !backlog, &next_due);
 
 	/* One table's backlog waits little for another's rows to gather. */
 	if (backlog)

@@ -35,6 +35,7 @@
 #include "compat.h"
 #include "polar/server.h"
 #include "queue/outbox.h"
+#include "queue/shares.h"
 #include "queue/wake.h"
 #include "usage/attach.h"
 #include "usage/collect.h"
@@ -584,6 +585,7 @@ abp_sql_on_sql_drop(PG_FUNCTION_ARGS)
 		int64		ledger_from;
 		int64		count;
 
+		abp_rollup_forget(relid);
 		if (!abp_usage_table_attached(relid, &serverid, &ledger_from))
 			continue;
 		count = abp_outbox_discard(relid);

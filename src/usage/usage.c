@@ -50,6 +50,7 @@
 #include "price/normalize.h"
 #include "price/price.h"
 #include "queue/outbox.h"
+#include "queue/shares.h"
 #include "queue/wake.h"
 #include "usage/collect.h"
 #include "usage/usage.h"
@@ -1826,6 +1827,7 @@ abp_sql_truncate_usage(PG_FUNCTION_ARGS)
 	count = abp_outbox_discard(known->usage_table);
 	abp_collect_truncated(known->usage_table);
 	abp_usage_table_truncated(known->usage_table);
+	abp_shares_truncated(known->usage_table);
 	if (count > 0)
 		ereport(WARNING,
 				(errcode(ERRCODE_WARNING),

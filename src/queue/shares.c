@@ -275,20 +275,21 @@ abp_shares_to_fold(int64 from_delivery, int max_shares, bool unknown)
 }
 
 /*
- * The first delivery that is being sent, PG_INT64_MAX if none is.
+ * The first delivery that is being sent, or that is to come.
  */
 int64
-abp_share_oldest_sending(void)
+abp_share_first_open(void)
 {
-	static Statement oldest = {
-		"SELECT coalesce(min(d.id), 9223372036854775807) FROM aibilling.ledger d WHERE d.state = 'sending'",
+	static Statement first = {
+		"SELECT coalesce((SELECT min(d.id) FROM aibilling.ledger d WHERE d.state = 'sending'),"
+		" (SELECT max(d.id) + 1 FROM aibilling.ledger d), 0)",
 		true, 0, {0}
 	};
 	int64		id;
 	bool		isnull;
 	SavedUser	saved;
 
-	(void) start(&oldest, NULL, NULL, &saved);
+	(void) start(&first, NULL, NULL, &saved);
 	id = DatumGetInt64(result_datum(0, 1, &isnull));
 	finish(&saved);
 	return id;

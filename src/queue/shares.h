@@ -32,7 +32,7 @@ extern void abp_shares_drop(const int64 *deliveries, int n);
 extern void abp_share_load_counted(Delivery *delivery, MemoryContext context);
 extern List *abp_shares_of(Oid usage_table);
 extern List *abp_shares_to_fold(int64 from_delivery, int max_shares, bool unknown);
-extern int64 abp_share_oldest_sending(void);
+extern int64 abp_share_first_open(void);
 extern IdSet abp_ledger_counted(Oid usage_table, IdSet *ids, int64 ledger_from);
 extern void abp_shares_truncated(Oid usage_table);
 extern void abp_rollup_forget(Oid usage_table);

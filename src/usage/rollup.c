@@ -242,7 +242,7 @@ abp_rollup_fold(int64 *from_delivery)
 	ShareGroups groups;
 	ListCell   *lc;
 
-	*from_delivery = abp_share_oldest_sending();
+	*from_delivery = abp_share_first_open();
 	if (shares == NIL)
 		return false;
 	*from_delivery = Min(*from_delivery, ((Share *) linitial(shares))->delivery);

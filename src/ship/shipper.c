@@ -3387,7 +3387,11 @@ work(const ShipScope *scope)
 		settled = 0;
 	}
 	if (!armed)
+	{
+		/* Before arm(), a dump may still be bringing deliveries. */
+		recovered = shipments != NIL;
 		return NIL;
+	}
 	forget_dropped(tables);
 
 	if (servers_changed)

@@ -234,9 +234,9 @@ class Stress:
                 (4, "BEGIN; UPDATE %s SET %s = %s WHERE id IN (%s); SAVEPOINT s; UPDATE %s SET %s = %s WHERE id IN (%s); ROLLBACK TO s; COMMIT" % (
                     table, column, value, some, table, column, rng.choice(values), some)),
                 # ids that others have
-                (5, self.rows(rng, table, 1, ["(SELECT coalesce(max(id), 1) FROM %s)" % table])),
-                (3, "DELETE FROM %s WHERE id IN (SELECT id FROM %s GROUP BY id HAVING count(*) > 1) AND %s = %s" % (table, table, column, value)),
-                (3, "ALTER TABLE %s DETACH PARTITION %s; SELECT pg_sleep(%f); ALTER TABLE %s ATTACH PARTITION %s FOR VALUES IN (%s)" % (
+                (12, self.rows(rng, table, 1, ["(SELECT coalesce(max(id), 1) FROM %s)" % table])),
+                (12, "DELETE FROM %s WHERE id IN (SELECT id FROM %s GROUP BY id HAVING count(*) > 1) AND %s = %s" % (table, table, column, value)),
+                (6, "ALTER TABLE %s DETACH PARTITION %s; SELECT pg_sleep(%f); ALTER TABLE %s ATTACH PARTITION %s FOR VALUES IN (%s)" % (
                     table, leaf, rng.random() / 2, table, leaf, bound)),
             ]
         else:

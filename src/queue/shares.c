@@ -18,7 +18,6 @@
 #include "access/htup_details.h"
 #include "access/table.h"
 #include "catalog/pg_type.h"
-#include "executor/spi.h"
 #include "miscadmin.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
@@ -29,101 +28,37 @@
 #include "utils/uuid.h"
 
 #include "compat.h"
+#include "base/extension.h"
+#include "base/rights.h"
+#include "base/statement.h"
 #include "queue/shares.h"
-
-/* A statement that is prepared once a session, and run as the extension's owner. */
-typedef struct Statement
-{
-	const char *sql;
-	bool		reads;			/* by the active snapshot */
-	int			nargs;
-	Oid			argtypes[NUM_ROLLUP_COLUMNS];
-	SPIPlanPtr	plan;
-} Statement;
-
-/* Run a statement; SPI is connected, and the caller's again by finish(). */
-static uint64
-start(Statement *statement, Datum *values, const char *nulls, SavedUser *saved)
-{
-	int			result;
-
-	abp_become_extension_owner(saved);
-	SPI_connect();
-	if (statement->plan == NULL)
-	{
-		SPIPlanPtr	plan = SPI_prepare(statement->sql, statement->nargs, statement->argtypes);
-
-		if (plan == NULL)
-			elog(ERROR, "unexpected failure to prepare: %s",
-				 SPI_result_code_string(SPI_result));
-		SPI_keepplan(plan);
-		statement->plan = plan;
-	}
-	result = SPI_execute_plan(statement->plan, values, nulls, statement->reads, 0);
-	if (result < 0)
-		elog(ERROR, "unexpected failure to execute: %s", SPI_result_code_string(result));
-	return SPI_processed;
-}
-
-static void
-finish(const SavedUser *saved)
-{
-	SPI_finish();
-	abp_restore_user(saved);
-}
-
-static void
-run(Statement *statement, Datum *values, const char *nulls)
-{
-	SavedUser	saved;
-
-	(void) start(statement, values, nulls, &saved);
-	finish(&saved);
-}
-
-static Datum
-result_datum(uint64 row, int column, bool *isnull)
-{
-	return SPI_getbinval(SPI_tuptable->vals[row], SPI_tuptable->tupdesc, column, isnull);
-}
-
-/* A set of ids, empty for NULL, in the current memory context. */
-static IdSet
-result_ids(uint64 row, int column, bool *isnull)
-{
-	Datum		value = result_datum(row, column, isnull);
-
-	return *isnull ? (IdSet) {0} : abp_idset_from_multirange(value);
-}
 
 /* --- shares ---------------------------------------------------------------- */
 
 /*
- * Write what a delivery's rows add up to: delivery->share, or that it is not
- * known, and which of its rows other deliveries count.
+ * Write what a delivery's rows add up to (NULL: not known), but for those that
+ * other deliveries count ("counted"; NULL: not known).
  */
 void
-abp_share_write(const Delivery *delivery)
+abp_share_write(int64 delivery, Oid usage_table, bytea *sums, const IdSet *counted)
 {
 	static Statement write = {
 		"INSERT INTO aibilling.share AS s (delivery, usage_table, sums, counted) VALUES ($1, $2, $3, $4)"
 		" ON CONFLICT (delivery) DO UPDATE SET sums = excluded.sums, counted = excluded.counted",
-		false, 4, {INT8OID, REGCLASSOID, BYTEAOID, INT8MULTIRANGEOID}
+		4, {INT8OID, REGCLASSOID, BYTEAOID, INT8MULTIRANGEOID}
 	};
-	IdSet		counted = delivery->counted;
+	IdSet		ids = counted == NULL ? (IdSet) {0} : *counted;
 	Datum		values[4] = {
-		Int64GetDatum(delivery->id),
-		ObjectIdGetDatum(delivery->usage_table),
-		PointerGetDatum(delivery->share),
-		abp_idset_to_multirange(&counted)
+		Int64GetDatum(delivery),
+		ObjectIdGetDatum(usage_table),
+		PointerGetDatum(sums),
+		abp_idset_to_multirange(&ids)
 	};
 	char		nulls[5] = "    ";
 
-	if (delivery->share == NULL)
-		nulls[2] = 'n';
-	if (!delivery->knows_counted)
-		nulls[3] = 'n';
-	run(&write, values, nulls);
+	nulls[2] = sums == NULL ? 'n' : ' ';
+	nulls[3] = counted == NULL ? 'n' : ' ';
+	(void) abp_statement_run_alone(&write, values, nulls);
 }
 
 /*
@@ -133,11 +68,11 @@ void
 abp_share_set_sums(int64 delivery, bytea *sums)
 {
 	static Statement set = {
-		"UPDATE aibilling.share SET sums = $2 WHERE delivery = $1", false, 2, {INT8OID, BYTEAOID}
+		"UPDATE aibilling.share SET sums = $2 WHERE delivery = $1", 2, {INT8OID, BYTEAOID}
 	};
 	Datum		values[2] = {Int64GetDatum(delivery), PointerGetDatum(sums)};
 
-	run(&set, values, NULL);
+	(void) abp_statement_run_alone(&set, values, NULL);
 }
 
 /*
@@ -147,11 +82,11 @@ void
 abp_share_drop(int64 delivery)
 {
 	static Statement drop = {
-		"DELETE FROM aibilling.share WHERE delivery = $1", false, 1, {INT8OID}
+		"DELETE FROM aibilling.share WHERE delivery = $1", 1, {INT8OID}
 	};
 	Datum		values[1] = {Int64GetDatum(delivery)};
 
-	run(&drop, values, NULL);
+	(void) abp_statement_run_alone(&drop, values, NULL);
 }
 
 /*
@@ -161,7 +96,7 @@ void
 abp_shares_drop(const int64 *deliveries, int n)
 {
 	static Statement drop = {
-		"DELETE FROM aibilling.share WHERE delivery = ANY ($1)", false, 1, {INT8ARRAYOID}
+		"DELETE FROM aibilling.share WHERE delivery = ANY ($1)", 1, {INT8ARRAYOID}
 	};
 	Datum	   *elements = palloc(sizeof(Datum) * Max(n, 1));
 	Datum		values[1];
@@ -170,34 +105,33 @@ abp_shares_drop(const int64 *deliveries, int n)
 		elements[i] = Int64GetDatum(deliveries[i]);
 	values[0] = PointerGetDatum(construct_array(elements, n, INT8OID, sizeof(int64), FLOAT8PASSBYVAL,
 												TYPALIGN_DOUBLE));
-	run(&drop, values, NULL);
+	(void) abp_statement_run_alone(&drop, values, NULL);
 }
 
 /*
- * Which of an unsettled delivery's rows do others count?  As it was written
- * down before this process became the shipper.
+ * Which of a delivery's rows do others count, as it was written down?  In the
+ * current memory context.  Returns false if that is not known.
  */
-void
-abp_share_load_counted(Delivery *delivery, MemoryContext context)
+bool
+abp_share_load_counted(int64 delivery, IdSet *counted)
 {
 	static Statement load = {
-		"SELECT counted FROM aibilling.share WHERE delivery = $1", true, 1, {INT8OID}
+		"SELECT counted FROM aibilling.share WHERE delivery = $1 AND counted IS NOT NULL",
+		1, {INT8OID}, true
 	};
-	Datum		values[1] = {Int64GetDatum(delivery->id)};
-	bool		isnull = true;
+	MemoryContext caller = CurrentMemoryContext;
+	Datum		values[1] = {Int64GetDatum(delivery)};
+	bool		known;
 	SavedUser	saved;
 
-	memset(&delivery->counted, 0, sizeof(IdSet));
-	if (start(&load, values, NULL, &saved) > 0)
-	{
-		IdSet		counted = result_ids(0, 1, &isnull);
-
-		abp_idset_add_set(&delivery->counted, &counted, context);
-	}
-	delivery->knows_counted = !isnull;
-	finish(&saved);
+	abp_become_extension_owner(&saved);
+	SPI_connect();
+	known = abp_statement_run(&load, values, NULL) > 0;
+	*counted = known ? abp_result_idset(0, 1, caller) : (IdSet) {0};
+	SPI_finish();
+	abp_restore_user(&saved);
+	return known;
 }
-
 
 /* Shares as a list of Share in the current memory context. */
 static List *
@@ -208,7 +142,9 @@ read_shares(Statement *statement, Datum *values)
 	uint64		n;
 	SavedUser	saved;
 
-	n = start(statement, values, NULL, &saved);
+	abp_become_extension_owner(&saved);
+	SPI_connect();
+	n = abp_statement_run(statement, values, NULL);
 	for (uint64 i = 0; i < n; i++)
 	{
 		MemoryContext spi = MemoryContextSwitchTo(caller);
@@ -216,20 +152,22 @@ read_shares(Statement *statement, Datum *values)
 		bool		isnull;
 		Datum		sums;
 
-		share->delivery = DatumGetInt64(result_datum(i, 1, &isnull));
-		share->usage_table = DatumGetObjectId(result_datum(i, 2, &isnull));
-		sums = result_datum(i, 3, &isnull);
+		share->delivery = abp_result_int64(i, 1, 0);
+		share->usage_table = abp_result_oid(i, 2);
+		sums = abp_result_datum(i, 3, &isnull);
 		if (!isnull)
 			share->sums = DatumGetByteaPCopy(sums);
-		share->counted = result_ids(i, 4, &isnull);
+		share->counted = abp_result_idset(i, 4, caller);
+		(void) abp_result_datum(i, 4, &isnull);
 		share->knows_counted = !isnull;
 		if (share->sums == NULL)
-			share->ids = result_ids(i, 5, &isnull);
-		share->delivered = strcmp(TextDatumGetCString(result_datum(i, 6, &isnull)), "delivered") == 0;
+			share->ids = abp_result_idset(i, 5, caller);
+		share->delivered = strcmp(TextDatumGetCString(abp_result_datum(i, 6, &isnull)), "delivered") == 0;
 		list = lappend(list, share);
 		MemoryContextSwitchTo(spi);
 	}
-	finish(&saved);
+	SPI_finish();
+	abp_restore_user(&saved);
 	return list;
 }
 
@@ -245,7 +183,7 @@ abp_shares_of(Oid usage_table)
 		" FROM (SELECT * FROM aibilling.share o WHERE o.usage_table = $1 OFFSET 0) s LEFT JOIN LATERAL"
 		" (SELECT l.usage_ids, l.state FROM aibilling.ledger l WHERE l.id = s.delivery OFFSET 0) d ON true"
 		" WHERE coalesce(d.state, 'delivered') IN ('delivered', 'sending')",
-		true, 1, {REGCLASSOID}
+		1, {REGCLASSOID}, true
 	};
 	Datum		values[1] = {ObjectIdGetDatum(usage_table)};
 
@@ -265,7 +203,7 @@ abp_shares_to_fold(int64 from_delivery, int max_shares, bool unknown)
 		" FROM aibilling.share s LEFT JOIN aibilling.ledger d ON d.id = s.delivery"
 		" WHERE s.delivery >= $1 AND (s.sums IS NULL) = $3 AND coalesce(d.state, 'delivered') = 'delivered'"
 		" ORDER BY s.delivery LIMIT $2",
-		true, 3, {INT8OID, INT4OID, BOOLOID}
+		3, {INT8OID, INT4OID, BOOLOID}, true
 	};
 	Datum		values[3] = {
 		Int64GetDatum(from_delivery), Int32GetDatum(max_shares), BoolGetDatum(unknown)
@@ -283,15 +221,17 @@ abp_share_first_open(void)
 	static Statement first = {
 		"SELECT coalesce((SELECT min(d.id) FROM aibilling.ledger d WHERE d.state = 'sending'),"
 		" (SELECT max(d.id) + 1 FROM aibilling.ledger d), 0)",
-		true, 0, {0}
+		0, {0}, true
 	};
 	int64		id;
-	bool		isnull;
 	SavedUser	saved;
 
-	(void) start(&first, NULL, NULL, &saved);
-	id = DatumGetInt64(result_datum(0, 1, &isnull));
-	finish(&saved);
+	abp_become_extension_owner(&saved);
+	SPI_connect();
+	(void) abp_statement_run(&first, NULL, NULL);
+	id = abp_result_int64(0, 1, 0);
+	SPI_finish();
+	abp_restore_user(&saved);
 	return id;
 }
 
@@ -301,7 +241,7 @@ abp_share_first_open(void)
  * memory context.
  */
 IdSet
-abp_ledger_counted(Oid usage_table, IdSet *ids, int64 ledger_from)
+abp_share_counted(Oid usage_table, IdSet *ids, int64 ledger_from)
 {
 	static Statement overlapping = {
 		"SELECT d.usage_ids FROM (SELECT * FROM aibilling.ledger l WHERE l.usage_ids && $2 OFFSET 0) d"
@@ -309,7 +249,7 @@ abp_ledger_counted(Oid usage_table, IdSet *ids, int64 ledger_from)
 		"  WHERE o.delivery = d.id OFFSET 0) s ON true"
 		" WHERE d.usage_table = $1 AND d.id > $3"
 		" AND (s.known AND d.state IN ('delivered', 'sending') OR s.there IS NULL AND d.state = 'delivered')",
-		true, 3, {REGCLASSOID, INT8MULTIRANGEOID, INT8OID}
+		3, {REGCLASSOID, INT8MULTIRANGEOID, INT8OID}, true
 	};
 	Datum		values[3] = {
 		ObjectIdGetDatum(usage_table), (Datum) 0, Int64GetDatum(ledger_from)
@@ -322,16 +262,18 @@ abp_ledger_counted(Oid usage_table, IdSet *ids, int64 ledger_from)
 	if (ids->nranges == 0)
 		return counted;
 	values[1] = abp_idset_to_multirange(ids);
-	n = start(&overlapping, values, NULL, &saved);
+	abp_become_extension_owner(&saved);
+	SPI_connect();
+	n = abp_statement_run(&overlapping, values, NULL);
 	for (uint64 i = 0; i < n; i++)
 	{
-		bool		isnull;
-		IdSet		of_delivery = result_ids(i, 1, &isnull);
+		IdSet		of_delivery = abp_result_idset(i, 1, CurrentMemoryContext);
 
 		abp_idset_add_set(&counted, &of_delivery, caller);
 		abp_idset_free(&of_delivery);
 	}
-	finish(&saved);
+	SPI_finish();
+	abp_restore_user(&saved);
 	abp_idset_sort(&counted);
 	return abp_idset_intersect(&counted, ids);
 }
@@ -344,11 +286,11 @@ void
 abp_shares_truncated(Oid usage_table)
 {
 	static Statement forget = {
-		"DELETE FROM aibilling.share WHERE usage_table = $1 AND sums IS NULL", false, 1, {REGCLASSOID}
+		"DELETE FROM aibilling.share WHERE usage_table = $1 AND sums IS NULL", 1, {REGCLASSOID}
 	};
 	Datum		values[1] = {ObjectIdGetDatum(usage_table)};
 
-	run(&forget, values, NULL);
+	(void) abp_statement_run_alone(&forget, values, NULL);
 }
 
 /* --- the rollup ------------------------------------------------------------- */
@@ -361,16 +303,16 @@ abp_rollup_forget(Oid usage_table)
 {
 	static Statement forget[2] = {
 		{
-			"DELETE FROM aibilling.share WHERE usage_table = $1", false, 1, {REGCLASSOID}
+			"DELETE FROM aibilling.share WHERE usage_table = $1", 1, {REGCLASSOID}
 		},
 		{
-			"DELETE FROM aibilling.rollup WHERE usage_table = $1", false, 1, {REGCLASSOID}
+			"DELETE FROM aibilling.rollup WHERE usage_table = $1", 1, {REGCLASSOID}
 		}
 	};
 	Datum		values[1] = {ObjectIdGetDatum(usage_table)};
 
 	for (int i = 0; i < lengthof(forget); i++)
-		run(&forget[i], values, NULL);
+		(void) abp_statement_run_alone(&forget[i], values, NULL);
 }
 
 /*
@@ -393,14 +335,14 @@ abp_rollup_add(Datum *columns)
 		" cost_nanos = r.cost_nanos + excluded.cost_nanos,"
 		" cost_cents = r.cost_cents + excluded.cost_cents,"
 		" unpriced = r.unpriced + excluded.unpriced",
-		false, NUM_ROLLUP_COLUMNS,
+		NUM_ROLLUP_COLUMNS,
 		{REGCLASSARRAYOID, CHARARRAYOID, INT8ARRAYOID, DATEARRAYOID, UUIDARRAYOID, TEXTARRAYOID, UUIDARRAYOID,
 			TEXTARRAYOID, TEXTARRAYOID, TEXTARRAYOID, INT8ARRAYOID, NUMERICARRAYOID, NUMERICARRAYOID,
 			NUMERICARRAYOID, NUMERICARRAYOID, NUMERICARRAYOID, NUMERICARRAYOID, NUMERICARRAYOID,
 		INT8ARRAYOID}
 	};
 
-	run(&add, columns, NULL);
+	(void) abp_statement_run_alone(&add, columns, NULL);
 }
 
 /*

@@ -11,7 +11,9 @@
 
 #include "postgres.h"
 
-#include "queue/outbox.h"
+#include "nodes/pg_list.h"
+
+#include "base/idset.h"
 
 /* One delivery's share, not yet in the rollup. */
 typedef struct Share
@@ -25,15 +27,15 @@ typedef struct Share
 	bool		delivered;		/* else it is being sent */
 } Share;
 
-extern void abp_share_write(const Delivery *delivery);
+extern void abp_share_write(int64 delivery, Oid usage_table, bytea *sums, const IdSet *counted);
 extern void abp_share_set_sums(int64 delivery, bytea *sums);
 extern void abp_share_drop(int64 delivery);
 extern void abp_shares_drop(const int64 *deliveries, int n);
-extern void abp_share_load_counted(Delivery *delivery, MemoryContext context);
+extern bool abp_share_load_counted(int64 delivery, IdSet *counted);
 extern List *abp_shares_of(Oid usage_table);
 extern List *abp_shares_to_fold(int64 from_delivery, int max_shares, bool unknown);
 extern int64 abp_share_first_open(void);
-extern IdSet abp_ledger_counted(Oid usage_table, IdSet *ids, int64 ledger_from);
+extern IdSet abp_share_counted(Oid usage_table, IdSet *ids, int64 ledger_from);
 extern void abp_shares_truncated(Oid usage_table);
 extern void abp_rollup_forget(Oid usage_table);
 extern void abp_rollup_add(Datum *columns);

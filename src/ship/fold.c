@@ -21,12 +21,15 @@
 #include "utils/memutils.h"
 #include "utils/snapmgr.h"
 #include "utils/syscache.h"
+#include "utils/timestamp.h"
 
 #include "compat.h"
 #include "polar/server.h"
 #include "queue/shares.h"
 #include "ship/fold.h"
 #include "ship/guard.h"
+#include "ship/position.h"
+#include "ship/turn.h"
 #include "usage/rollup.h"
 
 /* While there is always more to deliver, this share of the time is spent here. */
@@ -133,27 +136,12 @@ sum_step(void *arg)
 	CommandCounterIncrement();
 	PushActiveSnapshot(GetLatestSnapshot());
 	counted = share->knows_counted ? share->counted :
-		abp_ledger_counted(share->usage_table, &share->ids, step->table->ledger_from);
+		abp_share_counted(share->usage_table, &share->ids, step->table->ledger_from);
 	ids = abp_idset_subtract(&share->ids, &counted);
 	abp_guard_start_clock();
 	abp_share_set_sums(share->delivery, abp_rollup_sum_rows(step->table, &ids,
 															format_of(step->table)));
 	PopActiveSnapshot();
-}
-
-static UsageTable *
-find_table(List *tables, Oid relid)
-{
-	ListCell   *lc;
-
-	foreach(lc, tables)
-	{
-		UsageTable *table = lfirst(lc);
-
-		if (table->relid == relid)
-			return table;
-	}
-	return NULL;
 }
 
 /* Sum up the rows of one delivery.  Returns false if they cannot be read. */
@@ -169,7 +157,7 @@ sum_up(List *tables, Share *share)
 		abp_rollup_forget(share->usage_table);
 		return true;
 	}
-	table = find_table(tables, share->usage_table);
+	table = abp_find_table(tables, share->usage_table);
 	step.table = table != NULL ? table : detached_table(share->usage_table);
 	if (abp_guard(step.table, sum_step, &step, &error) == GUARD_DONE)
 		return true;
@@ -243,7 +231,7 @@ fold_some(bool idle)
  * whether there is more at once.
  */
 bool
-abp_fold(List *tables, bool idle, TimestampTz *due)
+abp_fold(List *tables, bool idle)
 {
 	TimestampTz now = GetCurrentTimestamp();
 	bool		more = false;
@@ -253,8 +241,8 @@ abp_fold(List *tables, bool idle, TimestampTz *due)
 	if (idle && may_have_unknown && unknown_at <= now)
 		more |= sum_up_some(tables) || may_have_shares;
 	if (may_have_shares && fold_at > now)
-		*due = Min(*due, fold_at);
+		abp_due_at(fold_at);
 	if (may_have_unknown && unknown_at > now)
-		*due = Min(*due, unknown_at);
+		abp_due_at(unknown_at);
 	return idle && more;
 }

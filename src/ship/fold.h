@@ -11,11 +11,10 @@
 #include "postgres.h"
 
 #include "nodes/pg_list.h"
-#include "utils/timestamp.h"
 
 extern void abp_fold_reset(void);
 extern void abp_fold_delivered(void);
 extern bool abp_fold_is_behind(void);
-extern bool abp_fold(List *tables, bool idle, TimestampTz *due);
+extern bool abp_fold(List *tables, bool idle);
 
 #endif							/* ABP_FOLD_H */

@@ -25,11 +25,13 @@
 #include "utils/timestamp.h"
 
 #include "compat.h"
+#include "base/extension.h"
 #include "polar/server.h"
 #include "queue/outbox.h"
 #include "queue/shares.h"
 #include "usage/collect.h"
 #include "usage/rollup.h"
+#include "usage/rows.h"
 #include "usage/share.h"
 
 PG_FUNCTION_INFO_V1(abp_sql_usage_daily);
@@ -205,7 +207,7 @@ read_pending(const UsageTable *table, SumsReader reader, void *arg)
 	/* What has come back, or has an id of before, may be counted already. */
 	abp_idset_add_set(&unsure, &unknown, CurrentMemoryContext);
 	abp_idset_sort(&unsure);
-	counted = abp_ledger_counted(table->relid, &unsure, table->ledger_from);
+	counted = abp_share_counted(table->relid, &unsure, table->ledger_from);
 	unsure = abp_idset_subtract(&unsure, &counted);
 	abp_idset_add_set(&ids, &unsure, CurrentMemoryContext);
 	abp_idset_sort(&ids);
@@ -216,7 +218,7 @@ read_pending(const UsageTable *table, SumsReader reader, void *arg)
 	if (OidIsValid(table->serverid))
 		pending.format = &abp_server_options(table->serverid)->format;
 	abp_share_init(&pending.scratch, CurrentMemoryContext);
-	abp_usage_read(table, &ids, false, read_pending_row, &pending);
+	abp_rows_read(table, &ids, false, read_pending_row, &pending);
 }
 
 /* --- usage_daily, usage_by ---------------------------------------------------- */

@@ -32,21 +32,27 @@
 #include "utils/rel.h"
 #include "utils/varlena.h"
 
+#include "base/extension.h"
+#include "base/idset.h"
+#include "base/rights.h"
 #include "compat.h"
 #include "polar/server.h"
+#include "queue/attachment.h"
+#include "queue/entry.h"
+#include "queue/ledger.h"
 #include "queue/outbox.h"
 #include "queue/shares.h"
 #include "queue/wake.h"
 #include "usage/attach.h"
 #include "usage/collect.h"
-#include "usage/usage.h"
+#include "usage/row.h"
+#include "usage/rows.h"
 
 PG_FUNCTION_INFO_V1(abp_sql_create_usage_table);
 PG_FUNCTION_INFO_V1(abp_sql_attach);
 PG_FUNCTION_INFO_V1(abp_sql_detach);
 PG_FUNCTION_INFO_V1(abp_sql_on_sql_drop);
 PG_FUNCTION_INFO_V1(abp_sql_on_server_ddl);
-PG_FUNCTION_INFO_V1(abp_sql_on_table_ddl);
 PG_FUNCTION_INFO_V1(abp_sql_on_drop_extension);
 
 static char *
@@ -103,10 +109,13 @@ UsageTable *
 abp_attached_table(Oid relid)
 {
 	bool		armed;
+	List	   *tables;
 	ListCell   *lc;
 
 	abp_extension_check_version();
-	foreach(lc, abp_usage_tables(&armed))
+	tables = abp_usage_tables(&armed);
+	abp_rows_forget_plans_except(tables);
+	foreach(lc, tables)
 	{
 		UsageTable *table = lfirst(lc);
 
@@ -363,7 +372,7 @@ enqueue_existing(Oid relid)
 	IdSet		known;
 	SavedUser	saved;
 
-	abp_become_table_owner(table, &saved);
+	abp_become_table_owner(table->owner, &saved);
 	SPI_connect();
 	cursor = SPI_cursor_open_with_args(NULL,
 									   psprintf("SELECT id::pg_catalog.int8, cost_nanos IS NOT NULL FROM %s ORDER BY id",
@@ -632,80 +641,6 @@ abp_sql_on_server_ddl(PG_FUNCTION_ARGS)
 		strcmp(GetCommandTagName(((EventTriggerData *) fcinfo->context)->tag), "ALTER SERVER") == 0)
 		abp_usage_tables_follow_servers();
 	abp_wake_at_commit();
-	PG_RETURN_NULL();
-}
-
-/*
- * Rows of a usage table that were gone when they were to be sent, and are there
- * again with their partition: put them back into the outbox.
- */
-static void
-requeue_returned(Oid relid, int64 ledger_from)
-{
-	ListCell   *lc;
-
-	foreach(lc, abp_ledger_vanished(relid, ledger_from))
-	{
-		Delivery   *delivery = lfirst(lc);
-		OutboxEntry entry = {
-			.usage_table = relid,
-			.state = OUTBOX_READY,
-			.outcome_unknown = delivery->outcome_unknown,
-			.ids = abp_usage_existing(relid, &delivery->vanished_ids)
-		};
-
-		if (entry.ids.nranges == 0)
-			continue;
-		abp_outbox_put(&entry, 1);
-		abp_ledger_returned(delivery, &entry.ids);
-		abp_wake_at_commit();
-	}
-}
-
-/*
- * ddl_command_end of ALTER TABLE: a partition may have been attached again.
- */
-Datum
-abp_sql_on_table_ddl(PG_FUNCTION_ARGS)
-{
-	List	   *altered = NIL;
-	ListCell   *lc;
-	MemoryContext caller = CurrentMemoryContext;
-
-	if (!CALLED_AS_EVENT_TRIGGER(fcinfo))
-		ereport(ERROR,
-				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
-				 errmsg("function \"aibilling.on_table_ddl\" can only be called as an event trigger")));
-	if (!abp_extension_installed())
-		PG_RETURN_NULL();
-
-	SPI_connect();
-	SPI_execute("SELECT objid FROM pg_catalog.pg_event_trigger_ddl_commands()"
-				" WHERE object_type OPERATOR(pg_catalog.=) 'table'", true, 0);
-	for (uint64 i = 0; i < SPI_processed; i++)
-	{
-		bool		isnull;
-		Oid			relid = DatumGetObjectId(SPI_getbinval(SPI_tuptable->vals[i],
-														   SPI_tuptable->tupdesc, 1, &isnull));
-		MemoryContext old = MemoryContextSwitchTo(caller);
-
-		altered = lappend_oid(altered, relid);
-		MemoryContextSwitchTo(old);
-	}
-	SPI_finish();
-
-	foreach(lc, altered)
-	{
-		Oid			relid = lfirst_oid(lc);
-		Oid			serverid;
-		int64		ledger_from;
-
-		if (get_rel_relispartition(relid))
-			relid = llast_oid(get_partition_ancestors(relid));
-		if (get_rel_relkind(relid) == RELKIND_PARTITIONED_TABLE &&
-			abp_usage_table_attached(relid, &serverid, &ledger_from))
-			requeue_returned(relid, ledger_from);
-	}
 	PG_RETURN_NULL();
 }
 

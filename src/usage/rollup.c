@@ -25,6 +25,7 @@
 #include "compat.h"
 #include "queue/shares.h"
 #include "usage/rollup.h"
+#include "usage/rows.h"
 
 /* How much is folded at a time. */
 #define FOLD_SHARES 64
@@ -298,6 +299,6 @@ abp_rollup_sum_rows(const UsageTable *table, IdSet *ids, const EventFormat *form
 	RowSum		sum = {.format = format};
 
 	abp_share_init(&sum.groups, CurrentMemoryContext);
-	abp_usage_read(table, ids, false, sum_row, &sum);
+	abp_rows_read(table, ids, false, sum_row, &sum);
 	return abp_share_encode(&sum.groups);
 }

@@ -10,7 +10,7 @@
 
 #include "postgres.h"
 
-#include "queue/outbox.h"
+#include "queue/attachment.h"
 #include "usage/share.h"
 
 extern bool abp_rollup_fold(int64 *from_delivery);

@@ -391,7 +391,7 @@ void
 abp_share_key_of_row(ShareKey *key, const UsageRow *row, const EventFormat *format,
 					 EventCustomer *customer)
 {
-	abp_polar_customer(row, format, customer);
+	abp_identity_customer(row, format, customer);
 	key->day = abp_share_day(row->occurred_at);
 	key->external_customer_id = customer->external_id;
 	key->customer_id = customer->has_id ? &customer->id : NULL;

@@ -15,7 +15,7 @@
 #include "utils/numeric.h"
 #include "utils/uuid.h"
 
-#include "polar/polar.h"
+#include "polar/identity.h"
 #include "usage/row.h"
 
 /* The tokens that are summed up. */

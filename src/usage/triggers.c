@@ -30,6 +30,7 @@
 #include "queue/entry.h"
 #include "queue/ledger.h"
 #include "queue/outbox.h"
+#include "queue/shares.h"
 #include "queue/place.h"
 #include "queue/wake.h"
 #include "usage/collect.h"
@@ -642,6 +643,7 @@ abp_sql_truncate_usage(PG_FUNCTION_ARGS)
 	count = abp_outbox_discard(known->usage_table);
 	abp_collect_truncated(known->usage_table);
 	abp_usage_table_truncated(known->usage_table);
+	abp_shares_truncated(known->usage_table);
 	if (count > 0)
 		ereport(WARNING,
 				(errcode(ERRCODE_WARNING),

@@ -49,7 +49,7 @@ on_subtransaction_end(SubXactEvent event, SubTransactionId mine,
  */
 HeapTuple
 abp_priced_tuple(UsageRelation *known, TupleDesc desc, const UsageRow *row,
-				 bool normalized, const PricedCost *cost)
+				 bool normalized, bool stripped, const PricedCost *cost)
 {
 	Datum	   *values = known->values;
 	bool	   *nulls = known->nulls;
@@ -82,6 +82,8 @@ abp_priced_tuple(UsageRelation *known, TupleDesc desc, const UsageRow *row,
 				   PointerGetDatum(cstring_to_text_with_len(row->generation_id.data,
 															row->generation_id.len)));
 	}
+	if (stripped)
+		SET_COLUMN(COL_RAW_USAGE, row->raw_usage == NULL, JsonbPGetDatum(row->raw_usage));
 	if (row->tags_are_null && !nulls[known->columns.attnums[COL_TAGS] - 1])
 		SET_COLUMN(COL_TAGS, false, JsonbPGetDatum(row->tags));
 	SET_COLUMN(COL_COST_NANOS, !cost->known, Int64GetDatum(cost->cost_nanos));

@@ -24,7 +24,7 @@
 #include "usage/relation.h"
 
 extern HeapTuple abp_priced_tuple(UsageRelation *known, TupleDesc desc,
-								  const UsageRow *row, bool normalized,
+								  const UsageRow *row, bool normalized, bool stripped,
 								  const PricedCost *cost);
 extern bool abp_is_repriced(const UsageRelation *known, int64 id);
 extern void abp_deserved(const UsageRelation *known, const UsageRow *row,

@@ -26,7 +26,9 @@
 #include "utils/snapmgr.h"
 #include "utils/timestamp.h"
 
+#include "polar/server.h"
 #include "price/cards.h"
+#include "price/normalize.h"
 #include "queue/entry.h"
 #include "queue/feed.h"
 #include "usage/collect.h"
@@ -116,6 +118,30 @@ skip_row(UsageRelation *known, Relation rel, const UsageRow *row)
 			 errhint("That is to be expected where a subscription copies again what it has brought before.")));
 }
 
+/* The row as it is stored, with its cost as far as it has one. */
+static HeapTuple
+price_row(UsageRelation *known, TupleDesc desc, UsageRow *row, PricedCost *cost)
+{
+	const ServerOptions *server = OidIsValid(known->serverid) ? abp_server_options(known->serverid) : NULL;
+	bool		strips = server != NULL && server->strip_raw_usage && row->raw_usage != NULL &&
+		abp_usage_format_known(row->usage_format);
+	Jsonb	   *kept = NULL;
+	bool		normalized;
+
+	row->columns = &known->columns;
+	/* before what is read fills in the model */
+	if (strips)
+	{
+		UsageCall	call = {row->model, row->provider_cost != NULL};
+
+		kept = abp_usage_strip(row->usage_format, row->raw_usage, &call);
+	}
+	normalized = abp_fate_price_if_sound(row, cost);
+	if (strips)
+		row->raw_usage = kept;
+	return abp_priced_tuple(known, desc, row, normalized, strips, cost);
+}
+
 /*
  * BEFORE INSERT of a row: what is stored, NULL if nothing is.
  */
@@ -127,7 +153,6 @@ abp_replicated_insert(UsageRelation *known, Relation rel, HeapTuple tuple)
 	bool		nulls[NUM_USAGE_COLUMNS];
 	UsageRow	row;
 	PricedCost	cost;
-	bool		normalized;
 
 	abp_relation_read(known, tuple, desc, values, nulls);
 
@@ -166,9 +191,7 @@ abp_replicated_insert(UsageRelation *known, Relation rel, HeapTuple tuple)
 		abp_usage_row_read(values, nulls, &row);
 	}
 
-	row.columns = &known->columns;
-	normalized = abp_fate_price_if_sound(&row, &cost);
-	return abp_priced_tuple(known, desc, &row, normalized, &cost);
+	return price_row(known, desc, &row, &cost);
 }
 
 /*
@@ -259,7 +282,6 @@ abp_replicated_update(UsageRelation *known, Relation rel, HeapTuple old, HeapTup
 	UsageRow	row;
 	RowPlace	place;
 	PricedCost	cost;
-	bool		normalized;
 	bool		raw_changed;
 	bool		own;
 	bool		repriced;
@@ -288,9 +310,7 @@ abp_replicated_update(UsageRelation *known, Relation rel, HeapTuple old, HeapTup
 		abp_usage_row_read(values, nulls, &row);
 	}
 
-	row.columns = &known->columns;
-	normalized = abp_fate_price_if_sound(&row, &cost);
-	priced = abp_priced_tuple(known, desc, &row, normalized, &cost);
+	priced = price_row(known, desc, &row, &cost);
 	if (repriced)
 		return priced;
 

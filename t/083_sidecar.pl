@@ -319,6 +319,18 @@ $hub->wait_settled;
 like(fate('meanwhile'), qr/^delivered/, 'what was written while the hub was down is delivered');
 
 # ---------------------------------------------------------------------------
+# Several databases without a hub share one limit
+# ---------------------------------------------------------------------------
+
+hub('ALTER SERVER polar OPTIONS (SET requests_per_minute \'300\')');
+$polar->fault(kind => '429', retry_after => 3);
+there("$insert VALUES ('limited', 'p', 'm', 'c', 7)");
+ok($hub->wait_status('although only \d+ of the 300 requests were made .* other databases send to the same organization.*lower requests_per_minute'),
+	'a limit that is reached by others is told apart from our own');
+$hub->wait_settled;
+hub('ALTER SERVER polar OPTIONS (SET requests_per_minute \'0\')');
+
+# ---------------------------------------------------------------------------
 # Attaching a table of one's own
 # ---------------------------------------------------------------------------
 

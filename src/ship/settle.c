@@ -55,6 +55,24 @@ put_back(Shipment *shipment, IdSet ids, char state, TimestampTz not_before,
 		abp_position_of(entry.usage_table)->cursor = PG_INT64_MIN;
 }
 
+/*
+ * A limit was reached, in Polar's words.  If it was not our own, there are others
+ * who send to the same organization: say what to do, palloc'd.
+ */
+static char *
+rate_limit_words(const Lane *lane, const ServerOptions *server, char *error)
+{
+	int			recent;
+
+	if (server == NULL || server->requests_per_minute == 0)
+		return error;
+	recent = abp_ledger_recent_requests(lane->server, server->requests_per_minute);
+	if (recent >= server->requests_per_minute)
+		return error;
+	return psprintf("%s, although only %d of the %d requests were made in the last minute that requests_per_minute of server \"%s\" allows: other databases send to the same organization, whose limit is for all together; lower requests_per_minute in each so that their sum stays below it",
+					error, recent, server->requests_per_minute, lane->server);
+}
+
 /* Settle a delivery without success: its rows go back to be sent anew. */
 static void
 give_back(Shipment *shipment, const char *error, bool burn_attempt)
@@ -321,6 +339,7 @@ settle(Shipment *shipment, const ServerOptions *server, int64 ledger_from)
 			break;
 		case VERDICT_RATE_LIMITED:
 			abp_lane_of(lane->server, InvalidOid)->tokens = 0;
+			verdict->error = rate_limit_words(lane, server, verdict->error);
 			abp_lane_back_off(lane, verdict->retry_after_ms >= 0 ? verdict->retry_after_ms :
 							  RATE_LIMITED_MS, verdict->error);
 			return_or_keep(shipment, verdict->error, false);

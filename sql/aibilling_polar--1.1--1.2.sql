@@ -2476,7 +2476,13 @@ DECLARE
 	schema name;
 	sql text;
 	word text;
-	set_wise boolean;
+	by_statement boolean;
+	by_row boolean;
+	flag text;
+	level text;
+	rows text;
+	branches text := '';
+	fallbacks text := '';
 BEGIN
 	IF existing IS NULL OR existing NOT IN ('ignore', 'send', 'load') THEN
 		word := aibilling.closest_word(existing, '{ignore,send,load}');
@@ -2486,8 +2492,21 @@ BEGIN
 	plan := aibilling.capture_plan(source, usage, columns, preset, only_when, replicated);
 	SELECT c.* INTO relation FROM pg_class c WHERE c.oid = source;
 	schema := relation.relnamespace::regnamespace::text;
-	-- Statements know all their rows at once, but not where one inserts into a partition or a subscription applies.
-	set_wise := relation.relkind = 'r' AND NOT plan.replicated;
+	-- A statement has all its rows at once; a subscription has single rows, and so has what inserts
+	-- into a partition, which fires no trigger of the table's statements.
+	by_statement := NOT plan.replicated;
+	by_row := plan.replicated OR relation.relkind = 'p';
+	flag := 'aibilling_capture.p' || plan.prefix;
+	FOR level, rows IN
+		SELECT * FROM (VALUES ('STATEMENT', 'new_rows'), ('ROW', '(SELECT (NEW).*)')) AS v (level, rows)
+		WHERE CASE v.level WHEN 'ROW' THEN by_row ELSE by_statement END
+	LOOP
+		branches := branches || format(E'\tELSIF TG_LEVEL = %L THEN\n%s\t\tINSERT INTO %s (%s)\n\t\tSELECT\n%s\n\t\tFROM %s AS %I\n\t\tWHERE %s;\n',
+			level, CASE WHEN by_row AND level = 'STATEMENT' THEN format(E'\t\tPERFORM set_config(%L, '''', true);\n', flag) END,
+			usage, plan.targets, plan.expressions, rows, relation.relname, plan.only_when);
+		fallbacks := fallbacks || format(E'\t\t\tIF TG_LEVEL = %L THEN\n\t\t\t\tPERFORM aibilling.capture_rows(%L, ARRAY(SELECT to_jsonb(r) FROM %s AS r), SQLSTATE, SQLERRM);\n\t\t\tEND IF;\n',
+			level, plan.function_name, rows);
+	END LOOP;
 
 	sql := format($sql$-- Rows of %1$s become rows of %2$s.
 CREATE FUNCTION %3$s.%4$I() RETURNS trigger
@@ -2500,13 +2519,7 @@ AS $capture$
 BEGIN
 	IF TG_OP = 'UPDATE' THEN
 		PERFORM aibilling.capture_changed(%4$L, to_jsonb(OLD), to_jsonb(NEW));
-	ELSE
-		INSERT INTO %2$s (%5$s)
-		SELECT
-%6$s
-		FROM %7$s AS %8$I
-		WHERE %9$s;
-	END IF;
+%5$s%6$s	END IF;
 	RETURN NULL;
 EXCEPTION
 	WHEN serialization_failure OR deadlock_detected THEN
@@ -2514,8 +2527,7 @@ EXCEPTION
 	WHEN OTHERS THEN
 		-- one by one; what cannot be captured is in aibilling.capture_failure
 		BEGIN
-			PERFORM aibilling.capture_rows(%4$L, ARRAY(SELECT to_jsonb(r) FROM %7$s AS r), SQLSTATE, SQLERRM);
-			RETURN NULL;
+%7$s			RETURN NULL;
 		EXCEPTION
 			WHEN serialization_failure OR deadlock_detected THEN
 				RAISE;
@@ -2526,18 +2538,31 @@ EXCEPTION
 END
 $capture$;
 REVOKE ALL ON FUNCTION %3$s.%4$I() FROM PUBLIC;
-$sql$, source, usage, schema, plan.function_name, plan.targets, plan.expressions,
-		CASE WHEN set_wise THEN 'new_rows' ELSE '(SELECT (NEW).*)' END, relation.relname, plan.only_when);
+$sql$, source, usage, schema, plan.function_name,
+		-- the depth tells this statement from others that its triggers run
+		CASE WHEN by_statement AND by_row THEN format(E'\tELSIF TG_WHEN = ''BEFORE'' THEN\n\t\tPERFORM set_config(%L, (pg_trigger_depth() - 1)::text, true);\n', flag) END,
+		branches, fallbacks);
 	IF relation.relowner <> current_user::regrole THEN
 		sql := sql || format(E'ALTER FUNCTION %s.%I() OWNER TO %s;\n', schema, plan.function_name, relation.relowner::regrole);
 	END IF;
-	sql := sql || format(E'CREATE TRIGGER %I AFTER INSERT ON %s %s EXECUTE FUNCTION %s.%I();\n', plan.function_name || '_insert', source,
-			CASE WHEN set_wise THEN 'REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT' ELSE 'FOR EACH ROW' END, schema, plan.function_name)
-		|| format(E'CREATE TRIGGER %I AFTER UPDATE ON %s FOR EACH ROW WHEN (OLD.* OPERATOR(pg_catalog.*<>) NEW.*) EXECUTE FUNCTION %s.%I();\n',
-			plan.function_name || '_update', source, schema, plan.function_name);
+	IF by_statement AND by_row THEN
+		sql := sql || format(E'CREATE TRIGGER %I BEFORE INSERT ON %s FOR EACH STATEMENT EXECUTE FUNCTION %s.%I();\n',
+			plan.function_name || '_begin', source, schema, plan.function_name);
+	END IF;
+	IF by_statement THEN
+		sql := sql || format(E'CREATE TRIGGER %I AFTER INSERT ON %s REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION %s.%I();\n',
+			plan.function_name || '_insert', source, schema, plan.function_name);
+	END IF;
+	IF by_row THEN
+		sql := sql || format(E'CREATE TRIGGER %I AFTER INSERT ON %s FOR EACH ROW %sEXECUTE FUNCTION %s.%I();\n', plan.function_name || '_row', source,
+			CASE WHEN by_statement THEN format('WHEN (current_setting(%L, true) IS DISTINCT FROM pg_trigger_depth()::text) ', flag) END,
+			schema, plan.function_name);
+	END IF;
+	sql := sql || format(E'CREATE TRIGGER %I AFTER UPDATE ON %s FOR EACH ROW WHEN (OLD.* OPERATOR(pg_catalog.*<>) NEW.*) EXECUTE FUNCTION %s.%I();\n',
+		plan.function_name || '_update', source, schema, plan.function_name);
 	IF plan.replicated THEN
 		sql := sql || format(E'ALTER TABLE %s ENABLE ALWAYS TRIGGER %I, ENABLE ALWAYS TRIGGER %I;\n', source,
-			plan.function_name || '_insert', plan.function_name || '_update');
+			plan.function_name || '_row', plan.function_name || '_update');
 	END IF;
 	sql := sql || format(E'INSERT INTO aibilling.captures SELECT (jsonb_populate_record(NULL::aibilling.captures, %L)).*\n\tON CONFLICT (source, usage) DO UPDATE SET (%s) = ROW (%s);\n',
 		to_jsonb(plan),
@@ -2579,6 +2604,7 @@ AS $$
 DECLARE
 	d aibilling.captures;
 	schema text;
+	word text;
 BEGIN
 	IF NOT aibilling.owns(source) THEN
 		RAISE EXCEPTION 'must be owner of table %', source USING ERRCODE = 'insufficient_privilege';
@@ -2588,8 +2614,9 @@ BEGIN
 		RAISE EXCEPTION 'rows of % are not captured for %', source, usage USING ERRCODE = 'undefined_object';
 	END IF;
 	SELECT c.relnamespace::regnamespace::text INTO schema FROM pg_class c WHERE c.oid = source;
-	EXECUTE format('DROP TRIGGER IF EXISTS %I ON %s', d.function_name || '_insert', source);
-	EXECUTE format('DROP TRIGGER IF EXISTS %I ON %s', d.function_name || '_update', source);
+	FOREACH word IN ARRAY '{begin,insert,row,update}'::text[] LOOP
+		EXECUTE format('DROP TRIGGER IF EXISTS %I ON %s', d.function_name || '_' || word, source);
+	END LOOP;
 	EXECUTE format('DROP FUNCTION IF EXISTS %s.%I()', schema, d.function_name);
 	UPDATE aibilling.captures c SET released_at = now() WHERE c.source = release.source AND c.usage = release.usage;
 END

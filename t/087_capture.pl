@@ -220,6 +220,20 @@ INSERT INTO app.parted_1 VALUES (3, '2026-01-06', 'parted', 'm', 'p', 3);
 INSERT INTO app.parted_2 (id, day, user_id, model, provider, prompt_tokens) VALUES (4, '2026-02-06', 'parted', 'm', 'p', 4)});
 is(sql(q{SELECT string_agg(input_tokens || ' ' || occurred_at::date, ', ' ORDER BY input_tokens) FROM app.usage WHERE external_customer_id = 'parted'}),
 	'1 2026-01-05, 2 2026-02-05, 3 2026-01-06, 4 2026-02-06', 'rows of a partitioned table, also those inserted into a partition');
+app(q{
+CREATE FUNCTION app.echo() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN INSERT INTO app.parted_1 VALUES (NEW.id + 100, '2026-01-07', 'parted', 'm', 'p', NEW.id + 100); RETURN NEW; END$$;
+CREATE TRIGGER echo BEFORE INSERT ON app.parted_2 FOR EACH ROW EXECUTE FUNCTION app.echo();
+INSERT INTO app.parted VALUES (11, '2026-02-05', 'parted', 'm', 'p', 11), (12, '2026-01-05', 'parted', 'm', 'p', -12);
+BEGIN;
+SAVEPOINT s;
+INSERT INTO app.parted VALUES (21, '2026-01-05', 'parted', 'm', 'p', 21);
+ROLLBACK TO s;
+INSERT INTO app.parted_1 VALUES (22, '2026-01-05', 'parted', 'm', 'p', 22);
+COMMIT;
+INSERT INTO app.parted VALUES (23, '2026-02-05', 'parted', 'm', 'p', 23), (1, '2026-01-05', 'parted', 'm', 'p', 1) ON CONFLICT DO NOTHING;});
+is(sql(q{SELECT string_agg(input_tokens::text, ' ' ORDER BY input_tokens) FROM app.usage WHERE external_customer_id = 'parted' AND input_tokens > 4}),
+	'11 22 23 111 123', 'whatever else the statement does to partitions meanwhile');
+like(app($failures), qr/^\[12, "2026-01-05"\]\|.*negative, but is -12$/, 'a bad row of a partition is a failure');
 app(q{DELETE FROM aibilling.capture_failure});
 
 # ---------------------------------------------------------------------------

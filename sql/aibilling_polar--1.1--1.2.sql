@@ -1949,48 +1949,6 @@ COMMENT ON COLUMN aibilling.feed.pid IS 'Process id of its worker; NULL: none ru
 COMMENT ON COLUMN aibilling.feed.lag IS 'How old the last news of the publisher was that is stored here; NULL: not known';
 REVOKE ALL ON aibilling.feed FROM PUBLIC;
 
-CREATE OR REPLACE VIEW aibilling.status AS
-SELECT r.usage_table, r.server, r.pending, r.pending_estimated, r.unpriced, r.rejected, r.in_flight, r.oldest,
-	r.last_delivery, r.last_error, r.deliveries, r.delivered, r.duplicates, r.unexpected_duplicates, r.vanished,
-	r.worker_pid,
-	-- (names, which are of another collation, are among these words)
-	concat_ws('; ', r.status, f.words,
-		CASE WHEN c.skipped > 0 THEN format('%s rows came again and were skipped', c.skipped) END,
-		CASE WHEN c.kept > 0 THEN format('warning: %s rows were changed at their publisher after they had been sent, which changed nothing', c.kept) END) COLLATE "default" AS status,
-	f.lag, c.skipped, c.kept
-FROM aibilling.status_rows() r
-LEFT JOIN LATERAL (
-	SELECT a.skipped + coalesce(sum(n.rows) FILTER (WHERE n.state = 's'), 0)::bigint AS skipped,
-		a.kept + coalesce(sum(n.rows) FILTER (WHERE n.state = 'k'), 0)::bigint AS kept
-	FROM aibilling.attachment a
-	LEFT JOIN LATERAL (
-		SELECT e.state, coalesce((SELECT sum(coalesce(upper(r), 9223372036854775807) - lower(r)) FROM unnest(e.ids) r), 1) AS rows
-		FROM aibilling.outbox_entry e
-		WHERE e.usage_table = a.usage AND e.state IN ('s', 'k') AND e.not_before = '-infinity'
-	) AS n ON true
-	WHERE a.usage = r.usage_table
-	GROUP BY a.skipped, a.kept
-) AS c ON true
-LEFT JOIN LATERAL (
-	SELECT CASE WHEN count(*) = count(f.lag) THEN max(f.lag) END AS lag,
-		string_agg(CASE
-			WHEN NOT f.enabled THEN format('warning: subscription "%s" is disabled, and what its publisher writes waits there', f.subscription)
-			WHEN f.pid IS NULL THEN format('warning: subscription "%s" does not run, and what its publisher writes waits there; see the server log', f.subscription)
-			WHEN f.copying THEN format('subscription "%s" copies the rows that were there before it', f.subscription)
-			WHEN f.lag > interval '1 minute' THEN format('subscription "%s" is %s behind', f.subscription, date_trunc('second', f.lag))
-			END, '; ' ORDER BY f.subscription) AS words
-	FROM aibilling.feed f
-	WHERE f.usage_table = r.usage_table
-) AS f ON true;
-COMMENT ON COLUMN aibilling.status.lag IS
-'How far the slowest subscription that feeds the table is behind its publisher, by the clocks of both; NULL: none does, or one does not run or copies what was there before it, which status says';
-COMMENT ON COLUMN aibilling.status.skipped IS
-'Rows that came by a subscription and were not stored, since one of their external_id was there already';
-COMMENT ON COLUMN aibilling.status.kept IS
-'Rows whose change at their publisher was not taken over, since they had been sent';
-COMMENT ON COLUMN aibilling.status.vanished IS
-'Rows that were gone when they were to be sent or, where a subscription feeds the table, deleted while they were in flight';
-
 -- ---------------------------------------------------------------------------
 -- Other people's tables: rows of a table that exists become usage rows
 -- ---------------------------------------------------------------------------
@@ -2896,3 +2854,47 @@ GRANT EXECUTE ON FUNCTION aibilling.owns(regclass), aibilling.check_expression(r
 	aibilling.capture_row(aibilling.captures, jsonb, text), aibilling.capture_together(aibilling.captures, jsonb[]), aibilling.capture_rows(text, jsonb[], text, text),
 	aibilling.capture_changed(text, jsonb, jsonb), aibilling.capture_history(regclass, regclass, text),
 	aibilling.capture_retry(regclass) TO PUBLIC;
+
+CREATE OR REPLACE VIEW aibilling.status AS
+SELECT r.usage_table, r.server, r.pending, r.pending_estimated, r.unpriced, r.rejected, r.in_flight, r.oldest,
+	r.last_delivery, r.last_error, r.deliveries, r.delivered, r.duplicates, r.unexpected_duplicates, r.vanished,
+	r.worker_pid,
+	-- (names, which are of another collation, are among these words)
+	concat_ws('; ', r.status, f.words,
+		CASE WHEN c.skipped > 0 THEN format('%s rows came again and were skipped', c.skipped) END,
+		CASE WHEN c.kept > 0 THEN format('warning: %s rows were changed at their publisher after they had been sent, which changed nothing', c.kept) END,
+		CASE WHEN e.rows > 0 THEN format('warning: %s rows that were to be captured need a look (aibilling.capture_failure)', e.rows) END) COLLATE "default" AS status,
+	f.lag, c.skipped, c.kept
+FROM aibilling.status_rows() r
+LEFT JOIN LATERAL (
+	SELECT a.skipped + coalesce(sum(n.rows) FILTER (WHERE n.state = 's'), 0)::bigint AS skipped,
+		a.kept + coalesce(sum(n.rows) FILTER (WHERE n.state = 'k'), 0)::bigint AS kept
+	FROM aibilling.attachment a
+	LEFT JOIN LATERAL (
+		SELECT e.state, coalesce((SELECT sum(coalesce(upper(r), 9223372036854775807) - lower(r)) FROM unnest(e.ids) r), 1) AS rows
+		FROM aibilling.outbox_entry e
+		WHERE e.usage_table = a.usage AND e.state IN ('s', 'k') AND e.not_before = '-infinity'
+	) AS n ON true
+	WHERE a.usage = r.usage_table
+	GROUP BY a.skipped, a.kept
+) AS c ON true
+LEFT JOIN LATERAL (
+	SELECT CASE WHEN count(*) = count(f.lag) THEN max(f.lag) END AS lag,
+		string_agg(CASE
+			WHEN NOT f.enabled THEN format('warning: subscription "%s" is disabled, and what its publisher writes waits there', f.subscription)
+			WHEN f.pid IS NULL THEN format('warning: subscription "%s" does not run, and what its publisher writes waits there; see the server log', f.subscription)
+			WHEN f.copying THEN format('subscription "%s" copies the rows that were there before it', f.subscription)
+			WHEN f.lag > interval '1 minute' THEN format('subscription "%s" is %s behind', f.subscription, date_trunc('second', f.lag))
+			END, '; ' ORDER BY f.subscription) AS words
+	FROM aibilling.feed f
+	WHERE f.usage_table = r.usage_table
+) AS f ON true
+LEFT JOIN LATERAL (SELECT count(*) AS rows FROM aibilling.capture_error e WHERE e.usage = r.usage_table) AS e ON true;
+COMMENT ON COLUMN aibilling.status.lag IS
+'How far the slowest subscription that feeds the table is behind its publisher, by the clocks of both; NULL: none does, or one does not run or copies what was there before it, which status says';
+COMMENT ON COLUMN aibilling.status.skipped IS
+'Rows that came by a subscription and were not stored, since one of their external_id was there already';
+COMMENT ON COLUMN aibilling.status.kept IS
+'Rows whose change at their publisher was not taken over, since they had been sent';
+COMMENT ON COLUMN aibilling.status.vanished IS
+'Rows that were gone when they were to be sent or, where a subscription feeds the table, deleted while they were in flight';

@@ -319,6 +319,47 @@ $hub->wait_settled;
 like(fate('meanwhile'), qr/^delivered/, 'what was written while the hub was down is delivered');
 
 # ---------------------------------------------------------------------------
+# The application's own table, captured where it arrives
+# ---------------------------------------------------------------------------
+
+my $calls = q{CREATE TABLE calls (id int PRIMARY KEY, user_id text, model text, done boolean DEFAULT true, tokens text)};
+there("$calls; CREATE PUBLICATION calls FOR TABLE calls WITH (publish = 'insert, update'); INSERT INTO calls VALUES (0, 'captured', 'm', true, '100')");
+hub($calls);
+hub(q{SELECT aibilling.capture('calls', 'usage', $${"provider": "'p'", "input_tokens": "tokens"}$$, only_when => 'done', replicated => true)});
+subscribe('calls', undef, undef, 'calls');
+$hub->wait_for_subscription_sync($publisher, 'calls');
+there(q{INSERT INTO calls VALUES (1, 'captured', 'm', true, '7'), (2, 'captured', 'm', false, NULL), (3, 'captured', 'm', true, 'many'), (4, 'captured', 'm', true, '-1')});
+there(q{UPDATE calls SET done = true, tokens = '8' WHERE id = 2; UPDATE calls SET tokens = '9' WHERE id = 1});
+$publisher->wait_for_catchup('calls');
+$hub->wait_settled;
+is(hub(q{SELECT split_part(external_id, ':', 2), input_tokens, cost_nanos FROM usage WHERE external_customer_id = 'captured' ORDER BY 1}),
+	"0|100|100000\n1|7|7000\n2|8|8000\n4|-1|", 'rows of an application\'s own table are captured as they arrive');
+is(hub('SELECT key, error FROM aibilling.capture_failure ORDER BY key'), qq{1|changed after capture\n3|invalid input syntax for type bigint: "many"},
+	'what cannot be captured is told, and stops nothing');
+like($hub->status, qr/warning: 2 rows that were to be captured need a look \(aibilling\.capture_failure\)/, 'also by status');
+is(hub(q{SELECT apply_error_count + sync_error_count FROM pg_stat_subscription_stats WHERE subname = 'calls'}), '0', 'the subscription has met no error');
+hub('DELETE FROM aibilling.capture_failure; DROP SUBSCRIPTION calls');
+
+# ---------------------------------------------------------------------------
+# History: priced and not sent
+# ---------------------------------------------------------------------------
+
+there($ddl =~ s/\busage\b/history/gr =~ s/usage_external/history_external/gr =~ s/aibilling_usage/aibilling_history/gr);
+there(q{INSERT INTO history (external_id, provider, model, external_customer_id, input_tokens) SELECT 'history_' || i, 'p', 'm', 'c', 7 FROM generate_series(1, 20000) i});
+hub(q{SELECT aibilling.create_usage_table('history', 'polar', replicated => true); ALTER DATABASE postgres SET aibilling_polar.enqueue = off});
+subscribe('history', undef, undef, 'aibilling_history');
+$hub->wait_for_subscription_sync($publisher, 'history');
+hub('ALTER DATABASE postgres RESET aibilling_polar.enqueue; ALTER SUBSCRIPTION history DISABLE');
+$hub->poll_query_until('postgres', q{SELECT count(*) = 0 FROM pg_stat_subscription WHERE subname = 'history' AND pid IS NOT NULL});
+hub('ALTER SUBSCRIPTION history ENABLE');
+there(q{INSERT INTO history (external_id, provider, model, external_customer_id, input_tokens) VALUES ('new', 'p', 'm', 'c', 7)});
+$publisher->wait_for_catchup('history');
+$hub->wait_settled;
+is(hub(q{SELECT count(*), sum(cost_nanos) FROM history}), '20001|140007000', 'history is copied and priced');
+is(hub(q{SELECT delivered FROM aibilling.status WHERE usage_table = 'history'::regclass}), '1', 'only what comes after it is sent');
+hub('DROP SUBSCRIPTION history');
+
+# ---------------------------------------------------------------------------
 # Several databases without a hub share one limit
 # ---------------------------------------------------------------------------
 

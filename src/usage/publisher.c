@@ -16,6 +16,9 @@
 
 #include "usage/row.h"
 
+/* The list of columns is broken into lines of this length. */
+#define LINE_WIDTH 70
+
 PG_FUNCTION_INFO_V1(abp_sql_usage_table_ddl);
 
 /* What the columns of a usage table have beside their types; of the rest nothing. */
@@ -62,6 +65,7 @@ abp_sql_usage_table_ddl(PG_FUNCTION_ARGS)
 	const char *key = quote_identifier(makeObjectName(name->relname, "external_id", "key"));
 	const char *publication = quote_identifier(makeObjectName("aibilling", name->relname, NULL));
 	StringInfoData ddl;
+	int			line;
 
 	if (name->catalogname != NULL)
 		ereport(ERROR,
@@ -83,11 +87,22 @@ abp_sql_usage_table_ddl(PG_FUNCTION_ARGS)
 	appendStringInfo(&ddl, "\tCONSTRAINT %s UNIQUE (external_id)\n);\n"
 					 "ALTER TABLE %s REPLICA IDENTITY USING INDEX %s;\n"
 					 "CREATE PUBLICATION %s FOR TABLE %s (", key, table, key, publication, table);
+	line = ddl.len;
 	for (int i = COL_ID + 1; i < NUM_USAGE_COLUMNS; i++)
 	{
-		if (is_of_publisher(i))
-			appendStringInfo(&ddl, "%s%s", i == COL_ID + 1 ? "" : ", ", abp_usage_columns[i].name);
+		const char *column = abp_usage_columns[i].name;
+
+		if (!is_of_publisher(i))
+			continue;
+		if (i == COL_ID + 1 || ddl.len - line + strlen(column) > LINE_WIDTH)
+		{
+			appendStringInfo(&ddl, "%s\n\t", i == COL_ID + 1 ? "" : ",");
+			line = ddl.len;
+		}
+		else
+			appendStringInfoString(&ddl, ", ");
+		appendStringInfoString(&ddl, column);
 	}
-	appendStringInfoString(&ddl, ")\n\tWITH (publish = 'insert, update');\n");
+	appendStringInfoString(&ddl, "\n) WITH (publish = 'insert, update');\n");
 	PG_RETURN_TEXT_P(cstring_to_text(ddl.data));
 }

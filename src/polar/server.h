@@ -10,9 +10,7 @@
 
 #include "postgres.h"
 
-#include "lib/stringinfo.h"
-
-#include "polar/polar.h"
+#include "polar/event_format.h"
 
 typedef enum ServerKind
 {
@@ -47,9 +45,5 @@ typedef struct ServerOptions
 extern void abp_server_init(void);
 extern void abp_server_check_change(Oid serverid);
 extern const ServerOptions *abp_server_options(Oid serverid);
-extern char *abp_server_token(const ServerOptions *server, Oid usage_owner,
-							  StringInfo reason);
-extern void abp_forget_token(char *token);
-extern bool abp_server_is_mapped(Oid serverid, Oid role);
 
 #endif							/* ABP_SERVER_H */

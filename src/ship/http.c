@@ -35,12 +35,13 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include "compat.h"
-#include "ship/http.h"
 #include "lib/ilist.h"
 #include "miscadmin.h"
 #include "portability/instr_time.h"
 #include "storage/fd.h"
+
+#include "compat.h"
+#include "ship/http.h"
 
 #define MAX_CONNECT_MS 10000	/* name look-up, connect and TLS together */
 #define MAX_IDLE_CONNECTIONS 32 /* kept alive at most */

@@ -19,10 +19,15 @@
 #include "utils/portal.h"
 #include "utils/timestamp.h"
 
+#include "base/extension.h"
 #include "compat.h"
+#include "queue/attachment.h"
+#include "queue/entry.h"
+#include "queue/ledger.h"
 #include "queue/outbox.h"
 #include "queue/wake.h"
 #include "ship/http.h"
+#include "ship/position.h"
 #include "ship/shipper.h"
 
 /* How often to look while another process ships. */
@@ -142,7 +147,7 @@ has_looked_for_prices(const Sync *sync, const Goal *goal)
 	int64		first;
 	int64		last;
 
-	if (sync->shipper ? abp_ship_has_looked_for_prices(goal->relid) : worker_has_looked(sync))
+	if (sync->shipper ? abp_positions_saw_prices(goal->relid) : worker_has_looked(sync))
 		return true;
 	return !(abp_outbox_bounds(goal->relid, OUTBOX_UNPRICED, &first, &last) &&
 			 first <= goal->last);
@@ -205,7 +210,7 @@ obstacle(const Sync *sync, const Goal *goal, List *tables)
 		return "the server does not accept events; see aibilling.status";
 	if (table->blocked_until > GetCurrentTimestamp())
 		return "a usage table is blocked; see aibilling.status";
-	if (sync->shipper && abp_ship_is_locked_out(goal->relid))
+	if (sync->shipper && abp_position_is_locked_out(goal->relid))
 		return "another transaction has locked rows of a usage table";
 	if (TimestampDifferenceExceeds(goal->moved_at, GetCurrentTimestamp(), STALLED_MS))
 		return "nothing of a usage table has moved for two minutes; see aibilling.status";

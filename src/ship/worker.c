@@ -29,6 +29,7 @@
 #include "compat.h"
 #include "config.h"
 #include "queue/wake.h"
+#include "ship/position.h"
 #include "ship/shipper.h"
 #include "ship/worker.h"
 
@@ -180,7 +181,7 @@ aibilling_polar_worker_main(Datum arg)
 
 			pgstat_report_activity(STATE_RUNNING, "delivering usage to Polar");
 			due = abp_ship(&everything);
-			if (abp_ship_has_looked_for_prices(InvalidOid))
+			if (abp_positions_saw_prices(InvalidOid))
 				abp_worker_has_looked();
 			if (due == 0)
 				continue;

@@ -22,17 +22,28 @@
 #include "utils/memutils.h"
 #include "utils/timestamp.h"
 
+#include "base/extension.h"
+#include "base/idset.h"
+#include "base/rights.h"
+#include "base/usage_row.h"
 #include "compat.h"
-#include "polar/polar.h"
+#include "polar/event.h"
+#include "polar/event_format.h"
 #include "polar/server.h"
 #include "price/price.h"
+#include "queue/attachment.h"
+#include "queue/entry.h"
+#include "queue/ledger.h"
 #include "queue/outbox.h"
+#include "queue/place.h"
 #include "queue/wake.h"
 #include "ship/guard.h"
-#include "ship/shipper.h"
+#include "ship/user_code.h"
 #include "usage/attach.h"
 #include "usage/collect.h"
-#include "usage/usage.h"
+#include "usage/fate.h"
+#include "usage/rows.h"
+#include "usage/triggers.h"
 
 PG_FUNCTION_INFO_V1(abp_sql_preview);
 PG_FUNCTION_INFO_V1(abp_sql_pause);
@@ -64,11 +75,11 @@ preview_row(const UsageRow *row, Jsonb *whole, void *arg)
 
 	initStringInfo(&body);
 	initStringInfo(&reason);
-	abp_usage_judge(row, preview->server, &verdict);
+	abp_fate_of(row, preview->server, &verdict);
 	problem = verdict.error;
 	if (verdict.state != OUTBOX_REJECTED &&
-		(abp_ship_call_functions(preview->server, whole, &overrides, &problem) != GUARD_DONE ||
-		 !abp_polar_encode(&body, row, &preview->server->format, &overrides, &reason)))
+		(abp_user_code_call(preview->server, whole, &overrides, &problem) != GUARD_DONE ||
+		 !abp_event_encode(&body, row, &preview->server->format, &overrides, &reason)))
 	{
 		verdict.state = OUTBOX_REJECTED;
 		if (problem == NULL)
@@ -128,7 +139,7 @@ abp_sql_preview(PG_FUNCTION_ARGS)
 
 	preview.server = abp_server_options(table->serverid);
 	preview.result = (ReturnSetInfo *) fcinfo->resultinfo;
-	abp_usage_read(table, &ids, true, preview_row, &preview);
+	abp_rows_read(table, &ids, true, preview_row, &preview);
 	return (Datum) 0;
 }
 
@@ -312,8 +323,8 @@ retriable(const UsageTable *table, IdSet *only)
 	if (only != NULL)
 		ids = abp_idset_intersect(&ids, only);
 	ids = abp_idset_subtract(&ids, &own);
-	locked = abp_usage_lock(table, &ids, false);
-	visible = abp_usage_visible(table, &ids);
+	locked = abp_rows_lock(table, &ids, false);
+	visible = abp_rows_visible(table, &ids);
 	visible = abp_idset_subtract(&visible, &locked);
 	return abp_idset_subtract(&ids, &visible);
 }
@@ -398,7 +409,7 @@ typedef struct Repricing
 static bool
 cost_differs(const UsageRow *row, PricedCost *cost, bool *possible, char **problem)
 {
-	*possible = abp_usage_price(row, cost, problem);
+	*possible = abp_fate_cost(row, cost, problem);
 	return !*possible || cost->known != row->has_cost_nanos ||
 		(cost->known &&
 		 (cost->cost_nanos != row->cost_nanos || row->cost_cents == NULL ||
@@ -436,7 +447,7 @@ reprice_row(const UsageRow *row, Jsonb *whole, void *arg)
 		return true;
 
 	if (!abp_collect_find(repricing->table->relid, row->id, &place))
-		abp_outbox_find(repricing->table->relid, row->id, repricing->table->ledger_from, &place);
+		abp_place_find(repricing->table->relid, row->id, repricing->table->ledger_from, &place);
 	if (!possible)
 	{
 		/* The outbox tells of a row that has never had a cost. */
@@ -503,7 +514,7 @@ abp_sql_reprice(PG_FUNCTION_ARGS)
 	repricing.context = CurrentMemoryContext;
 	initStringInfo(&repricing.kept_names);
 
-	abp_become_table_owner(table, &saved);
+	abp_become_table_owner(table->owner, &saved);
 	SPI_connect();
 	cursor = SPI_cursor_open_with_args(NULL,
 									   psprintf("SELECT id::pg_catalog.int8 FROM %s"
@@ -530,13 +541,13 @@ abp_sql_reprice(PG_FUNCTION_ARGS)
 		if (!repricing.dry_run)
 		{
 			/* Who has a row's lock can rely on where it is: it is not sent. */
-			abp_usage_read(table, &ids, false, note_difference, &repricing);
+			abp_rows_read(table, &ids, false, note_difference, &repricing);
 			if (repricing.differing.nranges == 0)
 				continue;
-			ids = abp_usage_lock(table, &repricing.differing, true);
+			ids = abp_rows_lock(table, &repricing.differing, true);
 			abp_idset_free(&repricing.differing);
 		}
-		abp_usage_read(table, &ids, false, reprice_row, &repricing);
+		abp_rows_read(table, &ids, false, reprice_row, &repricing);
 	}
 	SPI_cursor_close(cursor);
 	SPI_finish();
@@ -544,7 +555,7 @@ abp_sql_reprice(PG_FUNCTION_ARGS)
 
 	if (repricing.changed.nranges > 0)
 	{
-		abp_usage_price_again(table, &repricing.changed);
+		abp_price_rows_again(table, &repricing.changed);
 		own = abp_collect_changes(table->relid);
 		repricing.changed = abp_idset_subtract(&repricing.changed, &own);
 		(void) abp_outbox_make_ready(table->relid, OUTBOX_UNPRICED, &repricing.changed);

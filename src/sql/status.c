@@ -27,14 +27,22 @@
 #include "utils/timestamp.h"
 #include "utils/varlena.h"
 
+#include "base/extension.h"
+#include "base/idset.h"
+#include "base/rights.h"
+#include "base/usage_row.h"
 #include "compat.h"
 #include "config.h"
+#include "queue/attachment.h"
+#include "queue/entry.h"
+#include "queue/ledger.h"
 #include "queue/outbox.h"
 #include "queue/wake.h"
 #include "ship/guard.h"
 #include "ship/shipper.h"
 #include "usage/attach.h"
 #include "usage/row.h"
+#include "usage/rows.h"
 
 /* How many waiting rows status counts one by one. */
 #define STATUS_EXACT_LIMIT 100000
@@ -359,7 +367,7 @@ read_oldest(void *arg)
 	OldestRow  *oldest = arg;
 
 	abp_guard_start_clock();
-	abp_usage_read(oldest->table, &oldest->ids, false, note_oldest, oldest);
+	abp_rows_read(oldest->table, &oldest->ids, false, note_oldest, oldest);
 }
 
 /*

@@ -32,13 +32,20 @@
 #include "utils/rel.h"
 #include "utils/varlena.h"
 
+#include "base/extension.h"
+#include "base/idset.h"
+#include "base/rights.h"
 #include "compat.h"
 #include "polar/server.h"
+#include "queue/attachment.h"
+#include "queue/entry.h"
+#include "queue/ledger.h"
 #include "queue/outbox.h"
 #include "queue/wake.h"
 #include "usage/attach.h"
 #include "usage/collect.h"
-#include "usage/usage.h"
+#include "usage/row.h"
+#include "usage/rows.h"
 
 PG_FUNCTION_INFO_V1(abp_sql_create_usage_table);
 PG_FUNCTION_INFO_V1(abp_sql_attach);
@@ -101,10 +108,13 @@ UsageTable *
 abp_attached_table(Oid relid)
 {
 	bool		armed;
+	List	   *tables;
 	ListCell   *lc;
 
 	abp_extension_check_version();
-	foreach(lc, abp_usage_tables(&armed))
+	tables = abp_usage_tables(&armed);
+	abp_rows_forget_plans_except(tables);
+	foreach(lc, tables)
 	{
 		UsageTable *table = lfirst(lc);
 
@@ -361,7 +371,7 @@ enqueue_existing(Oid relid)
 	IdSet		known;
 	SavedUser	saved;
 
-	abp_become_table_owner(table, &saved);
+	abp_become_table_owner(table->owner, &saved);
 	SPI_connect();
 	cursor = SPI_cursor_open_with_args(NULL,
 									   psprintf("SELECT id::pg_catalog.int8, cost_nanos IS NOT NULL FROM %s ORDER BY id",

@@ -22,6 +22,10 @@
 #include "utils/hsearch.h"
 #include "utils/memutils.h"
 
+#include "base/idset.h"
+#include "queue/entry.h"
+#include "queue/outbox.h"
+#include "queue/place.h"
 #include "queue/wake.h"
 #include "usage/collect.h"
 
@@ -300,7 +304,7 @@ keep_old_change(const Change *change, bool known)
 
 /*
  * Collect what becomes of a row that was there: its state, or NULL if it is
- * deleted.  "place" is where the row stands by abp_outbox_find, or NULL if it
+ * deleted.  "place" is where the row stands by abp_place_find, or NULL if it
  * is this transaction that put it there.
  */
 void

@@ -11,6 +11,7 @@
 #include "postgres.h"
 
 #include "queue/outbox.h"
+#include "queue/place.h"
 
 extern void abp_collect_inserted(Oid usage_table, int64 id, const RowState *state);
 extern void abp_collect_not_queued(Oid usage_table, int64 id);

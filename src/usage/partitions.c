@@ -23,10 +23,15 @@
 #include "utils/builtins.h"
 #include "utils/lsyscache.h"
 
+#include "base/extension.h"
+#include "base/idset.h"
+#include "queue/attachment.h"
+#include "queue/entry.h"
+#include "queue/ledger.h"
 #include "queue/outbox.h"
 #include "queue/wake.h"
-#include "usage/collect.h"
-#include "usage/usage.h"
+#include "usage/lookup.h"
+#include "usage/triggers.h"
 
 PG_FUNCTION_INFO_V1(abp_sql_on_table_ddl);
 
@@ -71,7 +76,7 @@ static void
 partition_has_gone(Oid usage_table, Oid partition, Oid serverid, int64 ledger_from)
 {
 	IdSet		waiting = waiting_ids(usage_table);
-	IdSet		ids = abp_usage_existing(partition, &waiting);
+	IdSet		ids = abp_lookup_existing(partition, &waiting);
 	IdSet		unsent = {0};
 	IdSet		unknown = {0};
 	int64		count;
@@ -119,7 +124,7 @@ partition_has_come(Oid usage_table, Oid partition, int64 ledger_from)
 			.usage_table = usage_table,
 			.state = OUTBOX_READY,
 			.outcome_unknown = delivery->outcome_unknown,
-			.ids = abp_usage_existing(partition, &delivery->vanished_ids)
+			.ids = abp_lookup_existing(partition, &delivery->vanished_ids)
 		};
 
 		if (entry.ids.nranges == 0)

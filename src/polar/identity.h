@@ -1,0 +1,45 @@
+/*-------------------------------------------------------------------------
+ *
+ * identity.h
+ *	  Whom an event is about.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef ABP_IDENTITY_H
+#define ABP_IDENTITY_H
+
+#include "postgres.h"
+
+#include "utils/uuid.h"
+
+#include "base/json_writer.h"
+#include "base/usage_row.h"
+#include "polar/event_format.h"
+#include "polar/limits.h"
+
+typedef enum IdentityKind
+{
+	IDENTITY_NONE,
+	IDENTITY_CUSTOMER,			/* Polar's own customer id */
+	IDENTITY_EXTERNAL			/* the application's customer id */
+} IdentityKind;
+
+typedef struct Identity
+{
+	IdentityKind kind;
+	pg_uuid_t	customer_id;	/* IDENTITY_CUSTOMER */
+	TextView	external;		/* IDENTITY_EXTERNAL */
+	char		number[MAX_ID_BYTES + 1];	/* what external points to if the
+											 * tag is a number */
+} Identity;
+
+static inline bool
+abp_is_uuid_v4(const pg_uuid_t *uuid)
+{
+	return (uuid->data[6] >> 4) == 4;
+}
+
+extern bool abp_identity_find(JsonWriter *w, const UsageRow *row,
+							  const EventFormat *format, Identity *identity);
+
+#endif							/* ABP_IDENTITY_H */

@@ -373,6 +373,7 @@ static Datum
 text_or_null(TextView text, bool *isnull)
 {
 	*isnull = text.data == NULL;
+
 	return *isnull ? (Datum) 0 : PointerGetDatum(cstring_to_text_with_len(text.data, text.len));
 }
 
@@ -608,7 +609,7 @@ abp_sql_spend(PG_FUNCTION_ARGS)
 {
 	Oid			relid;
 	Spend		spend = {{NULL}};
-	ShareKey	key = {{0}};
+	ShareKey	key = {0};
 	RollupRange range = {.level = ROLLUP_DAILY,.by_customer = true,.to_day = DATEVAL_NOEND};
 	TupleDesc	desc;
 	Datum		values[4];

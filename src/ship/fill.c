@@ -33,19 +33,19 @@
 #define ROW_TOO_LARGE_TRIES 3	/* for our memory, before it is held */
 
 static void
-set_aside(Filling *filling, int64 id, const RowState *verdict)
+set_aside(Filling *filling, int64 id, const RowState *fate)
 {
 	MemoryContext old = MemoryContextSwitchTo(filling->context);
 	OutboxEntry *entry = palloc0(sizeof(OutboxEntry));
 
 	entry->usage_table = filling->table->relid;
-	entry->state = verdict->state;
-	entry->not_before = verdict->not_before;
+	entry->state = fate->state;
+	entry->not_before = fate->not_before;
 	entry->attempts = filling->shipment->delivery.prior_attempts;
 	entry->outcome_unknown = filling->shipment->delivery.outcome_unknown;
-	entry->error = verdict->error == NULL ? NULL : pstrdup(verdict->error);
+	entry->error = fate->error == NULL ? NULL : pstrdup(fate->error);
 	abp_idset_add(&entry->ids, id, id, filling->context);
-	if (verdict->state == OUTBOX_UNPRICED)
+	if (fate->state == OUTBOX_UNPRICED)
 	{
 		/* Its price may have come while it was in another state. */
 		abp_position_look_again(filling->table->relid);
@@ -57,9 +57,9 @@ set_aside(Filling *filling, int64 id, const RowState *verdict)
 static void
 reject(Filling *filling, int64 id, char *reason)
 {
-	RowState	verdict = {OUTBOX_REJECTED, DT_NOBEGIN, reason};
+	RowState	fate = {OUTBOX_REJECTED, DT_NOBEGIN, reason};
 
-	set_aside(filling, id, &verdict);
+	set_aside(filling, id, &fate);
 }
 
 /*
@@ -70,11 +70,11 @@ static void
 put_off(Filling *filling, int64 id, char *reason)
 {
 	int			attempts = filling->shipment->delivery.prior_attempts;
-	RowState	verdict = {OUTBOX_WAITING, abp_in_ms(HOLD_MS << Min(attempts, MAX_HOLDS)), reason};
+	RowState	fate = {OUTBOX_WAITING, abp_in_ms(HOLD_MS << Min(attempts, MAX_HOLDS)), reason};
 
 	if (attempts >= MAX_HOLDS)
-		verdict.state = OUTBOX_REJECTED;
-	set_aside(filling, id, &verdict);
+		fate.state = OUTBOX_REJECTED;
+	set_aside(filling, id, &fate);
 	((OutboxEntry *) llast(filling->exceptions))->attempts++;
 	filling->put_off++;
 }
@@ -132,7 +132,7 @@ add_event(const UsageRow *row, Jsonb *whole, void *arg)
 	int			before = body->len;
 	EventOverrides overrides = {{NULL}};
 	StringInfoData reason;
-	RowState	verdict;
+	RowState	fate;
 	char	   *failure = NULL;
 
 	if (filling->rows_are_settled)
@@ -141,10 +141,13 @@ add_event(const UsageRow *row, Jsonb *whole, void *arg)
 		return filling->nrows <= filling->max_rows;
 	if (delivery->nevents == filling->max_rows)
 		return false;			/* rows share ids: shared_ids tells which */
-	abp_fate_of(row, filling->server, &verdict);
-	if (verdict.state != OUTBOX_READY)
+	if (whole == NULL)
+		abp_fate_before_encoding(row, filling->server, &fate);
+	else
+		abp_fate_of(row, filling->server, &fate);
+	if (fate.state != OUTBOX_READY)
 	{
-		set_aside(filling, row->id, &verdict);
+		set_aside(filling, row->id, &fate);
 		return true;
 	}
 	if (whole != NULL)
@@ -273,8 +276,7 @@ set_failed_aside(Filling *filling, int64 id, bool whole, GuardOutcome outcome,
 	if (outcome == GUARD_PASSES)
 	{
 		if (filling->seen.nranges == 0)
-			ereport(ERROR,
-					(errcode(error->sqlerrcode), errmsg_internal("%s", error->message)));
+			abp_guard_rethrow(error);
 		return false;
 	}
 
@@ -347,35 +349,31 @@ unread(Filling *filling, const FillingMark *mark, IdSet *ids)
 static void
 read_carefully(Filling *filling, IdSet *ids, bool whole)
 {
+	IdWalk		walk = {0};
 	TimestampTz start = GetCurrentTimestamp();
 
-	for (int r = 0; r < ids->nranges && !filling->full; r++)
+	while (!filling->full && abp_idset_walk(ids, &walk))
 	{
-		for (int64 id = ids->ranges[r].first;; id++)
+		IdSet		one = {0};
+		GuardedRead read = {filling, &one, whole};
+		FillingMark mark = mark_filling(filling);
+		GuardError	error;
+		GuardOutcome outcome;
+
+		CHECK_FOR_INTERRUPTS();
+
+		abp_idset_add(&one, walk.id, walk.id, filling->context);
+		abp_guard_start_clock();
+		outcome = abp_guard(filling->table, read_guarded, &read, &error);
+		if (outcome != GUARD_DONE)
 		{
-			IdSet		one = {0};
-			GuardedRead read = {filling, &one, whole};
-			FillingMark mark = mark_filling(filling);
-			GuardError	error;
-			GuardOutcome outcome;
-
-			CHECK_FOR_INTERRUPTS();
-
-			abp_idset_add(&one, id, id, filling->context);
 			abp_guard_start_clock();
-			outcome = abp_guard(filling->table, read_guarded, &read, &error);
-			if (outcome != GUARD_DONE)
-			{
-				abp_guard_start_clock();
-				unread(filling, &mark, &one);
-				if (!set_failed_aside(filling, id, whole, outcome, &error))
-					filling->full = true;
-			}
-			if (TimestampDifferenceExceeds(start, GetCurrentTimestamp(), TURN_MS))
+			unread(filling, &mark, &one);
+			if (!set_failed_aside(filling, walk.id, whole, outcome, &error))
 				filling->full = true;
-			if (filling->full || id == ids->ranges[r].last)
-				break;
 		}
+		if (TimestampDifferenceExceeds(start, GetCurrentTimestamp(), TURN_MS))
+			filling->full = true;
 	}
 	abp_guard_start_clock();
 }
@@ -408,8 +406,7 @@ read_rows(Filling *filling, IdSet *ids, bool whole)
 			outcome = GUARD_FAILED; /* read it alone */
 	}
 	if (outcome == GUARD_PASSES || outcome == GUARD_NO_MEMORY)
-		ereport(ERROR,
-				(errcode(error.sqlerrcode), errmsg_internal("%s", error.message)));
+		abp_guard_rethrow(&error);
 	read_carefully(filling, ids, whole);
 }
 

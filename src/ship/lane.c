@@ -102,8 +102,7 @@ write_down(Lane *lane)
 	}
 	outcome = abp_guard(NULL, write_lane, lane, &error);
 	if (outcome != GUARD_DONE && error.sqlerrcode != ERRCODE_LOCK_NOT_AVAILABLE)
-		ereport(ERROR,
-				(errcode(error.sqlerrcode), errmsg_internal("%s", error.message)));
+		abp_guard_rethrow(&error);
 	lane->unwritten = outcome != GUARD_DONE;
 	if (!lane->unwritten)
 		return;

@@ -85,31 +85,26 @@ move_to(PriceLook *look, int64 id, char state, TimestampTz not_before, const cha
 static void
 move_all(PriceLook *look, const IdSet *ids, char state, const char *error)
 {
-	for (int i = 0; i < ids->nranges; i++)
-	{
-		for (int64 id = ids->ranges[i].first;; id++)
-		{
-			move_to(look, id, state, DT_NOBEGIN, error);
-			if (id == ids->ranges[i].last)
-				break;
-		}
-	}
+	IdWalk		walk = {0};
+
+	while (abp_idset_walk(ids, &walk))
+		move_to(look, walk.id, state, DT_NOBEGIN, error);
 }
 
 static bool
 look_for_price(const UsageRow *row, Jsonb *whole, void *arg)
 {
 	PriceLook  *look = arg;
-	RowState	verdict;
+	RowState	fate;
 
 	look->nrows++;
 	abp_idset_add(&look->seen, row->id, row->id, look->context);
-	abp_fate_by_price(row, &verdict);
-	if (verdict.state == OUTBOX_READY)
+	abp_fate_by_price(row, &fate);
+	if (fate.state == OUTBOX_READY)
 		abp_idset_add(&look->priced, row->id, row->id, look->context);
-	else if (verdict.state != OUTBOX_UNPRICED || look->entry->error == NULL ||
-			 strcmp(verdict.error, look->entry->error) != 0)
-		move_to(look, row->id, verdict.state, DT_NOBEGIN, verdict.error);
+	else if (fate.state != OUTBOX_UNPRICED || look->entry->error == NULL ||
+			 strcmp(fate.error, look->entry->error) != 0)
+		move_to(look, row->id, fate.state, DT_NOBEGIN, fate.error);
 	return true;
 }
 
@@ -118,15 +113,15 @@ static bool
 look_at_priced(const UsageRow *row, Jsonb *whole, void *arg)
 {
 	PriceLook  *look = arg;
-	RowState	verdict;
+	RowState	fate;
 
-	abp_fate_of(row, look->server, &verdict);
-	if (verdict.state == OUTBOX_UNPRICED)
+	abp_fate_of(row, look->server, &fate);
+	if (fate.state == OUTBOX_UNPRICED)
 	{
-		verdict.state = OUTBOX_REJECTED;
-		verdict.error = "it has a price, but a trigger or rule of its table keeps the cost from being stored";
+		fate.state = OUTBOX_REJECTED;
+		fate.error = "it has a price, but a trigger or rule of its table keeps the cost from being stored";
 	}
-	move_to(look, row->id, verdict.state, verdict.not_before, verdict.error);
+	move_to(look, row->id, fate.state, fate.not_before, fate.error);
 	return true;
 }
 
@@ -155,22 +150,18 @@ count_row(const UsageRow *row, Jsonb *whole, void *arg)
 static void
 reject_shared(PriceLook *look)
 {
+	IdWalk		walk = {0};
 	IdSet		shared = {0};
 	ListCell   *lc;
 
-	for (int i = 0; i < look->seen.nranges; i++)
+	while (abp_idset_walk(&look->seen, &walk))
 	{
-		for (int64 id = look->seen.ranges[i].first;; id++)
-		{
-			IdSet		one = {0};
+		IdSet		one = {0};
 
-			abp_idset_add(&one, id, id, look->context);
-			if (abp_rows_read(look->table, &one, false, count_row, NULL) > 1)
-				abp_idset_add(&shared, id, id, look->context);
-			abp_idset_free(&one);
-			if (id == look->seen.ranges[i].last)
-				break;
-		}
+		abp_idset_add(&one, walk.id, walk.id, look->context);
+		if (abp_rows_read(look->table, &one, false, count_row, NULL) > 1)
+			abp_idset_add(&shared, walk.id, walk.id, look->context);
+		abp_idset_free(&one);
 	}
 
 	look->priced = abp_idset_subtract(&look->priced, &shared);
@@ -273,54 +264,50 @@ refuse_price(PriceLook *look, int64 id, const GuardError *error)
 static bool
 look_carefully(PriceLook *look)
 {
+	IdWalk		walk = {0};
 	bool		all = true;
 	TimestampTz start = GetCurrentTimestamp();
 
-	for (int r = 0; r < look->ids->nranges; r++)
+	while (abp_idset_walk(look->ids, &walk))
 	{
-		for (int64 id = look->ids->ranges[r].first;; id++)
+		IdSet		one = {0};
+		PriceLook	part = *look;
+		GuardError	error;
+		GuardOutcome outcome;
+		ListCell   *lc;
+
+		CHECK_FOR_INTERRUPTS();
+
+		if (TimestampDifferenceExceeds(start, GetCurrentTimestamp(), TURN_MS))
+			return false;
+		abp_idset_add(&one, walk.id, walk.id, look->context);
+		part.ids = &one;
+		part.others = NIL;
+		part.nrows = 0;
+		memset(&part.seen, 0, sizeof(IdSet));
+		memset(&part.priced, 0, sizeof(IdSet));
+		memset(&part.moved, 0, sizeof(IdSet));
+		abp_guard_start_clock();
+		outcome = abp_guard(look->table, look_and_price, &part, &error);
+		abp_guard_start_clock();
+		if (outcome == GUARD_PASSES || outcome == GUARD_NO_MEMORY)
+			all = false;
+		else if (outcome != GUARD_DONE)
 		{
-			IdSet		one = {0};
-			PriceLook	part = *look;
-			GuardError	error;
-			GuardOutcome outcome;
-			ListCell   *lc;
-
-			CHECK_FOR_INTERRUPTS();
-
-			if (TimestampDifferenceExceeds(start, GetCurrentTimestamp(), TURN_MS))
+			if (look->moved.nranges == 0)
+				abp_read_no_row(look->table, false);
+			if (!refuse_price(look, walk.id, &error))
 				return false;
-			abp_idset_add(&one, id, id, look->context);
-			part.ids = &one;
-			part.others = NIL;
-			part.nrows = 0;
-			memset(&part.seen, 0, sizeof(IdSet));
-			memset(&part.priced, 0, sizeof(IdSet));
-			memset(&part.moved, 0, sizeof(IdSet));
-			abp_guard_start_clock();
-			outcome = abp_guard(look->table, look_and_price, &part, &error);
-			abp_guard_start_clock();
-			if (outcome == GUARD_PASSES || outcome == GUARD_NO_MEMORY)
-				all = false;
-			else if (outcome != GUARD_DONE)
+		}
+		else
+		{
+			foreach(lc, part.others)
 			{
-				if (look->moved.nranges == 0)
-					abp_read_no_row(look->table, false);
-				if (!refuse_price(look, id, &error))
-					return false;
-			}
-			else
-			{
-				foreach(lc, part.others)
-				{
-					OutboxEntry *other = lfirst(lc);
+				OutboxEntry *other = lfirst(lc);
 
-					if (abp_idset_contains(&other->ids, id))
-						move_to(look, id, other->state, other->not_before, other->error);
-				}
+				if (abp_idset_contains(&other->ids, walk.id))
+					move_to(look, walk.id, other->state, other->not_before, other->error);
 			}
-			if (id == look->ids->ranges[r].last)
-				break;
 		}
 	}
 	return all;

@@ -137,12 +137,6 @@ fire_deferred_at_once(void)
 	AfterTriggerSetState(all);
 }
 
-static bool
-count_row(const UsageRow *row, Jsonb *whole, void *arg)
-{
-	return true;
-}
-
 /*
  * Of rows that share an id one may be delivered: they are not priced, but
  * rejected.
@@ -150,19 +144,8 @@ count_row(const UsageRow *row, Jsonb *whole, void *arg)
 static void
 reject_shared(PriceLook *look)
 {
-	IdWalk		walk = {0};
-	IdSet		shared = {0};
+	IdSet		shared = abp_rows_shared(look->table, &look->seen);
 	ListCell   *lc;
-
-	while (abp_idset_walk(&look->seen, &walk))
-	{
-		IdSet		one = {0};
-
-		abp_idset_add(&one, walk.id, walk.id, look->context);
-		if (abp_rows_read(look->table, &one, false, count_row, NULL) > 1)
-			abp_idset_add(&shared, walk.id, walk.id, look->context);
-		abp_idset_free(&one);
-	}
 
 	look->priced = abp_idset_subtract(&look->priced, &shared);
 	foreach(lc, look->others)

@@ -48,7 +48,7 @@ set_aside(Filling *filling, int64 id, const RowState *fate)
 	if (fate->state == OUTBOX_UNPRICED)
 	{
 		/* Its price may have come while it was in another state. */
-		abp_position_look_again(filling->table->relid);
+		abp_position_look_again(filling->turn, filling->table->relid);
 	}
 	filling->exceptions = lappend(filling->exceptions, entry);
 	MemoryContextSwitchTo(old);
@@ -508,7 +508,7 @@ rest_table(const UsageTable *table, const Filling *filling)
 				 errmsg("usage rows of %s cannot be delivered: %s", table->name, reason)));
 	position->rests = Min(position->rests + 1, MAX_HOLDS);
 	position->failed = true;
-	abp_position_block(table, reason, until);
+	abp_position_block(filling->turn, table, reason, until);
 }
 
 /*
@@ -519,7 +519,7 @@ rest_table(const UsageTable *table, const Filling *filling)
  * more than a request may hold.
  */
 bool
-abp_fill_shipment(Shipment *shipment, const UsageTable *table,
+abp_fill_shipment(Turn *turn, Shipment *shipment, const UsageTable *table,
 				  const ServerOptions *server, IdSet *ids, char taken_from)
 {
 	Delivery   *delivery = &shipment->delivery;
@@ -541,7 +541,7 @@ abp_fill_shipment(Shipment *shipment, const UsageTable *table,
 
 		filling = (Filling)
 		{
-			.shipment = shipment,.table = table,.server = server,.taken_from = taken_from,
+			.turn = turn,.shipment = shipment,.table = table,.server = server,.taken_from = taken_from,
 				.context = CurrentMemoryContext
 		};
 		read_batch(&filling, &wanted, whole);
@@ -594,7 +594,7 @@ abp_fill_shipment(Shipment *shipment, const UsageTable *table,
 	if (taken_from != 0)
 		keep_keys(&filling);
 	if (filling.changing.nranges > 0)
-		abp_position_hold_rows(table, &filling.changing);
+		abp_position_hold_rows(turn, table, &filling.changing);
 	if (filling.full)
 		abp_position_of(table->relid)->cursor = PG_INT64_MIN;
 	if (filling.put_off > 0 && delivery->nevents == 0)

@@ -393,7 +393,7 @@ price_entry(PriceLook *look, IdSet *wanted, GuardOutcome looked)
  * are rejected.
  */
 static void
-release_unpriced(const UsageTable *table, const ServerOptions *server, void *arg)
+release_unpriced(Turn *turn, const UsageTable *table, const ServerOptions *server, void *arg)
 {
 	UnpricedStep *step = arg;
 	Position   *position = abp_position_of(table->relid);
@@ -453,16 +453,16 @@ release_unpriced(const UsageTable *table, const ServerOptions *server, void *arg
 
 /* The same by one snapshot, of what is in the outbox and of the rows. */
 static void
-release_unpriced_at_once(const UsageTable *table, const ServerOptions *server, void *arg)
+release_unpriced_at_once(Turn *turn, const UsageTable *table, const ServerOptions *server, void *arg)
 {
 	PushActiveSnapshot(GetLatestSnapshot());
-	release_unpriced(table, server, arg);
+	release_unpriced(turn, table, server, arg);
 	PopActiveSnapshot();
 }
 
 /* Go on with the scan over a table's rows that wait for a price. */
 void
-abp_scan_unpriced(const UsageTable *table, const ServerOptions *server)
+abp_scan_unpriced(Turn *turn, const UsageTable *table, const ServerOptions *server)
 {
 	Position   *position = abp_position_of(table->relid);
 
@@ -470,23 +470,19 @@ abp_scan_unpriced(const UsageTable *table, const ServerOptions *server)
 		return;
 	if (position->unpriced_at > GetCurrentTimestamp())
 	{
-		abp_due_at(position->unpriced_at);
+		abp_due_at(turn, position->unpriced_at);
 		return;
 	}
 
-	/* What comes from now on is for the next scan. */
 	if (position->unpriced_cursor.id == PG_INT64_MIN)
-	{
-		position->scanned_for = abp_turn.prices_generation;
-		position->unpriced_left = false;
-	}
-	for (int i = 0; i < UNPRICED_PER_TURN && !abp_turn_is_over(); i++)
+		abp_position_begin_price_scan(position);
+	for (int i = 0; i < UNPRICED_PER_TURN && !abp_turn_is_over(turn); i++)
 	{
 		UnpricedStep step;
 
 		CHECK_FOR_INTERRUPTS();
 
-		if (abp_position_guarded(release_unpriced_at_once, table, server, &step) != GUARD_DONE)
+		if (abp_position_guarded(turn, release_unpriced_at_once, table, server, &step) != GUARD_DONE)
 		{
 			/* what is ready has its turn before */
 			position->unpriced_at = abp_in_ms(TRANSIENT_MS);
@@ -494,7 +490,7 @@ abp_scan_unpriced(const UsageTable *table, const ServerOptions *server)
 		}
 		if (!step.tidy)
 		{
-			abp_due_at(abp_in_ms(GATHER_MIN_MS));
+			abp_due_at(turn, abp_in_ms(GATHER_MIN_MS));
 			return;
 		}
 		position->unpriced_left |= !step.complete;
@@ -507,10 +503,10 @@ abp_scan_unpriced(const UsageTable *table, const ServerOptions *server)
 		else
 		{
 			position->unpriced_at = abp_in_ms(HELD_MS);
-			abp_due_at(position->unpriced_at);
+			abp_due_at(turn, position->unpriced_at);
 		}
 		if (!abp_position_wants_prices(position) || position->unpriced_left)
 			return;
 	}
-	abp_turn.more_to_build = true;
+	turn->more_to_build = true;
 }

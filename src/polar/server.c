@@ -103,6 +103,7 @@ static const OptionName option_names[] = {
 	{"max_in_flight", ForeignServerRelationId, FOR_POLAR},
 	{"requests_per_minute", ForeignServerRelationId, FOR_POLAR},
 	{"unpriced", ForeignServerRelationId, FOR_POLAR},
+	{"raw_usage", ForeignServerRelationId, FOR_POLAR},
 	{"kind", ForeignServerRelationId, FOR_ALL},
 	{"format", ForeignServerRelationId, FOR_PRICES},
 	{"access_token", UserMappingRelationId, FOR_ALL}
@@ -112,6 +113,7 @@ static const OptionName option_names[] = {
 static const char *const kinds[] = {"polar", "prices", NULL};
 static const char *const environments[] = {"production", "sandbox", NULL};
 static const char *const unpriced_choices[] = {"hold", "send", NULL};
+static const char *const raw_usage_choices[] = {"keep", "strip", NULL};
 static const char *const prices_formats[] = {
 	"litellm", "models.dev", "genai-prices", "openrouter", "narev", NULL
 };
@@ -361,6 +363,8 @@ read_content(OptionReading *r, DefElem *def)
 		server->format.tag_prefix = abp_option_tag_prefix(def);
 	else if (strcmp(name, "unpriced") == 0)
 		server->send_unpriced = abp_option_choice(def, unpriced_choices) == 1;
+	else if (strcmp(name, "raw_usage") == 0)
+		server->strip_raw_usage = abp_option_choice(def, raw_usage_choices) == 1;
 	else if (strcmp(name, "format") == 0)
 		server->prices_format =
 			prices_formats[abp_option_choice(def, prices_formats)];

@@ -43,8 +43,10 @@
 #include "queue/attachment.h"
 #include "queue/ledger.h"
 #include "queue/outbox.h"
+#include "queue/shares.h"
 #include "queue/wake.h"
 #include "ship/batch.h"
+#include "ship/fold.h"
 #include "ship/guard.h"
 #include "ship/http.h"
 #include "ship/lane.h"
@@ -254,6 +256,7 @@ abp_ship_reset(void)
 	prices_changed = true;
 	tables_stale = true;
 	this_turn.delivered = 0;
+	abp_fold_reset();
 }
 
 /* Take over what an earlier shipper has left unsettled. */
@@ -281,6 +284,8 @@ recover(List *tables)
 		shipment->delivery.ids = abp_idset_copy(&left->ids);
 		shipment->delivery.vanished_ids = abp_idset_copy(&left->vanished_ids);
 		abp_shipment_copy_keys(&shipment->delivery, left);
+		shipment->delivery.knows_counted =
+			abp_share_load_counted(left->id, &shipment->delivery.counted);
 		MemoryContextSwitchTo(old);
 		shipment->delivery.nevents = abp_idset_count(&left->ids);
 		shipment->stage = SHIPMENT_WAITING;
@@ -348,6 +353,7 @@ forget_dropped(List *tables)
 			continue;
 		count = abp_outbox_discard(table->relid);
 		abp_usage_table_forget(table->relid);
+		abp_rollup_forget(table->relid);
 		tables_stale = true;
 		if (count > 0)
 			ereport(WARNING,
@@ -725,6 +731,7 @@ work(Turn *turn, const ShipScope *scope)
 	List	   *tables;
 	bool		armed;
 	bool		fresh = !recovered;
+	bool		idle;
 	ListCell   *lc;
 	Oid			extension = get_extension_oid("aibilling_polar", true);
 	Oid			outbox = abp_extension_relation("outbox_entry");
@@ -768,7 +775,11 @@ work(Turn *turn, const ShipScope *scope)
 		turn->settled = 0;
 	}
 	if (!armed)
+	{
+		/* Before arm(), a dump may still be bringing deliveries. */
+		recovered = abp_shipments != NIL;
 		return NIL;
+	}
 	forget_dropped(tables);
 
 	abp_positions_note_changes(prices_changed, servers_changed);
@@ -789,6 +800,9 @@ work(Turn *turn, const ShipScope *scope)
 		}
 		serve_table(turn, table, fresh, &departures);
 	}
+
+	idle = departures == NIL && !turn->more_to_build && !turn->backlog;
+	turn->more_to_build |= abp_fold(turn, tables, idle);
 
 	/* One table's backlog waits little for another's rows to gather. */
 	if (turn->backlog)

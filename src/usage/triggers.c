@@ -24,11 +24,13 @@
 #include "config.h"
 #include "polar/server.h"
 #include "price/cost.h"
+#include "price/normalize.h"
 #include "price/price.h"
 #include "queue/attachment.h"
 #include "queue/entry.h"
 #include "queue/ledger.h"
 #include "queue/outbox.h"
+#include "queue/shares.h"
 #include "queue/place.h"
 #include "queue/wake.h"
 #include "usage/collect.h"
@@ -98,7 +100,7 @@ check_trigger(FunctionCallInfo fcinfo, const char *name,
 /* The new row with its columns filled in and its cost. */
 static HeapTuple
 priced_tuple(UsageRelation *known, TupleDesc desc, const UsageRow *row,
-			 bool normalized, const PricedCost *cost)
+			 bool normalized, bool stripped, const PricedCost *cost)
 {
 	Datum	   *values = known->values;
 	bool	   *nulls = known->nulls;
@@ -129,6 +131,8 @@ priced_tuple(UsageRelation *known, TupleDesc desc, const UsageRow *row,
 		SET_COLUMN(COL_GENERATION_ID, row->generation_id.data == NULL,
 				   text_view_datum(row->generation_id));
 	}
+	if (stripped)
+		SET_COLUMN(COL_RAW_USAGE, row->raw_usage == NULL, JsonbPGetDatum(row->raw_usage));
 	if (row->tags_are_null && !nulls[known->columns.attnums[COL_TAGS] - 1])
 		SET_COLUMN(COL_TAGS, false, JsonbPGetDatum(row->tags));
 	SET_COLUMN(COL_COST_NANOS, !cost->known, Int64GetDatum(cost->cost_nanos));
@@ -356,6 +360,8 @@ abp_sql_price_usage(PG_FUNCTION_ARGS)
 	PricedCost	cost = {COST_INCOMPLETE};
 	bool		update;
 	bool		normalized;
+	bool		strips = false;
+	Jsonb	   *kept = NULL;
 
 	check_trigger(fcinfo, "price_usage",
 				  TRIGGER_EVENT_BEFORE | TRIGGER_EVENT_ROW | TRIGGER_EVENT_INSERT,
@@ -376,14 +382,26 @@ abp_sql_price_usage(PG_FUNCTION_ARGS)
 	if (OidIsValid(known->serverid))
 		server = abp_server_options(known->serverid);
 
+	/* before what is read fills in the model */
+	if (row.raw_usage != NULL && server != NULL && server->strip_raw_usage)
+	{
+		UsageCall	call = {row.model, row.provider_cost != NULL};
+
+		strips = true;
+		kept = abp_usage_strip(row.usage_format, row.raw_usage, &call);
+	}
 	normalized = row.raw_usage != NULL && fill_in_usage(&row);
 	if (row.raw_usage == NULL || normalized)
 	{
 		PriceRequest request = abp_fate_price_request(&row);
 
 		(void) abp_price_usage(&request, false, &cost);
+		if (unlikely(!row.counts.given[COUNT_OUTPUT]) && !update)
+			abp_warn_no_output(&row, &request, &cost);
 	}
-	new.tuple = priced_tuple(known, RelationGetDescr(new.rel), &row, normalized, &cost);
+	if (unlikely(strips))
+		row.raw_usage = kept;
+	new.tuple = priced_tuple(known, RelationGetDescr(new.rel), &row, normalized, strips, &cost);
 
 	if (update && OidIsValid(known->usage_table) && server != NULL)
 	{
@@ -623,6 +641,7 @@ abp_sql_truncate_usage(PG_FUNCTION_ARGS)
 	count = abp_outbox_discard(known->usage_table);
 	abp_collect_truncated(known->usage_table);
 	abp_usage_table_truncated(known->usage_table);
+	abp_shares_truncated(known->usage_table);
 	if (count > 0)
 		ereport(WARNING,
 				(errcode(ERRCODE_WARNING),

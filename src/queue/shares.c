@@ -125,7 +125,10 @@ abp_share_load_counted(int64 delivery, IdSet *counted)
 	SavedUser	saved;
 
 	known = abp_statement_open(&load, values, NULL, &saved) > 0;
-	*counted = known ? abp_result_idset(0, 1, caller) : (IdSet) {0};
+	*counted = known ? abp_result_idset(0, 1, caller) : (IdSet)
+	{
+		0
+	};
 	abp_statement_close(&saved);
 	return known;
 }
@@ -169,7 +172,7 @@ read_shares(Statement *statement, Datum *values)
  * The shares of a table that are not in the rollup yet, by the active
  * snapshot: a list of Share in the current memory context.
  */
-List *
+List	   *
 abp_shares_of(Oid usage_table)
 {
 	static Statement of_table = {
@@ -189,7 +192,7 @@ abp_shares_of(Oid usage_table)
  * those whose sums are not known.  A list of Share in the current memory
  * context.
  */
-List *
+List	   *
 abp_shares_to_fold(int64 from_delivery, int max_shares, bool unknown)
 {
 	static Statement next = {

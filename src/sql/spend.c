@@ -373,6 +373,7 @@ static Datum
 text_or_null(TextView text, bool *isnull)
 {
 	*isnull = text.data == NULL;
+
 	return *isnull ? (Datum) 0 : PointerGetDatum(cstring_to_text_with_len(text.data, text.len));
 }
 

@@ -85,18 +85,12 @@ read_removals(IdBlock *block, Oid usage_table, char state, int64 id)
 	while ((tuple = abp_scan_next(&scan)) != NULL &&
 		   BLOCK_OF(ENTRY_FORM(tuple)->id) == block->first)
 	{
+		IdWalk		walk = {0};
 		IdSet		ids = abp_entry_ids(tuple, RelationGetDescr(scan.rel));
 
 		block->any = true;
-		for (int i = 0; i < ids.nranges; i++)
-		{
-			for (int64 at = ids.ranges[i].first; at - block->first <= ids.ranges[i].last - block->first; at++)
-			{
-				block->removed[at - block->first]++;
-				if (at == ids.ranges[i].last)
-					break;
-			}
-		}
+		while (abp_idset_walk(&ids, &walk))
+			block->removed[walk.id - block->first]++;
 		abp_idset_free(&ids);
 	}
 	abp_scan_end(&scan);
@@ -106,19 +100,15 @@ read_removals(IdBlock *block, Oid usage_table, char state, int64 id)
 static IdSet
 left_of(const IdSet *ids, IdBlock *block)
 {
+	IdWalk		walk = {0};
 	IdSet		left = {0};
 
-	for (int i = 0; i < ids->nranges; i++)
+	while (abp_idset_walk(ids, &walk))
 	{
-		for (int64 id = ids->ranges[i].first;; id++)
-		{
-			if (block->removed[id - block->first] > 0)
-				block->removed[id - block->first]--;
-			else
-				abp_idset_add(&left, id, id, CurrentMemoryContext);
-			if (id == ids->ranges[i].last)
-				break;
-		}
+		if (block->removed[walk.id - block->first] > 0)
+			block->removed[walk.id - block->first]--;
+		else
+			abp_idset_add(&left, walk.id, walk.id, CurrentMemoryContext);
 	}
 	return left;
 }

@@ -83,25 +83,21 @@ note_vanished(Oid usage_table, Oid serverid, IdSet *ids, bool outcome_unknown)
 static void
 partition_has_gone(Oid usage_table, Oid partition, Oid serverid, int64 ledger_from)
 {
+	IdWalk		walk = {0};
 	IdSet		waiting = waiting_ids(usage_table);
 	IdSet		ids = abp_lookup_existing(partition, &waiting);
 	IdSet		unsent = {0};
 	IdSet		unknown = {0};
 	int64		count;
 
-	for (int i = 0; i < ids.nranges; i++)
+	while (abp_idset_walk(&ids, &walk))
 	{
-		for (int64 id = ids.ranges[i].first;; id++)
-		{
-			bool		maybe_sent;
+		bool		maybe_sent;
 
-			CHECK_FOR_INTERRUPTS();
+		CHECK_FOR_INTERRUPTS();
 
-			if (abp_usage_row_left(usage_table, id, ledger_from, &maybe_sent))
-				abp_idset_add(maybe_sent ? &unknown : &unsent, id, id, CurrentMemoryContext);
-			if (id == ids.ranges[i].last)
-				break;
-		}
+		if (abp_usage_row_left(usage_table, walk.id, ledger_from, &maybe_sent))
+			abp_idset_add(maybe_sent ? &unknown : &unsent, walk.id, walk.id, CurrentMemoryContext);
 	}
 	note_vanished(usage_table, serverid, &unsent, false);
 	note_vanished(usage_table, serverid, &unknown, true);

@@ -1702,3 +1702,51 @@ GRANT EXECUTE ON FUNCTION
 	aibilling.price_in_tier(aibilling.price, text, numeric),
 	aibilling.set_price(text, text, numeric, numeric, numeric, numeric, numeric, numeric, numeric, numeric, jsonb, text, timestamptz)
 TO PUBLIC;
+
+-- ---------------------------------------------------------------------------
+-- Proof: corrections that add up, and Polar read back to the row
+-- ---------------------------------------------------------------------------
+
+-- A correction counts also when its row has been deleted after delivery, so it
+-- is written down here.
+
+CREATE TABLE aibilling.correction (
+	usage_table regclass NOT NULL,
+	external_id text COLLATE "C" NOT NULL,
+	corrects text COLLATE "C" NOT NULL,
+	id bigint NOT NULL,
+	cost_nanos bigint,
+	cost_cents numeric,
+	PRIMARY KEY (usage_table, external_id)
+);
+CREATE INDEX correction_corrects ON aibilling.correction (usage_table, corrects);
+COMMENT ON TABLE aibilling.correction IS
+'Private: the rows of usage tables that correct others, those too that were deleted after their delivery. Written by the triggers of the tables';
+COMMENT ON COLUMN aibilling.correction.usage_table IS 'The usage table';
+COMMENT ON COLUMN aibilling.correction.external_id IS 'external_id of the correcting row';
+COMMENT ON COLUMN aibilling.correction.corrects IS 'Its tags.corrects: external_id of the row that it corrects';
+COMMENT ON COLUMN aibilling.correction.id IS 'Id of the correcting row; outbox and ledger say of it whether the correction counts';
+COMMENT ON COLUMN aibilling.correction.cost_nanos IS 'Cost of the correcting row, in USD x 10^9; NULL: not known yet';
+COMMENT ON COLUMN aibilling.correction.cost_cents IS 'The same in cents, exact';
+SELECT pg_extension_config_dump('aibilling.correction', '');
+REVOKE ALL ON aibilling.correction FROM PUBLIC;
+
+CREATE FUNCTION aibilling.correct(usage regclass, id bigint, provider_cost numeric) RETURNS bigint
+LANGUAGE c VOLATILE STRICT AS 'MODULE_PATHNAME', 'abp_sql_correct';
+COMMENT ON FUNCTION aibilling.correct(regclass, bigint, numeric) IS
+'Makes what Polar is told of a delivered row this cost in USD (0 voids it), by inserting a row with the difference to what it and its corrections say, with its customer, provider, model, event name, occurred_at, tags and columns of your own, and tags.corrects with its external_id. Returns the id of the new row, NULL if there is no difference. Raises object_not_in_prerequisite_state for a row that is not delivered and for one that is itself a correction, numeric_value_out_of_range for a difference of 1000 USD or more. Needs ownership of the table';
+
+DROP FUNCTION aibilling.reprice(regclass, timestamptz, timestamptz, boolean);
+CREATE FUNCTION aibilling.reprice(usage regclass, from_time timestamptz DEFAULT '-infinity',
+	to_time timestamptz DEFAULT 'infinity', dry_run boolean DEFAULT true,
+	corrections boolean DEFAULT false, max_total numeric DEFAULT NULL,
+	OUT usage_id bigint, OUT state text, OUT old_cost_nanos bigint, OUT new_cost_nanos bigint,
+	OUT difference_nanos numeric, OUT action text) RETURNS SETOF record
+LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'abp_sql_reprice';
+COMMENT ON FUNCTION aibilling.reprice(regclass, timestamptz, timestamptz, boolean, boolean, numeric) IS
+'Computes the cost of the rows with from_time <= occurred_at < to_time again, by the prices of today. Returns a row per cost that differs, in USD x 10^9: of a delivered row, from what it and its corrections say. Unless dry_run, rows that wait change, and with corrections each delivered one is corrected by a further row, as aibilling.correct() does it; if these differences, added up without their signs, are more than max_total USD, that is an error and nothing changes. Rows in flight are reported. A row whose cost is beyond cost_nanos or whose counts contradict each other is returned with the action kept, named in a warning, and stays as it is. Needs ownership of the table';
+
+GRANT EXECUTE ON FUNCTION
+	aibilling.correct(regclass, bigint, numeric),
+	aibilling.reprice(regclass, timestamptz, timestamptz, boolean, boolean, numeric)
+TO PUBLIC;

@@ -38,6 +38,7 @@
 #include "queue/wake.h"
 #include "usage/attach.h"
 #include "usage/collect.h"
+#include "usage/correct.h"
 #include "usage/usage.h"
 
 PG_FUNCTION_INFO_V1(abp_sql_create_usage_table);
@@ -171,7 +172,7 @@ static const char *const usage_column_comments[][2] = {
 	{"generation_id", "the provider''s id of the response"},
 	{"customer_id", "Polar''s own id of the customer"},
 	{"external_customer_id", "the application''s id of the customer"},
-	{"parent_id", "external_id of the event that this one belongs to or corrects"},
+	{"parent_id", "external_id of the event that this one belongs to"},
 	{"input_tokens", "all prompt tokens, cached ones included"},
 	{"cache_read_tokens", "subset of input_tokens read from the cache"},
 	{"cache_write_tokens", "subset of input_tokens written to the 5-minute cache"},
@@ -410,6 +411,7 @@ enqueue_existing(Oid relid)
 	unpriced.ids = abp_idset_subtract(&unpriced.ids, &known);
 	abp_outbox_put(&priced, 1);
 	abp_outbox_put(&unpriced, 1);
+	abp_correct_note_existing(table);
 }
 
 static void
@@ -588,6 +590,7 @@ abp_sql_on_sql_drop(PG_FUNCTION_ARGS)
 			continue;
 		count = abp_outbox_discard(relid);
 		abp_collect_truncated(relid);
+		abp_corrections_forget(relid);
 		abp_usage_table_forget(relid);
 		if (count > 0)
 			ereport(WARNING,

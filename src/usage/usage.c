@@ -52,6 +52,7 @@
 #include "queue/outbox.h"
 #include "queue/wake.h"
 #include "usage/collect.h"
+#include "usage/correct.h"
 #include "usage/usage.h"
 
 /* How many models a session is warned about before it is left in peace. */
@@ -1423,7 +1424,7 @@ refuse_change(const RowPlace *place, Relation rel, int64 id, const char *verb)
 					unknown ? "may have been delivered" :
 					place->where == ROW_SENDING ? "is being sent" : "has been delivered"),
 			 unknown ? errdetail("A request with it got no answer that says whether Polar has stored it.") : 0,
-			 errhint("%sInsert a correcting row: with its own external_id, no counts, the difference in provider_cost, and tags.corrects naming the external_id of this row.",
+			 errhint("%sCall aibilling.correct(), or insert a correcting row: with its own external_id, no counts, the difference in provider_cost, and tags.corrects naming the external_id of this row.",
 					 unknown ? "It is sent again by itself, or with aibilling.retry() if it is rejected; Polar stores it once. " : "")));
 }
 
@@ -1517,7 +1518,10 @@ abp_sql_price_usage(PG_FUNCTION_ARGS)
 	const ServerOptions *server = NULL;
 	Datum		values[NUM_USAGE_COLUMNS];
 	bool		nulls[NUM_USAGE_COLUMNS];
+	Datum		old_values[NUM_USAGE_COLUMNS];
+	bool		old_nulls[NUM_USAGE_COLUMNS];
 	UsageRow	row;
+	UsageRow	old_row;
 	PricedCost	cost = {COST_INCOMPLETE};
 	bool		update;
 	bool		normalized = false;
@@ -1546,8 +1550,6 @@ abp_sql_price_usage(PG_FUNCTION_ARGS)
 
 	if (update)
 	{
-		Datum		old_values[NUM_USAGE_COLUMNS];
-		bool		old_nulls[NUM_USAGE_COLUMNS];
 		bool		raw_changed;
 		bool		changed;
 
@@ -1612,6 +1614,8 @@ abp_sql_price_usage(PG_FUNCTION_ARGS)
 		PriceRequest request = price_request(&row);
 
 		(void) abp_price_usage(&request, false, &cost);
+		if (!update)
+			abp_correct_price(known->usage_table, &row, &cost);
 	}
 	tuple = priced_tuple(known, desc, &row, normalized, &cost);
 
@@ -1621,6 +1625,9 @@ abp_sql_price_usage(PG_FUNCTION_ARGS)
 		row.cost_nanos = cost.cost_nanos;
 		row.cost_cents = cost.cost_cents;
 		requeue_row(known, rel, &row, server);
+		abp_usage_row_read(old_values, old_nulls, &old_row);
+		abp_correct_forget(known->usage_table, &old_row);
+		abp_correct_note(known->usage_table, &row);
 	}
 	return PointerGetDatum(tuple);
 }
@@ -1708,6 +1715,7 @@ abp_sql_enqueue_usage(PG_FUNCTION_ARGS)
 			warn_unpriced(&row, state.error);
 	}
 	abp_collect_inserted(known->usage_table, row.id, &state);
+	abp_correct_note(known->usage_table, &row);
 	return PointerGetDatum(NULL);
 }
 
@@ -1790,7 +1798,14 @@ abp_sql_guard_usage(PG_FUNCTION_ARGS)
 	if (!is_there && row_exists(known->usage_table, id))
 		leave_to_other(known, id, &place, own);
 	else if (!place.outcome_unknown)
+	{
+		UsageRow	gone;
+
 		abp_collect_changed(known->usage_table, id, own ? NULL : &place, NULL);
+		abp_usage_row_read(values, nulls, &gone);
+		if (!is_there)
+			abp_correct_forget(known->usage_table, &gone);
+	}
 	else if (!is_there || !row.unchanged)
 		refuse_change(&place, rel, id, "delete");
 	return PointerGetDatum(NULL);
@@ -1826,6 +1841,7 @@ abp_sql_truncate_usage(PG_FUNCTION_ARGS)
 	count = abp_outbox_discard(known->usage_table);
 	abp_collect_truncated(known->usage_table);
 	abp_usage_table_truncated(known->usage_table);
+	abp_corrections_forget(known->usage_table);
 	if (count > 0)
 		ereport(WARNING,
 				(errcode(ERRCODE_WARNING),

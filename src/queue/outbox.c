@@ -1973,6 +1973,23 @@ abp_outbox_find(Oid usage_table, int64 id, int64 ledger_from, RowPlace *place)
 }
 
 /*
+ * The same without waiting: false if another transaction is about to change it.
+ */
+bool
+abp_outbox_find_at_once(Oid usage_table, int64 id, int64 ledger_from, RowPlace *place)
+{
+	TransactionId busy = InvalidTransactionId;
+
+	memset(place, 0, sizeof(*place));
+	PushActiveSnapshot(GetLatestSnapshot());
+	look_into_outbox(usage_table, id, place, &busy);
+	if (!TransactionIdIsValid(busy))
+		look_into_ledger(usage_table, id, ledger_from, place);
+	PopActiveSnapshot();
+	return !TransactionIdIsValid(busy);
+}
+
+/*
  * Has Polar got a row, as far as the ledger knows?
  */
 bool

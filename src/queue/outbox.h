@@ -171,6 +171,8 @@ extern void abp_outbox_put(OutboxEntry *entries, int nentries);
 extern bool abp_outbox_put_at_commit(OutboxEntry *entries, int nentries);
 extern void abp_outbox_find(Oid usage_table, int64 id, int64 ledger_from,
 							RowPlace *place);
+extern bool abp_outbox_find_at_once(Oid usage_table, int64 id, int64 ledger_from,
+									RowPlace *place);
 extern IdSet abp_outbox_left(Oid usage_table, char state, ItemPointer tid,
 							 int64 key, IdSet *ids);
 extern IdSet abp_outbox_entry_left(const OutboxEntry *entry);

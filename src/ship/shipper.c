@@ -57,6 +57,7 @@
 #include "ship/guard.h"
 #include "ship/http.h"
 #include "ship/shipper.h"
+#include "usage/parents.h"
 #include "usage/usage.h"
 
 /* Advisory locks of SQL have 1 or 2 here: no session can name ours. */
@@ -236,6 +237,7 @@ typedef struct Filling
 	bool		full;			/* there were more than fit, or time for */
 	IdSet		left;			/* to be sent later */
 	List	   *exceptions;		/* of OutboxEntry */
+	List	   *children;		/* of ChildRow: of "sent", those with a parent */
 	int			put_off;		/* of them, for a while */
 	bool		no_memory;		/* for one of these */
 	bool		warned;			/* of one of them */
@@ -859,6 +861,22 @@ notice_row(Filling *filling, const UsageRow *row)
 	return true;
 }
 
+/* A row goes into the request: if it names a parent, it may have to wait for that. */
+static void
+note_child(Filling *filling, const UsageRow *row)
+{
+	MemoryContext old;
+	ChildRow   *child;
+
+	if (row->parent_id.data == NULL)
+		return;
+	old = MemoryContextSwitchTo(filling->context);
+	child = abp_parents_child(row);
+	if (child != NULL)
+		filling->children = lappend(filling->children, child);
+	MemoryContextSwitchTo(old);
+}
+
 /*
  * Append one row's event to the request, or set the row aside.  Returns
  * whether there is room for more.
@@ -921,6 +939,7 @@ add_event(const UsageRow *row, Jsonb *whole, void *arg)
 		filling->event_keys[delivery->nevents] = external_id_key(row);
 		delivery->event_ids[delivery->nevents++] = row->id;
 		abp_idset_add(&filling->sent, row->id, row->id, filling->context);
+		note_child(filling, row);
 	}
 	return true;
 }
@@ -1041,6 +1060,7 @@ typedef struct FillingMark
 	int			nevents;
 	int64		nrows;
 	int			nexceptions;
+	int			nchildren;
 	int			put_off;
 	bool		full;
 } FillingMark;
@@ -1054,6 +1074,7 @@ mark_filling(const Filling *filling)
 			.nevents = filling->shipment->delivery.nevents,
 			.nrows = filling->nrows,
 			.nexceptions = list_length(filling->exceptions),
+			.nchildren = list_length(filling->children),
 			.put_off = filling->put_off,
 			.full = filling->full
 	};
@@ -1070,6 +1091,7 @@ unread(Filling *filling, const FillingMark *mark, IdSet *ids)
 	delivery->nevents = mark->nevents;
 	filling->nrows = mark->nrows;
 	filling->exceptions = list_truncate(filling->exceptions, mark->nexceptions);
+	filling->children = list_truncate(filling->children, mark->nchildren);
 	filling->put_off = mark->put_off;
 	filling->full = mark->full;
 	filling->seen = abp_idset_subtract(&filling->seen, ids);
@@ -1255,6 +1277,32 @@ rest_table(const UsageTable *table, const Filling *filling)
 }
 
 /*
+ * The rows of a request, built from these ids, that are not to be sent without
+ * their parents.  What becomes of them instead is added to *held, as
+ * OutboxEntry.
+ */
+static IdSet
+hold_children(Filling *filling, IdSet *ids, List **held)
+{
+	ChildBatch	batch = {ids, &filling->sent, filling->exceptions};
+	IdSet		without = {0};
+	ListCell   *lc;
+
+	abp_parents_judge(filling->table, filling->children, &batch);
+	foreach(lc, filling->children)
+	{
+		ChildRow   *child = lfirst(lc);
+
+		if (child->verdict.state == OUTBOX_READY)
+			continue;
+		set_aside(filling, child->id, &child->verdict);
+		*held = lappend(*held, llast(filling->exceptions));
+		abp_idset_add(&without, child->id, child->id, CurrentMemoryContext);
+	}
+	return without;
+}
+
+/*
  * Build a shipment's request from the rows of these ids, by the active
  * snapshot: ids taken from the outbox in a state, or with 0 ids that have been
  * sent before.  Rows that cannot be sent now go back to the outbox with their
@@ -1272,10 +1320,15 @@ fill_shipment(Shipment *shipment, const UsageTable *table,
 	ListCell   *lc;
 	IdSet		unseen;
 	IdSet		shared = {0};
+	List	   *held = NIL;
 	IdSet		wanted = *ids;
 	bool		whole = server->event_name_function != NULL || server->metadata_function != NULL;
 
-	/* Ids of several rows are known by the rows: then without them. */
+	/*
+	 * Ids of several rows are known by the rows, and so are children that
+	 * have to wait for their parents: then without them.  Children that Polar
+	 * may have are sent as they were.
+	 */
 	for (;;)
 	{
 		IdSet		more;
@@ -1289,9 +1342,11 @@ fill_shipment(Shipment *shipment, const UsageTable *table,
 		};
 		read_batch(&filling, &wanted, whole);
 		more = shared_ids(&filling);
+		abp_idset_add_set(&shared, &more, CurrentMemoryContext);
+		if (more.nranges == 0 && filling.children != NIL && !delivery->outcome_unknown)
+			more = hold_children(&filling, ids, &held);
 		if (more.nranges == 0)
 			break;
-		abp_idset_add_set(&shared, &more, CurrentMemoryContext);
 		wanted = abp_idset_subtract(&wanted, &more);
 	}
 
@@ -1304,6 +1359,7 @@ fill_shipment(Shipment *shipment, const UsageTable *table,
 		abp_idset_add_set(&delivery->vanished_ids, &unseen, shipment->context);
 	}
 
+	filling.exceptions = list_concat(held, filling.exceptions);
 	back = palloc0(sizeof(OutboxEntry) * (list_length(filling.exceptions) + 2));
 	foreach(lc, filling.exceptions)
 		back[nback++] = *(OutboxEntry *) lfirst(lc);
@@ -2183,6 +2239,7 @@ rebuild(const UsageTable *table, const ServerOptions *server, void *arg)
 	IdSet		ids = delivery->ids;
 
 	abp_guard_start_clock();
+	CommandCounterIncrement();	/* what was settled in this transaction */
 	PushActiveSnapshot(GetLatestSnapshot());
 	(void) fill_shipment(shipment, table, server, &ids, 0);
 	PopActiveSnapshot();

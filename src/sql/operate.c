@@ -9,7 +9,6 @@
 
 #include "catalog/pg_type.h"
 #include "commands/dbcommands.h"
-#include "executor/spi.h"
 #include "fmgr.h"
 #include "foreign/foreign.h"
 #include "funcapi.h"
@@ -25,7 +24,6 @@
 #include "compat.h"
 #include "polar/polar.h"
 #include "polar/server.h"
-#include "price/price.h"
 #include "queue/outbox.h"
 #include "queue/wake.h"
 #include "ship/guard.h"

@@ -27,6 +27,7 @@ WHERE a.grantee = 0 AND a.privilege_type = 'EXECUTE'
 		'normalize_usage',
 		'create_usage_table', 'attach', 'detach', 'usage_status', 'preview', 'sync', 'pause', 'resume',
 		'retry', 'reprice', 'correct', 'arm', 'may_see', 'status_rows', 'waiting_ids',
+		'polar_events', 'polar_meter', 'reconcile', 'reconcile_rows',
 		'import_prices', 'load_bundled_prices', 'fetch_prices', 'release_price', 'register_price_source',
 		'bundled_prices', 'stored_prices', 'changed_cards', 'price_rows', 'catalogue_number', 'clean_price',
 		'clean_prices', 'read_litellm', 'read_models_dev', 'read_genai_prices', 'read_router_prices',

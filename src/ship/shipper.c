@@ -56,6 +56,7 @@
 #include "queue/wake.h"
 #include "ship/guard.h"
 #include "ship/http.h"
+#include "ship/quota.h"
 #include "ship/shipper.h"
 #include "usage/parents.h"
 #include "usage/usage.h"
@@ -104,9 +105,6 @@
 
 /* After so many deliveries the ledger is summed up. */
 #define SUM_UP_EVERY 1000
-
-/* This share of a minute's requests may be made at once. */
-#define BURST_SHARE 10
 
 /* When to look again at an extension that is being dropped. */
 #define DROP_WAIT_MS 1000
@@ -158,11 +156,6 @@ typedef struct Lane
 	char	   *reason;			/* or NULL */
 	bool		unwritten;
 	TimestampTz write_at;		/* not before this */
-
-	/* the server's request quota, with role InvalidOid only */
-	int64		tokens;
-	TimestampTz tokens_at;		/* when there were as many; 0: not read from
-								 * the ledger yet */
 } Lane;
 
 /* Where the scans over a table's entries stand, and how it has behaved. */
@@ -429,6 +422,7 @@ abp_ship_reset(void)
 {
 	init_ship();
 	abp_http_cancel_all();
+	abp_quota_forget();
 	MemoryContextReset(ship_context);
 	lanes = NIL;
 	positions = NIL;
@@ -1843,7 +1837,7 @@ settle(Shipment *shipment, const ServerOptions *server, int64 ledger_from)
 				reject_shipment(shipment, verdict->error);
 			break;
 		case VERDICT_RATE_LIMITED:
-			lane_of(lane->server, InvalidOid)->tokens = 0;
+			abp_quota_used_up(lane->server);
 			back_off(lane, verdict->retry_after_ms >= 0 ? verdict->retry_after_ms :
 					 RATE_LIMITED_MS, verdict->error);
 			return_or_keep(shipment, verdict->error, false);
@@ -1865,60 +1859,16 @@ settle(Shipment *shipment, const ServerOptions *server, int64 ledger_from)
 
 /* --- what is to be sent ------------------------------------------------------ */
 
-/*
- * May a request be made now, by the server's limit of requests per minute?
- *
- * A bucket of tokens.  What it holds and what flows into it in a minute are
- * the limit together, so that no minute has more, wherever Polar lets its
- * minutes begin.
- */
+/* May a request be made now, by the server's limit of requests per minute? */
 static bool
 take_quota(const ServerOptions *server)
 {
-	Lane	   *lane = lane_of(server->name, InvalidOid);
-	int64		limit = server->requests_per_minute;
-	int64		burst = Max(limit / BURST_SHARE, 1);
-	int64		rate = Max(limit - burst, 1);	/* tokens a minute */
-	int64		us_per_token = (USECS_PER_MINUTE + rate - 1) / rate;
-	TimestampTz now = GetCurrentTimestamp();
+	TimestampTz next;
 
-	if (limit == 0)
+	if (abp_quota_take(server, &next))
 		return true;
-
-	if (lane->tokens_at == 0)
-	{
-		lane->tokens = burst - abp_ledger_recent_requests(lane->server, burst);
-		lane->tokens_at = now;
-	}
-	else if (now < lane->tokens_at) /* the clock was set back */
-		lane->tokens_at = now;
-	else
-	{
-		int64		gained = (now - lane->tokens_at) / us_per_token;
-
-		lane->tokens += gained;
-		lane->tokens_at += gained * us_per_token;
-	}
-	if (lane->tokens >= burst)
-	{
-		lane->tokens = burst;
-		lane->tokens_at = now;
-	}
-
-	if (lane->tokens < 1)
-	{
-		due_at(lane->tokens_at + (1 - lane->tokens) * us_per_token);
-		return false;
-	}
-	lane->tokens--;
-	return true;
-}
-
-static void
-give_quota_back(const ServerOptions *server)
-{
-	if (server->requests_per_minute > 0)
-		lane_of(server->name, InvalidOid)->tokens++;
+	due_at(next);
+	return false;
 }
 
 /*
@@ -3023,7 +2973,7 @@ prepare_again(const UsageTable *table, const ServerOptions *server, Shipment *sh
 	if (delivery->nevents == 0)
 	{
 		drop_shipment(shipment);
-		give_quota_back(server);
+		abp_quota_give_back(server);
 	}
 	else if (before.ids.ranges != NULL)
 		pfree(before.ids.ranges);
@@ -3059,7 +3009,7 @@ prepare_waiting(const UsageTable *table, const ServerOptions *server, bool suspe
 			more_to_build |= !position->failed;
 		else if (lane_has_room(lane, server) && take_quota(server) &&
 				 !prepare_again(table, server, shipment))
-			give_quota_back(server);
+			abp_quota_give_back(server);
 	}
 }
 
@@ -3120,13 +3070,13 @@ prepare_table(const UsageTable *table, const ServerOptions *server, List **depar
 		{
 			if (next.shipment != NULL)
 				drop_shipment(next.shipment);
-			give_quota_back(server);
+			abp_quota_give_back(server);
 			break;
 		}
 		if (next.found && table->blocked_reason != NULL && !position->failed)
 			abp_usage_table_unblock(table->relid, false);
 		if (next.shipment == NULL)
-			give_quota_back(server);
+			abp_quota_give_back(server);
 		else
 		{
 			built = true;

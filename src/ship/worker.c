@@ -29,6 +29,7 @@
 #include "compat.h"
 #include "config.h"
 #include "queue/wake.h"
+#include "ship/quota.h"
 #include "ship/shipper.h"
 #include "ship/worker.h"
 
@@ -59,6 +60,7 @@ abp_worker_init(void)
 			databases = lappend(databases, makeString(lfirst(lc)));
 	}
 	abp_wake_init(list_length(databases));
+	abp_quota_init();
 
 	/* pg_upgrade's servers deliver nothing. */
 	if (IsBinaryUpgrade)

@@ -37,7 +37,7 @@
 
 #include "compat.h"
 #include "price/normalize.h"
-#include "polar/polar.h"
+#include "polar/verdict.h"
 #include "polar/server.h"
 
 /* An answer may be longer than this, but nothing new is found there. */
@@ -101,7 +101,7 @@ fuzz_judge(const char *data, size_t size)
 	char	   *body = size > 0 ? memcpy(malloc(size), data, size) : NULL;
 	Verdict    *verdict;
 
-	verdict = abp_polar_judge(status, body, size, truncated, retry_after,
+	verdict = abp_verdict_of(status, body, size, truncated, retry_after,
 							  nevents, (TimestampTz) 800000000 * USECS_PER_SEC);
 	free(body);
 	MUST((verdict->kind == VERDICT_DELIVERED) == (verdict->error == NULL));

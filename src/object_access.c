@@ -15,7 +15,7 @@
 #include "catalog/pg_class.h"
 #include "catalog/pg_foreign_server.h"
 
-#include "compat.h"
+#include "base/extension.h"
 #include "object_access.h"
 #include "polar/server.h"
 #include "queue/outbox.h"

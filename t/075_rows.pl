@@ -173,6 +173,17 @@ subtest '1: ids that rows share crash nothing, and are rejected visibly' => sub 
 	$polar->wait_for(sub { outbox('shared') eq '105 rejected' }, 'the unpriced one to be looked at');
 	is(sql("SELECT cost_nanos FROM shared WHERE external_id = 'sh5'"), $cost, 'the delivered one keeps its cost');
 	sql('DELETE FROM hashed');
+
+	# A request that is full before the second row of an id is read.
+	sql("ALTER SERVER polar OPTIONS (ADD batch_bytes '10kB')");
+	pause();
+	sql(ins('shared', 'sh8', 'id', '201') . ins('shared', join(',', map { "full$_" } 1 .. 60), 'id, tags', q{300 + substr(k, 5)::int, jsonb_build_object('note', repeat('x', 400))}));
+	sql(ins('shared', 'sh9', 'id, region', "201, 'b'"));
+	resume();
+	ok(settled('shared'), 'a batch larger than a request');
+	is(at_polar('sh[89]'), '', 'neither of the two is sent');
+	is(at_polar("full") =~ tr/x//, 60, 'all others are');
+	sql("ALTER SERVER polar OPTIONS (DROP batch_bytes)");
 };
 
 subtest '1: a table whose ids may repeat is not attached, and named if it is' => sub {
@@ -181,7 +192,7 @@ subtest '1: a table whose ids may repeat is not attached, and named if it is' =>
 	sql("ALTER TABLE loose DROP CONSTRAINT loose_pkey; CREATE INDEX ON loose (id)");
 	like(sql("SELECT status FROM aibilling.status WHERE usage_table = 'loose'::regclass"),
 		qr/nothing keeps two rows from having the same id; add a UNIQUE index/, 'status names it');
-	sql(ins('loose', 'lo1', 'id', '1') . ins('loose', 'lo2', 'id', '2') . ins('loose', 'lo3', 'id', '2'));
+	sql('BEGIN; ' . ins('loose', 'lo1', 'id', '1') . ins('loose', 'lo2', 'id', '2') . ins('loose', 'lo3', 'id', '2') . 'COMMIT');
 	ok(settled('loose'), 'delivery goes on');
 	is(at_polar('lo'), 'lo1 x1', 'of what is sound');
 	is(outbox('loose'), '2 rejected', 'the rest is visible');
@@ -346,6 +357,35 @@ subtest '5: partitions that go and come' => sub {
 	sql("ALTER TABLE parts ATTACH PARTITION parts_a FOR VALUES IN ('a')");
 	is(outbox('parts'), '', 'what was delivered is not sent again');
 
+	# While a partition is away another row gets the id of one of its rows, and goes.
+	pause();
+	sql(ins('parts', 'away1'));
+	my $id = sql("SELECT id FROM parts WHERE external_id = 'away1'");
+	sql('ALTER TABLE parts DETACH PARTITION parts_a');
+	is(outbox('parts'), '', 'what waits goes with its partition');
+	sql(ins('parts', 'here1', 'id, region', "$id, 'b'"));
+	resume();
+	ok(settled('parts'), 'another row of that id is delivered');
+	sql("DELETE FROM parts WHERE external_id = 'here1'");
+	sql("ALTER TABLE parts ATTACH PARTITION parts_a FOR VALUES IN ('a')");
+	$polar->wait_for(sub { at_polar('away') eq 'away1 x1' }, 'the row that comes back is sent although its id is delivered');
+	ok(settled('parts'), 'and settled');
+
+	# Two rows share an id when the partition of one goes.
+	pause();
+	sql(ins('parts', 'twin1'));
+	$id = sql("SELECT id FROM parts WHERE external_id = 'twin1'");
+	sql(ins('parts', 'twin2', 'id, region', "$id, 'b'"));
+	resume();
+	$node->poll_query_until('postgres', "SELECT count(*) = 2 FROM parts p, aibilling.usage_status('parts', p.id) s WHERE p.id = $id AND s.state = 'rejected'");
+	sql('ALTER TABLE parts DETACH PARTITION parts_a');
+	$polar->wait_for(sub { at_polar('twin') eq 'twin2 x1' }, 'the one that stays is sent by itself');
+	sql("DELETE FROM parts WHERE external_id = 'twin2'");
+	sql("ALTER TABLE parts ATTACH PARTITION parts_a FOR VALUES IN ('a')");
+	$polar->wait_for(sub { at_polar('twin') eq 'twin1 x1, twin2 x1' }, 'and the other when it is back');
+	ok(settled('parts'), 'both are settled');
+	is(sql("SELECT sum(unexpected_duplicates) FROM aibilling.delivery WHERE usage_table = 'parts'::regclass"), '0', 'without a surprise');
+
 	# A usage table becomes a partition, as doc/delivery.md says.
 	sql("SELECT aibilling.create_usage_table('old', 'polar'); ALTER TABLE old ADD region text NOT NULL DEFAULT 'c'");
 	sql(ins('old', 'ol1,ol2'));
@@ -491,6 +531,31 @@ subtest '15, 16: rows that others change' => sub {
 	ok(settled('busy'), 'and they are looked at');
 	is(at_polar('bw'), 'bw1 x1, bw2 x1, bw3 x1, bw6 x1', 'those that can be sent are');
 	is(outbox('busy') =~ tr/,//, 1, 'the others are rejected again');
+};
+
+subtest '15: who prices rows anew keeps them from being sent meanwhile' => sub {
+	sql(<<'SQL');
+SELECT aibilling.create_usage_table('anew', 'polar');
+CREATE FUNCTION stop_here() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_advisory_xact_lock(1); RETURN NEW; END';
+CREATE TRIGGER a_first BEFORE UPDATE ON anew FOR EACH ROW WHEN (OLD.external_id = 'an1') EXECUTE FUNCTION stop_here();
+SQL
+	pause();
+	sql(ins('anew', 'an1,an2'));
+	sql("UPDATE aibilling.price SET input = 3 WHERE provider = 'acme' AND model = 'm'");
+	my $holder = $node->background_psql('postgres');
+	$holder->query_safe('SELECT pg_advisory_lock(1)');
+	my $reprice = IPC::Run::start([ 'psql', '-XAtq', '-d', $node->connstr('postgres'), '-c', "SELECT count(*) FROM aibilling.reprice('anew', dry_run => false)" ], '<', \undef, '>&', \my $output);
+	$node->poll_query_until('postgres', "SELECT count(*) = 1 FROM pg_stat_activity WHERE wait_event = 'advisory' AND query LIKE '%reprice%' AND pid <> pg_backend_pid()");
+	sql(ins('anew', 'an3'));
+	resume();
+	$polar->wait_for(sub { at_polar('an') ne '' }, 'the worker to send what it can');
+	is(at_polar('an'), 'an3 x1', 'it does not send what is being priced');
+	$holder->quit;
+	$reprice->finish;
+	is($output, "2\n", 'both are priced');
+	ok(settled('anew'), 'and sent then');
+	is(join(' ', map { cost_at_polar("an$_") } 1 .. 3), sql("SELECT string_agg(cost_nanos::text, ' ' ORDER BY external_id) FROM anew"), 'with the cost that they have here');
+	sql("UPDATE aibilling.price SET input = 1 WHERE provider = 'acme' AND model = 'm'");
 };
 
 subtest '18: many reasons and times, and subtransactions' => sub {

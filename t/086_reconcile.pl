@@ -112,6 +112,7 @@ subtest 'each difference' => sub {
 		VALUES ('child of nobody', '2026-02-01 11:00+00', 'acme', 'm', 'c', 1, 'nobody')");
 	sql("INSERT INTO usage (external_id, occurred_at, provider, model, customer_id, input_tokens)
 		VALUES ('by uuid', '2026-02-01 11:00+00', 'acme', 'm', '6f9c1f5e-0d5c-4b3f-8d3a-0c9f4f1f2a3b', 1)");
+	sync();
 	# delivered twice by a lost answer
 	$polar->fault(kind => 'drop_after_store', times => 1);
 	insert('usage', 'twice', 3, '2026-02-01');

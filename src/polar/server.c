@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * server.c
- *	  Options of CREATE SERVER and CREATE USER MAPPING; the access token.
+ *	  Options of CREATE SERVER: checked, decided by whom, kept.
  *
  * Foreign data wrapper "polar" has a validator and no handler: its servers
  * are PostgreSQL's own catalogue of connections, checked when they are
@@ -15,9 +15,6 @@
  */
 #include "postgres.h"
 
-#include <ctype.h>
-#include <fcntl.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include "access/genam.h"
@@ -30,14 +27,11 @@
 #include "catalog/pg_foreign_server.h"
 #include "catalog/pg_language.h"
 #include "catalog/pg_proc.h"
-#include "catalog/pg_type.h"
 #include "catalog/pg_user_mapping.h"
 #include "commands/defrem.h"
 #include "fmgr.h"
 #include "foreign/foreign.h"
-#include "mb/pg_wchar.h"
 #include "miscadmin.h"
-#include "storage/fd.h"
 #include "utils/acl.h"
 #include "utils/builtins.h"
 #include "utils/fmgroids.h"
@@ -45,14 +39,16 @@
 #include "utils/guc.h"
 #include "utils/hsearch.h"
 #include "utils/inval.h"
-#include "utils/lsyscache.h"
 #include "utils/memutils.h"
 #include "utils/rel.h"
 #include "utils/snapmgr.h"
 #include "utils/syscache.h"
 #include "utils/varlena.h"
 
+#include "polar/limits.h"
+#include "polar/option.h"
 #include "polar/server.h"
+#include "polar/url.h"
 
 #define PRODUCTION_URL "https://api.polar.sh"
 #define SANDBOX_URL "https://sandbox-api.polar.sh"
@@ -74,12 +70,6 @@
 #define DEFAULT_MAX_IN_FLIGHT 4
 #define MAX_MAX_IN_FLIGHT 32
 #define MAX_REQUESTS_PER_MINUTE 60000
-
-#define DEFAULT_TAG_PREFIX "tag_"
-#define MAX_EVENT_NAME_CHARS 128	/* Polar's limit */
-#define MAX_METADATA_KEY_CHARS 40	/* ditto */
-
-#define MAX_TOKEN_BYTES 4096
 
 #define VALIDATOR_SYMBOL "aibilling_polar_fdw_validator"
 
@@ -113,6 +103,7 @@ static const OptionName option_names[] = {
 	{"max_in_flight", ForeignServerRelationId, FOR_POLAR},
 	{"requests_per_minute", ForeignServerRelationId, FOR_POLAR},
 	{"unpriced", ForeignServerRelationId, FOR_POLAR},
+	{"raw_usage", ForeignServerRelationId, FOR_POLAR},
 	{"kind", ForeignServerRelationId, FOR_ALL},
 	{"format", ForeignServerRelationId, FOR_PRICES},
 	{"access_token", UserMappingRelationId, FOR_ALL}
@@ -122,6 +113,7 @@ static const OptionName option_names[] = {
 static const char *const kinds[] = {"polar", "prices", NULL};
 static const char *const environments[] = {"production", "sandbox", NULL};
 static const char *const unpriced_choices[] = {"hold", "send", NULL};
+static const char *const raw_usage_choices[] = {"keep", "strip", NULL};
 static const char *const prices_formats[] = {
 	"litellm", "models.dev", "genai-prices", "openrouter", "narev", NULL
 };
@@ -130,27 +122,6 @@ static const char *const url_schemes[] = {"https", "http", NULL};
 static const char *const proxy_schemes[] = {
 	"http", "https", "socks5", "socks5h", NULL
 };
-
-/*
- * Names that the extension itself gives to metadata.  No tag may end up with
- * one of them, or an application's tag could replace a cost.
- */
-static const char *const metadata_names[] = {
-	"_cost", "_llm", "cache_read_tokens", "cache_write_1h_tokens",
-	"cache_write_tokens", "cost_currency", "cost_nanos", "external_id",
-	"generation_id", "input_tokens", "model_id", "output_tokens", "provider",
-	"raw_provider_cost", "reasoning_tokens", "request_count", "sub_provider",
-	"total_tokens", "web_search_count", NULL
-};
-
-/* What the checks of a URL find out about it. */
-typedef struct Url
-{
-	const char *scheme;			/* one of the list of schemes given */
-	bool		loopback;		/* the host is this machine by its very name */
-	bool		has_port;
-	const char *rest;			/* path and query, "" if none */
-} Url;
 
 /*
  * One server of the cache.  The options live in a context of their own, which
@@ -177,25 +148,9 @@ PG_FUNCTION_INFO_V1(aibilling_polar_fdw_validator);
 
 static const OptionName *find_option(const char *name, Oid catalog);
 static void report_unknown_option(const char *name, Oid catalog);
-static void report_bad_value(const char *option, const char *value,
-							 const char *detail, const char *hint);
-static char *list_choices(const char *const *choices);
-static int	read_choice(DefElem *def, const char *const *choices);
-static int	read_int(DefElem *def, int flags, int min, int max,
-					 const char *range);
-static const char *read_text(DefElem *def);
-static const char *read_path(DefElem *def);
-static const char *read_event_name(DefElem *def);
-static const char *read_tag_prefix(DefElem *def);
-static List *read_function_name(DefElem *def);
-static void read_url(DefElem *def, const char *const *schemes,
-					 bool allow_query, Url *url);
-static void check_host(const char *option, const char *host, int len,
-					   bool *loopback);
-static bool parse_dotted_quad(const char *host, int len, int *first);
-static void check_port(const char *option, const char *port, int len);
+
 static void read_server_options(List *options, ServerOptions *server);
-static const char *token_fault(const char *token, size_t len);
+
 static DefElem *option_named(List *options, const char *name);
 static bool same_option(List *a, List *b, const char *name);
 static const char *changed_decision(List *before, List *after);
@@ -208,10 +163,6 @@ static bool is_polar_wrapper(Oid fdwid);
 static void load_server(CachedServer *entry);
 static void invalidate_servers(Datum arg, int cacheid, uint32 hash_value);
 static void end_of_transaction(XactEvent event, void *arg);
-static char *mapped_token(Oid serverid, Oid usage_owner, bool *mapped,
-						  bool *is_public);
-static char *token_from_file(const char *path, StringInfo reason);
-
 
 /* --- the validator ------------------------------------------------------- */
 
@@ -238,12 +189,12 @@ aibilling_polar_fdw_validator(PG_FUNCTION_ARGS)
 		if (catalog == UserMappingRelationId)
 		{
 			const char *token = defGetString(def);
-			const char *fault = token_fault(token, strlen(token));
+			const char *fault = abp_token_fault(token, strlen(token));
 
 			if (fault != NULL)
-				report_bad_value(def->defname, NULL,
-								 psprintf("The token %s.", fault),
-								 "Give the token as Polar shows it, without blanks around it.");
+				abp_option_refuse(def->defname, NULL,
+								  psprintf("The token %s.", fault),
+								  "Give the token as Polar shows it, without blanks around it.");
 		}
 	}
 
@@ -331,352 +282,188 @@ report_unknown_option(const char *name, Oid catalog)
 			 errhint("%s", hint)));
 }
 
-/*
- * Raises the error for a bad value.  value is NULL where it might hold a
- * secret; detail and hint are full sentences, each may be NULL.
- */
-static void
-report_bad_value(const char *option, const char *value, const char *detail,
-				 const char *hint)
+/* Options while they are read: those that are understood together. */
+typedef struct OptionReading
 {
-	ereport(ERROR,
-			(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
-			 value != NULL ?
-			 errmsg("invalid value for option \"%s\": \"%s\"", option, value) :
-			 errmsg("invalid value for option \"%s\"", option),
-			 detail != NULL ? errdetail("%s", detail) : 0,
-			 hint != NULL ? errhint("%s", hint) : 0));
-}
+	ServerOptions *server;
+	const char *environment;	/* NULL if not set */
+	Url			url;
+	Url			proxy;
+	bool		has_requests_per_minute;
+} OptionReading;
 
-/* --- values -------------------------------------------------------------- */
-
-/* Returns the choices as words for a hint: "a", "b", "c". */
-static char *
-list_choices(const char *const *choices)
-{
-	StringInfoData buf;
-
-	initStringInfo(&buf);
-	for (int i = 0; choices[i] != NULL; i++)
-		appendStringInfo(&buf, "%s\"%s\"", i > 0 ? ", " : "", choices[i]);
-	return buf.data;
-}
-
-/* Returns the position of the option's value in choices; raises if absent. */
-static int
-read_choice(DefElem *def, const char *const *choices)
-{
-	const char *value = defGetString(def);
-
-	for (int i = 0; choices[i] != NULL; i++)
-	{
-		if (strcmp(value, choices[i]) == 0)
-			return i;
-	}
-	report_bad_value(def->defname, value, NULL,
-					 psprintf("Valid values are: %s.", list_choices(choices)));
-	return -1;					/* keep compiler quiet */
-}
-
-/*
- * Returns the option's value as an integer from min to max.  flags is one of
- * GUC_UNIT_..., or 0 for a plain count; range says min and max in words.
- */
-static int
-read_int(DefElem *def, int flags, int min, int max, const char *range)
-{
-	const char *value = defGetString(def);
-	const char *message = NULL;
-	const char *hint = psprintf("It must be %s.", range);
-	int			result;
-
-	/* parse_int rounds and knows hexadecimal: not what a count should be */
-	if (flags == 0 &&
-		(*value == '\0' || strspn(value, "0123456789") != strlen(value)))
-		report_bad_value(def->defname, value, "It is not a whole number.",
-						 hint);
-	if (!parse_int(value, &result, flags, &message))
-		report_bad_value(def->defname, value, message, hint);
-	if (result < min || result > max)
-		report_bad_value(def->defname, value, "It is out of range.", hint);
-	return result;
-}
-
-/* Returns the option's value; raises if it is empty. */
-static const char *
-read_text(DefElem *def)
-{
-	const char *value = defGetString(def);
-
-	if (*value == '\0')
-		report_bad_value(def->defname, value, "It is empty.",
-						 "Give a value, or drop the option.");
-	return value;
-}
-
-/* Returns the option's value as the absolute path of a file on the server. */
-static const char *
-read_path(DefElem *def)
-{
-	const char *path = defGetString(def);
-
-	if (!is_absolute_path(path))
-		report_bad_value(def->defname, NULL, "It is not an absolute path.",
-						 "Give the whole path of a file on the database server.");
-	if (strlen(path) >= MAXPGPATH)
-		report_bad_value(def->defname, NULL, "The path is too long.",
-						 psprintf("It must be shorter than %d bytes.",
-								  MAXPGPATH));
-	for (const char *p = path; *p != '\0'; p++)
-	{
-		if ((unsigned char) *p < ' ' || *p == 0x7f)
-			report_bad_value(def->defname, NULL,
-							 "The path contains a control character.", NULL);
-	}
-	return path;
-}
-
-/* Returns the option's value as a literal event name or a template of one. */
-static const char *
-read_event_name(DefElem *def)
-{
-	static const char *const fields[] = {"{provider}", "{model}"};
-	const char *name = read_text(def);
-	const char *p = name;
-	int			chars = pg_mbstrlen(name);
-
-	/* no character of a server encoding has a brace as one of its bytes */
-	while (*p != '\0')
-	{
-		int			field_len = 0;
-
-		for (int i = 0; i < lengthof(fields); i++)
-		{
-			if (strncmp(p, fields[i], strlen(fields[i])) == 0)
-				field_len = strlen(fields[i]);
-		}
-		if (field_len == 0 && (*p == '{' || *p == '}'))
-			report_bad_value(def->defname, name,
-							 "Braces may only stand around the name of a field.",
-							 "Valid fields are: {provider}, {model}.");
-		chars -= field_len;
-		p += Max(field_len, 1);
-	}
-	if (chars > MAX_EVENT_NAME_CHARS)
-		report_bad_value(def->defname, name,
-						 "Polar refuses such a long event name.",
-						 psprintf("It must not be longer than %d characters.",
-								  MAX_EVENT_NAME_CHARS));
-	return name;
-}
-
-/* Returns the option's value as what is put before a tag's name. */
-static const char *
-read_tag_prefix(DefElem *def)
-{
-	const char *prefix = defGetString(def);
-	size_t		len = strlen(prefix);
-
-	if (pg_mbstrlen(prefix) >= MAX_METADATA_KEY_CHARS)
-		report_bad_value(def->defname, prefix,
-						 psprintf("Polar refuses metadata keys over %d characters, and the tag's name follows the prefix.",
-								  MAX_METADATA_KEY_CHARS),
-						 NULL);
-	for (int i = 0; metadata_names[i] != NULL; i++)
-	{
-		if (strncmp(prefix, metadata_names[i], len) == 0)
-			report_bad_value(def->defname, prefix,
-							 psprintf("A tag \"%s\" would be sent as \"%s\", a name of the extension's own.",
-									  metadata_names[i] + len,
-									  metadata_names[i]),
-							 "Choose another prefix, such as \"" DEFAULT_TAG_PREFIX "\".");
-	}
-	return prefix;
-}
-
-/* Returns the option's value as two strings: schema and function name. */
-static List *
-read_function_name(DefElem *def)
-{
-	const char *value = defGetString(def);
-	List	   *names;
-
-	if (strchr(value, '"') == NULL && strchr(value, '(') != NULL)
-		report_bad_value(def->defname, value, "It is not a function's name.",
-						 "Give the name without arguments: schema.function.");
-	if (!SplitIdentifierString(pstrdup(value), '.', &names) ||
-		list_length(names) != 2)
-		report_bad_value(def->defname, value,
-						 "It is not a schema-qualified name.",
-						 "Give schema and function: schema.function.");
-	return names;
-}
-
-/*
- * Checks the option's value as an absolute URL of one of the schemes (the
- * first is the one that a hint names) and fills url.
- *
- * This is deliberately narrower than RFC 3986: libraries differ in how they
- * read what is odd, and what was checked here must be what is connected to.
- */
-static void
-read_url(DefElem *def, const char *const *schemes, bool allow_query, Url *url)
-{
-	const char *value = defGetString(def);
-	const char *option = def->defname;
-	const char *authority = NULL;
-	const char *colon;
-	size_t		len;
-
-	for (const char *p = value; *p != '\0'; p++)
-	{
-		if (*p <= ' ' || *p >= 0x7f || strchr("\\\"<>^`{|}", *p) != NULL)
-			report_bad_value(option, NULL,
-							 "A URL must not contain blanks, control characters, backslashes or characters outside ASCII.",
-							 "Write such a character of a path as % and two hexadecimal digits.");
-		if (*p == '@')
-			report_bad_value(option, NULL,
-							 "A URL must not contain \"@\": server options can be read by every user of the database, so no user name or password may stand there.",
-							 NULL);
-		if (*p == '#' || (*p == '?' && !allow_query))
-			report_bad_value(option, NULL,
-							 psprintf("The URL must not contain \"%c\".", *p),
-							 "Give scheme, host, and if need be port and path.");
-		if (*p == '%' && !(isxdigit((unsigned char) p[1]) &&
-						   isxdigit((unsigned char) p[2])))
-			report_bad_value(option, NULL,
-							 "In a URL two hexadecimal digits must follow \"%\".",
-							 NULL);
-	}
-
-	for (int i = 0; schemes[i] != NULL && authority == NULL; i++)
-	{
-		size_t		scheme_len = strlen(schemes[i]);
-
-		if (strncmp(value, schemes[i], scheme_len) == 0 &&
-			strncmp(value + scheme_len, "://", 3) == 0)
-		{
-			url->scheme = schemes[i];
-			authority = value + scheme_len + 3;
-		}
-	}
-	if (authority == NULL)
-		report_bad_value(option, NULL, "It is not an absolute URL.",
-						 psprintf("It must start with \"%s://\".", schemes[0]));
-
-	len = strcspn(authority, "/?");
-	url->rest = authority + len;
-
-	if (len > 0 && authority[0] == '[')
-	{
-		/*
-		 * An IPv6 address has too many spellings to be compared safely; only
-		 * the loopback address is worth an exception.
-		 */
-		if (len < 5 || strncmp(authority, "[::1]", 5) != 0 ||
-			(len > 5 && authority[5] != ':'))
-			report_bad_value(option, NULL,
-							 "Of IPv6 addresses only [::1] is allowed.",
-							 "Give the host's name.");
-		url->loopback = true;
-		colon = len > 5 ? authority + 5 : NULL;
-	}
-	else
-	{
-		colon = memchr(authority, ':', len);
-		check_host(option, authority,
-				   colon != NULL ? (int) (colon - authority) : (int) len,
-				   &url->loopback);
-	}
-
-	url->has_port = colon != NULL;
-	if (colon != NULL)
-		check_port(option, colon + 1, (int) (authority + len - colon) - 1);
-}
-
-/* Checks a host's name or IPv4 address and says whether it is loopback. */
-static void
-check_host(const char *option, const char *host, int len, bool *loopback)
-{
-	int			label = 0;		/* where the current label starts */
-	int			first;
-
-	for (int i = 0; i <= len; i++)
-	{
-		if (i == len || host[i] == '.')
-		{
-			if (i == label || i - label > 63 || len > 253 ||
-				host[label] == '-' || host[i - 1] == '-')
-				report_bad_value(option, NULL, "The host's name is not valid.",
-								 "Give a name such as \"api.example.com\".");
-			if (i < len)
-				label = i + 1;
-		}
-		else if (!isalnum((unsigned char) host[i]) &&
-				 host[i] != '-' && host[i] != '_')
-			report_bad_value(option, NULL, "The host's name is not valid.",
-							 "A host's name consists of letters, digits, \"-\", \"_\" and dots.");
-	}
-
-	*loopback = false;
-	if (parse_dotted_quad(host, len, &first))
-		*loopback = (first == 127);
-	else if (isdigit((unsigned char) host[label]) &&
-			 (strspn(host + label, "0123456789") >= len - label ||
-			  pg_strncasecmp(host + label, "0x", 2) == 0))
-	{
-		/*
-		 * inet_aton() would read 127.1, 2130706433, 0x7f.1 and 0177.0.0.1 as
-		 * addresses.
-		 */
-		report_bad_value(option, NULL, "The IPv4 address is not valid.",
-						 "Write it as four decimal numbers without leading zeros.");
-	}
-	else
-		*loopback = (len == strlen("localhost") &&
-					 pg_strncasecmp(host, "localhost", len) == 0);
-}
-
-/*
- * Is the text an IPv4 address of four decimal numbers without leading zeros?
- * Sets *first to the first of them.
- */
 static bool
-parse_dotted_quad(const char *host, int len, int *first)
+is_sandbox(const OptionReading *r)
 {
-	const char *p = host;
-	const char *end = host + len;
-
-	for (int part = 0; part < 4; part++)
-	{
-		const char *start;
-		int			number = 0;
-
-		if (part > 0 && (p == end || *p++ != '.'))
-			return false;
-		start = p;
-		while (p < end && isdigit((unsigned char) *p) && p - start < 3)
-			number = number * 10 + (*p++ - '0');
-		if (p == start || number > 255 || (p - start > 1 && *start == '0'))
-			return false;
-		if (part == 0)
-			*first = number;
-	}
-	return p == end;
+	return r->environment != NULL && strcmp(r->environment, "sandbox") == 0;
 }
 
-/* Checks a port: 1 to 65535, without leading zeros. */
-static void
-check_port(const char *option, const char *port, int len)
+/* Reads an option that says where requests go.  Returns whether it is one. */
+static bool
+read_address(OptionReading *r, DefElem *def)
 {
-	int			number = 0;
+	const char *name = def->defname;
+	ServerOptions *server = r->server;
 
-	for (int i = 0; i < len && i < 6; i++)
-		number = isdigit((unsigned char) port[i]) && number >= 0 ?
-			number * 10 + (port[i] - '0') : -1;
-	if (len < 1 || len > 5 || port[0] == '0' || number < 1 || number > 65535)
-		report_bad_value(option, NULL, "The port is not valid.",
-						 "It must be a number from 1 to 65535.");
+	if (strcmp(name, "environment") == 0)
+		r->environment = environments[abp_option_choice(def, environments)];
+	else if (strcmp(name, "url") == 0)
+	{
+		abp_url_read(def, url_schemes, server->kind == SERVER_PRICES, &r->url);
+		if (strcmp(r->url.scheme, "http") == 0 && !r->url.loopback)
+			abp_option_refuse(name, NULL,
+							  "An unencrypted connection would show the token to the network.",
+							  "Use https://; http:// is only for 127.0.0.0/8, [::1] and localhost.");
+		server->url = defGetString(def);
+	}
+	else if (strcmp(name, "proxy") == 0)
+	{
+		abp_url_read(def, proxy_schemes, false, &r->proxy);
+		if (!r->proxy.has_port || strcmp(r->proxy.rest, "") != 0)
+			abp_option_refuse(name, NULL,
+							  "A proxy is a scheme, a host and a port, without a path.",
+							  "Write it like \"http://proxy.example.com:3128\".");
+		server->proxy = defGetString(def);
+	}
+	else if (strcmp(name, "access_token_file") == 0)
+		server->access_token_file = abp_option_path(def);
+	else if (strcmp(name, "ca_file") == 0)
+		server->ca_file = abp_option_path(def);
+	else
+		return false;
+	return true;
+}
+
+/* Reads an option that says what is sent.  Returns whether it is one. */
+static bool
+read_content(OptionReading *r, DefElem *def)
+{
+	const char *name = def->defname;
+	ServerOptions *server = r->server;
+
+	if (strcmp(name, "event_name") == 0)
+		server->format.event_name = abp_option_event_name(def);
+	else if (strcmp(name, "event_name_function") == 0)
+	{
+		(void) abp_option_function_name(def);
+		server->event_name_function = defGetString(def);
+		server->format.has_event_name_function = true;
+	}
+	else if (strcmp(name, "metadata_function") == 0)
+	{
+		(void) abp_option_function_name(def);
+		server->metadata_function = defGetString(def);
+		server->format.has_metadata_function = true;
+	}
+	else if (strcmp(name, "customer_id_key") == 0)
+		server->format.customer_id_key = abp_option_text(def);
+	else if (strcmp(name, "external_customer_id_key") == 0)
+		server->format.external_customer_id_key = abp_option_text(def);
+	else if (strcmp(name, "tag_prefix") == 0)
+		server->format.tag_prefix = abp_option_tag_prefix(def);
+	else if (strcmp(name, "unpriced") == 0)
+		server->send_unpriced = abp_option_choice(def, unpriced_choices) == 1;
+	else if (strcmp(name, "raw_usage") == 0)
+		server->strip_raw_usage = abp_option_choice(def, raw_usage_choices) == 1;
+	else if (strcmp(name, "format") == 0)
+		server->prices_format =
+			prices_formats[abp_option_choice(def, prices_formats)];
+	else
+		return false;
+	return true;
+}
+
+/* Reads an option that is a limit.  Returns whether it is one. */
+static bool
+read_limit(OptionReading *r, DefElem *def)
+{
+	const char *name = def->defname;
+	ServerOptions *server = r->server;
+
+	if (strcmp(name, "timeout") == 0)
+		server->timeout_ms = abp_option_int(def, GUC_UNIT_MS, 1, MAX_TIMEOUT_MS,
+											"from 1 ms to 10 min; a number without unit is milliseconds");
+	else if (strcmp(name, "batch_size") == 0)
+		server->batch_size = abp_option_int(def, 0, 1, MAX_BATCH_SIZE,
+											"a number of events from 1 to 1000");
+	else if (strcmp(name, "batch_bytes") == 0)
+		server->batch_bytes = abp_option_int(def, GUC_UNIT_BYTE, MIN_BATCH_BYTES,
+											 MAX_BATCH_BYTES,
+											 "from 10 kB to 10 MB; a number without unit is bytes");
+	else if (strcmp(name, "max_in_flight") == 0)
+		server->max_in_flight = abp_option_int(def, 0, 1, MAX_MAX_IN_FLIGHT,
+											   "a number of requests from 1 to 32");
+	else if (strcmp(name, "requests_per_minute") == 0)
+	{
+		server->requests_per_minute =
+			abp_option_int(def, 0, 0, MAX_REQUESTS_PER_MINUTE,
+						   "a number from 0 (no limit) to 60000");
+		r->has_requests_per_minute = true;
+	}
+	else
+		return false;
+	return true;
+}
+
+/* Raises if a server of this kind has no option of this name. */
+static void
+check_name(const char *name, ServerKind kind)
+{
+	const OptionName *known = find_option(name, ForeignServerRelationId);
+
+	if (known == NULL)
+		report_unknown_option(name, ForeignServerRelationId);
+	if ((known->kinds & (1 << kind)) == 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_FDW_INVALID_OPTION_NAME),
+				 errmsg("option \"%s\" does not apply to a server of kind \"%s\"",
+						name, kinds[kind]),
+				 errhint("Drop it, or set option \"kind\" to \"%s\".",
+						 kinds[kind == SERVER_POLAR ? SERVER_PRICES : SERVER_POLAR])));
+}
+
+/* Raises if options that are there do not go together, or one is missing. */
+static void
+check_together(const OptionReading *r)
+{
+	const ServerOptions *server = r->server;
+
+	if (server->kind == SERVER_PRICES &&
+		(server->url == NULL || server->prices_format == NULL))
+		ereport(ERROR,
+				(errcode(ERRCODE_FDW_DYNAMIC_PARAMETER_VALUE_NEEDED),
+				 errmsg("a server of kind \"prices\" needs options \"url\" and \"format\""),
+				 errhint("Valid values of \"format\" are: %s.",
+						 abp_option_choices(prices_formats))));
+	if (server->url == NULL && r->environment == NULL)
+		ereport(ERROR,
+				(errcode(ERRCODE_FDW_DYNAMIC_PARAMETER_VALUE_NEEDED),
+				 errmsg("a server of wrapper \"polar\" needs option \"environment\" or \"url\""),
+				 errhint("Add OPTIONS (environment 'sandbox') to try it out, or 'production' for real events.")));
+
+	/* an http request passes a proxy in the clear, token and all */
+	if (server->url != NULL && server->proxy != NULL &&
+		strcmp(r->url.scheme, "http") == 0 && !r->proxy.loopback)
+		abp_option_refuse("proxy", NULL,
+						  "The proxy of an http:// URL sees the token, so it must be on this machine too.",
+						  "Use https:// in option \"url\", or drop the proxy.");
+}
+
+/* The base of Polar's API that a URL names, without trailing slash. */
+static char *
+base_url(const char *url)
+{
+	char	   *base = pstrdup(url);
+	int			len = strlen(base);
+	int			path_len = strlen(POLAR_INGEST_PATH);
+
+	while (base[len - 1] == '/')
+		base[--len] = '\0';
+	if (len > path_len && strcmp(base + len - path_len, POLAR_INGEST_PATH) == 0)
+		abp_option_refuse("url", NULL,
+						  "The path " POLAR_INGEST_PATH " is put behind it by itself.",
+						  "Leave it out.");
+	return base;
 }
 
 /*
@@ -687,11 +474,7 @@ check_port(const char *option, const char *port, int len)
 static void
 read_server_options(List *options, ServerOptions *server)
 {
-	const char *environment = NULL;
-	bool		sandbox = false;
-	bool		has_requests_per_minute = false;
-	Url			url = {0};
-	Url			proxy = {0};
+	OptionReading r = {.server = server};
 	ListCell   *lc;
 
 	memset(server, 0, sizeof(ServerOptions));
@@ -708,167 +491,34 @@ read_server_options(List *options, ServerOptions *server)
 		DefElem    *def = lfirst_node(DefElem, lc);
 
 		if (strcmp(def->defname, "kind") == 0)
-			server->kind = (ServerKind) read_choice(def, kinds);
+			server->kind = (ServerKind) abp_option_choice(def, kinds);
 	}
 
 	foreach(lc, options)
 	{
 		DefElem    *def = lfirst_node(DefElem, lc);
-		const char *name = def->defname;
-		const OptionName *known = find_option(name, ForeignServerRelationId);
 
-		if (known == NULL)
-			report_unknown_option(name, ForeignServerRelationId);
-		if ((known->kinds & (1 << server->kind)) == 0)
-			ereport(ERROR,
-					(errcode(ERRCODE_FDW_INVALID_OPTION_NAME),
-					 errmsg("option \"%s\" does not apply to a server of kind \"%s\"",
-							name, kinds[server->kind]),
-					 errhint("Drop it, or set option \"kind\" to \"%s\".",
-							 kinds[server->kind == SERVER_POLAR ?
-								   SERVER_PRICES : SERVER_POLAR])));
-
-		if (strcmp(name, "environment") == 0)
-		{
-			environment = environments[read_choice(def, environments)];
-			sandbox = strcmp(environment, "sandbox") == 0;
-		}
-		else if (strcmp(name, "url") == 0)
-		{
-			read_url(def, url_schemes, server->kind == SERVER_PRICES, &url);
-			if (strcmp(url.scheme, "http") == 0 && !url.loopback)
-				report_bad_value(name, NULL,
-								 "An unencrypted connection would show the token to the network.",
-								 "Use https://; http:// is only for 127.0.0.0/8, [::1] and localhost.");
-			server->url = defGetString(def);
-		}
-		else if (strcmp(name, "event_name") == 0)
-			server->format.event_name = read_event_name(def);
-		else if (strcmp(name, "event_name_function") == 0)
-		{
-			(void) read_function_name(def);
-			server->event_name_function = defGetString(def);
-			server->format.has_event_name_function = true;
-		}
-		else if (strcmp(name, "metadata_function") == 0)
-		{
-			(void) read_function_name(def);
-			server->metadata_function = defGetString(def);
-			server->format.has_metadata_function = true;
-		}
-		else if (strcmp(name, "customer_id_key") == 0)
-			server->format.customer_id_key = read_text(def);
-		else if (strcmp(name, "external_customer_id_key") == 0)
-			server->format.external_customer_id_key = read_text(def);
-		else if (strcmp(name, "tag_prefix") == 0)
-			server->format.tag_prefix = read_tag_prefix(def);
-		else if (strcmp(name, "access_token_file") == 0)
-			server->access_token_file = read_path(def);
-		else if (strcmp(name, "ca_file") == 0)
-			server->ca_file = read_path(def);
-		else if (strcmp(name, "proxy") == 0)
-		{
-			read_url(def, proxy_schemes, false, &proxy);
-			if (!proxy.has_port || strcmp(proxy.rest, "") != 0)
-				report_bad_value(name, NULL,
-								 "A proxy is a scheme, a host and a port, without a path.",
-								 "Write it like \"http://proxy.example.com:3128\".");
-			server->proxy = defGetString(def);
-		}
-		else if (strcmp(name, "timeout") == 0)
-			server->timeout_ms = read_int(def, GUC_UNIT_MS, 1, MAX_TIMEOUT_MS,
-										  "from 1 ms to 10 min; a number without unit is milliseconds");
-		else if (strcmp(name, "batch_size") == 0)
-			server->batch_size = read_int(def, 0, 1, MAX_BATCH_SIZE,
-										  "a number of events from 1 to 1000");
-		else if (strcmp(name, "batch_bytes") == 0)
-			server->batch_bytes = read_int(def, GUC_UNIT_BYTE, MIN_BATCH_BYTES,
-										   MAX_BATCH_BYTES,
-										   "from 10 kB to 10 MB; a number without unit is bytes");
-		else if (strcmp(name, "max_in_flight") == 0)
-			server->max_in_flight = read_int(def, 0, 1, MAX_MAX_IN_FLIGHT,
-											 "a number of requests from 1 to 32");
-		else if (strcmp(name, "requests_per_minute") == 0)
-		{
-			server->requests_per_minute =
-				read_int(def, 0, 0, MAX_REQUESTS_PER_MINUTE,
-						 "a number from 0 (no limit) to 60000");
-			has_requests_per_minute = true;
-		}
-		else if (strcmp(name, "unpriced") == 0)
-			server->send_unpriced = read_choice(def, unpriced_choices) == 1;
-		else if (strcmp(name, "format") == 0)
-			server->prices_format =
-				prices_formats[read_choice(def, prices_formats)];
+		check_name(def->defname, server->kind);
+		if (strcmp(def->defname, "kind") != 0 &&
+			!read_address(&r, def) && !read_content(&r, def) && !read_limit(&r, def))
+			elog(ERROR, "unrecognized option: %s", def->defname);
 	}
-
-	if (server->kind == SERVER_PRICES &&
-		(server->url == NULL || server->prices_format == NULL))
-		ereport(ERROR,
-				(errcode(ERRCODE_FDW_DYNAMIC_PARAMETER_VALUE_NEEDED),
-				 errmsg("a server of kind \"prices\" needs options \"url\" and \"format\""),
-				 errhint("Valid values of \"format\" are: %s.",
-						 list_choices(prices_formats))));
-	if (server->url == NULL && environment == NULL)
-		ereport(ERROR,
-				(errcode(ERRCODE_FDW_DYNAMIC_PARAMETER_VALUE_NEEDED),
-				 errmsg("a server of wrapper \"polar\" needs option \"environment\" or \"url\""),
-				 errhint("Add OPTIONS (environment 'sandbox') to try it out, or 'production' for real events.")));
-
-	/* an http request passes a proxy in the clear, token and all */
-	if (server->url != NULL && server->proxy != NULL &&
-		strcmp(url.scheme, "http") == 0 && !proxy.loopback)
-		report_bad_value("proxy", NULL,
-						 "The proxy of an http:// URL sees the token, so it must be on this machine too.",
-						 "Use https:// in option \"url\", or drop the proxy.");
+	check_together(&r);
 
 	if (server->kind == SERVER_POLAR && server->url != NULL)
-	{
-		char	   *base = pstrdup(server->url);
-		int			len = strlen(base);
-		int			path_len = strlen(POLAR_INGEST_PATH);
-
-		while (base[len - 1] == '/')
-			base[--len] = '\0';
-		if (len > path_len &&
-			strcmp(base + len - path_len, POLAR_INGEST_PATH) == 0)
-			report_bad_value("url", NULL,
-							 "The path " POLAR_INGEST_PATH " is put behind it by itself.",
-							 "Leave it out.");
-		server->url = base;
-	}
+		server->url = base_url(server->url);
 	if (server->url == NULL)
-		server->url = sandbox ? SANDBOX_URL : PRODUCTION_URL;
+		server->url = is_sandbox(&r) ? SANDBOX_URL : PRODUCTION_URL;
 
-	if (!has_requests_per_minute)
+	if (!r.has_requests_per_minute)
 	{
-		if (sandbox)
+		if (is_sandbox(&r))
 			server->requests_per_minute = SANDBOX_REQUESTS_PER_MINUTE;
-		else if (environment == NULL && url.loopback)
+		else if (r.environment == NULL && r.url.loopback)
 			server->requests_per_minute = 0;
 		else
 			server->requests_per_minute = PRODUCTION_REQUESTS_PER_MINUTE;
 	}
-}
-
-/*
- * Returns what is wrong with a token, as the end of a sentence that starts
- * with what holds it, or NULL if it could be one.
- */
-static const char *
-token_fault(const char *token, size_t len)
-{
-	if (len == 0)
-		return "is empty";
-	if (len > MAX_TOKEN_BYTES)
-		return "is longer than 4 kB";
-	for (size_t i = 0; i < len; i++)
-	{
-		/* a line break would let the token write headers of its own */
-		if (token[i] <= ' ' || token[i] >= 0x7f)
-			return "contains a blank, a control character or a character outside ASCII";
-	}
-	return NULL;
 }
 
 /* --- privileges ---------------------------------------------------------- */
@@ -1101,7 +751,7 @@ may_set(DefElem *def)
 static bool
 may_use_function(DefElem *def, Oid result_type)
 {
-	List	   *names = read_function_name(def);
+	List	   *names = abp_option_function_name(def);
 	const char *schema = linitial(names);
 	const char *function = lsecond(names);
 	Oid			argtypes[1] = {JSONBOID};
@@ -1143,10 +793,10 @@ may_use_function(DefElem *def, Oid result_type)
 	ReleaseSysCache(tup);
 
 	if (!fits)
-		report_bad_value(def->defname, defGetString(def),
-						 psprintf("It is not a function of one argument of type jsonb that returns %s.",
-								  format_type_be(result_type)),
-						 NULL);
+		abp_option_refuse(def->defname, defGetString(def),
+						  psprintf("It is not a function of one argument of type jsonb that returns %s.",
+								   format_type_be(result_type)),
+						  NULL);
 	return allowed;
 }
 
@@ -1322,203 +972,4 @@ end_of_transaction(XactEvent event, void *arg)
 		default:
 			break;
 	}
-}
-
-/* --- the token ----------------------------------------------------------- */
-
-/*
- * abp_server_token
- *		Returns the access token for a server, palloc'd, or NULL.
- *
- * It is in the server's access_token_file, or else in the user mapping of
- * usage_owner or, if he has none, of PUBLIC; InvalidOid asks for PUBLIC's only.
- * The file is read at each call, so a new token is used at once.
- *
- * NULL comes with words for status in *reason: what is wrong and how to fix
- * it, never the token.  A price list may be public, so a server of kind
- * 'prices' without any token yields NULL and nothing in *reason.
- *
- * Must be called in a transaction, and for no longer than needed: release the
- * token with abp_forget_token.
- */
-char	   *
-abp_server_token(const ServerOptions *server, Oid usage_owner,
-				 StringInfo reason)
-{
-	bool		mapped;
-	bool		is_public;
-	const char *whose = NULL;
-	char	   *token;
-
-	token = mapped_token(server->serverid, usage_owner, &mapped, &is_public);
-	if (mapped && !is_public)
-		whose = GetUserNameFromId(usage_owner, true);
-	whose = whose != NULL ? quote_identifier(whose) : "PUBLIC";
-
-	if (server->access_token_file != NULL)
-	{
-		if (token == NULL)
-			return token_from_file(server->access_token_file, reason);
-		abp_forget_token(token);
-		appendStringInfo(reason,
-						 "access token given twice, by option \"access_token_file\" of server \"%s\" and by the user mapping for %s; drop one of them",
-						 server->name, whose);
-		return NULL;
-	}
-
-	if (token != NULL)
-		return token;
-
-	if (mapped)
-		appendStringInfo(reason,
-						 "no access token: the user mapping for %s on server \"%s\" has no option \"access_token\"; add it with ALTER USER MAPPING",
-						 whose, server->name);
-	else if (server->kind == SERVER_POLAR)
-		appendStringInfo(reason,
-						 "no access token: server \"%s\" has no option \"access_token_file\", and neither the usage table's owner nor PUBLIC has a user mapping; add one of them",
-						 server->name);
-	return NULL;
-}
-
-/*
- * abp_forget_token
- *		Wipes and frees a token; NULL is allowed.
- */
-void
-abp_forget_token(char *token)
-{
-	if (token == NULL)
-		return;
-	explicit_bzero(token, strlen(token));
-	pfree(token);
-}
-
-/*
- * Has a role a user mapping of its own on a server?
- */
-bool
-abp_server_is_mapped(Oid serverid, Oid role)
-{
-	return SearchSysCacheExists2(USERMAPPINGUSERSERVER,
-								 ObjectIdGetDatum(role),
-								 ObjectIdGetDatum(serverid));
-}
-
-/*
- * Returns the token of the user mapping that holds for usage_owner, NULL if
- * there is none.  GetUserMapping() would raise where there is no mapping.
- */
-static char *
-mapped_token(Oid serverid, Oid usage_owner, bool *mapped, bool *is_public)
-{
-	HeapTuple	tup = NULL;
-	Datum		datum;
-	bool		isnull;
-	char	   *token = NULL;
-
-	if (OidIsValid(usage_owner))
-		tup = SearchSysCache2(USERMAPPINGUSERSERVER,
-							  ObjectIdGetDatum(usage_owner),
-							  ObjectIdGetDatum(serverid));
-	*is_public = !HeapTupleIsValid(tup);
-	if (*is_public)
-		tup = SearchSysCache2(USERMAPPINGUSERSERVER,
-							  ObjectIdGetDatum(InvalidOid),
-							  ObjectIdGetDatum(serverid));
-	*mapped = HeapTupleIsValid(tup);
-	if (!*mapped)
-		return NULL;
-
-	datum = SysCacheGetAttr(USERMAPPINGUSERSERVER, tup,
-							Anum_pg_user_mapping_umoptions, &isnull);
-	if (!isnull)
-	{
-		ListCell   *lc;
-
-		foreach(lc, untransformRelOptions(datum))
-		{
-			DefElem    *def = lfirst_node(DefElem, lc);
-			char	   *value = defGetString(def);
-
-			if (strcmp(def->defname, "access_token") != 0)
-				continue;
-			token = pstrdup(value);
-			explicit_bzero(value, strlen(value));
-		}
-	}
-	ReleaseSysCache(tup);
-	return token;
-}
-
-/* Returns the token in a file, or NULL and the reason. */
-static char *
-token_from_file(const char *path, StringInfo reason)
-{
-	char		buf[MAX_TOKEN_BYTES + 3];	/* the longest, a line end, and
-											 * one byte that is too much */
-	size_t		len = 0;
-	int			fd;
-	struct stat st;
-	const char *fault;
-	char	   *token = NULL;
-
-	/* O_NONBLOCK: opening a FIFO must not wait for its writer */
-	fd = OpenTransientFile(path, O_RDONLY | O_NONBLOCK | PG_BINARY);
-	if (fd < 0)
-	{
-		appendStringInfo(reason,
-						 "could not open access token file \"%s\": %m; let it be readable by the operating system user of the database server",
-						 path);
-		return NULL;
-	}
-
-	if (fstat(fd, &st) < 0)
-		appendStringInfo(reason,
-						 "could not stat access token file \"%s\": %m", path);
-	else if (!S_ISREG(st.st_mode))
-		appendStringInfo(reason,
-						 "access token file \"%s\" is not a regular file",
-						 path);
-	else if (st.st_uid != geteuid() && st.st_uid != 0)
-		appendStringInfo(reason,
-						 "access token file \"%s\" must be owned by the operating system user of the database server or by root; use chown",
-						 path);
-	else if (st.st_mode & (S_IRWXG | S_IRWXO))
-		appendStringInfo(reason,
-						 "access token file \"%s\" is open to group or others; use chmod 0600",
-						 path);
-	else
-	{
-		ssize_t		n;
-
-		do
-		{
-			n = read(fd, buf + len, sizeof(buf) - len);
-			if (n > 0)
-				len += n;
-		} while ((n > 0 && len < sizeof(buf)) || (n < 0 && errno == EINTR));
-
-		if (n < 0)
-			appendStringInfo(reason,
-							 "could not read access token file \"%s\": %m",
-							 path);
-		else
-		{
-			/* a full buffer shows only a part of the file */
-			while (len > 0 && len < sizeof(buf) &&
-				   (buf[len - 1] == '\n' || buf[len - 1] == '\r'))
-				len--;
-			fault = token_fault(buf, len);
-			if (fault == NULL)
-				token = pnstrdup(buf, len);
-			else
-				appendStringInfo(reason,
-								 "access token file \"%s\" %s; write the token into it, on one line and nothing else",
-								 path, fault);
-		}
-		explicit_bzero(buf, sizeof(buf));
-	}
-
-	CloseTransientFile(fd);
-	return token;
 }

@@ -10,9 +10,7 @@
 
 #include "postgres.h"
 
-#include "lib/stringinfo.h"
-
-#include "polar/polar.h"
+#include "polar/event_format.h"
 
 typedef enum ServerKind
 {
@@ -41,15 +39,12 @@ typedef struct ServerOptions
 	int			max_in_flight;	/* requests at a time */
 	int			requests_per_minute;	/* 0: no limit */
 	bool		send_unpriced;	/* unpriced 'send' */
+	bool		strip_raw_usage;	/* raw_usage 'strip' */
 	const char *prices_format;	/* kind 'prices': format of the answer */
 } ServerOptions;
 
 extern void abp_server_init(void);
 extern void abp_server_check_change(Oid serverid);
 extern const ServerOptions *abp_server_options(Oid serverid);
-extern char *abp_server_token(const ServerOptions *server, Oid usage_owner,
-							  StringInfo reason);
-extern void abp_forget_token(char *token);
-extern bool abp_server_is_mapped(Oid serverid, Oid role);
 
 #endif							/* ABP_SERVER_H */

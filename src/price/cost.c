@@ -19,6 +19,8 @@
 #include "miscadmin.h"
 #include "utils/builtins.h"
 
+#include "base/text_view.h"
+#include "base/usage_row.h"
 #include "compat.h"
 #include "price/cost.h"
 

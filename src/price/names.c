@@ -24,6 +24,8 @@
 #include "utils/array.h"
 #include "utils/varlena.h"
 
+#include "base/text_view.h"
+#include "compat.h"
 #include "price/names.h"
 
 /* The most names that one provider has here, with the one that is given. */

@@ -10,9 +10,9 @@
 
 #include "postgres.h"
 
-#include "price/cost.h"
-#include "utils/builtins.h"
 #include "utils/snapshot.h"
+
+#include "base/text_view.h"
 
 /* The bytes that name a model. */
 typedef struct ModelKey
@@ -23,19 +23,6 @@ typedef struct ModelKey
 
 /* Tries one meaning of a name.  Returns whether the price table has it. */
 typedef bool (*TryName) (ModelKey key, void *arg);
-
-static inline bool
-text_view_equal(TextView a, TextView b)
-{
-	return a.len == b.len &&
-		(a.data == b.data || memcmp(a.data, b.data, a.len) == 0);
-}
-
-static inline Datum
-text_view_datum(TextView view)
-{
-	return PointerGetDatum(cstring_to_text_with_len(view.data, view.len));
-}
 
 extern bool abp_find_name(ModelKey key, Snapshot snapshot, TryName try_name,
 						  void *arg);

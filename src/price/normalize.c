@@ -30,6 +30,9 @@
 #include "utils/builtins.h"
 #include "utils/varlena.h"
 
+#include "base/text_view.h"
+#include "base/usage_row.h"
+#include "compat.h"
 #include "price/normalize.h"
 #include "price/usage_formats.h"
 

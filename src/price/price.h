@@ -56,7 +56,6 @@ typedef struct PriceExplanation
 	CostBucket *buckets;
 } PriceExplanation;
 
-extern void abp_price_init(void);
 extern bool abp_price_usage(const PriceRequest *request, bool noerror,
 							PricedCost *cost);
 extern CostStatus abp_price_cost(const PriceRequest *request, ExactCost *cost,
@@ -65,7 +64,6 @@ extern void abp_price_explain(const PriceRequest *request,
 							  PriceExplanation *explanation);
 extern char *abp_price_hint(const PriceRequest *request);
 extern bool abp_price_find_model(TextView *provider, TextView *model);
-extern bool abp_price_tier_is_standard(TextView tier);
 extern const char *abp_cost_status_name(CostStatus status);
 
 #endif							/* ABP_PRICE_H */

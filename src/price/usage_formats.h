@@ -115,6 +115,9 @@ typedef struct Reading Reading;
 
 #define MAX_PATHS 6
 
+/* Longer paths are cut in messages. */
+#define MAX_PATH_BYTES 200
+
 /*
  * One format.  All lists of texts end with NULL.
  *
@@ -183,9 +186,19 @@ struct Reading
 	StringInfo	doubt;			/* what is wrong although the cost is known */
 };
 
-/* usage_formats.c, usage_frameworks.c */
+/* usage_openai.c, usage_frameworks.c */
+extern const UsageFormat abp_usage_openai;
+extern const UsageFormat abp_usage_anthropic;
+extern const UsageFormat abp_usage_openrouter;
+extern const UsageFormat abp_usage_groq;
+extern const UsageFormat abp_usage_xai;
+extern const UsageFormat abp_usage_deepseek;
+extern const UsageFormat abp_usage_mistral;
+extern const UsageFormat abp_usage_litellm;
 extern const UsageFormat abp_usage_ai_sdk;
 extern const UsageFormat abp_usage_otel;
+
+/* usage_formats.c */
 extern const UsageFormat *const *abp_usage_formats(int *nformats);
 extern const UsageFormat *abp_usage_format(const char *name);
 extern bool abp_usage_count_grounding(Reading *r, JsonbContainer *grounding);
@@ -230,6 +243,16 @@ extern bool abp_usage_read_flag(Reading *r, JsonbContainer *container,
 								const char *path, bool *flag);
 extern bool abp_usage_is_zero(Numeric number);
 extern void abp_usage_mark_seen(Reading *r, const void *value);
+extern char *abp_usage_value_text(const JsonbValue *value);
+extern bool abp_usage_is_decimal(const char *str, int len);
+extern Numeric abp_usage_decimal(const char *str, int len);
+extern int	abp_usage_compare(Numeric a, Numeric b);
+extern const char *abp_usage_whole_number(Numeric number, int64 *value);
+extern bool abp_usage_attribute(JsonbContainer *item, JsonbValue *name,
+								JsonbValue *found, JsonbContainer **place);
+extern bool abp_usage_is_seen(const Reading *r, const void *value);
+
+/* usage_rest.c */
 extern bool abp_usage_check_rest(Reading *r);
 
 #endif							/* ABP_USAGE_FORMATS_H */

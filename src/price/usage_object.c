@@ -1,12 +1,9 @@
 /*-------------------------------------------------------------------------
  *
  * usage_object.c
- *	  A provider's usage object: finding and reading its values, and looking
- *	  at what nothing has read.
+ *	  A provider's usage object: finding and reading its values.
  *
  * Each value that is read is marked in a bitmap over the bytes handed over.
- * What is left then is looked at by one rule for all formats: a number above
- * 0 that may cost something does not pass.
  *
  *-------------------------------------------------------------------------
  */
@@ -15,18 +12,13 @@
 #include <ctype.h>
 
 #include "common/int.h"
+#include "lib/stringinfo.h"
 #include "mb/pg_wchar.h"
 #include "miscadmin.h"
-#include "utils/builtins.h"
 #include "utils/memutils.h"
+#include "utils/numeric.h"
 
 #include "price/usage_formats.h"
-
-/* Objects in a usage object are not nested deeper than this. */
-#define MAX_DEPTH 32
-
-/* Longer paths are cut in messages. */
-#define MAX_PATH_BYTES 200
 
 /* Longer doubts are cut: one number that nothing reads tells enough. */
 #define MAX_DOUBT_BYTES 400
@@ -124,8 +116,8 @@ abp_usage_path_name(const char *path)
 /*
  * A JSON value's text for a message, cut to a length that fits one.
  */
-static char *
-value_text(const JsonbValue *value)
+char	   *
+abp_usage_value_text(const JsonbValue *value)
 {
 	char	   *str;
 
@@ -157,8 +149,8 @@ value_text(const JsonbValue *value)
  * Is the text a plain decimal number that numeric_in() takes for certain?
  * It would also take "NaN" and "infinity", and raises on the rest.
  */
-static bool
-is_decimal(const char *str, int len)
+bool
+abp_usage_is_decimal(const char *str, int len)
 {
 	const char *p = str;
 	const char *end = str + len;
@@ -194,8 +186,11 @@ is_decimal(const char *str, int len)
 	return p == end;
 }
 
-static Numeric
-decimal_to_numeric(const char *str, int len)
+/*
+ * A decimal number in text, as abp_usage_is_decimal accepts it, as numeric.
+ */
+Numeric
+abp_usage_decimal(const char *str, int len)
 {
 	return DatumGetNumeric(DirectFunctionCall3(numeric_in,
 											   CStringGetDatum(pnstrdup(str, len)),
@@ -216,8 +211,11 @@ abp_usage_mark_seen(Reading *r, const void *value)
 		r->seen[(byte - r->base) / BITS_PER_BYTE] |= 1 << (byte - r->base) % BITS_PER_BYTE;
 }
 
-static bool
-is_seen(const Reading *r, const void *value)
+/*
+ * Was the value that starts at this byte read?
+ */
+bool
+abp_usage_is_seen(const Reading *r, const void *value)
 {
 	const char *byte = value;
 
@@ -247,9 +245,9 @@ abp_usage_list_item(JsonbContainer *list, uint32 i)
  * there, because JSON's readers keep doubles.  *place is where the value
  * stands.
  */
-static bool
-read_attribute(JsonbContainer *item, JsonbValue *name, JsonbValue *found,
-			   JsonbContainer **place)
+bool
+abp_usage_attribute(JsonbContainer *item, JsonbValue *name, JsonbValue *found,
+					JsonbContainer **place)
 {
 	static const char *const kinds[] = {"intValue", "stringValue", "doubleValue"};
 	JsonbValue	value;
@@ -268,10 +266,10 @@ read_attribute(JsonbContainer *item, JsonbValue *name, JsonbValue *found,
 		if (!getKeyJsonValueFromContainer(*place, kinds[k], strlen(kinds[k]), found))
 			continue;
 		if (k == 0 && found->type == jbvString &&
-			is_decimal(found->val.string.val, found->val.string.len))
+			abp_usage_is_decimal(found->val.string.val, found->val.string.len))
 		{
-			found->val.numeric = decimal_to_numeric(found->val.string.val,
-													found->val.string.len);
+			found->val.numeric = abp_usage_decimal(found->val.string.val,
+												   found->val.string.len);
 			found->type = jbvNumeric;
 		}
 		return true;
@@ -291,7 +289,7 @@ find_attribute(Reading *r, JsonbContainer *list, const char *key, int keylen,
 		JsonbValue	name;
 		JsonbContainer *place;
 
-		if (!read_attribute(abp_usage_list_item(list, i), &name, found, &place) ||
+		if (!abp_usage_attribute(abp_usage_list_item(list, i), &name, found, &place) ||
 			name.val.string.len != keylen ||
 			memcmp(name.val.string.val, key, keylen) != 0)
 			continue;
@@ -508,15 +506,18 @@ find_number(Reading *r, JsonbContainer *container, const char *path,
 	{
 		*present = false;
 		return abp_usage_doubt(r, "%s is not a number but %s",
-							   abp_usage_path_name(path), value_text(found));
+							   abp_usage_path_name(path), abp_usage_value_text(found));
 	}
 	if (*present)
 		abp_usage_mark_seen(r, found->val.numeric);
 	return true;
 }
 
-static int
-compare_numeric(Numeric a, Numeric b)
+/*
+ * Which of two numbers is larger: below, at or above 0.
+ */
+int
+abp_usage_compare(Numeric a, Numeric b)
 {
 	return DatumGetInt32(DirectFunctionCall2(numeric_cmp,
 											 NumericGetDatum(a),
@@ -529,7 +530,7 @@ compare_numeric(Numeric a, Numeric b)
 bool
 abp_usage_is_zero(Numeric number)
 {
-	return compare_numeric(number, int64_to_numeric(0)) == 0;
+	return abp_usage_compare(number, int64_to_numeric(0)) == 0;
 }
 
 /*
@@ -537,8 +538,8 @@ abp_usage_is_zero(Numeric number)
  * Each INSERT reads a dozen: the bounds are made once, and JSON's integers
  * are known by their scale.
  */
-static const char *
-whole_number(Numeric number, int64 *value)
+const char *
+abp_usage_whole_number(Numeric number, int64 *value)
 {
 	static Numeric largest = NULL;
 	static Numeric zero;
@@ -553,14 +554,14 @@ whole_number(Numeric number, int64 *value)
 	}
 
 	if (numeric_is_nan(number) || numeric_is_inf(number) ||
-		compare_numeric(number, largest) > 0)
+		abp_usage_compare(number, largest) > 0)
 		return "beyond the range of bigint";
-	if (compare_numeric(number, zero) < 0)
+	if (abp_usage_compare(number, zero) < 0)
 		return "negative";
 	*value = DatumGetInt64(DirectFunctionCall1(numeric_int8,
 											   NumericGetDatum(number)));
 	if (DatumGetInt32(DirectFunctionCall1(numeric_scale, NumericGetDatum(number))) != 0 &&
-		compare_numeric(number, int64_to_numeric(*value)) != 0)
+		abp_usage_compare(number, int64_to_numeric(*value)) != 0)
 		return "not a whole number";
 	return NULL;
 }
@@ -583,10 +584,10 @@ abp_usage_read_count(Reading *r, JsonbContainer *container, const char *path,
 	if (!present)
 		return true;
 
-	wrong = whole_number(found.val.numeric, &value);
+	wrong = abp_usage_whole_number(found.val.numeric, &value);
 	if (wrong)
 		return abp_usage_doubt(r, "%s is %s: %s", abp_usage_path_name(path),
-							   wrong, value_text(&found));
+							   wrong, abp_usage_value_text(&found));
 	count->value = value;
 	count->given = true;
 	count->name = path;
@@ -724,9 +725,9 @@ abp_usage_read_quantity(Reading *r, JsonbContainer *container, const char *path,
 		return false;
 	if (!present)
 		return true;
-	if (compare_numeric(found.val.numeric, int64_to_numeric(0)) < 0)
+	if (abp_usage_compare(found.val.numeric, int64_to_numeric(0)) < 0)
 		return abp_usage_doubt(r, "%s is negative: %s",
-							   abp_usage_path_name(path), value_text(&found));
+							   abp_usage_path_name(path), abp_usage_value_text(&found));
 	*quantity = found.val.numeric;
 	return true;
 }
@@ -752,23 +753,23 @@ abp_usage_read_amount(Reading *r, JsonbContainer *container, const char *path,
 		abp_usage_mark_seen(r, number);
 	}
 	else if (found.type == jbvString &&
-			 is_decimal(found.val.string.val, found.val.string.len))
+			 abp_usage_is_decimal(found.val.string.val, found.val.string.len))
 	{
-		number = decimal_to_numeric(found.val.string.val, found.val.string.len);
+		number = abp_usage_decimal(found.val.string.val, found.val.string.len);
 		abp_usage_mark_seen(r, found.val.string.val);
 	}
 	else
 		return abp_usage_doubt(r, "%s is not a decimal number but %s",
-							   abp_usage_path_name(path), value_text(&found));
+							   abp_usage_path_name(path), abp_usage_value_text(&found));
 
 	/* The bound keeps later arithmetic far from numeric's own limits. */
 	if (numeric_is_nan(number) || numeric_is_inf(number) ||
-		compare_numeric(number, int64_to_numeric(PG_INT64_MAX)) > 0)
+		abp_usage_compare(number, int64_to_numeric(PG_INT64_MAX)) > 0)
 		return abp_usage_doubt(r, "%s is no possible cost: %s",
-							   abp_usage_path_name(path), value_text(&found));
-	if (compare_numeric(number, int64_to_numeric(0)) < 0)
+							   abp_usage_path_name(path), abp_usage_value_text(&found));
+	if (abp_usage_compare(number, int64_to_numeric(0)) < 0)
 		return abp_usage_doubt(r, "%s is negative: %s",
-							   abp_usage_path_name(path), value_text(&found));
+							   abp_usage_path_name(path), abp_usage_value_text(&found));
 
 	*amount = DatumGetNumeric(DirectFunctionCall1(numeric_trim_scale,
 												  NumericGetDatum(number)));
@@ -788,416 +789,7 @@ abp_usage_read_flag(Reading *r, JsonbContainer *container, const char *path,
 		return true;
 	if (found.type != jbvBool)
 		return abp_usage_doubt(r, "%s is neither true nor false but %s",
-							   abp_usage_path_name(path), value_text(&found));
+							   abp_usage_path_name(path), abp_usage_value_text(&found));
 	*flag = found.val.boolean;
-	return true;
-}
-
-/* ----------------------------------------------------------------
- *		What nothing has read
- * ----------------------------------------------------------------
- */
-
-/* Where a number stands, from the object that is looked at. */
-typedef struct Place
-{
-	const char *key[MAX_DEPTH];
-	int			len[MAX_DEPTH];
-	int			depth;			/* keys */
-	int			level;			/* objects and lists */
-} Place;
-
-typedef enum Look
-{
-	LOOK_ALL,					/* any number may cost something */
-	LOOK_SCOPE,					/* if its key has a word of the format's scope */
-	LOOK_BESIDE,				/* any that no count of the usage object
-								 * repeats */
-	LOOK_LIKELY					/* of these, if its key says so */
-} Look;
-
-/*
- * Numbers under such keys are measures: times, rates, limits, settings.
- * Nobody sells these.
- */
-static const char *const measure_words[] = {
-	"budget", "delay", "elapsed", "latency", "limit", "max", "min", "ms", "ns",
-	"per", "percent", "percentage", "probability", "rate", "ratio", "remaining",
-	"reset", "speed", "throughput", "time", "tps", "ttft", "ttl", "window", NULL
-};
-
-/* Nor, unless they are of tokens, the numbers that things go by. */
-static const char *const name_words[] = {
-	"at", "bytes", "code", "confidence", "created", "id", "index", "logprob",
-	"logprobs", "score", "seed", "status", "temperature", "timestamp", "version",
-	NULL
-};
-
-static const char *const token_words[] = {"token", "tokens", NULL};
-
-/* What is sold; a measure of it may be what it is sold by. */
-static const char *const sold_words[] = {
-	"audio", "image", "images", "speech", "video", "videos", NULL
-};
-
-/* Words of keys that count something, where all kinds of numbers stand. */
-static const char *const count_words[] = {
-	"audio", "billed", "cache", "cached", "calls", "characters", "charge",
-	"citation", "completion", "cost", "count", "credits", "image", "images",
-	"input", "output", "pages", "prediction", "prompt", "queries", "read",
-	"reasoning", "request", "requests", "search", "searches", "seconds",
-	"thinking", "thought", "thoughts", "token", "tokens", "tool", "tools",
-	"units", "usage", "video", "write", "written", NULL
-};
-
-/*
- * Does a key have one of some words?  Words end at '_', '.' and the like, and
- * where a capital follows a small letter.
- */
-static bool
-has_word(const char *key, int len, const char *const *words)
-{
-	int			start = 0;
-
-	for (int i = 0; i <= len; i++)
-	{
-		bool		ends = i == len || !isalnum((unsigned char) key[i]);
-		bool		hump = !ends && i > start && isupper((unsigned char) key[i]) &&
-		!isupper((unsigned char) key[i - 1]);
-
-		if (!ends && !hump)
-			continue;
-		for (int w = 0; words[w]; w++)
-		{
-			if (strlen(words[w]) == i - start &&
-				pg_strncasecmp(key + start, words[w], i - start) == 0)
-				return true;
-		}
-		start = ends ? i + 1 : i;
-	}
-	return false;
-}
-
-/* Does a key have one of some texts in it?  Letters' case does not matter. */
-static bool
-has_text(const char *key, int len, const char *const *texts)
-{
-	for (int t = 0; texts[t]; t++)
-	{
-		int			text_len = strlen(texts[t]);
-
-		for (int i = 0; i + text_len <= len; i++)
-		{
-			if (pg_strncasecmp(key + i, texts[t], text_len) == 0)
-				return true;
-		}
-	}
-	return false;
-}
-
-/*
- * Does a path fit a pattern?  '*' stands for any characters; with other_case,
- * letters' case and '_' do not matter.
- */
-static bool
-path_fits(const char *path, const char *pattern, bool other_case)
-{
-	for (;; path++, pattern++)
-	{
-		while (other_case && *path == '_')
-			path++;
-		while (other_case && *pattern == '_')
-			pattern++;
-		if (*pattern == '*')
-		{
-			for (pattern++;; path++)
-			{
-				if (path_fits(path, pattern, other_case))
-					return true;
-				if (*path == '\0')
-					return false;
-			}
-		}
-		if (*path != *pattern &&
-			!(other_case && pg_ascii_tolower((unsigned char) *path) ==
-			  pg_ascii_tolower((unsigned char) *pattern)))
-			return false;
-		if (*path == '\0')
-			return true;
-	}
-}
-
-static char *
-place_path(const Place *place)
-{
-	StringInfoData path;
-
-	initStringInfo(&path);
-	for (int i = 0; i < place->depth; i++)
-	{
-		if (i > 0)
-			appendStringInfoChar(&path, '/');
-		appendBinaryStringInfo(&path, place->key[i], place->len[i]);
-	}
-	return path.data;
-}
-
-static bool
-is_repeated(const Count *counts, int64 value)
-{
-	for (int f = 0; counts && f < NUM_FIELDS; f++)
-	{
-		if (counts[f].given && counts[f].value == value)
-			return true;
-	}
-	return false;
-}
-
-/*
- * Does a number say again what has been read: under another name of the same
- * field, or, outside of the usage object, any of the counts?
- */
-static bool
-says_it_again(const Reading *r, const char *path, Look look, Numeric number)
-{
-	int64		value;
-
-	if (whole_number(number, &value) != NULL)
-		return false;
-	if (is_repeated(r->repeated[0], value) || is_repeated(r->repeated[1], value))
-		return true;
-	if (look == LOOK_BESIDE || look == LOOK_LIKELY)
-		return is_repeated(r->reported, value) || is_repeated(r->count, value);
-
-	for (int i = 0; i < r->format->nrules; i++)
-	{
-		const Rule *rule = &r->format->rules[i];
-
-		if (r->reported[rule->field].value == value && path_fits(path, rule->path, r->other_case))
-			return true;
-	}
-	for (int g = 0; g < r->format->ngroups; g++)
-	{
-		const RuleGroup *group = &r->format->groups[g];
-
-		for (int p = 0; group->places[p]; p++)
-		{
-			int			len = strlen(group->places[p]);
-
-			if (strlen(path) <= len || path[len] != '/' ||
-				strncmp(path, group->places[p], len) != 0)
-				continue;
-			for (int i = 0; i < group->nrules; i++)
-			{
-				const Rule *rule = &group->rules[i];
-
-				if (r->reported[rule->field].value == value &&
-					path_fits(path + len + 1, rule->path, r->other_case))
-					return true;
-			}
-		}
-	}
-	return false;
-}
-
-/*
- * Judge a number that nothing has read.
- */
-static bool
-check_unread(Reading *r, const Place *place, Look look, JsonbValue *value)
-{
-	const char *key = place->depth > 0 ? place->key[place->depth - 1] : "";
-	int			len = place->depth > 0 ? place->len[place->depth - 1] : 0;
-	bool		is_text = value->type == jbvString;
-	char	   *path;
-
-	if (is_text)
-	{
-		if (!is_decimal(value->val.string.val, value->val.string.len) ||
-			!has_word(key, len, count_words))
-			return true;
-		value->val.numeric = decimal_to_numeric(value->val.string.val,
-												value->val.string.len);
-		value->type = jbvNumeric;
-	}
-	if (numeric_is_nan(value->val.numeric) ||
-		compare_numeric(value->val.numeric, int64_to_numeric(0)) <= 0)
-		return true;
-
-	if (look == LOOK_SCOPE && !has_text(key, len, r->format->scope))
-		return true;
-	if (look == LOOK_LIKELY && !has_word(key, len, count_words))
-		return true;
-	if (!has_word(key, len, sold_words) &&
-		(has_word(key, len, measure_words) ||
-		 (has_word(key, len, name_words) && !has_word(key, len, token_words))))
-		return true;
-
-	path = place_path(place);
-	for (int i = 0; r->format->harmless && r->format->harmless[i]; i++)
-	{
-		if (path_fits(path, r->format->harmless[i], r->other_case))
-			return true;
-	}
-	if (says_it_again(r, path, look, value->val.numeric))
-		return true;
-	return abp_usage_doubt(r, "%.*s is %s, which format \"%s\" does not read, and it may cost something",
-						   pg_mbcliplen(path, strlen(path), MAX_PATH_BYTES),
-						   abp_usage_path_name(path), value_text(value),
-						   r->format->name);
-}
-
-/*
- * Judge an item of a list if it is an OpenTelemetry attribute; *is_attribute
- * says whether it is.
- */
-static bool
-check_attribute(Reading *r, JsonbContainer *item, bool *is_attribute)
-{
-	JsonbValue	name;
-	JsonbValue	value;
-	JsonbContainer *where;
-	Place		place = {.depth = 1};
-
-	*is_attribute = JsonContainerIsObject(item) &&
-		read_attribute(item, &name, &value, &where);
-	if (!*is_attribute || is_seen(r, where) ||
-		(value.type != jbvNumeric && value.type != jbvString))
-		return true;
-	place.key[0] = name.val.string.val;
-	place.len[0] = name.val.string.len;
-	return check_unread(r, &place, LOOK_SCOPE, &value);
-}
-
-/* Is the last key of a place that of an object of usage? */
-static bool
-is_usage_key(const Place *place)
-{
-	static const char *const usage[] = {"usage", NULL};
-
-	return place->depth > 0 &&
-		has_text(place->key[place->depth - 1], place->len[place->depth - 1], usage);
-}
-
-/*
- * Look at all that an object or a list has, at any depth.
- */
-static bool
-check_container(Reading *r, JsonbContainer *container, Place *place, Look look)
-{
-	JsonbIterator *it = JsonbIteratorInit(container);
-	bool		is_list = JsonContainerIsArray(container);
-	JsonbIteratorToken token;
-	JsonbValue	v;
-
-	if (place->level >= MAX_DEPTH)
-		return abp_usage_doubt(r, "%s is nested too deep to be looked into",
-							   abp_usage_path_name(place_path(place)));
-
-	while ((token = JsonbIteratorNext(&it, &v, true)) != WJB_DONE)
-	{
-		CHECK_FOR_INTERRUPTS();
-		if (token == WJB_KEY)
-		{
-			place->key[place->depth] = v.val.string.val;
-			place->len[place->depth] = v.val.string.len;
-		}
-		if (token != WJB_VALUE && token != WJB_ELEM)
-			continue;
-
-		/* an item of a list goes by the list's own key */
-		place->depth += !is_list;
-		place->level++;
-		if (v.type == jbvNumeric || v.type == jbvString)
-		{
-			if (!is_seen(r, v.type == jbvNumeric ? (void *) v.val.numeric : v.val.string.val) &&
-				!check_unread(r, place, look, &v))
-				return false;
-		}
-		else if (v.type == jbvBinary && !is_seen(r, v.val.binary.data))
-		{
-			bool		is_attribute = false;
-
-			if (look == LOOK_SCOPE && is_list &&
-				!check_attribute(r, v.val.binary.data, &is_attribute))
-				return false;
-			if (!is_attribute &&
-				!check_container(r, v.val.binary.data, place,
-								 look == LOOK_LIKELY && is_usage_key(place) ? LOOK_BESIDE : look))
-				return false;
-		}
-		place->depth -= !is_list;
-		place->level--;
-	}
-	return true;
-}
-
-/*
- * Look at what stands beside the usage object: other objects of usage, and
- * counts.
- */
-static bool
-check_root(Reading *r)
-{
-	Place		place = {.depth = 1};
-	JsonbIterator *it = JsonbIteratorInit(r->root);
-	JsonbIteratorToken token;
-	JsonbValue	v;
-
-	while ((token = JsonbIteratorNext(&it, &v, true)) != WJB_DONE)
-	{
-		if (token == WJB_KEY)
-		{
-			place.key[0] = v.val.string.val;
-			place.len[0] = v.val.string.len;
-		}
-		if (token != WJB_VALUE)
-			continue;
-		/* texts are names there, of keys, of users, of requests */
-		if (v.type == jbvNumeric)
-		{
-			if (!is_seen(r, v.val.numeric) && !check_unread(r, &place, LOOK_LIKELY, &v))
-				return false;
-		}
-		else if (v.type == jbvBinary && !is_seen(r, v.val.binary.data) && is_usage_key(&place))
-		{
-			if (!check_container(r, v.val.binary.data, &place, LOOK_BESIDE))
-				return false;
-			abp_usage_mark_seen(r, v.val.binary.data);
-		}
-	}
-	return true;
-}
-
-/*
- * A number that nothing has read does not pass: look at what is left of the
- * usage object, at what stands beside it, and where else the format's
- * provider puts charges.
- */
-bool
-abp_usage_check_rest(Reading *r)
-{
-	Place		place = {.depth = 0};
-
-	if (!check_container(r, r->usage, &place, r->format->scope ? LOOK_SCOPE : LOOK_ALL))
-		return false;
-	if (r->root == r->usage || !JsonContainerIsObject(r->root))
-		return true;
-
-	abp_usage_mark_seen(r, r->usage);
-	if (!check_root(r))
-		return false;
-	for (int i = 0; r->format->beside && r->format->beside[i]; i++)
-	{
-		JsonbContainer *object = abp_usage_container(r, r->root, r->format->beside[i]);
-
-		if (object == NULL)
-			continue;
-		place.key[0] = r->format->beside[i];
-		place.len[0] = strlen(place.key[0]);
-		place.depth = 1;
-		if (!check_container(r, object, &place, LOOK_LIKELY))
-			return false;
-	}
 	return true;
 }

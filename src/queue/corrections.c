@@ -21,62 +21,16 @@
 #include "utils/memutils.h"
 #include "utils/snapmgr.h"
 
+#include "base/extension.h"
+#include "base/rights.h"
+#include "base/statement.h"
 #include "queue/corrections.h"
-#include "queue/outbox.h"
-
-/* A statement that is prepared once a session. */
-typedef struct CorrectionStatement
-{
-	const char *sql;
-	int			nargs;
-	Oid			argtypes[6];
-	SPIPlanPtr	plan;
-} CorrectionStatement;
-
-/* Between abp_become_extension_owner and abp_restore_user, in SPI. */
-static uint64
-execute(CorrectionStatement *statement, Datum *values, const char *nulls, bool read_only)
-{
-	int			result;
-
-	if (statement->plan == NULL)
-	{
-		SPIPlanPtr	plan = SPI_prepare(statement->sql, statement->nargs, statement->argtypes);
-
-		if (plan == NULL)
-			elog(ERROR, "unexpected failure to prepare: %s", SPI_result_code_string(SPI_result));
-		SPI_keepplan(plan);
-		statement->plan = plan;
-	}
-	result = SPI_execute_plan(statement->plan, values, nulls, read_only, 0);
-	if (result < 0)
-		elog(ERROR, "unexpected failure to execute: %s", SPI_result_code_string(result));
-	return SPI_processed;
-}
-
-static void
-change(CorrectionStatement *statement, Datum *values, const char *nulls)
-{
-	SavedUser	saved;
-
-	abp_become_extension_owner(&saved);
-	SPI_connect();
-	(void) execute(statement, values, nulls, false);
-	SPI_finish();
-	abp_restore_user(&saved);
-}
 
 /* Is there a place for corrections?  Not before the extension is at 1.2. */
 static bool
 are_kept(void)
 {
 	return OidIsValid(abp_extension_relation("correction"));
-}
-
-static Datum
-text_of(TextView view)
-{
-	return PointerGetDatum(cstring_to_text_with_len(view.data, view.len));
 }
 
 /*
@@ -97,7 +51,7 @@ abp_corrections_key(ExternalIdKey *key, const char *external_id, int len)
 void
 abp_corrections_put(Oid usage_table, TextView corrects, const UsageRow *row)
 {
-	static CorrectionStatement put = {
+	static Statement put = {
 		"INSERT INTO aibilling.correction AS c (usage_table, external_id, corrects, id, cost_nanos, cost_cents)"
 		" VALUES ($1, $2, $3, $4, $5, $6)"
 		" ON CONFLICT (usage_table, external_id) DO UPDATE SET corrects = excluded.corrects, id = excluded.id,"
@@ -110,14 +64,14 @@ abp_corrections_put(Oid usage_table, TextView corrects, const UsageRow *row)
 	if (!are_kept())
 		return;
 	values[0] = ObjectIdGetDatum(usage_table);
-	values[1] = text_of(row->external_id);
-	values[2] = text_of(corrects);
+	values[1] = text_view_datum(row->external_id);
+	values[2] = text_view_datum(corrects);
 	values[3] = Int64GetDatum(row->id);
 	values[4] = Int64GetDatum(row->cost_nanos);
 	values[5] = NumericGetDatum(row->cost_cents);
 	if (!row->has_cost_nanos || row->cost_cents == NULL)
 		nulls[4] = nulls[5] = 'n';
-	change(&put, values, nulls);
+	(void) abp_statement_run_alone(&put, values, nulls);
 }
 
 /*
@@ -127,14 +81,14 @@ abp_corrections_put(Oid usage_table, TextView corrects, const UsageRow *row)
 void
 abp_corrections_remove(Oid usage_table, TextView external_id)
 {
-	static CorrectionStatement forget = {
+	static Statement forget = {
 		"DELETE FROM aibilling.correction WHERE usage_table = $1 AND external_id = $2",
 		2, {REGCLASSOID, TEXTOID}
 	};
-	Datum		values[2] = {ObjectIdGetDatum(usage_table), text_of(external_id)};
+	Datum		values[2] = {ObjectIdGetDatum(usage_table), text_view_datum(external_id)};
 
 	if (are_kept())
-		change(&forget, values, NULL);
+		(void) abp_statement_run_alone(&forget, values, NULL);
 }
 
 /*
@@ -143,13 +97,13 @@ abp_corrections_remove(Oid usage_table, TextView external_id)
 void
 abp_corrections_forget(Oid usage_table)
 {
-	static CorrectionStatement forget = {
+	static Statement forget = {
 		"DELETE FROM aibilling.correction WHERE usage_table = $1", 1, {REGCLASSOID}
 	};
 	Datum		values[1] = {ObjectIdGetDatum(usage_table)};
 
 	if (are_kept())
-		change(&forget, values, NULL);
+		(void) abp_statement_run_alone(&forget, values, NULL);
 }
 
 /*
@@ -161,14 +115,15 @@ abp_corrections_forget(Oid usage_table)
 List	   *
 abp_corrections_of(Oid usage_table, TextView external_id)
 {
-	static CorrectionStatement find = {
+	static Statement find = {
 		"SELECT id, cost_nanos, cost_cents FROM aibilling.correction"
 		" WHERE usage_table = $1 AND corrects = $2 ORDER BY id",
-		2, {REGCLASSOID, TEXTOID}
+		2, {REGCLASSOID, TEXTOID}, true
 	};
-	Datum		values[2] = {ObjectIdGetDatum(usage_table), text_of(external_id)};
+	Datum		values[2] = {ObjectIdGetDatum(usage_table), text_view_datum(external_id)};
 	MemoryContext caller = CurrentMemoryContext;
 	List	   *list = NIL;
+	uint64		nrows;
 	SavedUser	saved;
 
 	if (!are_kept())
@@ -176,8 +131,8 @@ abp_corrections_of(Oid usage_table, TextView external_id)
 	abp_become_extension_owner(&saved);
 	PushActiveSnapshot(GetLatestSnapshot());
 	SPI_connect();
-	(void) execute(&find, values, NULL, true);
-	for (uint64 i = 0; i < SPI_processed; i++)
+	nrows = abp_statement_run(&find, values, NULL);
+	for (uint64 i = 0; i < nrows; i++)
 	{
 		HeapTuple	tuple = SPI_tuptable->vals[i];
 		TupleDesc	desc = SPI_tuptable->tupdesc;
@@ -208,11 +163,12 @@ abp_corrections_of(Oid usage_table, TextView external_id)
 HTAB	   *
 abp_corrections_corrected(Oid usage_table)
 {
-	static CorrectionStatement find = {
+	static Statement find = {
 		"SELECT DISTINCT corrects FROM aibilling.correction WHERE usage_table = $1",
-		1, {REGCLASSOID}
+		1, {REGCLASSOID}, true
 	};
 	Datum		values[1] = {ObjectIdGetDatum(usage_table)};
+	uint64		nrows;
 	HASHCTL		ctl = {
 		.keysize = sizeof(ExternalIdKey),
 		.entrysize = sizeof(ExternalIdKey),
@@ -225,8 +181,8 @@ abp_corrections_corrected(Oid usage_table)
 		return NULL;
 	abp_become_extension_owner(&saved);
 	SPI_connect();
-	(void) execute(&find, values, NULL, true);
-	for (uint64 i = 0; i < SPI_processed; i++)
+	nrows = abp_statement_run(&find, values, NULL);
+	for (uint64 i = 0; i < nrows; i++)
 	{
 		bool		isnull;
 		text	   *corrects = DatumGetTextPP(SPI_getbinval(SPI_tuptable->vals[i],
@@ -235,7 +191,7 @@ abp_corrections_corrected(Oid usage_table)
 
 		CHECK_FOR_INTERRUPTS();
 		if (corrected == NULL)
-			corrected = hash_create("aibilling corrected rows", SPI_processed, &ctl,
+			corrected = hash_create("aibilling corrected rows", nrows, &ctl,
 									HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
 		abp_corrections_key(&key, VARDATA_ANY(corrects), VARSIZE_ANY_EXHDR(corrects));
 		(void) hash_search(corrected, &key, HASH_ENTER, NULL);

@@ -13,7 +13,7 @@
 #include "nodes/pg_list.h"
 #include "utils/hsearch.h"
 
-#include "usage/row.h"
+#include "base/usage_row.h"
 
 /* The longest external_id, in bytes, and so the longest name of a row corrected. */
 #define MAX_EXTERNAL_ID_LEN 255

@@ -29,6 +29,7 @@
 #include "utils/timestamp.h"
 
 #include "compat.h"
+#include "queue/attachment.h"
 #include "ship/guard.h"
 
 /* What one piece of work may take: others wait for it. */

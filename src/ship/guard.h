@@ -10,7 +10,7 @@
 
 #include "postgres.h"
 
-#include "queue/outbox.h"
+#include "queue/attachment.h"
 
 /* What became of guarded work. */
 typedef enum GuardOutcome

@@ -26,7 +26,7 @@
 #include "utils/timestamp.h"
 
 #include "compat.h"
-#include "queue/outbox.h"
+#include "queue/ledger.h"
 #include "ship/quota.h"
 
 /* This share of a minute's requests may be made at once. */

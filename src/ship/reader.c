@@ -21,7 +21,8 @@
 #include "utils/timestamp.h"
 
 #include "compat.h"
-#include "polar/polar.h"
+#include "polar/token.h"
+#include "polar/verdict.h"
 #include "ship/http.h"
 #include "ship/quota.h"
 #include "ship/reader.h"
@@ -177,7 +178,7 @@ abp_reader_get(Reader *reader, const char *path, const char *scope)
 			problem = pstrdup(reply->error);
 		else if (reply->status == 429)
 		{
-			Verdict    *verdict = abp_polar_judge(reply->status, reply->body, reply->body_len,
+			Verdict    *verdict = abp_verdict_of(reply->status, reply->body, reply->body_len,
 												  reply->truncated, reply->retry_after, 0,
 												  GetCurrentTimestamp());
 

@@ -10,9 +10,7 @@
 
 #include "postgres.h"
 
-#include "polar/polar.h"
-#include "polar/server.h"
-#include "ship/guard.h"
+#include "queue/attachment.h"
 
 /* Who ships, and what. */
 typedef struct ShipScope
@@ -23,19 +21,15 @@ typedef struct ShipScope
 	const char *server;			/* only this server's tables; NULL: all */
 } ShipScope;
 
-extern bool abp_ship_lock(void);
 extern void abp_ship_unlock(void);
-extern void abp_ship_reset(void);
-extern long abp_ship(const ShipScope *scope);
-extern bool abp_ship_in_scope(const ShipScope *scope, const UsageTable *table);
+extern bool abp_ship_lock(void);
+extern int	abp_ship_pid(void);
 extern void abp_ship_begin(const ShipScope *scope);
 extern void abp_ship_commit(const ShipScope *scope);
-extern GuardOutcome abp_ship_call_functions(const ServerOptions *server, Jsonb *whole,
-											EventOverrides *overrides, char **reason);
+extern void abp_ship_reset(void);
+extern bool abp_ship_in_scope(const ShipScope *scope, const UsageTable *table);
+extern long abp_ship(const ShipScope *scope);
 extern int64 abp_ship_delivered(void);
 extern bool abp_ship_gave_up(const UsageTable *table);
-extern bool abp_ship_has_looked_for_prices(Oid relid);
-extern bool abp_ship_is_locked_out(Oid relid);
-extern int	abp_ship_pid(void);
 
 #endif							/* ABP_SHIPPER_H */

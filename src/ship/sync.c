@@ -19,10 +19,15 @@
 #include "utils/portal.h"
 #include "utils/timestamp.h"
 
+#include "base/extension.h"
 #include "compat.h"
+#include "queue/attachment.h"
+#include "queue/entry.h"
+#include "queue/ledger.h"
 #include "queue/outbox.h"
 #include "queue/wake.h"
 #include "ship/http.h"
+#include "ship/position.h"
 #include "ship/shipper.h"
 
 /* How often to look while another process ships. */
@@ -51,6 +56,7 @@ typedef struct Goal
 
 typedef struct Sync
 {
+	MemoryContext context;		/* for the whole CALL */
 	ShipScope	scope;
 	TimestampTz deadline;
 	TimestampTz report_at;
@@ -142,7 +148,7 @@ has_looked_for_prices(const Sync *sync, const Goal *goal)
 	int64		first;
 	int64		last;
 
-	if (sync->shipper ? abp_ship_has_looked_for_prices(goal->relid) : worker_has_looked(sync))
+	if (sync->shipper ? abp_positions_saw_prices(goal->relid) : worker_has_looked(sync))
 		return true;
 	return !(abp_outbox_bounds(goal->relid, OUTBOX_UNPRICED, &first, &last) &&
 			 first <= goal->last);
@@ -202,10 +208,17 @@ obstacle(const Sync *sync, const Goal *goal, List *tables)
 	if (table->paused_by_operator)
 		return "the server is paused; see aibilling.status";
 	if (abp_ship_gave_up(table))
-		return "the server does not accept events; see aibilling.status";
+	{
+		const char *reason = table->pause_reason ? table->pause_reason : "see aibilling.status";
+
+		return table->paused_by_answer ?
+			psprintf("the server does not accept events: %s", reason) :
+			psprintf("the server was not reached or has failed, %d times so far, and is tried again later: %s",
+					 table->failures, reason);
+	}
 	if (table->blocked_until > GetCurrentTimestamp())
 		return "a usage table is blocked; see aibilling.status";
-	if (sync->shipper && abp_ship_is_locked_out(goal->relid))
+	if (sync->shipper && abp_position_is_locked_out(goal->relid))
 		return "another transaction has locked rows of a usage table";
 	if (TimestampDifferenceExceeds(goal->moved_at, GetCurrentTimestamp(), STALLED_MS))
 		return "nothing of a usage table has moved for two minutes; see aibilling.status";
@@ -238,7 +251,7 @@ is_done(Sync *sync, bool idle)
 		why = obstacle(sync, goal, tables);
 		if (why == NULL)
 			return false;
-		sync->gave_up = why;
+		sync->gave_up = MemoryContextStrdup(sync->context, why);
 	}
 
 	/* What is gone needs nothing any more, but was not delivered either. */
@@ -341,15 +354,14 @@ abp_sql_sync(PG_FUNCTION_ARGS)
 		.scope = {true, superuser() ? InvalidOid : GetUserId(), NULL},
 		.deadline = DT_NOEND
 	};
-	MemoryContext context;
 
 	check_call(fcinfo);
 	abp_extension_check_version();
 
 	/* Outlives the transactions that follow, and goes with the CALL. */
-	context = AllocSetContextCreate(PortalContext, "aibilling sync", ALLOCSET_DEFAULT_SIZES);
+	sync.context = AllocSetContextCreate(PortalContext, "aibilling sync", ALLOCSET_DEFAULT_SIZES);
 	SPI_connect_ext(SPI_OPT_NONATOMIC);
-	MemoryContextSwitchTo(context);
+	MemoryContextSwitchTo(sync.context);
 	if (!PG_ARGISNULL(0))
 	{
 		sync.scope.server = pstrdup(NameStr(*PG_GETARG_NAME(0)));

@@ -8,6 +8,7 @@
 #include "postgres.h"
 
 #include <sys/stat.h>
+
 #include "access/htup_details.h"
 #include "catalog/pg_type.h"
 #include "commands/trigger.h"
@@ -28,15 +29,20 @@
 #include "utils/rel.h"
 #include "utils/timestamp.h"
 
+#include "base/text_view.h"
+#include "base/usage_row.h"
 #include "compat.h"
-#include "polar/polar.h"
+#include "polar/metadata.h"
 #include "polar/server.h"
+#include "polar/token.h"
+#include "price/cost.h"
 #include "price/normalize.h"
 #include "price/price.h"
 #include "queue/wake.h"
 #include "ship/http.h"
+#include "usage/fate.h"
 #include "usage/row.h"
-#include "usage/usage.h"
+#include "usage/warn.h"
 
 /* --- cost ---------------------------------------------------------------- */
 
@@ -205,7 +211,7 @@ abp_sql_polar_cost(PG_FUNCTION_ARGS)
 		cents = abp_cost_cents_exact(&cost);
 
 	json = psprintf("{\"amount\": \"%s\", \"currency\": \"usd\"}",
-					abp_polar_amount(cents));
+					abp_event_amount(cents));
 	PG_RETURN_DATUM(DirectFunctionCall1(jsonb_in, CStringGetDatum(json)));
 }
 
@@ -457,8 +463,10 @@ abp_sql_explain_usage_cost(PG_FUNCTION_ARGS)
 	if (SPI_processed == 0)
 		ereport(ERROR,
 				(errcode(ERRCODE_NO_DATA_FOUND),
-				 errmsg("there is no row with id " INT64_FORMAT " in \"%s\"",
-						PG_GETARG_INT64(1), get_rel_name(relid))));
+				 errmsg("there is no row with id " INT64_FORMAT " in table %s",
+						PG_GETARG_INT64(1),
+						quote_qualified_identifier(get_namespace_name(get_rel_namespace(relid)),
+												   get_rel_name(relid)))));
 
 	for (uint64 row = 0; row < SPI_processed; row++)
 	{
@@ -469,7 +477,7 @@ abp_sql_explain_usage_cost(PG_FUNCTION_ARGS)
 
 		/* A doubt is read out of the usage object again: it has no column. */
 		put_explanation((ReturnSetInfo *) fcinfo->resultinfo, &request, stored_cents,
-						abp_usage_doubt_of(&stored));
+						abp_fate_doubt(&stored));
 	}
 	SPI_finish();
 
@@ -580,7 +588,7 @@ abp_sql_normalize_usage(PG_FUNCTION_ARGS)
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg_internal("%s", reason.data)));
 	if (usage.doubt != NULL)
-		abp_usage_note_doubt(usage.doubt);
+		abp_warn_doubt(usage.doubt);
 
 	/* The counts' order is that of the columns. */
 	for (n = 0; n < NUM_USAGE_COUNTS; n++)

@@ -21,16 +21,24 @@
 #include "utils/memutils.h"
 #include "utils/timestamp.h"
 
+#include "base/extension.h"
+#include "base/idset.h"
+#include "base/usage_row.h"
 #include "compat.h"
-#include "polar/polar.h"
+#include "polar/event.h"
+#include "polar/event_format.h"
 #include "polar/server.h"
+#include "queue/attachment.h"
+#include "queue/entry.h"
+#include "queue/ledger.h"
 #include "queue/outbox.h"
 #include "queue/wake.h"
 #include "ship/guard.h"
-#include "ship/shipper.h"
+#include "ship/user_code.h"
 #include "usage/attach.h"
 #include "usage/collect.h"
-#include "usage/usage.h"
+#include "usage/fate.h"
+#include "usage/rows.h"
 
 PG_FUNCTION_INFO_V1(abp_sql_preview);
 PG_FUNCTION_INFO_V1(abp_sql_pause);
@@ -61,11 +69,11 @@ preview_row(const UsageRow *row, Jsonb *whole, void *arg)
 
 	initStringInfo(&body);
 	initStringInfo(&reason);
-	abp_usage_judge(row, preview->server, &verdict);
+	abp_fate_of(row, preview->server, &verdict);
 	problem = verdict.error;
 	if (verdict.state != OUTBOX_REJECTED &&
-		(abp_ship_call_functions(preview->server, whole, &overrides, &problem) != GUARD_DONE ||
-		 !abp_polar_encode(&body, row, &preview->server->format, &overrides, &reason)))
+		(abp_user_code_call(preview->server, whole, &overrides, &problem) != GUARD_DONE ||
+		 !abp_event_encode(&body, row, &preview->server->format, &overrides, &reason)))
 	{
 		verdict.state = OUTBOX_REJECTED;
 		if (problem == NULL)
@@ -125,7 +133,7 @@ abp_sql_preview(PG_FUNCTION_ARGS)
 
 	preview.server = abp_server_options(table->serverid);
 	preview.result = (ReturnSetInfo *) fcinfo->resultinfo;
-	abp_usage_read(table, &ids, true, preview_row, &preview);
+	abp_rows_read(table, &ids, true, preview_row, &preview);
 	return (Datum) 0;
 }
 
@@ -309,8 +317,8 @@ retriable(const UsageTable *table, IdSet *only)
 	if (only != NULL)
 		ids = abp_idset_intersect(&ids, only);
 	ids = abp_idset_subtract(&ids, &own);
-	locked = abp_usage_lock(table, &ids, false);
-	visible = abp_usage_visible(table, &ids);
+	locked = abp_rows_lock(table, &ids, false);
+	visible = abp_rows_visible(table, &ids);
 	visible = abp_idset_subtract(&visible, &locked);
 	return abp_idset_subtract(&ids, &visible);
 }

@@ -30,13 +30,17 @@
 #include "utils/timestamp.h"
 
 #include "compat.h"
-#include "polar/polar.h"
+#include "base/rights.h"
+#include "polar/event.h"
 #include "queue/corrections.h"
+#include "queue/ledger.h"
 #include "queue/outbox.h"
+#include "queue/place.h"
 #include "ship/polar_events.h"
 #include "ship/guard.h"
-#include "ship/shipper.h"
+#include "ship/user_code.h"
 #include "usage/attach.h"
+#include "usage/rows.h"
 
 PG_FUNCTION_INFO_V1(abp_sql_reconcile);
 PG_FUNCTION_INFO_V1(abp_sql_reconcile_rows);
@@ -219,7 +223,7 @@ find_rows(Reconciling *work, IdSet *ids)
 	Datum		args[2] = {TimestampTzGetDatum(work->from_time), TimestampTzGetDatum(work->to_time)};
 	SavedUser	saved;
 
-	abp_become_table_owner(work->table, &saved);
+	abp_become_table_owner(work->table->owner, &saved);
 	SPI_connect();
 	SPI_execute_with_args(psprintf("SELECT id::pg_catalog.int8 FROM %s"
 								   " WHERE occurred_at >= $1 AND occurred_at < $2",
@@ -229,7 +233,7 @@ find_rows(Reconciling *work, IdSet *ids)
 		ereport(ERROR,
 				(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
 				 errmsg("%s has more than %d rows in this time", work->table->name, MAX_EVENTS_READ),
-				 errhint("Events are compared one by one: ask for a shorter time, or compare days by a meter, with aibilling.reconcile(…, meter_id => …).")));
+				 errhint("Events are compared one by one: ask for a shorter time, or compare days by a meter, with aibilling.reconcile(..., meter_id => ...).")));
 	for (uint64 i = 0; i < SPI_processed; i++)
 	{
 		bool		isnull;
@@ -256,8 +260,8 @@ read_own_event(Reconciling *work, HereRow *here, const UsageRow *row, Jsonb *who
 
 	initStringInfo(&body);
 	initStringInfo(&reason);
-	if (abp_ship_call_functions(work->server, whole, &overrides, &problem) != GUARD_DONE ||
-		!abp_polar_encode(&body, row, &work->server->format, &overrides, &reason))
+	if (abp_user_code_call(work->server, whole, &overrides, &problem) != GUARD_DONE ||
+		!abp_event_encode(&body, row, &work->server->format, &overrides, &reason))
 		return;					/* it is rejected, or will be */
 
 	event = DatumGetJsonbP(DirectFunctionCall1(jsonb_in, CStringGetDatum(body.data)));
@@ -299,7 +303,7 @@ keep_row(const UsageRow *row, Jsonb *whole, void *arg)
 			here->cost_nanos = int64_to_numeric(row->cost_nanos);
 		read_own_event(work, here, row, whole);
 		here->where = ROW_IN_OUTBOX;	/* what is being taken out of it */
-		if (abp_outbox_find_at_once(work->table->relid, row->id, work->table->ledger_from, &place))
+		if (abp_place_find_at_once(work->table->relid, row->id, work->table->ledger_from, &place))
 			here->where = place.where;
 	}
 	MemoryContextSwitchTo(old);
@@ -357,7 +361,7 @@ take_event(const PolarEvent *event, void *arg)
 		ereport(ERROR,
 				(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
 				 errmsg("Polar has more than %d events in this time", MAX_EVENTS_READ),
-				 errhint("Events are compared one by one: ask for a shorter time, or compare days by a meter, with aibilling.reconcile(…, meter_id => …).")));
+				 errhint("Events are compared one by one: ask for a shorter time, or compare days by a meter, with aibilling.reconcile(..., meter_id => ...).")));
 	if (here != NULL)
 		compare_event(here, event);
 	else
@@ -478,7 +482,7 @@ find_known(Reconciling *work)
 
 		if (!OidIsValid(table->owner) || strcmp(table->server, work->table->server) != 0)
 			continue;
-		abp_become_table_owner(table, &saved);
+		abp_become_table_owner(table->owner, &saved);
 		SPI_connect();
 		SPI_execute_with_args(psprintf("SELECT u.external_id::pg_catalog.text FROM %s u"
 									   " WHERE u.external_id OPERATOR(pg_catalog.=) ANY ($1)",
@@ -678,7 +682,7 @@ compare_events(Reader *reader, void *arg)
 
 	work->server = reader->server;
 	find_rows(work, &ids);
-	(void) abp_usage_read(work->table, &ids, reader->server->event_name_function != NULL ||
+	(void) abp_rows_read(work->table, &ids, reader->server->event_name_function != NULL ||
 						  reader->server->metadata_function != NULL, keep_row, work);
 	(void) abp_polar_events_read(reader, &query, take_event, work);
 	ask_for_missing(work, reader);
@@ -732,7 +736,7 @@ add_up_rows(Reconciling *work)
 	unsettled = unsettled_ids(work->table);
 	known = abp_ledger_ids(work->table->relid, work->table->ledger_from);
 
-	abp_become_table_owner(work->table, &saved);
+	abp_become_table_owner(work->table->owner, &saved);
 	SPI_connect();
 	cursor = SPI_cursor_open_with_args(NULL,
 									   psprintf("SELECT id::pg_catalog.int8, occurred_at, cost_nanos::pg_catalog.int8"

@@ -22,12 +22,17 @@
 #include "utils/snapmgr.h"
 
 #include "price/price.h"
+#include "base/rights.h"
+#include "queue/ledger.h"
 #include "queue/outbox.h"
+#include "queue/place.h"
 #include "queue/wake.h"
 #include "usage/attach.h"
 #include "usage/collect.h"
 #include "usage/correct.h"
-#include "usage/usage.h"
+#include "usage/fate.h"
+#include "usage/rows.h"
+#include "usage/triggers.h"
 
 PG_FUNCTION_INFO_V1(abp_sql_reprice);
 PG_FUNCTION_INFO_V1(abp_sql_correct);
@@ -38,8 +43,8 @@ PG_FUNCTION_INFO_V1(abp_sql_correct);
 /* How many of the rows that cannot be repriced a warning names. */
 #define MAX_KEPT_NAMED 10
 
-/* The least difference, in cents, that Polar takes in no event. */
-#define TOO_MANY_CENTS 100000
+/* The least difference, in cents, that Polar takes in no event: it keeps 15 digits. */
+#define TOO_MANY_CENTS "99999.99999999995"
 
 typedef struct Repricing
 {
@@ -87,6 +92,13 @@ is_at_least(Numeric a, Numeric b)
 }
 
 static Numeric
+number(const char *text)
+{
+	return DatumGetNumeric(DirectFunctionCall3(numeric_in, CStringGetDatum(text),
+											   ObjectIdGetDatum(InvalidOid), Int32GetDatum(-1)));
+}
+
+static Numeric
 magnitude(Numeric a)
 {
 	return DatumGetNumeric(DirectFunctionCall1(numeric_abs, NumericGetDatum(a)));
@@ -98,7 +110,7 @@ cost_differs(const UsageRow *row, NewCost *new)
 {
 	TextView	ignored;
 
-	new->possible = abp_usage_price(row, &new->cost, &new->problem);
+	new->possible = abp_fate_cost(row, &new->cost, &new->problem);
 	if (!new->possible || new->cost.known != row->has_cost_nanos)
 		return true;
 	if (!new->cost.known)
@@ -143,7 +155,7 @@ note_kept(Repricing *repricing, int64 id, const char *problem)
 static void
 check_difference(const UsageTable *table, int64 id, Numeric cents)
 {
-	if (is_at_least(magnitude(cents), int64_to_numeric(TOO_MANY_CENTS)))
+	if (is_at_least(magnitude(cents), number(TOO_MANY_CENTS)))
 		ereport(ERROR,
 				(errcode(ERRCODE_NUMERIC_VALUE_OUT_OF_RANGE),
 				 errmsg("the cost of usage row " INT64_FORMAT " of %s would change by %s cents: 1000 USD or more do not fit one event",
@@ -269,7 +281,7 @@ reprice_row(const UsageRow *row, Jsonb *whole, void *arg)
 		return true;
 
 	if (!abp_collect_find(repricing->table->relid, row->id, &place))
-		abp_outbox_find(repricing->table->relid, row->id, repricing->table->ledger_from, &place);
+		abp_place_find(repricing->table->relid, row->id, repricing->table->ledger_from, &place);
 	if (place.where == ROW_DELIVERED)
 	{
 		reprice_delivered(repricing, row, &new);
@@ -314,7 +326,7 @@ look_at_rows(Repricing *repricing, Datum from_time, Datum to_time)
 	Portal		cursor;
 	SavedUser	saved;
 
-	abp_become_table_owner(table, &saved);
+	abp_become_table_owner(table->owner, &saved);
 	SPI_connect();
 	cursor = SPI_cursor_open_with_args(NULL,
 									   psprintf("SELECT id::pg_catalog.int8 FROM %s"
@@ -341,13 +353,13 @@ look_at_rows(Repricing *repricing, Datum from_time, Datum to_time)
 		if (!repricing->dry_run)
 		{
 			/* Who has a row's lock can rely on where it is: it is not sent. */
-			abp_usage_read(table, &ids, false, note_difference, repricing);
+			abp_rows_read(table, &ids, false, note_difference, repricing);
 			if (repricing->differing.nranges == 0)
 				continue;
-			ids = abp_usage_lock(table, &repricing->differing, true);
+			ids = abp_rows_lock(table, &repricing->differing, true);
 			abp_idset_free(&repricing->differing);
 		}
-		abp_usage_read(table, &ids, false, reprice_row, repricing);
+		abp_rows_read(table, &ids, false, reprice_row, repricing);
 	}
 	SPI_cursor_close(cursor);
 	SPI_finish();
@@ -445,7 +457,7 @@ abp_sql_reprice(PG_FUNCTION_ARGS)
 		check_corrections(&repricing, max_total);
 	if (repricing.changed.nranges > 0)
 	{
-		abp_usage_price_again(table, &repricing.changed);
+		abp_price_rows_again(table, &repricing.changed);
 		own = abp_collect_changes(table->relid);
 		repricing.changed = abp_idset_subtract(&repricing.changed, &own);
 		(void) abp_outbox_make_ready(table->relid, OUTBOX_UNPRICED, &repricing.changed);
@@ -474,7 +486,7 @@ check_delivered(const UsageTable *table, int64 id)
 	RowPlace	place;
 
 	if (!abp_collect_find(table->relid, id, &place))
-		abp_outbox_find(table->relid, id, table->ledger_from, &place);
+		abp_place_find(table->relid, id, table->ledger_from, &place);
 	if (place.where == ROW_DELIVERED)
 		return;
 	if (place.where == ROW_NOT_SENT)
@@ -563,12 +575,12 @@ abp_sql_correct(PG_FUNCTION_ARGS)
 	(void) abp_price_usage(&request, false, &wanted);
 
 	abp_idset_add(&ids, id, id, CurrentMemoryContext);
-	ids = abp_usage_lock(table, &ids, true);
+	ids = abp_rows_lock(table, &ids, true);
 	if (ids.nranges > 0)
 	{
 		check_delivered(table, id);
 		PushActiveSnapshot(GetLatestSnapshot());
-		(void) abp_usage_read(table, &ids, false, compare_with_wanted, &correcting);
+		(void) abp_rows_read(table, &ids, false, compare_with_wanted, &correcting);
 		PopActiveSnapshot();
 	}
 	if (!correcting.found)

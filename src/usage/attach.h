@@ -10,7 +10,7 @@
 
 #include "postgres.h"
 
-#include "queue/outbox.h"
+#include "queue/attachment.h"
 
 extern void abp_check_table_owner(Oid relid);
 extern UsageTable *abp_attached_table(Oid relid);

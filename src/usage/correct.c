@@ -27,9 +27,13 @@
 #include "utils/numeric.h"
 #include "utils/rel.h"
 
+#include "base/rights.h"
+#include "queue/place.h"
 #include "usage/collect.h"
 #include "usage/correct.h"
-#include "usage/usage.h"
+#include "usage/lookup.h"
+#include "usage/row.h"
+#include "usage/rows.h"
 
 /* How many correcting rows a statement inserts. */
 #define CORRECT_CHUNK 1000
@@ -77,15 +81,21 @@ abp_correct_note(Oid usage_table, const UsageRow *row)
 }
 
 /*
- * The opposite, of a row that Polar does not have and is not to get as it was.
+ * A row that waited, with these columns, has been changed to another, or deleted
+ * (NULL): what is written down of it follows.
  */
 void
-abp_correct_forget(Oid usage_table, const UsageRow *row)
+abp_correct_changed(Oid usage_table, const Datum *old_values, const bool *old_nulls,
+					const UsageRow *row)
 {
+	UsageRow	old;
 	TextView	corrects;
 
-	if (abp_corrects(row, &corrects))
-		abp_corrections_remove(usage_table, row->external_id);
+	abp_usage_row_read(old_values, old_nulls, &old);
+	if (abp_corrects(&old, &corrects))
+		abp_corrections_remove(usage_table, old.external_id);
+	if (row != NULL)
+		abp_correct_note(usage_table, row);
 }
 
 static bool
@@ -107,7 +117,7 @@ abp_correct_note_existing(const UsageTable *table)
 	Oid			usage_table = table->relid;
 	SavedUser	saved;
 
-	abp_become_table_owner(table, &saved);
+	abp_become_table_owner(table->owner, &saved);
 	SPI_connect();
 	SPI_execute(psprintf("SELECT u.id::pg_catalog.int8 FROM %s u"
 						 " WHERE pg_catalog.jsonb_typeof(u.tags OPERATOR(pg_catalog.->) 'corrects')"
@@ -122,7 +132,7 @@ abp_correct_note_existing(const UsageTable *table)
 	}
 	SPI_finish();
 	abp_restore_user(&saved);
-	(void) abp_usage_read(table, &ids, false, note_existing_row, &usage_table);
+	(void) abp_rows_read(table, &ids, false, note_existing_row, &usage_table);
 }
 
 /* --- what a row and its corrections say ------------------------------------- */
@@ -146,11 +156,11 @@ counts(const UsageTable *table, int64 id)
 
 	if (abp_collect_find(table->relid, id, &place))
 		return place.where != ROW_NOT_SENT;
-	abp_outbox_find(table->relid, id, table->ledger_from, &place);
+	abp_place_find(table->relid, id, table->ledger_from, &place);
 	if (place.where != ROW_IN_OUTBOX)
 		return place.where != ROW_NOT_SENT;
 	abp_idset_add(&ids, id, id, CurrentMemoryContext);
-	existing = abp_usage_existing(table->relid, &ids);
+	existing = abp_lookup_existing(table->relid, &ids);
 	return existing.nranges > 0;
 }
 
@@ -416,7 +426,7 @@ abp_correct_insert(const UsageTable *table, CorrectionToMake *corrections, int n
 	Oid			argtypes[2] = {INT8ARRAYOID, NUMERICARRAYOID};
 	SavedUser	saved;
 
-	abp_become_table_owner(table, &saved);
+	abp_become_table_owner(table->owner, &saved);
 	SPI_connect();
 	PG_TRY();
 	{

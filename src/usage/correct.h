@@ -10,9 +10,10 @@
 
 #include "postgres.h"
 
+#include "base/usage_row.h"
 #include "price/price.h"
+#include "queue/attachment.h"
 #include "queue/corrections.h"
-#include "queue/outbox.h"
 
 /* What Polar is told of a row: its own cost and those of its corrections. */
 typedef struct CorrectedCost
@@ -36,7 +37,8 @@ typedef struct CorrectionToMake
 
 extern bool abp_corrects(const UsageRow *row, TextView *external_id);
 extern void abp_correct_note(Oid usage_table, const UsageRow *row);
-extern void abp_correct_forget(Oid usage_table, const UsageRow *row);
+extern void abp_correct_changed(Oid usage_table, const Datum *old_values,
+								const bool *old_nulls, const UsageRow *row);
 extern void abp_correct_note_existing(const UsageTable *table);
 extern void abp_correct_price(Oid usage_table, const UsageRow *row, PricedCost *cost);
 extern void abp_corrected_cost(const UsageTable *table, const UsageRow *row,

@@ -22,14 +22,17 @@
 #include "miscadmin.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
-#include "utils/guc.h"
 #include "utils/hsearch.h"
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
 #include "utils/rel.h"
 #include "utils/timestamp.h"
 
+#include "base/rights.h"
+#include "base/statement.h"
 #include "queue/corrections.h"
+#include "queue/ledger.h"
+#include "queue/place.h"
 #include "usage/parents.h"
 
 /* How long Polar may take to run the job of a request, and a margin. */
@@ -157,9 +160,8 @@ look_up(Family *family, List *external_ids)
 		elements[n++] = CStringGetTextDatum((char *) lfirst(lc));
 	args[0] = PointerGetDatum(construct_array(elements, n, TEXTOID, -1, false, TYPALIGN_INT));
 
-	abp_become_table_owner(family->table, &saved);
-	(void) set_config_option("enable_seqscan", "off", PGC_USERSET, PGC_S_SESSION,
-							 GUC_ACTION_SAVE, true, 0, false);
+	abp_become_table_owner(family->table->owner, &saved);
+	abp_set_locally("enable_seqscan", "off");
 	SPI_connect();
 	SPI_execute_with_args(psprintf("SELECT u.id::pg_catalog.int8, u.external_id::pg_catalog.text,"
 								   " nullif(u.parent_id, '')::pg_catalog.text FROM %s u"
@@ -280,9 +282,13 @@ find_cycles(Family *family, List *children)
 static void
 find_new_deliveries(Family *family)
 {
-	static SPIPlanPtr plan = NULL;
-	Oid			argtypes[3] = {REGCLASSOID, INT8MULTIRANGEOID, TIMESTAMPTZOID};
+	static Statement recent = {
+		"SELECT usage_ids, finished_at FROM aibilling.ledger WHERE usage_table = $1 AND usage_ids && $2"
+		" AND state = 'delivered' AND finished_at > $3",
+		3, {REGCLASSOID, INT8MULTIRANGEOID, TIMESTAMPTZOID}, true
+	};
 	Datum		args[3];
+	uint64		nrows;
 	IdSet		parents = {0};
 	HASH_SEQ_STATUS scan;
 	Relative   *relative;
@@ -303,20 +309,8 @@ find_new_deliveries(Family *family)
 
 	abp_become_extension_owner(&saved);
 	SPI_connect();
-	if (plan == NULL)
-	{
-		SPIPlanPtr	prepared = SPI_prepare("SELECT usage_ids, finished_at FROM aibilling.ledger"
-										   " WHERE usage_table = $1 AND usage_ids && $2"
-										   " AND state = 'delivered' AND finished_at > $3",
-										   3, argtypes);
-
-		if (prepared == NULL)
-			elog(ERROR, "unexpected failure to prepare: %s", SPI_result_code_string(SPI_result));
-		SPI_keepplan(prepared);
-		plan = prepared;
-	}
-	SPI_execute_plan(plan, args, NULL, true, 0);
-	for (uint64 i = 0; i < SPI_processed; i++)
+	nrows = abp_statement_run(&recent, args, NULL);
+	for (uint64 i = 0; i < nrows; i++)
 	{
 		HeapTuple	tuple = SPI_tuptable->vals[i];
 		TupleDesc	desc = SPI_tuptable->tupdesc;
@@ -357,7 +351,7 @@ fate_beside(const Family *family, const Relative *parent)
 {
 	RowPlace	place;
 
-	if (!abp_outbox_find_at_once(family->table->relid, parent->id, family->table->ledger_from, &place))
+	if (!abp_place_find_at_once(family->table->relid, parent->id, family->table->ledger_from, &place))
 		return FATE_WAITS;
 	switch (place.where)
 	{

@@ -10,6 +10,9 @@
 
 #include "postgres.h"
 
+#include "base/idset.h"
+#include "base/usage_row.h"
+#include "queue/attachment.h"
 #include "queue/outbox.h"
 
 /* A row that is about to be sent and names a parent. */

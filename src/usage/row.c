@@ -19,6 +19,8 @@
 #include "utils/timestamp.h"
 #include "utils/typcache.h"
 
+#include "base/text_view.h"
+#include "base/usage_row.h"
 #include "compat.h"
 #include "usage/row.h"
 

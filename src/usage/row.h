@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * row.h
- *	  The columns of a usage table, and a row of it in C.
+ *	  The columns of a usage table, and how rows of it are read.
  *
  *-------------------------------------------------------------------------
  */
@@ -11,11 +11,10 @@
 #include "postgres.h"
 
 #include "access/attnum.h"
-#include "datatype/timestamp.h"
+#include "utils/jsonb.h"
 #include "utils/relcache.h"
-#include "utils/uuid.h"
 
-#include "price/cost.h"
+#include "base/usage_row.h"
 
 typedef enum UsageColumn
 {
@@ -69,38 +68,6 @@ typedef struct UsageColumns
 	bool		plain[NUM_USAGE_COLUMNS];
 	bool		all_plain;
 } UsageColumns;
-
-/* A usage row in C.  Strings point into the tuple that it was read from. */
-typedef struct UsageRow
-{
-	int64		id;
-	TextView	external_id;
-	TimestampTz occurred_at;
-	TextView	event_name;
-	TextView	provider;
-	TextView	sub_provider;
-	TextView	model;
-	TextView	service_tier;
-	TextView	generation_id;
-	const pg_uuid_t *customer_id;	/* NULL if not set */
-	TextView	external_customer_id;
-	const pg_uuid_t *member_id; /* NULL if not set */
-	TextView	external_member_id;
-	TextView	parent_id;
-	UsageCounts counts;
-	Jsonb	   *raw_usage;		/* NULL if not set */
-	TextView	usage_format;
-	Numeric		provider_cost;	/* NULL if not set */
-	Jsonb	   *tags;			/* never NULL */
-	bool		tags_are_null;	/* SQL's or JSON's */
-	bool		has_cost_nanos;
-	int64		cost_nanos;
-	Numeric		cost_cents;		/* NULL if not known */
-	TextView	cost_status;
-	bool		maybe_changing; /* another transaction may be changing it;
-								 * only in rows that abp_usage_read has read */
-	const UsageColumns *columns;	/* of its table; NULL: all plain */
-} UsageRow;
 
 extern void abp_usage_row_read(const Datum *values, const bool *nulls,
 							   UsageRow *row);

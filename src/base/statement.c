@@ -1,0 +1,122 @@
+/*-------------------------------------------------------------------------
+ *
+ * statement.c
+ *	  SQL statements of our own, prepared once a session.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "executor/spi.h"
+
+#include "base/idset.h"
+#include "base/rights.h"
+#include "base/statement.h"
+
+/*
+ * Run a statement, prepared the first time, between SPI_connect and SPI_finish and
+ * with the rights of the caller.  Returns the number of rows; nulls may be NULL.
+ */
+uint64
+abp_statement_run(Statement *statement, Datum *values, const char *nulls)
+{
+	int			result;
+
+	if (statement->plan == NULL)
+	{
+		SPIPlanPtr	plan = SPI_prepare(statement->sql, statement->nargs,
+									   statement->argtypes);
+
+		if (plan == NULL)
+			elog(ERROR, "unexpected failure to prepare: %s",
+				 SPI_result_code_string(SPI_result));
+		SPI_keepplan(plan);
+		statement->plan = plan;
+	}
+
+	result = SPI_execute_plan(statement->plan, values, nulls, statement->reads, 0);
+	if (result < 0)
+		elog(ERROR, "unexpected failure to execute: %s", SPI_result_code_string(result));
+	return SPI_processed;
+}
+
+/*
+ * Run a statement without a result, with the rights of the extension's owner.
+ * Returns the number of rows.
+ */
+uint64
+abp_statement_run_alone(Statement *statement, Datum *values, const char *nulls)
+{
+	SavedUser	saved;
+	uint64		nrows;
+
+	abp_become_extension_owner(&saved);
+	SPI_connect();
+	nrows = abp_statement_run(statement, values, nulls);
+	SPI_finish();
+	abp_restore_user(&saved);
+	return nrows;
+}
+
+/*
+ * A column of the last result, counted from 1.
+ */
+Datum
+abp_result_datum(uint64 row, int column, bool *isnull)
+{
+	return SPI_getbinval(SPI_tuptable->vals[row], SPI_tuptable->tupdesc, column, isnull);
+}
+
+/* A text column of the last result, copied to "context"; NULL stays NULL. */
+char	   *
+abp_result_string(uint64 row, int column, MemoryContext context)
+{
+	char	   *value = SPI_getvalue(SPI_tuptable->vals[row], SPI_tuptable->tupdesc, column);
+
+	return value == NULL ? NULL : MemoryContextStrdup(context, value);
+}
+
+/*
+ * A bigint column of the last result, or if_null.
+ */
+int64
+abp_result_int64(uint64 row, int column, int64 if_null)
+{
+	bool		isnull;
+	Datum		value = abp_result_datum(row, column, &isnull);
+
+	return isnull ? if_null : DatumGetInt64(value);
+}
+
+/*
+ * An oid column of the last result; NULL is InvalidOid.
+ */
+Oid
+abp_result_oid(uint64 row, int column)
+{
+	bool		isnull;
+	Datum		value = abp_result_datum(row, column, &isnull);
+
+	return isnull ? InvalidOid : DatumGetObjectId(value);
+}
+
+/*
+ * An int8multirange column of the last result, copied to "context"; NULL is the
+ * empty set.
+ */
+IdSet
+abp_result_idset(uint64 row, int column, MemoryContext context)
+{
+	IdSet		ids = {0};
+	bool		isnull;
+	Datum		value = abp_result_datum(row, column, &isnull);
+
+	if (!isnull)
+	{
+		MemoryContext old = MemoryContextSwitchTo(context);
+
+		ids = abp_idset_from_multirange(value);
+		MemoryContextSwitchTo(old);
+	}
+	return ids;
+}

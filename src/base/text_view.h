@@ -1,0 +1,64 @@
+/*-------------------------------------------------------------------------
+ *
+ * text_view.h
+ *	  Strings where they lie, in a tuple or a constant.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef ABP_TEXT_VIEW_H
+#define ABP_TEXT_VIEW_H
+
+#include "postgres.h"
+
+#include "mb/pg_wchar.h"
+#include "utils/builtins.h"
+
+/*
+ * A string that need not end in a zero byte, pointing into a tuple or a
+ * constant.  data == NULL is SQL's NULL.
+ */
+typedef struct TextView
+{
+	const char *data;
+	int			len;
+} TextView;
+
+/* The words of why a row is not sent, and of an error, are cut to this, in bytes. */
+#define MAX_REASON_LEN 1000
+
+static inline bool
+text_view_equal(TextView a, TextView b)
+{
+	return a.len == b.len &&
+		(a.data == b.data || memcmp(a.data, b.data, a.len) == 0);
+}
+
+static inline Datum
+text_view_datum(TextView view)
+{
+	return PointerGetDatum(cstring_to_text_with_len(view.data, view.len));
+}
+
+/* Is a string what a constant says? */
+static inline bool
+text_view_is(TextView view, const char *other)
+{
+	return view.len == strlen(other) && memcmp(view.data, other, view.len) == 0;
+}
+
+/*
+ * Is a string longer than this many code points?  Counting is left for the
+ * strings that have more bytes than that.
+ */
+static inline bool
+text_longer_than(const char *data, int len, int nchars)
+{
+	return unlikely(len > nchars) && pg_mbstrlen_with_len(data, len) > nchars;
+}
+
+extern text *abp_reason_text(const char *reason);
+extern int	abp_quoted_len(const char *data, int len);
+extern int	abp_short_length(const char *reason);
+extern void abp_shorten(char *reason);
+
+#endif							/* ABP_TEXT_VIEW_H */

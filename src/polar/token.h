@@ -1,0 +1,22 @@
+/*-------------------------------------------------------------------------
+ *
+ * token.h
+ *	  The access token: from a file or a user mapping.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef ABP_TOKEN_H
+#define ABP_TOKEN_H
+
+#include "postgres.h"
+
+#include "lib/stringinfo.h"
+
+#include "polar/server.h"
+
+extern char *abp_server_token(const ServerOptions *server, Oid usage_owner,
+							  StringInfo reason);
+extern void abp_forget_token(char *token);
+extern bool abp_server_is_mapped(Oid serverid, Oid role);
+
+#endif							/* ABP_TOKEN_H */

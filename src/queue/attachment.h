@@ -1,0 +1,65 @@
+/*-------------------------------------------------------------------------
+ *
+ * attachment.h
+ *	  Attached usage tables, their servers' states, and whether this database may send.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef ABP_ATTACHMENT_H
+#define ABP_ATTACHMENT_H
+
+#include "postgres.h"
+
+#include "datatype/timestamp.h"
+#include "nodes/pg_list.h"
+
+/* What a database's identity says of whether it may send. */
+typedef enum DatabaseStanding
+{
+	DATABASE_ARMED,				/* it may */
+	DATABASE_COPY,				/* the identity is another's: aibilling.arm() */
+	DATABASE_SUBSCRIBER			/* its outbox comes from another by
+								 * replication */
+} DatabaseStanding;
+
+/* An attached usage table and its server, as the shipper sees them. */
+typedef struct UsageTable
+{
+	Oid			relid;
+	Oid			owner;			/* InvalidOid: the table is gone */
+	char	   *name;			/* schema-qualified and quoted */
+	char	   *server;
+	Oid			serverid;		/* InvalidOid: no such server */
+	Oid			role;			/* the owner, if it has a user mapping of its
+								 * own there, else InvalidOid */
+	bool		paused_by_operator;
+	bool		paused_by_answer;
+	char	   *pause_reason;
+	int			failures;
+	TimestampTz not_before;		/* DT_NOBEGIN: none */
+	TimestampTz blocked_until;	/* DT_NOBEGIN: not blocked */
+	char	   *blocked_reason;
+	int64		ledger_from;	/* the last delivery before the last TRUNCATE */
+	int64		not_queued;		/* rows priced without being queued, summed up */
+} UsageTable;
+
+extern const char *abp_attachment_table(void);
+extern bool abp_server_state_by_role(void);
+extern DatabaseStanding abp_database_standing(void);
+extern List *abp_usage_tables(bool *armed);
+extern bool abp_usage_table_attached(Oid relid, Oid *serverid,
+									 int64 *ledger_from);
+extern void abp_usage_tables_follow_servers(void);
+extern void abp_usage_table_forget(Oid relid);
+extern void abp_usage_table_truncated(Oid relid);
+extern bool abp_usage_table_block(Oid relid, const char *reason,
+								  TimestampTz until);
+extern void abp_usage_table_unblock(Oid relid, bool may_wait);
+extern void abp_server_state_save(const char *server, Oid role,
+								  const char *paused, const char *reason,
+								  int failures, TimestampTz not_before);
+extern void abp_server_resume(const char *server, Oid role, bool by_operator);
+extern void abp_database_arm(bool only_first);
+extern void abp_database_check_timeline(void);
+
+#endif							/* ABP_ATTACHMENT_H */

@@ -1,0 +1,60 @@
+/*-------------------------------------------------------------------------
+ *
+ * lane.h
+ *	  Lanes: a server's pace and pauses.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef ABP_LANE_H
+#define ABP_LANE_H
+
+#include "postgres.h"
+
+#include "datatype/timestamp.h"
+
+#include "polar/server.h"
+#include "queue/attachment.h"
+#include "ship/shipment.h"
+
+/*
+ * What is known of a server, for the life of the process: of what it says to
+ * the token that all share and, apart from that, to each role's own.
+ */
+struct Lane
+{
+	char		server[NAMEDATALEN];
+	Oid			role;			/* with a user mapping of its own; InvalidOid:
+								 * the others together */
+	int			abp_shipments;	/* unsettled, in flight or waiting */
+	int			failures;		/* in a row */
+	TimestampTz not_before;
+	bool		paused_by_answer;
+	uint32		refused_token;	/* hash of the token that was refused, 0: none */
+	bool		lacks_token;	/* is paused for want of one */
+	TimestampTz last_success;
+	int			batch_size;		/* adapted to slow answers; 0: as configured */
+
+	/* what aibilling.server_state is to say */
+	char	   *reason;			/* or NULL */
+	bool		unwritten;
+	TimestampTz write_at;		/* not before this */
+};
+
+extern Lane *abp_lane_of(const char *server, Oid role);
+extern Lane *abp_lane_of_table(const UsageTable *table);
+extern void abp_lanes_write_down(void);
+extern int64 abp_lane_backoff_ms(int failures);
+extern void abp_lane_back_off(Lane *lane, int64 ms, const char *reason);
+extern void abp_lane_pause(Lane *lane, const char *reason);
+extern void abp_lane_try_now(Lane *lane);
+extern void abp_lane_succeeded(Lane *lane);
+extern bool abp_lane_take_quota(const ServerOptions *server);
+extern bool abp_lane_is_closed(Lane *lane, const UsageTable *table,
+							   const ServerOptions *server, const char *token,
+							   const char *token_problem);
+extern int	abp_lane_capacity(const Lane *lane, const ServerOptions *server);
+extern bool abp_lane_has_room(const Lane *lane, const ServerOptions *server);
+extern int	abp_lane_shipments(const Lane *lane);
+extern void abp_lanes_forget(void);
+
+#endif							/* ABP_LANE_H */

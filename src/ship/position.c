@@ -1,0 +1,305 @@
+/*-------------------------------------------------------------------------
+ *
+ * position.c
+ *	  How a table stands: where its scans are, how it has behaved, and work on it that may fail.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "storage/lmgr.h"
+#include "utils/timestamp.h"
+
+#include "base/idset.h"
+#include "polar/server.h"
+#include "queue/attachment.h"
+#include "queue/outbox.h"
+#include "ship/guard.h"
+#include "ship/position.h"
+#include "ship/turn.h"
+
+#define LOCKED_LONG_MS (10 * 1000)	/* and when to call it blocked */
+
+static List *positions = NIL;
+
+/*
+ * How a table stands; made at its first use.
+ */
+Position   *
+abp_position_of(Oid usage_table)
+{
+	MemoryContext old;
+	ListCell   *lc;
+	Position   *position;
+
+	foreach(lc, positions)
+	{
+		position = lfirst(lc);
+		if (position->usage_table == usage_table)
+			return position;
+	}
+
+	old = MemoryContextSwitchTo(abp_turn.keep);
+	position = palloc0(sizeof(Position));
+	position->usage_table = usage_table;
+	position->cursor = PG_INT64_MIN;
+	position->unpriced_cursor = ENTRY_CURSOR_START;
+	position->servers_seen = abp_turn.servers_generation;
+	positions = lappend(positions, position);
+	MemoryContextSwitchTo(old);
+	return position;
+}
+
+/* Has no scan over the waiting rows begun since prices or servers changed? */
+bool
+abp_position_wants_prices(const Position *position)
+{
+	return position->looked_for != abp_turn.prices_generation;
+}
+
+/* Have servers or user mappings changed since the table's last turn? */
+bool
+abp_position_servers_are_new(const UsageTable *table)
+{
+	return abp_position_of(table->relid)->servers_seen != abp_turn.servers_generation;
+}
+
+/* The scan that is on its way, if any, has not seen all. */
+void
+abp_position_look_again(Oid usage_table)
+{
+	Position   *position = abp_position_of(usage_table);
+
+	position->scanned_for = position->looked_for = 0;
+	abp_turn.more_to_build = true;
+}
+
+/*
+ * Leave a table alone until then.  Not longer than for a while, should the
+ * reason be impossible to write down: its owner has locked what stands there.
+ */
+void
+abp_position_block(const UsageTable *table, const char *reason, TimestampTz until)
+{
+	if (!abp_usage_table_block(table->relid, reason, until))
+	{
+		until = Min(until, abp_in_ms(TRANSIENT_MS));
+		abp_position_of(table->relid)->try_at = until;
+	}
+	abp_due_at(until);
+}
+
+/* Look at rows that others are changing again soon, if nothing tells before. */
+void
+abp_position_hold_rows(const UsageTable *table, const IdSet *ids)
+{
+	Position   *position = abp_position_of(table->relid);
+	TimestampTz now = GetCurrentTimestamp();
+
+	abp_idset_add_set(&position->held, ids, abp_turn.keep);
+	if (TimestampDifferenceExceeds(position->held_until, now, HELD_MS))
+		position->held_since = now;
+	position->held_until = abp_in_ms(HELD_MS);
+	abp_due_at(position->held_until);
+}
+
+/* Another transaction has locked the table, or what we need of it. */
+static void
+note_locked(const UsageTable *table)
+{
+	Position   *position = abp_position_of(table->relid);
+	const char *reason = "another transaction has locked the table";
+	TimestampTz until = abp_in_ms(LOCKED_LONG_MS);
+
+	position->failed = true;
+	position->try_at = abp_in_ms(LOCKED_MS);
+	abp_due_at(position->try_at);
+	if (position->locked_since == 0)
+		position->locked_since = GetCurrentTimestamp();
+	if (!TimestampDifferenceExceeds(position->locked_since, GetCurrentTimestamp(),
+									LOCKED_LONG_MS))
+		return;
+
+	if (table->blocked_reason == NULL)
+		ereport(WARNING,
+				(errcode(ERRCODE_LOCK_NOT_AVAILABLE),
+				 errmsg("usage rows of %s cannot be delivered: %s", table->name, reason)));
+	abp_position_block(table, reason, until);
+}
+
+typedef struct GuardedTableWork
+{
+	TableWork	work;
+	const UsageTable *table;
+	const ServerOptions *server;
+	void	   *arg;
+} GuardedTableWork;
+
+static void
+do_table_work(void *arg)
+{
+	GuardedTableWork *abp_position_guarded = arg;
+
+	abp_position_guarded->work(abp_position_guarded->table, abp_position_guarded->server, abp_position_guarded->arg);
+}
+
+/*
+ * Do something with a table's rows.  An error (a policy, a changed column, a
+ * failing trigger) undoes it and blocks the table for a while, not the others.
+ * A lock of another transaction's is not waited for.
+ */
+GuardOutcome
+abp_position_guarded(TableWork work, const UsageTable *table, const ServerOptions *server, void *arg)
+{
+	GuardedTableWork call = {work, table, server, arg};
+	Position   *position = abp_position_of(table->relid);
+	GuardError	error;
+	GuardOutcome outcome;
+	TimestampTz until;
+
+	if (!ConditionalLockRelationOid(table->relid, AccessShareLock))
+	{
+		note_locked(table);
+		return GUARD_PASSES;
+	}
+	outcome = abp_guard(table, do_table_work, &call, &error);
+	if (outcome == GUARD_DONE)
+	{
+		position->locked_since = 0;
+		return outcome;
+	}
+
+	position->cursor = PG_INT64_MIN;
+	position->unpriced_cursor = ENTRY_CURSOR_START;
+	position->failed = true;
+	if (outcome == GUARD_PASSES && error.sqlerrcode == ERRCODE_LOCK_NOT_AVAILABLE)
+	{
+		note_locked(table);
+		return outcome;
+	}
+	position->locked_since = 0;
+	if (table->blocked_reason == NULL)
+		ereport(WARNING,
+				(errcode(error.sqlerrcode),
+				 errmsg("usage rows of %s cannot be delivered: %s", table->name, error.message),
+				 errhint("Fix the cause; delivery of the table resumes by itself.")));
+
+	/*
+	 * What a batch needs is too much just now; those that pass let it grow
+	 * again.
+	 */
+	if (outcome == GUARD_NO_MEMORY)
+		position->batch_size = Max(1, (position->batch_size > 0 ? position->batch_size :
+									   server->batch_size) / 2);
+	until = abp_in_ms(outcome == GUARD_FAILED ? PROBE_MS : TRANSIENT_MS);
+	abp_position_block(table, error.message, until);
+	return outcome;
+}
+
+/*
+ * The table of this OID in a list of UsageTable, or NULL.
+ */
+UsageTable *
+abp_find_table(List *tables, Oid relid)
+{
+	ListCell   *lc;
+
+	foreach(lc, tables)
+	{
+		UsageTable *table = lfirst(lc);
+
+		if (table->relid == relid)
+			return table;
+	}
+	return NULL;
+}
+
+/* Options of a table's server; NULL without a server to deliver to. */
+const ServerOptions *
+abp_options_of(const UsageTable *table)
+{
+	const ServerOptions *server;
+
+	if (!OidIsValid(table->serverid))
+		return NULL;
+	server = abp_server_options(table->serverid);
+	return server->kind == SERVER_POLAR ? server : NULL;
+}
+
+/* Keep a table from being delivered for a while, with the reason. */
+void
+abp_position_refuse(const UsageTable *table, const char *reason)
+{
+	TimestampTz until = abp_in_ms(PROBE_MS);
+
+	if (table->blocked_reason == NULL)
+		ereport(WARNING,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("usage rows of %s cannot be delivered: %s", table->name, reason),
+				 errhint("Fix the cause; delivery of the table resumes by itself.")));
+	abp_position_block(table, reason, until);
+}
+
+/* Keep no positions of tables that are not attached any more. */
+void
+abp_positions_forget_except(List *tables)
+{
+	ListCell   *lc;
+
+	foreach(lc, positions)
+	{
+		Position   *position = lfirst(lc);
+
+		if (abp_find_table(tables, position->usage_table) == NULL)
+		{
+			positions = foreach_delete_current(positions, lc);
+			abp_idset_free(&position->held);
+			pfree(position);
+		}
+	}
+}
+
+/*
+ * Have all rows of a table that wait for a price been compared with today's
+ * prices?  InvalidOid: of all tables that are served at present.
+ */
+bool
+abp_positions_saw_prices(Oid relid)
+{
+	ListCell   *lc;
+
+	foreach(lc, positions)
+	{
+		const Position *position = lfirst(lc);
+
+		if ((relid == InvalidOid ? !position->barred : position->usage_table == relid) &&
+			abp_position_wants_prices(position) && position->unpriced_at <= GetCurrentTimestamp())
+			return false;
+	}
+	return true;
+}
+
+/*
+ * Have other transactions kept us from rows of a table for long?
+ */
+bool
+abp_position_is_locked_out(Oid relid)
+{
+	const Position *position = abp_position_of(relid);
+	TimestampTz now = GetCurrentTimestamp();
+
+	return position->unpriced_left ||
+		(position->locked_since != 0 &&
+		 TimestampDifferenceExceeds(position->locked_since, now, LOCKED_LONG_MS)) ||
+		(position->held.nranges > 0 &&
+		 TimestampDifferenceExceeds(position->held_since, now, LOCKED_LONG_MS));
+}
+
+/*
+ * Forget all positions; their memory is the caller's.
+ */
+void
+abp_positions_forget(void)
+{
+	positions = NIL;
+}

@@ -1,0 +1,385 @@
+/*-------------------------------------------------------------------------
+ *
+ * settle.c
+ *	  What becomes of a request.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "utils/timestamp.h"
+
+#include "base/idset.h"
+#include "polar/server.h"
+#include "polar/verdict.h"
+#include "queue/attachment.h"
+#include "queue/entry.h"
+#include "queue/ledger.h"
+#include "queue/outbox.h"
+#include "ship/http.h"
+#include "queue/shares.h"
+#include "ship/fold.h"
+#include "ship/lane.h"
+#include "ship/position.h"
+#include "ship/quota.h"
+#include "ship/settle.h"
+#include "ship/shipment.h"
+#include "ship/turn.h"
+
+#define RATE_LIMITED_MS (60 * 1000) /* after a 429 without Retry-After */
+
+#define SKEW_MS 5000			/* hold rows whose time Polar calls the future */
+
+/* After so many server errors a batch is halved, and a single row suspected. */
+#define ERRORS_BEFORE_HALVING 3
+#define ERRORS_BEFORE_REJECTING 5
+#define TIMEOUTS_BEFORE_HALVING 3
+
+static void
+put_back(Shipment *shipment, IdSet ids, char state, TimestampTz not_before,
+		 const char *error, bool burn_attempt)
+{
+	OutboxEntry entry = {
+		.usage_table = shipment->delivery.usage_table,
+		.state = state,
+		.attempts = shipment->delivery.prior_attempts +
+		(burn_attempt ? shipment->delivery.attempts : 0),
+		.outcome_unknown = shipment->delivery.outcome_unknown,
+		.not_before = not_before,
+		.ids = ids,
+		.error = error
+	};
+
+	abp_outbox_put(&entry, 1);
+	if (state == OUTBOX_READY)
+		abp_position_of(entry.usage_table)->cursor = PG_INT64_MIN;
+}
+
+/* Settle a delivery without success: its rows go back to be sent anew. */
+static void
+give_back(Shipment *shipment, const char *error, bool burn_attempt)
+{
+	put_back(shipment, shipment->delivery.ids, OUTBOX_READY, DT_NOBEGIN, error, burn_attempt);
+	abp_ledger_finish(&shipment->delivery, "failed", error);
+	abp_shipment_drop(shipment);
+}
+
+/*
+ * Keep a delivery whose rows may have been stored, or are to be sent again:
+ * at retry_at, not before its server allows it.
+ */
+static void
+keep_for_retry(Shipment *shipment, TimestampTz retry_at, const char *error)
+{
+	shipment->stage = SHIPMENT_WAITING;
+	shipment->retry_at = retry_at;
+	abp_shipment_forget_request(shipment);
+	abp_ledger_note(&shipment->delivery, error, retry_at);
+}
+
+/* Nothing of this request was stored, or so the answer says. */
+static void
+return_or_keep(Shipment *shipment, const char *error, bool burn_attempt)
+{
+	if (shipment->delivery.outcome_unknown)
+		keep_for_retry(shipment, shipment->lane->not_before, error);
+	else
+		give_back(shipment, error, burn_attempt);
+}
+
+/* What is left of a delivery's rows is added up when they are sent again. */
+static void
+forget_share(Delivery *delivery)
+{
+	delivery->share = NULL;
+	abp_share_write(delivery->id, delivery->usage_table, NULL,
+					delivery->knows_counted ? &delivery->counted : NULL);
+}
+
+/* Whose fault?  Send each half by itself. */
+void
+abp_settle_by_halves(Shipment *shipment, const char *error)
+{
+	Delivery   *delivery = &shipment->delivery;
+	Shipment   *half = abp_shipment_new(shipment->lane, shipment->delivery.server);
+	MemoryContext old = MemoryContextSwitchTo(half->context);
+
+	half->delivery.usage_table = delivery->usage_table;
+	half->delivery.prior_attempts = delivery->prior_attempts + delivery->attempts;
+	half->delivery.outcome_unknown = delivery->outcome_unknown;
+	half->delivery.ids = abp_idset_split(&delivery->ids, delivery->nevents / 2);
+	half->delivery.nevents = delivery->nevents - delivery->nevents / 2;
+	abp_shipment_copy_keys(&half->delivery, delivery);
+	half->delivery.knows_counted = delivery->knows_counted;
+	half->delivery.counted = abp_idset_copy(&delivery->counted);
+	MemoryContextSwitchTo(old);
+
+	abp_ledger_begin(&half->delivery);
+	forget_share(&half->delivery);
+	keep_for_retry(half, DT_NOBEGIN, error);
+
+	delivery->nevents /= 2;
+	forget_share(delivery);
+	shipment->server_errors = 0;
+	shipment->timeouts = 0;
+	keep_for_retry(shipment, DT_NOBEGIN, error);
+}
+
+static void
+reject_shipment(Shipment *shipment, const char *error)
+{
+	put_back(shipment, shipment->delivery.ids, OUTBOX_REJECTED, DT_NOBEGIN, error, true);
+	abp_ledger_finish(&shipment->delivery, "rejected", error);
+	abp_shipment_drop(shipment);
+}
+
+static void
+settle_delivered(Shipment *shipment, const Verdict *verdict, double elapsed_ms,
+				 const ServerOptions *server, int64 ledger_from)
+{
+	Delivery   *delivery = &shipment->delivery;
+	Lane	   *lane = shipment->lane;
+
+	delivery->inserted = verdict->inserted;
+	delivery->duplicates = verdict->duplicates;
+
+	/*
+	 * An id that was delivered before may be of a row that has come back.  Or
+	 * the row that was to be sent has gone with its partition, and this one
+	 * has its id: then it is looked at when it is there again.
+	 */
+	if (verdict->duplicates > 0 && !delivery->outcome_unknown)
+	{
+		IdSet		before = abp_ledger_delivered_before(delivery, ledger_from);
+
+		delivery->unexpected_duplicates = Max(0, verdict->duplicates - abp_idset_count(&before));
+		abp_idset_add_set(&delivery->vanished_ids, &before, shipment->context);
+	}
+	if (delivery->unexpected_duplicates > 0)
+	{
+		ereport(WARNING,
+				(errcode(ERRCODE_DATA_EXCEPTION),
+				 errmsg(INT64_FORMAT " usage rows of delivery " INT64_FORMAT " were not counted: Polar had events with their external_id before",
+						delivery->unexpected_duplicates, delivery->id),
+				 errhint("Another producer, or a copy of this database, sends the same external ids.")));
+	}
+	abp_ledger_finish(delivery, "delivered", NULL);
+	abp_fold_delivered();
+	abp_turn.delivered += delivery->nevents;
+	abp_lane_succeeded(lane);
+
+	/* Slow answers ask for smaller batches. */
+	if (server != NULL)
+	{
+		int			size = lane->batch_size > 0 ? lane->batch_size : server->batch_size;
+
+		if (elapsed_ms > server->timeout_ms / 3)
+			lane->batch_size = Max(1, Min(size, delivery->nevents) / 2);
+		else if (elapsed_ms < server->timeout_ms / 10)
+			lane->batch_size = Min(size * 2, server->batch_size);
+	}
+	abp_shipment_drop(shipment);
+}
+
+/* Polar has named the rows that it refuses; the others are sent again at once. */
+static void
+settle_refused(Shipment *shipment, const Verdict *verdict)
+{
+	Delivery   *delivery = &shipment->delivery;
+	IdSet		refused = {0};
+	IdSet		rest;
+	bool		only_skew = true;
+
+	for (int i = 0; i < verdict->nrefused; i++)
+	{
+		RefusedEvent *event = &verdict->refused[i];
+		int64		id = delivery->event_ids[event->index];
+		IdSet		one = {0};
+
+		abp_idset_add(&one, id, id, CurrentMemoryContext);
+		abp_idset_add(&refused, id, id, CurrentMemoryContext);
+		if (event->clock_skew)
+			put_back(shipment, one, OUTBOX_WAITING,
+					 abp_in_ms(SKEW_MS * Min(12, 1 + delivery->prior_attempts)),
+					 event->reason, true);
+		else
+		{
+			put_back(shipment, one, OUTBOX_REJECTED, DT_NOBEGIN, event->reason, true);
+			only_skew = false;
+		}
+	}
+
+	rest = abp_idset_subtract(&delivery->ids, &refused);
+	if (rest.nranges == 0)
+	{
+		abp_ledger_finish(delivery, only_skew ? "failed" : "rejected", verdict->error);
+		abp_shipment_drop(shipment);
+		return;
+	}
+
+	memset(&delivery->ids, 0, sizeof(IdSet));
+	abp_idset_add_set(&delivery->ids, &rest, shipment->context);
+	delivery->nevents = abp_idset_count(&delivery->ids);
+	forget_share(delivery);
+	keep_for_retry(shipment, DT_NOBEGIN, verdict->error);
+}
+
+/*
+ * The server has failed.  If it goes on for one batch while others get
+ * through, a row of the batch is to blame: find it by halving.
+ */
+static void
+settle_server_error(Shipment *shipment, const Verdict *verdict)
+{
+	Delivery   *delivery = &shipment->delivery;
+	Lane	   *lane = shipment->lane;
+	bool		others_pass;
+
+	delivery->outcome_unknown = true;
+	if (shipment->server_errors++ == 0)
+		shipment->first_error_at = GetCurrentTimestamp();
+	others_pass = lane->last_success > shipment->first_error_at;
+
+	if (delivery->nevents > 1 && shipment->server_errors >= ERRORS_BEFORE_HALVING)
+		abp_settle_by_halves(shipment, verdict->error);
+	else if (delivery->nevents == 1 && others_pass &&
+			 shipment->server_errors >= ERRORS_BEFORE_REJECTING)
+		reject_shipment(shipment, verdict->error);
+	else
+	{
+		int64		ms = verdict->retry_after_ms >= 0 ? verdict->retry_after_ms :
+		abp_lane_backoff_ms(others_pass ? shipment->server_errors : lane->failures + 1);
+
+		if (!others_pass)
+			abp_lane_back_off(lane, ms, verdict->error);
+		keep_for_retry(shipment, abp_in_ms(ms), verdict->error);
+	}
+}
+
+/*
+ * Settle a request that has ended.
+ */
+static void
+settle(Shipment *shipment, const ServerOptions *server, int64 ledger_from)
+{
+	const HttpReply *reply = abp_http_reply(shipment->request);
+	Delivery   *delivery = &shipment->delivery;
+	Lane	   *lane = shipment->lane;
+	Verdict    *verdict;
+
+	delivery->http_status = reply->status;
+	if (reply->outcome != HTTP_ANSWERED)
+	{
+		char	   *error = pstrdup(reply->error);
+		bool		out_of_memory = reply->out_of_memory;
+		bool		timed_out = reply->outcome == HTTP_UNKNOWN && server != NULL &&
+		reply->elapsed_ms >= server->timeout_ms;
+
+		if (reply->outcome == HTTP_UNKNOWN)
+			delivery->outcome_unknown = true;
+		abp_lane_back_off(lane, abp_lane_backoff_ms(lane->failures + 1), error);
+		if (timed_out || out_of_memory)
+			lane->batch_size = Max(1, delivery->nevents / 2);
+
+		/*
+		 * What never is answered in time, or is more than our memory, is too
+		 * much at once.
+		 */
+		if (timed_out)
+			shipment->timeouts++;
+		if (delivery->outcome_unknown && delivery->nevents > 1 &&
+			(out_of_memory || shipment->timeouts >= TIMEOUTS_BEFORE_HALVING))
+			abp_settle_by_halves(shipment, error);
+		else
+			return_or_keep(shipment, error, true);
+		return;
+	}
+
+	verdict = abp_verdict_of(reply->status, reply->body, reply->body_len,
+							 reply->truncated, reply->retry_after,
+							 delivery->nevents, GetCurrentTimestamp());
+	if (verdict->kind != VERDICT_SERVER_ERROR)
+		shipment->server_errors = 0;
+
+	switch (verdict->kind)
+	{
+		case VERDICT_DELIVERED:
+			settle_delivered(shipment, verdict, reply->elapsed_ms, server, ledger_from);
+			break;
+		case VERDICT_ROWS_REFUSED:
+			abp_lane_succeeded(lane);
+			settle_refused(shipment, verdict);
+			break;
+		case VERDICT_BATCH_REFUSED:
+		case VERDICT_TOO_LARGE:
+			abp_lane_succeeded(lane);
+			if (delivery->nevents > 1)
+				abp_settle_by_halves(shipment, verdict->error);
+			else
+				reject_shipment(shipment, verdict->error);
+			break;
+		case VERDICT_RATE_LIMITED:
+			abp_quota_used_up(lane->server);
+			abp_lane_back_off(lane, verdict->retry_after_ms >= 0 ? verdict->retry_after_ms :
+							  RATE_LIMITED_MS, verdict->error);
+			return_or_keep(shipment, verdict->error, false);
+			break;
+		case VERDICT_PAUSE:
+			abp_lane_pause(lane, verdict->error);
+			return_or_keep(shipment, verdict->error, false);
+			break;
+		case VERDICT_SERVER_ERROR:
+			settle_server_error(shipment, verdict);
+			break;
+		case VERDICT_UNKNOWN:
+			delivery->outcome_unknown = true;
+			abp_lane_back_off(lane, abp_lane_backoff_ms(lane->failures + 1), verdict->error);
+			keep_for_retry(shipment, lane->not_before, verdict->error);
+			break;
+	}
+}
+
+/*
+ * Settle all requests that have ended.
+ */
+void
+abp_settle_answered(List *tables)
+{
+	ListCell   *lc;
+	List	   *all = list_copy(abp_shipments);
+
+	foreach(lc, all)
+	{
+		Shipment   *shipment = lfirst(lc);
+
+		if (shipment->stage == SHIPMENT_ANSWERED)
+		{
+			UsageTable *table = abp_find_table(tables, shipment->delivery.usage_table);
+
+			settle(shipment, table == NULL ? NULL : abp_options_of(table),
+				   table == NULL ? 0 : table->ledger_from);
+		}
+	}
+}
+
+/* Settle what can never be sent again: its table is gone. */
+void
+abp_settle_orphans(List *tables)
+{
+	ListCell   *lc;
+	List	   *all = list_copy(abp_shipments);
+
+	foreach(lc, all)
+	{
+		Shipment   *shipment = lfirst(lc);
+		UsageTable *table = abp_find_table(tables, shipment->delivery.usage_table);
+
+		if (shipment->stage != SHIPMENT_WAITING ||
+			(table != NULL && OidIsValid(table->owner)))
+			continue;
+		shipment->delivery.vanished += shipment->delivery.nevents;
+		abp_ledger_finish(&shipment->delivery, "failed",
+						  "the usage table is gone; the last request's outcome is not known");
+		abp_shipment_drop(shipment);
+	}
+}

@@ -1,0 +1,82 @@
+/*-------------------------------------------------------------------------
+ *
+ * shipment.c
+ *	  A delivery on its way.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "utils/memutils.h"
+
+#include "base/idset.h"
+#include "queue/ledger.h"
+#include "ship/http.h"
+#include "ship/shipment.h"
+#include "ship/turn.h"
+
+List	   *abp_shipments = NIL;
+
+/*
+ * A new delivery for a lane and its server, with a memory context of its own.
+ */
+Shipment   *
+abp_shipment_new(Lane *lane, const char *server)
+{
+	MemoryContext context = AllocSetContextCreate(abp_turn.keep, "aibilling shipment",
+												  ALLOCSET_DEFAULT_SIZES);
+	Shipment   *shipment = MemoryContextAllocZero(context, sizeof(Shipment));
+	MemoryContext old = MemoryContextSwitchTo(abp_turn.keep);
+
+	shipment->context = context;
+	shipment->lane = lane;
+	shipment->delivery.server = MemoryContextStrdup(context, server);
+	abp_shipments = lappend(abp_shipments, shipment);
+	MemoryContextSwitchTo(old);
+	return shipment;
+}
+
+/*
+ * A delivery is settled: forget it.
+ */
+void
+abp_shipment_drop(Shipment *shipment)
+{
+	if (shipment->request != NULL)
+		abp_http_release(shipment->request);
+	abp_turn.settled++;
+	abp_shipments = list_delete_ptr(abp_shipments, shipment);
+	MemoryContextDelete(shipment->context);
+}
+
+/* Free a shipment's request, which is built anew before it is sent again. */
+void
+abp_shipment_forget_request(Shipment *shipment)
+{
+	Delivery   *delivery = &shipment->delivery;
+
+	if (shipment->request != NULL)
+		abp_http_release(shipment->request);
+	shipment->request = NULL;
+	if (delivery->body.data != NULL)
+		pfree(delivery->body.data);
+	delivery->body.data = NULL;
+	if (delivery->event_ids != NULL)
+		pfree(delivery->event_ids);
+	delivery->event_ids = NULL;
+}
+
+/* Two deliveries know the same rows again; in the current memory context. */
+void
+abp_shipment_copy_keys(Delivery *to, const Delivery *from)
+{
+	int64		count = abp_idset_count(unconstify(IdSet *, &from->key_ids));
+
+	to->key_ids = abp_idset_copy(&from->key_ids);
+	to->keys = NULL;
+	if (from->keys != NULL)
+	{
+		to->keys = palloc(sizeof(uint32) * Max(1, count));
+		memcpy(to->keys, from->keys, sizeof(uint32) * count);
+	}
+}

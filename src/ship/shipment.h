@@ -1,0 +1,51 @@
+/*-------------------------------------------------------------------------
+ *
+ * shipment.h
+ *	  A delivery on its way.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef ABP_SHIPMENT_H
+#define ABP_SHIPMENT_H
+
+#include "postgres.h"
+
+#include "datatype/timestamp.h"
+#include "nodes/pg_list.h"
+
+#include "queue/ledger.h"
+#include "ship/http.h"
+
+typedef struct Lane Lane;
+
+typedef enum ShipmentStage
+{
+	SHIPMENT_PREPARED,			/* in the ledger, to be sent after commit */
+	SHIPMENT_IN_FLIGHT,
+	SHIPMENT_ANSWERED,			/* to be settled */
+	SHIPMENT_WAITING			/* to be sent again at retry_at */
+} ShipmentStage;
+
+/* A delivery on its way. */
+typedef struct Shipment
+{
+	MemoryContext context;		/* holds the shipment */
+	Delivery	delivery;
+	Lane	   *lane;
+	ShipmentStage stage;
+	HttpRequest *request;
+	TimestampTz retry_at;
+	int			server_errors;	/* in a row */
+	TimestampTz first_error_at;
+	int			timeouts;
+} Shipment;
+
+/* Those that are not settled. */
+extern List *abp_shipments;
+
+extern Shipment *abp_shipment_new(Lane *lane, const char *server);
+extern void abp_shipment_drop(Shipment *shipment);
+extern void abp_shipment_forget_request(Shipment *shipment);
+extern void abp_shipment_copy_keys(Delivery *to, const Delivery *from);
+
+#endif							/* ABP_SHIPMENT_H */

@@ -1,0 +1,74 @@
+/*-------------------------------------------------------------------------
+ *
+ * turn.h
+ *	  What the rooms of delivery share of a turn: its time, and what it has found.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef ABP_TURN_H
+#define ABP_TURN_H
+
+#include "postgres.h"
+
+#include "datatype/timestamp.h"
+
+#define PROBE_MS (5 * 60 * 1000)	/* between tries while a server refuses us */
+#define TRANSIENT_MS (10 * 1000)	/* after an error that passes by itself */
+#define HELD_MS 1000			/* until a row that others change is looked at
+								 * again */
+
+/* A row that fails for a reason that may pass is held so long, then doubled. */
+#define HOLD_MS (10 * 1000)
+#define MAX_HOLDS 5
+
+/*
+ * After so long a turn ends, and what it has prepared departs.  Tables that
+ * took more than SLOW_MS come last in the next ones.
+ */
+#define TURN_MS 250
+
+/*
+ * The time from a turn whose batch was not full to the next turn, for each row
+ * of the batch, and its bounds: a stream of commits is sent in few batches, a
+ * single one soon.
+ */
+#define GATHER_ROW_MS 4
+#define GATHER_MIN_MS 10
+#define GATHER_MAX_MS 100
+
+/* How many ids taken out of entries are dealt with in one turn, about. */
+#define TIDY_PER_TURN 10000
+
+/*
+ * A turn, and what lasts from turn to turn while this process is the shipper.
+ */
+typedef struct Turn
+{
+	MemoryContext keep;			/* lanes, positions, shipments: until the role
+								 * ends */
+	MemoryContext context;		/* reset every turn */
+	TimestampTz started;
+	TimestampTz next_due;		/* DT_NOEND: nothing is known to become due */
+	TimestampTz gather_until;	/* no turn before this */
+	bool		more_to_build;	/* can another batch be built at once? */
+	bool		backlog;		/* does any table have one? */
+	bool		room_left;		/* could more requests fly, if there were
+								 * more? */
+	int64		delivered;		/* events, since the role began */
+	int			settled;		/* deliveries since the ledger was summed up */
+
+	/*
+	 * How often these have been found changed: what compares knows what it
+	 * has missed.
+	 */
+	uint64		prices_generation;
+	uint64		servers_generation;
+} Turn;
+
+extern Turn abp_turn;
+
+extern bool abp_turn_is_over(void);
+extern void abp_due_at(TimestampTz when);
+extern TimestampTz abp_in_ms(int64 ms);
+
+#endif							/* ABP_TURN_H */

@@ -1,0 +1,254 @@
+/*-------------------------------------------------------------------------
+ *
+ * lookup.c
+ *	  Usage rows found by their id without SQL: no code of anybody's runs.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/genam.h"
+#include "access/htup_details.h"
+#include "access/relation.h"
+#include "access/table.h"
+#include "catalog/partition.h"
+#include "catalog/pg_am_d.h"
+#include "fmgr.h"
+#include "miscadmin.h"
+#include "partitioning/partdesc.h"
+#include "utils/datum.h"
+#include "utils/fmgroids.h"
+#include "utils/fmgrprotos.h"
+#include "utils/rel.h"
+#include "utils/snapmgr.h"
+
+#include "base/idset.h"
+#include "usage/lookup.h"
+#include "usage/relation.h"
+#include "usage/row.h"
+
+static bool same_value(UsageColumn column, Datum a, Datum b);
+
+/* The partition in which a row was found last: the next is likely there, too. */
+static Oid	last_partition = InvalidOid;
+static Oid	last_root = InvalidOid;
+
+/* An index that finds rows by their id. */
+static Oid
+id_index(Relation rel, AttrNumber id)
+{
+	List	   *indexes = RelationGetIndexList(rel);
+	Oid			found = InvalidOid;
+	ListCell   *lc;
+
+	foreach(lc, indexes)
+	{
+		Relation	index = index_open(lfirst_oid(lc), AccessShareLock);
+
+		if (index->rd_index->indisvalid && index->rd_rel->relam == BTREE_AM_OID &&
+			index->rd_index->indkey.values[0] == id &&
+			heap_attisnull(index->rd_indextuple, Anum_pg_index_indpred, NULL))
+			found = lfirst_oid(lc);
+		index_close(index, NoLock);
+		if (OidIsValid(found))
+			break;
+	}
+	list_free(indexes);
+	return found;
+}
+
+/* A scan key for an id, whatever integer it is stored as. */
+static void
+init_id_key(ScanKey key, const UsageRelation *known, int64 id)
+{
+	Oid			stored = known->columns.stored[COL_ID];
+
+	ScanKeyEntryInitialize(key, 0, known->columns.attnums[COL_ID], BTEqualStrategyNumber,
+						   INT8OID, InvalidOid,
+						   stored == INT8OID ? F_INT8EQ : stored == INT4OID ? F_INT48EQ : F_INT28EQ,
+						   Int64GetDatum(id));
+}
+
+/* Look at the rows of an id in a table that has rows itself. */
+static bool
+look_in_leaf(Relation rel, int64 id, Snapshot snapshot, RowLook look, void *arg)
+{
+	UsageRelation *known = abp_relation_know(rel);
+	ScanKeyData key;
+	SysScanDesc scan;
+	Oid			index;
+	HeapTuple	tuple;
+	bool		found = false;
+
+	if (!OidIsValid(known->id_index))
+		known->id_index = id_index(rel, known->columns.attnums[COL_ID]);
+	index = known->id_index;
+	init_id_key(&key, known, id);
+	scan = systable_beginscan(rel, index, OidIsValid(index), snapshot, 1, &key);
+	while (!found && (tuple = systable_getnext(scan)) != NULL)
+	{
+		CHECK_FOR_INTERRUPTS();
+		found = look(known, rel, tuple, arg);
+	}
+	systable_endscan(scan);
+	return found;
+}
+
+static bool
+look_in_relation(Oid root, Relation rel, int64 id, Snapshot snapshot, RowLook look, void *arg)
+{
+	PartitionDesc partitions;
+	bool		found = false;
+
+	if (rel->rd_rel->relkind == RELKIND_RELATION)
+	{
+		found = look_in_leaf(rel, id, snapshot, look, arg);
+		if (found)
+		{
+			last_root = root;
+			last_partition = RelationGetRelid(rel);
+		}
+		return found;
+	}
+	if (rel->rd_rel->relkind != RELKIND_PARTITIONED_TABLE)
+		return false;
+
+	partitions = RelationGetPartitionDesc(rel, true);
+	for (int i = 0; i < partitions->nparts && !found; i++)
+	{
+		Relation	partition = table_open(partitions->oids[i], AccessShareLock);
+
+		found = look_in_relation(root, partition, id, snapshot, look, arg);
+		table_close(partition, NoLock);
+	}
+	return found;
+}
+
+/*
+ * Look at the rows of an id in a usage table, until "look" returns true.
+ * Returns whether it has.  Without SQL: no code of anybody's runs.
+ */
+bool
+abp_lookup_rows(Oid usage_table, int64 id, Snapshot snapshot, RowLook look, void *arg)
+{
+	Relation	rel = table_open(usage_table, AccessShareLock);
+	bool		found = false;
+
+	if (last_root == usage_table && rel->rd_rel->relkind == RELKIND_PARTITIONED_TABLE)
+	{
+		Relation	partition = try_relation_open(last_partition, AccessShareLock);
+
+		if (partition != NULL)
+		{
+			if (partition->rd_rel->relispartition &&
+				list_member_oid(get_partition_ancestors(last_partition), usage_table))
+				found = look_in_leaf(partition, id, snapshot, look, arg);
+			relation_close(partition, NoLock);
+		}
+	}
+	if (!found)
+		found = look_in_relation(usage_table, rel, id, snapshot, look, arg);
+	table_close(rel, NoLock);
+	return found;
+}
+
+/* Is this the same row, by its external_id? */
+bool
+abp_lookup_same_row(UsageRelation *known, Relation rel, HeapTuple tuple, void *arg)
+{
+	RowColumns *row = arg;
+	Datum		values[NUM_USAGE_COLUMNS];
+	bool		nulls[NUM_USAGE_COLUMNS];
+	bool		ignored;
+
+	abp_relation_read(known, tuple, RelationGetDescr(rel), values, nulls);
+	if (nulls[COL_EXTERNAL_ID] || row->nulls[COL_EXTERNAL_ID] ||
+		!same_value(COL_EXTERNAL_ID, values[COL_EXTERNAL_ID], row->values[COL_EXTERNAL_ID]))
+		return false;
+	row->unchanged = !abp_billed_columns_changed(values, nulls, row->values, row->nulls, &ignored);
+	return true;
+}
+
+static bool
+is_any_row(UsageRelation *known, Relation rel, HeapTuple tuple, void *arg)
+{
+	return true;
+}
+
+/* Is there a row of this id now? */
+bool
+abp_lookup_exists(Oid usage_table, int64 id)
+{
+	return abp_lookup_rows(usage_table, id, SnapshotSelf, is_any_row, NULL);
+}
+
+/*
+ * Ids of which there is a row, of those given, in a usage table or a partition;
+ * in the current memory context.
+ */
+IdSet
+abp_lookup_existing(Oid usage_table, const IdSet *ids)
+{
+	IdSet		existing = {0};
+
+	for (int i = 0; i < ids->nranges; i++)
+	{
+		for (int64 id = ids->ranges[i].first;; id++)
+		{
+			CHECK_FOR_INTERRUPTS();
+
+			if (abp_lookup_exists(usage_table, id))
+				abp_idset_add(&existing, id, id, CurrentMemoryContext);
+			if (id == ids->ranges[i].last)
+				break;
+		}
+	}
+	return existing;
+}
+
+/*
+ * Are two values of a column, not NULL, the same?  Numbers are if they are
+ * equal, whatever zeros they end in, and JSON with such numbers, too.
+ */
+static bool
+same_value(UsageColumn column, Datum a, Datum b)
+{
+	switch (abp_usage_columns[column].type)
+	{
+		case INT8OID:
+		case TIMESTAMPTZOID:
+			return DatumGetInt64(a) == DatumGetInt64(b);
+		case UUIDOID:
+			return datum_image_eq(a, b, false, UUID_LEN);
+		case NUMERICOID:
+			return datum_image_eq(a, b, false, -1) ||
+				DatumGetBool(DirectFunctionCall2(numeric_eq, a, b));
+		case JSONBOID:
+			return datum_image_eq(a, b, false, -1) ||
+				DatumGetBool(DirectFunctionCall2(jsonb_eq, a, b));
+		default:
+			return datum_image_eq(a, b, false, -1);
+	}
+}
+
+/* Has anything that is billed changed? */
+bool
+abp_billed_columns_changed(const Datum *old_values, const bool *old_nulls,
+						   const Datum *new_values, const bool *new_nulls,
+						   bool *raw_changed)
+{
+	bool		changed = false;
+
+	*raw_changed = false;
+	for (int i = 0; i < NUM_USAGE_COLUMNS; i++)
+	{
+		if (old_nulls[i] == new_nulls[i] &&
+			(old_nulls[i] || same_value(i, old_values[i], new_values[i])))
+			continue;
+		if (abp_usage_columns[i].billed)
+			changed = true;
+		else
+			*raw_changed = true;
+	}
+	return changed;
+}

@@ -1,0 +1,198 @@
+/*-------------------------------------------------------------------------
+ *
+ * partitions.c
+ *	  Partitions of usage tables that go and come with ALTER TABLE.
+ *
+ * Outbox and ledger know a row by its table and id, and while a partition is
+ * away another row may come to have the id of one of its rows.  So what waits
+ * of its rows goes with it, noted in the ledger as vanished, and is put into
+ * the outbox again when it is back.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "catalog/namespace.h"
+#include "catalog/partition.h"
+#include "catalog/pg_class.h"
+#include "commands/event_trigger.h"
+#include "fmgr.h"
+#include "foreign/foreign.h"
+#include "miscadmin.h"
+#include "nodes/parsenodes.h"
+#include "utils/builtins.h"
+#include "utils/lsyscache.h"
+
+#include "base/extension.h"
+#include "base/idset.h"
+#include "queue/attachment.h"
+#include "queue/entry.h"
+#include "queue/ledger.h"
+#include "queue/outbox.h"
+#include "queue/wake.h"
+#include "usage/lookup.h"
+#include "usage/triggers.h"
+
+PG_FUNCTION_INFO_V1(abp_sql_on_table_ddl);
+
+/* --- a partition goes ------------------------------------------------------- */
+
+/* The ids of a usage table that are in the outbox, in any state. */
+static IdSet
+waiting_ids(Oid usage_table)
+{
+	IdSet		all = {0};
+
+	for (int i = 0; i < NUM_OUTBOX_STATES; i++)
+	{
+		IdSet		ids = abp_outbox_peek(usage_table, abp_outbox_states[i], PG_INT64_MAX);
+
+		abp_idset_add_set(&all, &ids, CurrentMemoryContext);
+		abp_idset_free(&ids);
+	}
+	abp_idset_sort(&all);
+	return all;
+}
+
+/* Note in the ledger that rows were gone before they were sent. */
+static void
+note_vanished(Oid usage_table, Oid serverid, IdSet *ids, bool outcome_unknown)
+{
+	Delivery	delivery = {
+		.usage_table = usage_table,
+		.server = GetForeignServer(serverid)->servername,
+		.outcome_unknown = outcome_unknown,
+		.vanished = abp_idset_count(ids),
+		.vanished_ids = *ids
+	};
+
+	if (delivery.vanished == 0)
+		return;
+	abp_ledger_begin(&delivery);
+	abp_ledger_finish(&delivery, "failed", "the rows left with their partition before they were sent");
+}
+
+static void
+partition_has_gone(Oid usage_table, Oid partition, Oid serverid, int64 ledger_from)
+{
+	IdSet		waiting = waiting_ids(usage_table);
+	IdSet		ids = abp_lookup_existing(partition, &waiting);
+	IdSet		unsent = {0};
+	IdSet		unknown = {0};
+	int64		count;
+
+	for (int i = 0; i < ids.nranges; i++)
+	{
+		for (int64 id = ids.ranges[i].first;; id++)
+		{
+			bool		maybe_sent;
+
+			CHECK_FOR_INTERRUPTS();
+
+			if (abp_usage_row_left(usage_table, id, ledger_from, &maybe_sent))
+				abp_idset_add(maybe_sent ? &unknown : &unsent, id, id, CurrentMemoryContext);
+			if (id == ids.ranges[i].last)
+				break;
+		}
+	}
+	note_vanished(usage_table, serverid, &unsent, false);
+	note_vanished(usage_table, serverid, &unknown, true);
+
+	count = abp_idset_count(&unsent) + abp_idset_count(&unknown);
+	if (count > 0)
+		ereport(WARNING,
+				(errcode(ERRCODE_WARNING),
+				 errmsg(INT64_FORMAT " usage rows of %s were gone before they were sent",
+						count, quote_qualified_identifier(get_namespace_name(get_rel_namespace(usage_table)),
+														  get_rel_name(usage_table))),
+				 errhint("They left with partition \"%s\", and are sent when it is attached again.",
+						 get_rel_name(partition))));
+}
+
+/* --- a partition comes ------------------------------------------------------ */
+
+/* Rows of a partition that went before they were sent are to be sent now. */
+static void
+partition_has_come(Oid usage_table, Oid partition, int64 ledger_from)
+{
+	ListCell   *lc;
+
+	foreach(lc, abp_ledger_vanished(usage_table, ledger_from))
+	{
+		Delivery   *delivery = lfirst(lc);
+		OutboxEntry entry = {
+			.usage_table = usage_table,
+			.state = OUTBOX_READY,
+			.outcome_unknown = delivery->outcome_unknown,
+			.ids = abp_lookup_existing(partition, &delivery->vanished_ids)
+		};
+
+		if (entry.ids.nranges == 0)
+			continue;
+
+		/* Polar may have got a row of these ids while the partition was away. */
+		if (!entry.outcome_unknown)
+		{
+			Delivery	away = {.usage_table = usage_table,.ids = entry.ids};
+			IdSet		known = abp_ledger_delivered_before(&away, ledger_from);
+
+			entry.outcome_unknown = known.nranges > 0;
+		}
+		abp_outbox_put(&entry, 1);
+		abp_ledger_returned(delivery, &entry.ids);
+		abp_wake_at_commit();
+	}
+}
+
+/* --- ALTER TABLE ------------------------------------------------------------ */
+
+static Oid
+root_of(Oid relid)
+{
+	return get_rel_relispartition(relid) ? llast_oid(get_partition_ancestors(relid)) : relid;
+}
+
+/*
+ * ddl_command_end of ALTER TABLE: a partition may have gone or come.
+ */
+Datum
+abp_sql_on_table_ddl(PG_FUNCTION_ARGS)
+{
+	const Node *command;
+	ListCell   *lc;
+
+	if (!CALLED_AS_EVENT_TRIGGER(fcinfo))
+		ereport(ERROR,
+				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
+				 errmsg("function \"aibilling.on_table_ddl\" can only be called as an event trigger")));
+	command = ((EventTriggerData *) fcinfo->context)->parsetree;
+	if (!abp_extension_installed() || !IsA(command, AlterTableStmt))
+		PG_RETURN_NULL();
+
+	foreach(lc, ((const AlterTableStmt *) command)->cmds)
+	{
+		const AlterTableCmd *cmd = lfirst_node(AlterTableCmd, lc);
+		const PartitionCmd *named = (const PartitionCmd *) cmd->def;
+		Oid			root;
+		Oid			partition;
+		Oid			serverid;
+		int64		ledger_from;
+
+		if (cmd->subtype != AT_AttachPartition && cmd->subtype != AT_DetachPartition)
+			continue;
+		root = root_of(RangeVarGetRelid(((const AlterTableStmt *) command)->relation, NoLock, true));
+		partition = RangeVarGetRelid(named->name, NoLock, true);
+		if (!OidIsValid(partition) || !abp_usage_table_attached(root, &serverid, &ledger_from))
+			continue;
+
+		/*
+		 * DETACH CONCURRENTLY does not keep the shipper away, which finds the
+		 * rows gone.
+		 */
+		if (cmd->subtype == AT_AttachPartition)
+			partition_has_come(root, partition, ledger_from);
+		else if (!named->concurrent)
+			partition_has_gone(root, partition, serverid, ledger_from);
+	}
+	PG_RETURN_NULL();
+}

@@ -1,0 +1,58 @@
+/*-------------------------------------------------------------------------
+ *
+ * relation.h
+ *	  What a session knows of a table with our triggers.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef ABP_RELATION_H
+#define ABP_RELATION_H
+
+#include "postgres.h"
+
+#include "access/htup.h"
+#include "nodes/execnodes.h"
+#include "utils/relcache.h"
+
+#include "usage/row.h"
+
+/*
+ * What a session knows of a table with our triggers: a usage table or one of
+ * its partitions.  Forgotten at any change of the table.
+ */
+typedef struct UsageRelation
+{
+	Oid			relid;			/* hash key */
+	bool		valid;
+	bool		warned;			/* of triggers on a table not attached */
+	Oid			usage_table;	/* the attached table, InvalidOid if none */
+	Oid			serverid;
+	int64		ledger_from;	/* its last delivery before a TRUNCATE */
+	Oid			id_index;		/* InvalidOid: not looked for, or none */
+	bool		counts_not_queued;	/* since the extension's 1.2 */
+	int			natts;
+	UsageColumns columns;
+	Datum	   *values;			/* scratch: one tuple's columns */
+	bool	   *nulls;
+	bool		has_default[NUM_USAGE_COLUMNS]; /* of defaulted_columns only */
+	ExprState **defaults;		/* of NUM_USAGE_COLUMNS, see default_of */
+	uint64		defaults_of;	/* the defaults_transaction that made them */
+	Oid			defaults_for;	/* and the role */
+} UsageRelation;
+
+extern bool abp_relation_lacks_kept(const bool *nulls, const bool *old_nulls);
+extern HeapTuple abp_relation_keep(const UsageRelation *known, TupleDesc desc,
+								   HeapTuple tuple, HeapTuple old,
+								   const bool *nulls);
+extern bool abp_relation_lacks_defaults(const UsageRelation *known,
+										const bool *nulls);
+extern void abp_relations_forget(void);
+extern UsageRelation *abp_relation_know(Relation rel);
+extern void abp_relation_read(const UsageRelation *known, HeapTuple tuple,
+							  TupleDesc desc, Datum *values, bool *nulls);
+extern UsageRelation *abp_relation_fill_defaults(UsageRelation *known,
+												 Relation rel,
+												 HeapTuple *tuple,
+												 Datum *values, bool *nulls);
+
+#endif							/* ABP_RELATION_H */

@@ -1,0 +1,144 @@
+/*-------------------------------------------------------------------------
+ *
+ * returning.c
+ *	  Rows that are inserted and are not new: moved, or brought back.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/xact.h"
+#include "miscadmin.h"
+#include "utils/hsearch.h"
+#include "utils/memutils.h"
+#include "utils/snapmgr.h"
+
+#include "compat.h"
+#include "queue/ledger.h"
+#include "usage/lookup.h"
+#include "usage/relation.h"
+#include "usage/returning.h"
+
+/* Rows between their INSERT triggers that were there before, or NULL. */
+static HTAB *returning = NULL;
+static int	returning_level = 0;	/* the deepest nesting level among them */
+
+/*
+ * Find what is remembered of a row, or enter or remove it; NULL if nothing is.
+ */
+Returning  *
+abp_returning_find(Oid usage_table, int64 id, HASHACTION action)
+{
+	ReturningKey key;
+
+	if (returning == NULL && action != HASH_ENTER)
+		return NULL;
+	memset(&key, 0, sizeof(key));
+	key.usage_table = usage_table;
+	key.id = id;
+	return hash_search(returning, &key, action, NULL);
+}
+
+/* Those of levels from this one on are rolled back. */
+static void
+forget_returning(int level)
+{
+	HASH_SEQ_STATUS scan;
+	Returning  *row;
+
+	hash_seq_init(&scan, returning);
+	while ((row = hash_seq_search(&scan)) != NULL)
+	{
+		if (row->nest_level >= level)
+			hash_search(returning, &row->key, HASH_REMOVE, NULL);
+	}
+	returning_level = level - 1;
+}
+
+static void
+on_transaction_end(XactEvent event, void *arg)
+{
+	if (event != XACT_EVENT_COMMIT && event != XACT_EVENT_PREPARE && event != XACT_EVENT_ABORT)
+		return;
+	returning = NULL;			/* its memory goes with the transaction */
+	returning_level = 0;
+}
+
+static void
+on_subtransaction_end(SubXactEvent event, SubTransactionId mine,
+					  SubTransactionId parent, void *arg)
+{
+	int			level = GetCurrentTransactionNestLevel();
+
+	if (event == SUBXACT_EVENT_COMMIT_SUB)
+		returning_level = Min(returning_level, level - 1);
+	if (event == SUBXACT_EVENT_ABORT_SUB && level <= returning_level)
+		forget_returning(level);
+}
+
+/*
+ * Remember, until its AFTER trigger, that a row is not new.
+ */
+void
+abp_returning_remember(Oid usage_table, int64 id, ReturnKind kind)
+{
+	static bool registered = false;
+	Returning  *row;
+
+	if (!registered)
+	{
+		RegisterXactCallback(on_transaction_end, NULL);
+		RegisterSubXactCallback(on_subtransaction_end, NULL);
+		registered = true;
+	}
+	if (returning == NULL)
+	{
+		HASHCTL		ctl = {
+			.keysize = sizeof(ReturningKey),
+			.entrysize = sizeof(Returning),
+			.hcxt = TopTransactionContext
+		};
+
+		returning = hash_create("aibilling returning rows", 64, &ctl,
+								HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
+	}
+	row = abp_returning_find(usage_table, id, HASH_ENTER);
+	row->nest_level = GetCurrentTransactionNestLevel();
+	row->kind = kind;
+	returning_level = Max(returning_level, row->nest_level);
+}
+
+/*
+ * Does the caller own a usage table?  Not by way of a SECURITY DEFINER function
+ * of the owner's: what the owner may leave out of the bill, whoever calls their
+ * function may not.
+ */
+bool
+abp_is_owned_by_caller(Oid usage_table)
+{
+	return abp_owns_table(usage_table, GetUserId()) &&
+		abp_owns_table(usage_table, GetOuterUserId());
+}
+
+/*
+ * Is a row that is inserted with its cost filled in one that was there?  When
+ * its statement began it was visible, or Polar has it and it is its owner who
+ * brings it back.
+ */
+bool
+abp_returning_kind(UsageRelation *known, RowColumns *row, int64 id, ReturnKind *kind)
+{
+	if (ActiveSnapshotSet() &&
+		abp_lookup_rows(known->usage_table, id, GetActiveSnapshot(), abp_lookup_same_row, row))
+	{
+		*kind = row->unchanged ? RETURN_MOVED : RETURN_CHANGED;
+		return true;
+	}
+	if (abp_is_owned_by_caller(known->usage_table) &&
+		abp_ledger_has(known->usage_table, id, known->ledger_from))
+	{
+		*kind = RETURN_DELIVERED;
+		return true;
+	}
+	return false;
+}

@@ -1,0 +1,51 @@
+/*-------------------------------------------------------------------------
+ *
+ * returning.h
+ *	  Rows that are inserted and are not new: moved, or brought back.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef ABP_RETURNING_H
+#define ABP_RETURNING_H
+
+#include "postgres.h"
+
+#include "utils/hsearch.h"
+
+#include "usage/lookup.h"
+
+/* A row of a usage table. */
+typedef struct ReturningKey
+{
+	Oid			usage_table;
+	int64		id;
+} ReturningKey;
+
+/*
+ * A row that is inserted with its cost filled in may be none that has just
+ * come about: its statement moves it from one partition to another, or its
+ * owner brings it back.  What tells is the row itself, never how it came.
+ */
+typedef enum ReturnKind
+{
+	RETURN_MOVED,				/* nothing of it has changed */
+	RETURN_CHANGED,				/* something that is billed has */
+	RETURN_DELIVERED			/* Polar has it: it keeps its cost */
+} ReturnKind;
+
+/* A row between its BEFORE and its AFTER INSERT trigger. */
+typedef struct Returning
+{
+	ReturningKey key;			/* hash key */
+	int			nest_level;
+	ReturnKind	kind;
+} Returning;
+
+extern Returning *abp_returning_find(Oid usage_table, int64 id,
+									 HASHACTION action);
+extern void abp_returning_remember(Oid usage_table, int64 id, ReturnKind kind);
+extern bool abp_is_owned_by_caller(Oid usage_table);
+extern bool abp_returning_kind(UsageRelation *known, RowColumns *row, int64 id,
+							   ReturnKind *kind);
+
+#endif							/* ABP_RETURNING_H */

@@ -1,0 +1,461 @@
+/*-------------------------------------------------------------------------
+ *
+ * rows.c
+ *	  Usage rows, read and locked by their ids, as their table's owner.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/heapam.h"
+#include "access/table.h"
+#include "access/tableam.h"
+#include "access/transam.h"
+#include "access/xact.h"
+#include "catalog/pg_type.h"
+#include "executor/spi.h"
+#include "miscadmin.h"
+#include "storage/bufmgr.h"
+#include "utils/array.h"
+#include "utils/builtins.h"
+#include "utils/guc.h"
+#include "utils/jsonb.h"
+#include "utils/memutils.h"
+#include "utils/portal.h"
+#include "utils/snapmgr.h"
+
+#include "base/idset.h"
+#include "base/rights.h"
+#include "base/statement.h"
+#include "base/usage_row.h"
+#include "queue/attachment.h"
+#include "usage/row.h"
+#include "usage/rows.h"
+
+/*
+ * How many usage rows are read at a time.  As jsonb, only one: a few kB on disk
+ * may be many megabytes then.
+ */
+#define READ_CHUNK 50
+#define READ_CHUNK_WHOLE 1
+
+/* What is read of usage rows. */
+typedef enum ReadKind
+{
+	READ_COLUMNS,				/* a row as it is stored, header and all,
+								 * where its table has our columns and no
+								 * others */
+	READ_COLUMNS_XMAX,			/* the same and xmax, where it has not */
+	READ_WHOLE,					/* and the row as jsonb */
+	NUM_READS
+} ReadKind;
+
+/* The plans that read one usage table, kept for the session. */
+typedef struct ReadPlans
+{
+	Oid			relid;
+	char	   *name;			/* the plans' text names the table so */
+	SPIPlanPtr	by_range[NUM_READS];
+	SPIPlanPtr	by_array[NUM_READS];
+	bool		projects;		/* rows do not come as they are stored */
+} ReadPlans;
+
+static List *read_plans = NIL;	/* of ReadPlans, in TopMemoryContext */
+
+static void
+free_plans(ReadPlans *plans)
+{
+	for (int i = 0; i < 2 * NUM_READS; i++)
+	{
+		SPIPlanPtr *plan = i < NUM_READS ? &plans->by_range[i] : &plans->by_array[i - NUM_READS];
+
+		if (*plan != NULL)
+			SPI_freeplan(*plan);
+		*plan = NULL;
+	}
+	plans->projects = false;
+	if (plans->name != NULL)
+		pfree(plans->name);
+	plans->name = NULL;
+}
+
+/* Keep no plans for tables that are not attached any more. */
+void
+abp_rows_forget_plans_except(List *tables)
+{
+	ListCell   *lc;
+
+	foreach(lc, read_plans)
+	{
+		ReadPlans  *plans = lfirst(lc);
+		bool		attached = false;
+		ListCell   *t;
+
+		foreach(t, tables)
+			attached |= ((UsageTable *) lfirst(t))->relid == plans->relid;
+		if (attached)
+			continue;
+		free_plans(plans);
+		pfree(plans);
+		read_plans = foreach_delete_current(read_plans, lc);
+	}
+}
+
+static ReadPlans *
+plans_of(const UsageTable *table)
+{
+	ReadPlans  *plans = NULL;
+	ListCell   *lc;
+
+	foreach(lc, read_plans)
+	{
+		ReadPlans  *candidate = lfirst(lc);
+
+		if (candidate->relid == table->relid)
+			plans = candidate;
+	}
+
+	if (plans == NULL)
+	{
+		MemoryContext old = MemoryContextSwitchTo(TopMemoryContext);
+
+		plans = palloc0(sizeof(ReadPlans));
+		plans->relid = table->relid;
+		read_plans = lappend(read_plans, plans);
+		MemoryContextSwitchTo(old);
+	}
+
+	if (plans->name == NULL || strcmp(plans->name, table->name) != 0)
+	{
+		free_plans(plans);
+		plans->name = MemoryContextStrdup(TopMemoryContext, table->name);
+	}
+	return plans;
+}
+
+static SPIPlanPtr
+prepare_read(const UsageTable *table, ReadKind kind, bool by_range)
+{
+	StringInfoData sql;
+	Oid			argtypes[2] = {by_range ? INT8OID : INT8ARRAYOID, INT8OID};
+	SPIPlanPtr	plan;
+
+	initStringInfo(&sql);
+	appendStringInfoString(&sql, "SELECT ");
+	for (int i = 0; i < NUM_USAGE_COLUMNS; i++)
+		appendStringInfo(&sql, "%su.%s::%s", i > 0 ? ", " : "", abp_usage_columns[i].name,
+						 format_type_be_qualified(abp_usage_columns[i].type));
+	if (kind != READ_COLUMNS)
+		appendStringInfoString(&sql, ", u.xmax");
+	if (kind == READ_WHOLE)
+		appendStringInfoString(&sql, ", pg_catalog.to_jsonb(u)");
+	appendStringInfo(&sql, " FROM %s u WHERE u.id ", table->name);
+	appendStringInfoString(&sql, by_range ?
+						   "OPERATOR(pg_catalog.>=) $1 AND u.id OPERATOR(pg_catalog.<=) $2" :
+						   "OPERATOR(pg_catalog.=) ANY ($1)");
+
+	plan = SPI_prepare_cursor(sql.data, by_range ? 2 : 1, argtypes,
+							  CURSOR_OPT_GENERIC_PLAN);
+	if (plan == NULL)
+		elog(ERROR, "unexpected failure to prepare: %s", SPI_result_code_string(SPI_result));
+	SPI_keepplan(plan);
+	pfree(sql.data);
+	return plan;
+}
+
+/*
+ * Settings under which rows are read and written by id: no plan walks through
+ * the table.
+ */
+static void
+settings_for_ids(void)
+{
+	abp_set_locally("enable_seqscan", "off");
+	abp_set_locally("enable_bitmapscan", "off");
+	abp_set_locally("jit", "off");	/* costs of what is off are in the
+									 * billions */
+}
+
+static Datum
+ids_as_array(IdSet *ids)
+{
+	int64		count = abp_idset_count(ids);
+	Datum	   *elements = palloc(sizeof(Datum) * Max(1, count));
+	int64		n = 0;
+
+	for (int i = 0; i < ids->nranges; i++)
+	{
+		for (int64 id = ids->ranges[i].first;; id++)
+		{
+			elements[n++] = Int64GetDatum(id);
+			if (id == ids->ranges[i].last)
+				break;
+		}
+	}
+	return PointerGetDatum(construct_array(elements, n, INT8OID, sizeof(int64),
+										   FLOAT8PASSBYVAL, TYPALIGN_DOUBLE));
+}
+
+/*
+ * Rows that commit at the same time have ids with few gaps: to read from the
+ * first to the last and pass over what is not wanted beats looking each up.
+ * Not where a row is made into jsonb, which may call code of a user's.
+ */
+static bool
+reads_by_range(IdSet *ids, bool whole)
+{
+	uint64		span = (uint64) ids->ranges[ids->nranges - 1].last -
+	(uint64) ids->ranges[0].first;
+
+	return ids->nranges == 1 || (!whole && span / 2 < (uint64) abp_idset_count(ids));
+}
+
+/*
+ * May another transaction be changing a row that was read?  One that comes as
+ * it is stored has its own header, one that was put together has none.
+ */
+static bool
+may_be_changing(ReadPlans *plans, HeapTuple tuple, bool has_xmax, Datum xmax)
+{
+	if (has_xmax)
+		return TransactionIdIsValid(DatumGetTransactionId(xmax));
+	if (OidIsValid(tuple->t_tableOid))
+		return (tuple->t_data->t_infomask & HEAP_XMAX_INVALID) == 0;
+	plans->projects = true;		/* from the next time on xmax is asked for */
+	return true;
+}
+
+/*
+ * Read usage rows by the active snapshot, as the table's owner, and hand each
+ * to the callback, until it returns false; with "whole", also as jsonb.  The rows live until the
+ * callback returns; few are in memory at a time.  Ids without a row are passed
+ * over.  Returns the number of rows handed over.
+ *
+ * Raises what reading raises: a policy, a column that changed its type.
+ */
+uint64
+abp_rows_read(const UsageTable *table, IdSet *ids, bool whole,
+			  UsageRowCallback callback, void *arg)
+{
+	bool		by_range;
+	ReadPlans  *plans;
+	ReadKind	kind;
+	SPIPlanPtr *plan;
+	Datum		args[2];
+	int			guc_level;
+	Portal		portal;
+	SPITupleTable *rows;
+	uint64		chunk = whole ? READ_CHUNK_WHOLE : READ_CHUNK;
+	uint64		n;
+	uint64		nrows = 0;
+	bool		more = true;
+	Relation	rel;
+	UsageColumns columns;
+	char	   *problem;
+	SavedUser	saved;
+	MemoryContext context;
+	MemoryContext old;
+
+	abp_idset_sort(ids);
+	if (ids->nranges == 0)
+		return 0;
+	by_range = reads_by_range(ids, whole);
+
+	abp_become_table_owner(table->owner, &saved);
+	SPI_connect();
+
+	plans = plans_of(table);
+	kind = whole ? READ_WHOLE : plans->projects ? READ_COLUMNS_XMAX : READ_COLUMNS;
+	plan = by_range ? &plans->by_range[kind] : &plans->by_array[kind];
+	if (*plan == NULL)
+		*plan = prepare_read(table, kind, by_range);
+	if (by_range)
+	{
+		args[0] = Int64GetDatum(ids->ranges[0].first);
+		args[1] = Int64GetDatum(ids->ranges[ids->nranges - 1].last);
+	}
+	else
+		args[0] = ids_as_array(ids);
+
+	/* The settings are for this plan, not for those in users' functions. */
+	guc_level = NewGUCNestLevel();
+	settings_for_ids();
+	portal = SPI_cursor_open(NULL, *plan, args, NULL, true);
+	AtEOXact_GUC(true, guc_level);
+
+	/* What the statement casts must be what we know how to write, too. */
+	rel = table_open(table->relid, NoLock);
+	if (!abp_usage_columns_find(rel, &columns, &problem))
+		ereport(ERROR,
+				(errcode(ERRCODE_DATATYPE_MISMATCH),
+				 errmsg("usage table %s: %s", table->name, problem),
+				 errhint("Give the column its type back.")));
+	table_close(rel, NoLock);
+
+	/* One context for what a row needs, emptied after each. */
+	context = AllocSetContextCreate(CurrentMemoryContext, "aibilling usage row",
+									ALLOCSET_DEFAULT_SIZES);
+	do
+	{
+		SPI_cursor_fetch(portal, true, chunk);
+		n = SPI_processed;
+		rows = SPI_tuptable;
+		old = MemoryContextSwitchTo(context);
+		for (uint64 i = 0; i < n && more; i++)
+		{
+			Datum		values[NUM_USAGE_COLUMNS + 2];
+			bool		nulls[NUM_USAGE_COLUMNS + 2];
+			UsageRow	row;
+
+			CHECK_FOR_INTERRUPTS();
+
+			heap_deform_tuple(rows->vals[i], rows->tupdesc, values, nulls);
+			if (by_range && ids->nranges > 1 &&
+				!abp_idset_contains(ids, DatumGetInt64(values[COL_ID])))
+				continue;
+			abp_usage_row_read(values, nulls, &row);
+			row.columns = &columns;
+			row.maybe_changing = may_be_changing(plans, rows->vals[i], kind != READ_COLUMNS,
+												 values[NUM_USAGE_COLUMNS]);
+			more = callback(&row, whole ? DatumGetJsonbP(values[NUM_USAGE_COLUMNS + 1]) : NULL, arg);
+			nrows++;
+			MemoryContextReset(context);
+		}
+		MemoryContextSwitchTo(old);
+		SPI_freetuptable(rows);
+	} while (n == chunk && more);
+	SPI_cursor_close(portal);
+
+	SPI_finish();
+	abp_restore_user(&saved);
+	return nrows;
+}
+
+/* Is the version of a row that we see the last, which nobody is changing? */
+static bool
+is_settled(Relation rel, ItemPointer tid)
+{
+	HeapTupleData tuple = {.t_self = *tid};
+	Buffer		buffer;
+	bool		settled;
+
+	if (!heap_fetch(rel, SnapshotAny, &tuple, &buffer, false))
+		return false;
+	LockBuffer(buffer, BUFFER_LOCK_SHARE);
+	settled = TransactionIdIsCurrentTransactionId(HeapTupleHeaderGetRawXmax(tuple.t_data)) ||
+		HeapTupleSatisfiesUpdate(&tuple, GetCurrentCommandId(false), buffer) == TM_Ok;
+	LockBuffer(buffer, BUFFER_LOCK_UNLOCK);
+	ReleaseBuffer(buffer);
+	return settled;
+}
+
+/*
+ * Those of the rows, by the active snapshot, that no other transaction has
+ * changed since or is about to, in the current memory context.
+ */
+IdSet
+abp_rows_settled(const UsageTable *table, IdSet *ids)
+{
+	MemoryContext caller = CurrentMemoryContext;
+	IdSet		settled = {0};
+	Oid			argtypes[1] = {INT8ARRAYOID};
+	Datum		args[1];
+	SavedUser	saved;
+
+	abp_become_table_owner(table->owner, &saved);
+	settings_for_ids();
+	SPI_connect();
+	args[0] = ids_as_array(ids);
+	SPI_execute_with_args(psprintf("SELECT u.id::pg_catalog.int8, u.tableoid, u.ctid FROM %s u"
+								   " WHERE u.id OPERATOR(pg_catalog.=) ANY ($1)", table->name),
+						  1, argtypes, args, NULL, true, 0);
+	for (uint64 i = 0; i < SPI_processed; i++)
+	{
+		int64		id = abp_result_int64(i, 1, 0);
+		Relation	rel = table_open(abp_result_oid(i, 2), AccessShareLock);
+		bool		isnull;
+
+		CHECK_FOR_INTERRUPTS();
+		if (rel->rd_tableam != GetHeapamTableAmRoutine() ||
+			is_settled(rel, (ItemPointer) DatumGetPointer(abp_result_datum(i, 3, &isnull))))
+			abp_idset_add(&settled, id, id, caller);
+		table_close(rel, NoLock);
+	}
+	SPI_finish();
+	abp_restore_user(&saved);
+	return settled;
+}
+
+/* The first column of a statement about rows, run as the table's owner. */
+static IdSet
+select_ids(const UsageTable *table, const char *statement, IdSet *ids, bool read_only)
+{
+	MemoryContext caller = CurrentMemoryContext;
+	IdSet		found = {0};
+	Oid			argtypes[1] = {INT8ARRAYOID};
+	Datum		args[1];
+	SavedUser	saved;
+
+	abp_become_table_owner(table->owner, &saved);
+	settings_for_ids();
+	SPI_connect();
+	args[0] = ids_as_array(ids);
+	if (SPI_execute_with_args(psprintf(statement, table->name), 1, argtypes, args, NULL,
+							  read_only, 0) < 0)
+		elog(ERROR, "unexpected result of looking at usage rows");
+	for (uint64 i = 0; i < SPI_processed; i++)
+	{
+		int64		id = abp_result_int64(i, 1, 0);
+
+		abp_idset_add(&found, id, id, caller);
+	}
+	SPI_finish();
+	abp_restore_user(&saved);
+	abp_idset_sort(&found);
+	return found;
+}
+
+/*
+ * Lock rows against changes until the transaction ends; those that others are
+ * changing are waited for or passed over.  Returns the ids of the rows that we
+ * have, in the current memory context.
+ */
+IdSet
+abp_rows_lock(const UsageTable *table, IdSet *ids, bool wait)
+{
+#define LOCK_ROWS \
+	"SELECT u.id::pg_catalog.int8 FROM %s u WHERE u.id OPERATOR(pg_catalog.=) ANY ($1) FOR NO KEY UPDATE"
+
+	return select_ids(table, wait ? LOCK_ROWS : LOCK_ROWS " SKIP LOCKED", ids, false);
+}
+
+/*
+ * The ids of which there is a row, in the current memory context.
+ */
+IdSet
+abp_rows_visible(const UsageTable *table, IdSet *ids)
+{
+	return select_ids(table, "SELECT u.id::pg_catalog.int8 FROM %s u WHERE u.id OPERATOR(pg_catalog.=) ANY ($1)", ids, false);
+}
+
+/*
+ * The ids of several rows, by the active snapshot, in the current memory
+ * context.
+ */
+IdSet
+abp_rows_shared(const UsageTable *table, IdSet *ids)
+{
+	return select_ids(table, "SELECT u.id::pg_catalog.int8 FROM %s u WHERE u.id OPERATOR(pg_catalog.=) ANY ($1)"
+					  " GROUP BY u.id HAVING pg_catalog.count(*) OPERATOR(pg_catalog.>) 1", ids, true);
+}
+
+/*
+ * Price rows anew: an UPDATE that the table's own trigger turns into new
+ * costs (triggers.c).  Returns the ids of the rows that there are.
+ */
+IdSet
+abp_rows_reprice(const UsageTable *table, IdSet *ids)
+{
+	return select_ids(table, "UPDATE %s u SET cost_status = u.cost_status"
+					  " WHERE u.id OPERATOR(pg_catalog.=) ANY ($1) RETURNING u.id::pg_catalog.int8", ids, false);
+}

@@ -1,0 +1,32 @@
+/*-------------------------------------------------------------------------
+ *
+ * rows.h
+ *	  Usage rows, read and locked by their ids, as their table's owner.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef ABP_ROWS_H
+#define ABP_ROWS_H
+
+#include "postgres.h"
+
+#include "nodes/pg_list.h"
+#include "utils/jsonb.h"
+
+#include "base/idset.h"
+#include "base/usage_row.h"
+#include "queue/attachment.h"
+
+/* Returns whether to go on. */
+typedef bool (*UsageRowCallback) (const UsageRow *row, Jsonb *whole, void *arg);
+
+extern void abp_rows_forget_plans_except(List *tables);
+extern uint64 abp_rows_read(const UsageTable *table, IdSet *ids, bool whole,
+							UsageRowCallback callback, void *arg);
+extern IdSet abp_rows_settled(const UsageTable *table, IdSet *ids);
+extern IdSet abp_rows_lock(const UsageTable *table, IdSet *ids, bool wait);
+extern IdSet abp_rows_visible(const UsageTable *table, IdSet *ids);
+extern IdSet abp_rows_shared(const UsageTable *table, IdSet *ids);
+extern IdSet abp_rows_reprice(const UsageTable *table, IdSet *ids);
+
+#endif							/* ABP_ROWS_H */

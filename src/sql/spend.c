@@ -608,6 +608,7 @@ abp_sql_spend(PG_FUNCTION_ARGS)
 {
 	Oid			relid;
 	Spend		spend = {{NULL}};
+	ShareKey	key = {{0}};
 	RollupRange range = {.level = ROLLUP_DAILY,.by_customer = true,.to_day = DATEVAL_NOEND};
 	TupleDesc	desc;
 	Datum		values[4];
@@ -632,10 +633,8 @@ abp_sql_spend(PG_FUNCTION_ARGS)
 	read_pending(table, add_spent, &spend);
 
 	range.usage_table = relid;
-	range.customer = abp_rollup_customer(&(ShareKey)
-										 {
-											 .external_customer_id = spend.customer
-										 });
+	key.external_customer_id = spend.customer;
+	range.customer = abp_rollup_customer(&key);
 	range.from_day = spend.from_day;
 	abp_rollup_read(&range, add_spent_before, &spend);
 

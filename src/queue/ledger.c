@@ -466,12 +466,9 @@ abp_ledger_age(Oid usage_table)
 	int32		age;
 	SavedUser	saved;
 
-	abp_become_extension_owner(&saved);
-	SPI_connect();
-	(void) abp_statement_run(&youngest, values, NULL);
+	(void) abp_statement_open(&youngest, values, NULL, &saved);
 	age = DatumGetInt32(abp_result_datum(0, 1, &isnull));
-	SPI_finish();
-	abp_restore_user(&saved);
+	abp_statement_close(&saved);
 	return age;
 }
 

@@ -40,6 +40,7 @@
 #include "compat.h"
 #include "polar/server.h"
 #include "queue/attachment.h"
+#include "queue/corrections.h"
 #include "queue/entry.h"
 #include "queue/ledger.h"
 #include "queue/outbox.h"
@@ -47,6 +48,7 @@
 #include "queue/wake.h"
 #include "usage/attach.h"
 #include "usage/collect.h"
+#include "usage/correct.h"
 #include "usage/row.h"
 #include "usage/rows.h"
 
@@ -480,6 +482,7 @@ enqueue_existing(Oid relid, bool was_attached)
 	abp_outbox_put(&priced, 1);
 	abp_outbox_put(&unpriced, 1);
 	abp_outbox_put(&maybe_sent, 1);
+	abp_correct_note_existing(table);
 }
 
 static void
@@ -659,6 +662,7 @@ abp_sql_on_sql_drop(PG_FUNCTION_ARGS)
 		int64		count;
 
 		abp_rollup_forget(relid);
+		abp_corrections_forget(relid);
 		if (!abp_usage_table_attached(relid, &serverid, &ledger_from))
 			continue;
 		count = abp_outbox_discard(relid);

@@ -26,7 +26,9 @@ REGRESS_OPTS = --load-extension=$(EXTENSION) --encoding=UTF8 --no-locale
 
 ISOLATION = \
 	prices \
-	delivery
+	prices_prepared \
+	delivery \
+	corrections
 ISOLATION_OPTS = --load-extension=$(EXTENSION) --encoding=UTF8 --no-locale
 
 # TAP tests start servers of their own, for minutes and not as root: "make prove_installcheck" runs them,

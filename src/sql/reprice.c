@@ -31,6 +31,7 @@
 #include "usage/collect.h"
 #include "usage/correct.h"
 #include "usage/fate.h"
+#include "usage/priced.h"
 #include "usage/rows.h"
 #include "usage/triggers.h"
 

@@ -29,6 +29,7 @@
 #include "base/text_view.h"
 #include "compat.h"
 #include "queue/ledger.h"
+#include "queue/shares.h"
 
 /* In how many deliveries that are summed up the last error is looked for. */
 #define LEDGER_ERRORS 1000
@@ -262,6 +263,8 @@ abp_ledger_finish(Delivery *delivery, const char *state, const char *error)
 		values[7] = PointerGetDatum(abp_reason_text(error));
 
 	abp_statement_run_alone(&finish, values, nulls);
+	if (strcmp(state, "delivered") != 0)
+		abp_share_drop(delivery->id);
 }
 
 /* What event_keys has written, in the current memory context; NULL if nothing. */

@@ -46,6 +46,9 @@ typedef struct Delivery
 	int64	   *event_ids;		/* the row of each event */
 	IdSet		key_ids;		/* the rows of the first request, and for each */
 	uint32	   *keys;			/* the checksum of its external_id, or NULL */
+	bytea	   *share;			/* what its rows add up to, NULL: not known */
+	bool		knows_counted;	/* is "counted" known? */
+	IdSet		counted;		/* rows that another delivery counts already */
 	StringInfoData body;
 	int64		inserted;
 	int64		duplicates;

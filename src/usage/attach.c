@@ -43,6 +43,7 @@
 #include "queue/entry.h"
 #include "queue/ledger.h"
 #include "queue/outbox.h"
+#include "queue/shares.h"
 #include "queue/wake.h"
 #include "usage/attach.h"
 #include "usage/collect.h"
@@ -639,6 +640,7 @@ abp_sql_on_sql_drop(PG_FUNCTION_ARGS)
 		int64		ledger_from;
 		int64		count;
 
+		abp_rollup_forget(relid);
 		if (!abp_usage_table_attached(relid, &serverid, &ledger_from))
 			continue;
 		count = abp_outbox_discard(relid);

@@ -329,6 +329,13 @@ says(q{INSERT INTO usage (provider, model, external_customer_id, input_tokens) V
 says(q{INSERT INTO usage (provider, model, external_customer_id, input_tokens) SELECT 'openai', 'gpt-5', 'c', 10 FROM generate_series(1, 100)},
 	qr/\A(?:(?!WARNING).)*WARNING(?:(?!WARNING).)*\z/s, 'it is said once');
 
+# Models that are named in another way than the provider names them, and a row that says nothing.
+says(q{INSERT INTO usage (provider, model, external_customer_id, input_tokens, output_tokens) VALUES ('anthropic', 'claude-4.5-sonnet', 'c', 1, 1)},
+	qr/perhaps you meant model "claude-sonnet-4-5"/, 'the same words in another order');
+says(q{INSERT INTO usage (provider, model, external_customer_id) VALUES ('openai', 'gpt-5', 'c')},
+	qr/no count, unit or provider_cost is given\nHINT:  UPDATE the row: set its counts/, 'a row without counts');
+sql(q{DELETE FROM usage WHERE cost_nanos IS NULL});
+
 # A server that cannot be reached is not one that refuses.
 $node->wait_settled;
 $polar->stop;

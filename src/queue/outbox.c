@@ -85,18 +85,12 @@ read_removals(IdBlock *block, Oid usage_table, char state, int64 id)
 	while ((tuple = abp_scan_next(&scan)) != NULL &&
 		   BLOCK_OF(ENTRY_FORM(tuple)->id) == block->first)
 	{
+		IdWalk		walk = {0};
 		IdSet		ids = abp_entry_ids(tuple, RelationGetDescr(scan.rel));
 
 		block->any = true;
-		for (int i = 0; i < ids.nranges; i++)
-		{
-			for (int64 at = ids.ranges[i].first; at - block->first <= ids.ranges[i].last - block->first; at++)
-			{
-				block->removed[at - block->first]++;
-				if (at == ids.ranges[i].last)
-					break;
-			}
-		}
+		while (abp_idset_walk(&ids, &walk))
+			block->removed[walk.id - block->first]++;
 		abp_idset_free(&ids);
 	}
 	abp_scan_end(&scan);
@@ -106,19 +100,15 @@ read_removals(IdBlock *block, Oid usage_table, char state, int64 id)
 static IdSet
 left_of(const IdSet *ids, IdBlock *block)
 {
+	IdWalk		walk = {0};
 	IdSet		left = {0};
 
-	for (int i = 0; i < ids->nranges; i++)
+	while (abp_idset_walk(ids, &walk))
 	{
-		for (int64 id = ids->ranges[i].first;; id++)
-		{
-			if (block->removed[id - block->first] > 0)
-				block->removed[id - block->first]--;
-			else
-				abp_idset_add(&left, id, id, CurrentMemoryContext);
-			if (id == ids->ranges[i].last)
-				break;
-		}
+		if (block->removed[walk.id - block->first] > 0)
+			block->removed[walk.id - block->first]--;
+		else
+			abp_idset_add(&left, walk.id, walk.id, CurrentMemoryContext);
 	}
 	return left;
 }
@@ -259,6 +249,22 @@ sum_up_not_queued(Oid usage_table)
 }
 
 /*
+ * A partition that abp_outbox_peek has told of has been looked at.
+ */
+void
+abp_outbox_forget_partition(Oid usage_table, Oid partition)
+{
+	static Statement forget = {
+		"DELETE FROM aibilling.outbox_entry WHERE usage_table = $1 AND state = 'v'"
+		" AND not_before = '-infinity' AND coalesce(ids, int8multirange(int8range(id, id, '[]'))) @> $2",
+		2, {REGCLASSOID, INT8OID}
+	};
+	Datum		values[2] = {ObjectIdGetDatum(usage_table), Int64GetDatum(partition)};
+
+	abp_statement_run_alone(&forget, values, NULL);
+}
+
+/*
  * Bring a table's entries in order: UPDATE and DELETE of usage rows only note
  * what is to be taken out of them.  For the shipper, before it reads them, by
  * the active snapshot.  Returns false if there is more to do than max_removals,
@@ -377,6 +383,22 @@ abp_outbox_take_entry(const OutboxEntry *entry)
 	return taken;
 }
 
+/* The id of the first or the last of a table's entries in one state, of which there are some. */
+static int64
+id_at_end(Oid usage_table, char state, ScanDirection direction)
+{
+	OrderedScan scan;
+	HeapTuple	tuple;
+	int64		id;
+
+	abp_entry_scan_begin_at(&scan, usage_table, state, BTGreaterEqualStrategyNumber, F_INT8GE,
+							PG_INT64_MIN, GetActiveSnapshot());
+	tuple = systable_getnext_ordered(scan.scan, direction);
+	id = tuple == NULL ? 0 : ENTRY_FORM(tuple)->id;
+	abp_scan_end(&scan);
+	return id;
+}
+
 /* Count a table's entries in one state, or removals from it; see below. */
 static int64
 count_ids(Oid usage_table, char state, int64 exact_limit, bool *estimated, int64 *first_id)
@@ -386,6 +408,7 @@ count_ids(Oid usage_table, char state, int64 exact_limit, bool *estimated, int64
 	int64		count = 0;
 	int64		lowest = PG_INT64_MAX;
 	int64		highest = PG_INT64_MIN;
+	bool		more;
 
 	abp_entry_scan_begin(&scan, usage_table, state, PG_INT64_MIN, DT_NOEND, AccessShareLock);
 	while (count < exact_limit && (tuple = abp_scan_next(&scan)) != NULL)
@@ -398,28 +421,21 @@ count_ids(Oid usage_table, char state, int64 exact_limit, bool *estimated, int64
 		count += abp_idset_count(&ids);
 		abp_idset_free(&ids);
 	}
+	more = count >= exact_limit && abp_scan_next(&scan) != NULL;
 	abp_scan_end(&scan);
 	if (first_id != NULL && count > 0)
 		*first_id = lowest;
 
-	/* Anything behind?  Then its end tells how much, about. */
-	if (count >= exact_limit)
+	/* The ids that lie beyond those counted tell how many more, about. */
+	if (more)
 	{
-		int64		last = PG_INT64_MIN;
+		float8		density = (float8) count / ((float8) highest - (float8) lowest + 1);
+		float8		beyond = (float8) id_at_end(usage_table, state, BackwardScanDirection) - (float8) highest;
 
-		abp_entry_scan_begin_at(&scan, usage_table, state, BTGreaterEqualStrategyNumber, F_INT8GE,
-								PG_INT64_MIN, GetActiveSnapshot());
-		tuple = systable_getnext_ordered(scan.scan, BackwardScanDirection);
-		if (tuple != NULL)
-			last = ENTRY_FORM(tuple)->id;
-		abp_scan_end(&scan);
-		if (last > highest)
-		{
-			float8		density = (float8) count / ((float8) highest - (float8) lowest + 1);
-
-			*estimated = true;
-			count += (int64) Min(((float8) last - (float8) highest) * density, 1e15);
-		}
+		if (state == OUTBOX_WAITING)
+			beyond += (float8) lowest - (float8) id_at_end(usage_table, state, ForwardScanDirection);
+		*estimated = true;
+		count += (int64) Min(Max(beyond, 0) * density, 1e15);
 	}
 	return count;
 }
@@ -454,7 +470,7 @@ counted_ids(HeapTuple tuple, TupleDesc desc)
 
 	CHECK_FOR_INTERRUPTS();
 	abp_idset_free(&ids);
-	return state == OUTBOX_NOT_QUEUED ? 0 : OUTBOX_IS_REMOVAL(state) ? -count : count;
+	return state == OUTBOX_NOT_QUEUED || state == OUTBOX_PARTITIONS ? 0 : OUTBOX_IS_REMOVAL(state) ? -count : count;
 }
 
 /*

@@ -86,9 +86,14 @@ event_keys(const Delivery *delivery)
 	bytea	   *keys = palloc(VARHDRSZ + count * sizeof(uint32));
 	char	   *at = VARDATA(keys);
 
+	/* Of a delivery of an older version they are not known: none, not zeros. */
+	if (delivery->keys == NULL)
+	{
+		SET_VARSIZE(keys, VARHDRSZ);
+		return PointerGetDatum(keys);
+	}
 	SET_VARSIZE(keys, VARHDRSZ + count * sizeof(uint32));
-	if (delivery->keys != NULL &&
-		abp_idset_count(unconstify(IdSet *, &delivery->key_ids)) == count)
+	if (abp_idset_count(unconstify(IdSet *, &delivery->key_ids)) == count)
 	{
 		memcpy(at, delivery->keys, count * sizeof(uint32));
 		return PointerGetDatum(keys);

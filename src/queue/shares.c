@@ -127,7 +127,10 @@ abp_share_load_counted(int64 delivery, IdSet *counted)
 	abp_become_extension_owner(&saved);
 	SPI_connect();
 	known = abp_statement_run(&load, values, NULL) > 0;
-	*counted = known ? abp_result_idset(0, 1, caller) : (IdSet) {0};
+	if (known)
+		*counted = abp_result_idset(0, 1, caller);
+	else
+		memset(counted, 0, sizeof(IdSet));
 	SPI_finish();
 	abp_restore_user(&saved);
 	return known;
@@ -175,7 +178,7 @@ read_shares(Statement *statement, Datum *values)
  * The shares of a table that are not in the rollup yet, by the active
  * snapshot: a list of Share in the current memory context.
  */
-List *
+List	   *
 abp_shares_of(Oid usage_table)
 {
 	static Statement of_table = {
@@ -195,7 +198,7 @@ abp_shares_of(Oid usage_table)
  * those whose sums are not known.  A list of Share in the current memory
  * context.
  */
-List *
+List	   *
 abp_shares_to_fold(int64 from_delivery, int max_shares, bool unknown)
 {
 	static Statement next = {

@@ -373,6 +373,7 @@ static Datum
 text_or_null(TextView text, bool *isnull)
 {
 	*isnull = text.data == NULL;
+
 	return *isnull ? (Datum) 0 : PointerGetDatum(cstring_to_text_with_len(text.data, text.len));
 }
 
@@ -609,6 +610,7 @@ abp_sql_spend(PG_FUNCTION_ARGS)
 	Oid			relid;
 	Spend		spend = {{NULL}};
 	RollupRange range = {.level = ROLLUP_DAILY,.by_customer = true,.to_day = DATEVAL_NOEND};
+	ShareKey	key = {0};
 	TupleDesc	desc;
 	Datum		values[4];
 	bool		nulls[4] = {false};
@@ -632,10 +634,8 @@ abp_sql_spend(PG_FUNCTION_ARGS)
 	read_pending(table, add_spent, &spend);
 
 	range.usage_table = relid;
-	range.customer = abp_rollup_customer(&(ShareKey)
-										 {
-											 .external_customer_id = spend.customer
-										 });
+	key.external_customer_id = spend.customer;
+	range.customer = abp_rollup_customer(&key);
 	range.from_day = spend.from_day;
 	abp_rollup_read(&range, add_spent_before, &spend);
 

@@ -1841,8 +1841,27 @@ LANGUAGE c STABLE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'abp_sql_spend';
 COMMENT ON FUNCTION aibilling.spend(regclass, text, timestamptz) IS
 'What a customer (as sent) has cost since a day, that of "since" in UTC: cost_cents of all rows that are delivered, in flight or queued, pending_cents of those that are not delivered yet, unpriced the number of rows without a cost. What the calling transaction has inserted counts. Needs SELECT on the table';
 
+CREATE FUNCTION aibilling.close_check(
+	usage regclass,
+	period_end timestamptz DEFAULT date_trunc('month', now(), 'UTC'),
+	OUT state text,
+	OUT rows bigint,
+	OUT cents numeric,
+	OUT oldest timestamptz)
+RETURNS SETOF record
+LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'abp_sql_close_check';
+COMMENT ON FUNCTION aibilling.close_check(regclass, timestamptz) IS
+'The rows of before period_end (default: of before this month, UTC) that are not delivered, by state as in aibilling.usage_status(): how many, their known cost in cents, the time of the oldest. For the table''s owner and pg_monitor';
+
+CREATE FUNCTION aibilling.close_warning(usage regclass, at timestamptz DEFAULT clock_timestamp()) RETURNS text
+LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'abp_sql_close_warning';
+COMMENT ON FUNCTION aibilling.close_warning(regclass, timestamptz) IS
+'What aibilling.status says, from six hours before the end of a month (UTC) to a day after it, of rows that would miss its invoice; NULL: nothing. Looks at 10,000 rows of each state at most';
+
 GRANT EXECUTE ON FUNCTION
 	aibilling.usage_daily(regclass, date, date),
 	aibilling.usage_by(regclass, text, date, date),
-	aibilling.spend(regclass, text, timestamptz)
+	aibilling.spend(regclass, text, timestamptz),
+	aibilling.close_check(regclass, timestamptz),
+	aibilling.close_warning(regclass, timestamptz)
 TO PUBLIC;

@@ -473,6 +473,31 @@ abp_ledger_has(Oid usage_table, int64 id, int64 ledger_from)
 	return found;
 }
 
+/* The ids of all deliveries that a statement finds, in the current memory context. */
+static IdSet
+ids_of(Statement *statement, Datum *values)
+{
+	IdSet		all = {0};
+	MemoryContext caller = CurrentMemoryContext;
+	uint64		n;
+	SavedUser	saved;
+
+	abp_become_extension_owner(&saved);
+	SPI_connect();
+	n = abp_statement_run(statement, values, NULL);
+	for (uint64 i = 0; i < n; i++)
+	{
+		IdSet		ids = abp_result_idset(i, 1, CurrentMemoryContext);
+
+		abp_idset_add_set(&all, &ids, caller);
+		abp_idset_free(&ids);
+	}
+	SPI_finish();
+	abp_restore_user(&saved);
+	abp_idset_sort(&all);
+	return all;
+}
+
 /*
  * All ids of a table that are in flight or delivered since its last TRUNCATE,
  * in the current memory context.
@@ -486,25 +511,23 @@ abp_ledger_ids(Oid usage_table, int64 ledger_from)
 		2, {REGCLASSOID, INT8OID}
 	};
 	Datum		values[2] = {ObjectIdGetDatum(usage_table), Int64GetDatum(ledger_from)};
-	IdSet		all = {0};
-	MemoryContext caller = CurrentMemoryContext;
-	uint64		n;
-	SavedUser	saved;
 
-	abp_become_extension_owner(&saved);
-	SPI_connect();
-	n = abp_statement_run(&known, values, NULL);
-	for (uint64 i = 0; i < n; i++)
-	{
-		IdSet		ids = abp_result_idset(i, 1, CurrentMemoryContext);
+	return ids_of(&known, values);
+}
 
-		abp_idset_add_set(&all, &ids, caller);
-		abp_idset_free(&ids);
-	}
-	SPI_finish();
-	abp_restore_user(&saved);
-	abp_idset_sort(&all);
-	return all;
+/*
+ * All ids of a table that are in flight, in the current memory context.
+ */
+IdSet
+abp_ledger_sending_ids(Oid usage_table)
+{
+	static Statement sending = {
+		"SELECT d.usage_ids FROM aibilling.ledger d WHERE d.usage_table = $1 AND d.state = 'sending'",
+		1, {REGCLASSOID}
+	};
+	Datum		values[1] = {ObjectIdGetDatum(usage_table)};
+
+	return ids_of(&sending, values);
 }
 
 /*

@@ -26,6 +26,7 @@ REGRESS_OPTS = --load-extension=$(EXTENSION) --encoding=UTF8 --no-locale
 
 ISOLATION = \
 	prices \
+	prices_prepared \
 	delivery
 ISOLATION_OPTS = --load-extension=$(EXTENSION) --encoding=UTF8 --no-locale
 

@@ -1704,6 +1704,23 @@ GRANT EXECUTE ON FUNCTION
 TO PUBLIC;
 
 -- ---------------------------------------------------------------------------
+-- The first hour
+-- ---------------------------------------------------------------------------
+
+CREATE FUNCTION aibilling.check_setup(
+	OUT step integer, OUT item text, OUT ok boolean, OUT wrong text, OUT fix text) RETURNS SETOF record
+LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'abp_sql_check_setup'
+ROWS 20;
+COMMENT ON FUNCTION aibilling.check_setup() IS
+'What must be right before usage is billed, one row a thing, in the order in which people set it up: whether it is right (NULL: not known yet, or not for the caller to know), what is wrong, and what fixes it, an SQL statement if it ends in a semicolon, else a command for a shell on the database server. Sends each server a request without events, which stores nothing; a token is tried for whoever may set it, and takes up to 10 seconds where Polar is not reached';
+GRANT EXECUTE ON FUNCTION aibilling.check_setup() TO PUBLIC;
+COMMENT ON FUNCTION aibilling.usage_status(regclass, bigint) IS
+'Where a usage row stands: state pending, unpriced, rejected, sending, delivered, not_sent (loaded, or there before the table was attached) or no_row (there is none of this id), the delivery, when it was last sent, how often it was tried, and the last error';
+COMMENT ON COLUMN aibilling.status.last_error IS
+'Error of the last delivery that had one, with its time if a delivery has succeeded since';
+COMMENT ON COLUMN aibilling.status.rejected IS 'Rows that cannot be sent until they are fixed; see aibilling.outbox';
+
+-- ---------------------------------------------------------------------------
 -- Sight: what each customer costs
 -- ---------------------------------------------------------------------------
 
@@ -1909,7 +1926,7 @@ LANGUAGE sql IMMUTABLE PARALLEL SAFE
 SET search_path = pg_catalog, pg_temp
 AS $$
 	SELECT CASE WHEN value <= 0 THEN 1 ELSE (
-		SELECT min(step * p.power) FROM unnest('{1,1.5,2,3,4,5,6,8,10}'::numeric[]) step WHERE step * p.power >= value) END
+		SELECT min(step * p.power) FROM unnest('{1.2,1.6,2,2.4,3.2,4,6,8,10}'::numeric[]) step WHERE step * p.power >= value) END
 	FROM (SELECT CASE WHEN value <= 0 THEN 1 ELSE 10::numeric ^ floor(log(value)) END AS power) p
 $$;
 COMMENT ON FUNCTION aibilling.axis_top(numeric) IS 'Where an axis ends that is to hold a value: a round number';
@@ -1952,9 +1969,9 @@ SET search_path = pg_catalog, pg_temp
 AS $style$
 	SELECT $css$
 :root { color-scheme: light dark; --page: #f6f7f9; --card: #ffffff; --ink: #16191d; --soft: #59636e; --line: #e1e5ea;
-	--c1: #3451c6; --c2: #0b7285; --c3: #c2410c; --c4: #862e9c; --c5: #2b6a2f; --c6: #6b7280; --good: #1f6f3a; --bad: #b42318 }
+	--c1: #3451c6; --c2: #0b7285; --c3: #c2410c; --c4: #862e9c; --c5: #2b6a2f; --c6: #6b7280; --good: #1f6f3a }
 @media (prefers-color-scheme: dark) { :root { --page: #0f1216; --card: #181c22; --ink: #eceff3; --soft: #a4adb8; --line: #2b313a;
-	--c1: #8ea4ff; --c2: #4cc9dc; --c3: #ff9a5c; --c4: #d9a2f0; --c5: #7fd88a; --c6: #a4adb8; --good: #7fd88a; --bad: #ff9b8f } }
+	--c1: #8ea4ff; --c2: #4cc9dc; --c3: #ff9a5c; --c4: #d9a2f0; --c5: #7fd88a; --c6: #a4adb8; --good: #7fd88a } }
 * { box-sizing: border-box }
 body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
 	font-variant-numeric: tabular-nums; -webkit-print-color-adjust: exact; print-color-adjust: exact }
@@ -1968,7 +1985,7 @@ section, .card { background: var(--card); border: 1px solid var(--line); border-
 section { padding: 22px 24px; margin-bottom: 18px; break-inside: avoid }
 .card { padding: 16px 18px } .card b { display: block; font-size: 27px; line-height: 1.25; letter-spacing: -0.02em; font-weight: 650 }
 .two { display: grid; grid-template-columns: 1fr 1fr; gap: 18px } .two section { margin-bottom: 0 } .two { margin-bottom: 18px }
-.good { color: var(--good) } .bad { color: var(--bad) }
+.good { color: var(--good) } .ink { color: var(--ink); font-weight: 550 }
 svg { display: block; width: 100%; height: auto; overflow: visible } svg text { fill: var(--soft); font-size: 12px }
 svg .grid { stroke: var(--line) } .trend { margin-top: 14px }
 .f1 { fill: var(--c1); background: var(--c1) } .f2 { fill: var(--c2); background: var(--c2) } .f3 { fill: var(--c3); background: var(--c3) }
@@ -1982,14 +1999,14 @@ td { padding: 6px 0 6px 10px; border-top: 1px solid var(--line); text-align: rig
 th:first-child, td:first-child { text-align: left; padding-left: 0 }
 td.name { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; font-weight: 500 }
 td.words { text-align: left; overflow-wrap: anywhere } th.words { text-align: left }
-td svg { height: 10px; border-radius: 3px } .wide { width: 34% } .narrow { width: 17% }
+td svg { height: 10px; border-radius: 3px } .wide { width: 26% } .narrow { width: 17% }
 dl { display: grid; grid-template-columns: 1fr auto; gap: 7px 16px; margin: 14px 0 0 } dt { color: var(--soft) } dd { margin: 0; text-align: right; font-weight: 550 }
 details { margin-top: 12px; font-size: 13px } summary { cursor: pointer; color: var(--soft) } details table { font-size: 13px }
 footer { color: var(--soft); font-size: 12.5px; margin-top: 26px }
 @media (max-width: 760px) { .cards { grid-template-columns: 1fr 1fr } .two { grid-template-columns: 1fr } main { padding: 24px 14px } }
 @page { size: A4; margin: 13mm }
 @media print { :root { color-scheme: light; --page: #fff; --card: #fff; --ink: #16191d; --soft: #59636e; --line: #d5dae0; --c1: #3451c6; --c2: #0b7285;
-	--c3: #c2410c; --c4: #862e9c; --c5: #2b6a2f; --c6: #6b7280; --good: #1f6f3a; --bad: #b42318 }
+	--c3: #c2410c; --c4: #862e9c; --c5: #2b6a2f; --c6: #6b7280; --good: #1f6f3a }
 	body { font-size: 11.5px } main { max-width: none; padding: 0 } .cards, .two { gap: 10px } .card b { font-size: 20px } section { padding: 14px 16px; border-radius: 8px }
 	details:not([open]) { display: none } h1 { font-size: 22px } }
 $css$
@@ -2184,9 +2201,9 @@ BEGIN
 	FROM (
 		SELECT least(place, 11) AS place, CASE WHEN place > 10 THEN 'all others' ELSE min(name) END AS name, sum(cents) AS cents, sum(calls) AS calls
 		FROM (
-			SELECT coalesce(s ->> 'provider' || ' / ', '') || coalesce(s ->> 'model', '(none)') AS name, sum((s ->> 'cost_cents')::numeric) AS cents,
+			SELECT coalesce(s ->> 'model', '(none)') AS name, sum((s ->> 'cost_cents')::numeric) AS cents,
 				sum((s ->> 'usage_rows')::numeric) AS calls, row_number() OVER (ORDER BY sum((s ->> 'cost_cents')::numeric) DESC) AS place
-			FROM jsonb_array_elements(sums) s GROUP BY s ->> 'provider', s ->> 'model'
+			FROM jsonb_array_elements(sums) s GROUP BY s ->> 'model'
 		) AS r
 		GROUP BY least(place, 11), place > 10
 	) AS m;
@@ -2203,9 +2220,9 @@ BEGIN
 		GROUP BY least(place, 11), place > 10
 	) AS c;
 
-	title := aibilling.escape_html(usage::text);
+	title := aibilling.escape_html(regexp_replace(usage::text, '^public\.', ''));
 	compared := CASE WHEN before = 0 THEN format('none in the %s days before', last_day - first_day + 1)
-		ELSE format('<span class="%s">%s %s %%</span> against the %s days before', CASE WHEN all_sums.cents > before THEN 'bad' ELSE 'good' END,
+		ELSE format('<span class="ink">%s %s %%</span> against the %s days before',
 			CASE WHEN all_sums.cents >= before THEN '▲' ELSE '▼' END,
 			to_char(abs(100 * (all_sums.cents - before) / before), 'FM999,999,990.0'), last_day - first_day + 1) END;
 	RETURN format($page$<!DOCTYPE html>

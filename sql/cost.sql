@@ -146,6 +146,14 @@ UPDATE aibilling.price SET input = 5 WHERE model = 'text';
 SELECT sum(aibilling.cost_nanos(provider, model, n)) FROM regress_many;
 ROLLBACK;
 
+-- Factors of many digits: exact, whichever way they are multiplied.
+BEGIN;
+INSERT INTO aibilling.price (provider, model, input, output, discount, multiplier)
+VALUES ('p', 'factors', 1000, 0, 0.123456789, 999999999.999999999), ('p', 'half', 1000, 0, 0.5, 999999999.999999999);
+SELECT model, input, cost_usd, cost_usd = input * 0.001 * 999999999.999999999 * (1 - CASE model WHEN 'half' THEN 0.5 ELSE 0.123456789 END) AS exact
+FROM unnest('{factors,half}'::text[]) model, unnest('{1,1000,9999}'::bigint[]) input, aibilling.cost('p', model, input);
+ROLLBACK;
+
 -- Between units of money, exact.
 SELECT from_unit, to_unit, aibilling.convert_cost(1.230, from_unit, to_unit)
 FROM unnest(ARRAY['base', 'cents', 'micros', 'nanos']) WITH ORDINALITY f (from_unit, a),

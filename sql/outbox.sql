@@ -447,6 +447,96 @@ DELETE FROM aibilling.delivery WHERE id <= 2000;
 SELECT usage_table, in_flight, deliveries FROM wrong;
 ROLLBACK;
 
+--
+-- More than 100,000 rows are estimated, and status says so
+--
+TRUNCATE u;
+CREATE FUNCTION backlog(state "char", blocks int, OUT pending bigint, OUT estimated boolean, OUT unpriced bigint,
+	OUT rejected bigint, OUT status text) LANGUAGE plpgsql AS $$
+BEGIN
+	INSERT INTO aibilling.outbox_entry (usage_table, state, attempts, outcome_unknown, not_before, id, ids)
+	SELECT 'u', backlog.state, 0, false,
+		CASE backlog.state WHEN 'w' THEN '2999-01-01'::timestamptz - make_interval(days => i) ELSE '-infinity' END,
+		i * 1024, int8multirange(int8range(i * 1024, i * 1024 + 1024)) FROM generate_series(1001, 1000 + blocks) i;
+	SELECT s.pending, s.pending_estimated, s.unpriced, s.rejected, substring(s.status FROM '(?:about )?[0-9]+ rows .*')
+	INTO backlog.pending, backlog.estimated, backlog.unpriced, backlog.rejected, backlog.status
+	FROM aibilling.status s WHERE s.usage_table = 'u'::regclass;
+	DELETE FROM aibilling.outbox_entry WHERE usage_table = 'u'::regclass;
+END $$;
+SELECT blocks * 1024 AS rows, b.* FROM unnest('{97,98,99,200}'::int[]) blocks, backlog('p', blocks) b;
+-- Those that wait for a time are counted in its order, here against that of their ids.
+SELECT blocks * 1024 AS rows, b.* FROM unnest('{98,99,200}'::int[]) blocks, backlog('w', blocks) b;
+SELECT blocks * 1024 AS rows, b.* FROM unnest('{98,200}'::int[]) blocks, backlog('u', blocks) b;
+SELECT blocks * 1024 AS rows, b.* FROM unnest('{98,200}'::int[]) blocks, backlog('r', blocks) b;
+DROP FUNCTION backlog;
+
+--
+-- Rows in flight stay what they are
+--
+SELECT ins('flying');
+SELECT ins('waits');
+CALL ship('flying', 'sending');
+UPDATE aibilling.price SET input = 6 WHERE provider = 'acme' AND model = 'm';
+SELECT external_id, state, action FROM aibilling.reprice('u', dry_run => false) JOIN u ON id = usage_id ORDER BY id;
+SELECT external_id, cost_nanos FROM u ORDER BY id;
+-- Nor are they changed because a trigger has just failed the repricing of others.
+CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN RAISE 'not now'; END$$;
+CREATE TRIGGER fail AFTER UPDATE ON u FOR EACH STATEMENT EXECUTE FUNCTION fail();
+UPDATE aibilling.price SET input = 7 WHERE provider = 'acme' AND model = 'm';
+BEGIN;
+SAVEPOINT s;
+SELECT count(*) FROM aibilling.reprice('u', dry_run => false);
+ROLLBACK TO s;
+DROP TRIGGER fail ON u;
+CALL ship('waits', 'delivered');
+UPDATE u SET input_tokens = 1 WHERE external_id = 'waits';
+ROLLBACK;
+UPDATE aibilling.delivery SET state = 'delivered' WHERE state = 'sending';
+DROP TRIGGER fail ON u;
+DROP FUNCTION fail;
+TRUNCATE u;
+UPDATE aibilling.price SET input = 3 WHERE provider = 'acme' AND model = 'm';
+
+--
+-- Rows of partitions, moved and deleted in one transaction
+--
+SET client_min_messages = error;
+CREATE TABLE parted (LIKE u INCLUDING DEFAULTS, region text NOT NULL DEFAULT 'a', PRIMARY KEY (id, region)) PARTITION BY LIST (region);
+CREATE TABLE parted_a PARTITION OF parted FOR VALUES IN ('a');
+CREATE TABLE parted_b PARTITION OF parted FOR VALUES IN ('b');
+CREATE UNIQUE INDEX ON parted_b (external_id);
+SELECT aibilling.attach('parted', 'polar');
+CREATE FUNCTION put(key bigint, place text, name text) RETURNS void LANGUAGE sql AS
+$$INSERT INTO parted (id, region, external_id, provider, model, external_customer_id, input_tokens)
+	VALUES (key, place, name, 'acme', 'm', 'c', 1000)$$;
+CREATE VIEW parted_outbox AS
+	SELECT usage_id, state, external_id FROM aibilling.outbox LEFT JOIN parted ON id = usage_id
+	WHERE usage_table = 'parted'::regclass ORDER BY usage_id;
+SELECT put(n, 'a', 'row ' || n) FROM generate_series(1, 3) n;
+BEGIN;
+UPDATE parted SET tags = '{"a": 1}' WHERE id = 1;
+DELETE FROM parted WHERE id = 1;
+COMMIT;
+BEGIN;
+UPDATE parted SET region = 'b' WHERE id = 2;
+DELETE FROM parted WHERE id = 2;
+COMMIT;
+SELECT * FROM parted_outbox;
+-- A move that fails leaves no mark on another row of the same id.
+SELECT put(4, 'b', 'row 3');
+BEGIN;
+SAVEPOINT s;
+UPDATE parted SET region = 'b' WHERE id = 3;
+ROLLBACK TO s;
+DELETE FROM parted WHERE id = 3;
+SELECT put(3, 'a', 'row 3 again');
+COMMIT;
+SELECT * FROM parted_outbox;
+DROP VIEW parted_outbox;
+DROP FUNCTION put;
+DROP TABLE parted;
+RESET client_min_messages;
+
 -- The extension goes, by the transaction that has inserted a row.
 BEGIN;
 SELECT ins('kept');

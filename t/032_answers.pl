@@ -5,6 +5,7 @@ use warnings;
 use FindBin;
 use lib $FindBin::Bin;
 use AibillingNode;
+use JSON::PP qw(encode_json);
 use POSIX qw(strftime);
 use PolarServer;
 use PostgreSQL::Test::Utils;
@@ -149,7 +150,7 @@ ok($node->wait_status('^idle'), 'and that it is fixed');
 # --- answers that prove nothing, or that the server is ill ---------------------------
 
 round_of($_, { kind => $_ },
-	error => '.', ledger => "sending $_", failure => qr/^1 .*$_/)
+	error => $_, ledger => "sending $_", failure => qr/^1 .*$_/)
   foreach qw(500 502 503 504);
 round_of('503 with Retry-After',
 	{ kind => 'status', status => 503, headers => { 'Retry-After' => '1077' }, body => 'later' },
@@ -256,6 +257,24 @@ is( $node->safe_psql(
 	'indexed_7 indexed_50',
 	'and no others');
 is((grep { $_->{external_id} =~ /^indexed_/ } $polar->events) + 0, 98, 'the rest is delivered');
+
+# Polar lists what either variant of an event lacks: what counts is said of the row's own.
+my $reasons = encode_json({ detail => [ map { { type => $_->[2], loc => [ 'body', 'events', $_->[0], @{ $_->[1] } ], msg => $_->[3], input => undef } }
+	  [ 0, [ 'EventCreateCustomer', 'customer_id' ], 'missing', 'Field required' ],
+	  [ 0, [ 'EventCreateCustomer', 'member_id' ], 'uuid_type', 'of the variant that it is not' ],
+	  [ 0, [ 'EventCreateExternalCustomer', 'external_customer_id' ], 'string_type', 'of its own' ],
+	  [ 1, [ 'EventCreateCustomer', 'customer_id' ], 'uuid_type', 'of its own' ],
+	  [ 1, [ 'EventCreateExternalCustomer', 'external_customer_id' ], 'missing', 'Field required' ],
+	  [ 1, [ 'EventCreateExternalCustomer', 'timestamp' ], 'value_error', 'Value error, Timestamp must be in the past.' ] ] });
+$polar->fault(kind => 'status', status => 422, body => $reasons);
+$node->safe_psql('postgres', q{INSERT INTO usage (external_id, external_customer_id, customer_id, provider_cost)
+VALUES ('variant_1', 'c', NULL, 1), ('variant_2', NULL, '7b1f4b2e-5a3c-4b6d-8e9f-0a1b2c3d4e5f', 1), ('variant_3', 'c', NULL, 1)});
+$polar->wait_for(sub { grep { $_->{external_id} eq 'variant_3' } $polar->events }, 'the third row');
+is( $node->safe_psql('postgres', q{SELECT string_agg(external_id || ' ' || state || ' ' || error, '; ' ORDER BY u.id)
+	FROM usage u JOIN aibilling.outbox o ON usage_table = 'usage'::regclass AND usage_id = u.id WHERE external_id ~ 'variant'}),
+	'variant_1 rejected external_customer_id: of its own (string_type); variant_2 rejected customer_id: of its own (uuid_type)',
+	'a row is refused for what is said of its own variant');
+$node->safe_psql('postgres', q{DELETE FROM usage WHERE external_id IN ('variant_1', 'variant_2')});
 
 # Mended and released.
 $polar->reset(keep => ['events']);

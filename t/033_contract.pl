@@ -63,7 +63,7 @@ END
 my @results = map { $json->decode($_) } split /\n/, $node->safe_psql(
 	'postgres', q{
 SELECT jsonb_build_object('what', c->'what', 'row', c->'row', 'field', c->'field',
-	'accept', c->'accept', 'limit', c->'limit', 'insert', coalesce(c->'insert', 'true'), 'waits', coalesce(c->'waits', 'false'),
+	'accept', c->'accept', 'limit', c->'limit', 'metadata', c->'metadata', 'insert', coalesce(c->'insert', 'true'), 'waits', coalesce(c->'waits', 'false'),
 	'id', c.id, 'error', coalesce(c.error, o.error, p.error), 'state', o.state,
 	'not_before', o.not_before, 'previewed', p.state, 'event', p.event)
 FROM contract c
@@ -97,6 +97,8 @@ foreach my $case (@results)
 		my $answer = by_hand($case->{event});
 		is($answer->{status}, 200, "$what: accepted by Polar")
 		  || diag($answer->{content});
+		is($case->{event}{metadata}{$_}, $case->{metadata}{$_}, "$what: metadata $_")
+		  foreach keys %{ $case->{metadata} // {} };
 		$accepted++;
 	}
 	else
@@ -194,8 +196,8 @@ foreach my $case (grep { !$_->{accept} && $_->{insert} } @results)
 
 # In the end the worker delivers what was accepted, and nothing else.
 $node->safe_psql('postgres', 'SELECT aibilling.resume()');
-$node->poll_query_until('postgres',
-	"SELECT sum(inserted) = $accepted FROM aibilling.delivery")
+ok($node->poll_query_until('postgres', "SELECT sum(inserted) = $accepted FROM aibilling.delivery"),
+	'what is accepted is delivered')
   or diag($node->diagnosis);
 is($node->ledger("count(*) FILTER (WHERE http_status <> 200)"), '0',
 	'the worker was never refused');

@@ -651,7 +651,11 @@ add_delivery(LedgerTotals *totals, HeapTuple tuple, TupleDesc desc, bool summed_
 		totals->vanished += DatumGetInt64(VALUE(vanished));
 	}
 	if (totals->last_error == NULL && !IS_NULL(error))
+	{
 		totals->last_error = TextDatumGetCString(VALUE(error));
+		totals->last_error_at = IS_NULL(finished_at) ? DT_NOEND :
+			DatumGetTimestampTz(VALUE(finished_at));
+	}
 
 #undef VALUE
 #undef IS_NULL
@@ -681,6 +685,7 @@ abp_ledger_totals(Oid usage_table, LedgerTotals *totals)
 
 	memset(totals, 0, sizeof(*totals));
 	totals->last_delivery = DT_NOBEGIN;
+	totals->last_error_at = DT_NOEND;
 	PushActiveSnapshot(GetLatestSnapshot());
 	add_summed_up(usage_table, totals, &up_to, &all_up_to);
 

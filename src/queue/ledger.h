@@ -27,6 +27,7 @@ typedef struct LedgerTotals
 	int64		vanished;
 	TimestampTz last_delivery;	/* DT_NOBEGIN: none */
 	char	   *last_error;		/* NULL: none */
+	TimestampTz last_error_at;	/* DT_NOEND: it is being sent still */
 } LedgerTotals;
 
 /* A row of the ledger: one batch of events. */

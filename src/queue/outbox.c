@@ -377,6 +377,22 @@ abp_outbox_take_entry(const OutboxEntry *entry)
 	return taken;
 }
 
+/* The id of the first or the last of a table's entries in one state, of which there are some. */
+static int64
+id_at_end(Oid usage_table, char state, ScanDirection direction)
+{
+	OrderedScan scan;
+	HeapTuple	tuple;
+	int64		id;
+
+	abp_entry_scan_begin_at(&scan, usage_table, state, BTGreaterEqualStrategyNumber, F_INT8GE,
+							PG_INT64_MIN, GetActiveSnapshot());
+	tuple = systable_getnext_ordered(scan.scan, direction);
+	id = tuple == NULL ? 0 : ENTRY_FORM(tuple)->id;
+	abp_scan_end(&scan);
+	return id;
+}
+
 /* Count a table's entries in one state, or removals from it; see below. */
 static int64
 count_ids(Oid usage_table, char state, int64 exact_limit, bool *estimated, int64 *first_id)
@@ -386,6 +402,7 @@ count_ids(Oid usage_table, char state, int64 exact_limit, bool *estimated, int64
 	int64		count = 0;
 	int64		lowest = PG_INT64_MAX;
 	int64		highest = PG_INT64_MIN;
+	bool		more;
 
 	abp_entry_scan_begin(&scan, usage_table, state, PG_INT64_MIN, DT_NOEND, AccessShareLock);
 	while (count < exact_limit && (tuple = abp_scan_next(&scan)) != NULL)
@@ -398,28 +415,21 @@ count_ids(Oid usage_table, char state, int64 exact_limit, bool *estimated, int64
 		count += abp_idset_count(&ids);
 		abp_idset_free(&ids);
 	}
+	more = count >= exact_limit && abp_scan_next(&scan) != NULL;
 	abp_scan_end(&scan);
 	if (first_id != NULL && count > 0)
 		*first_id = lowest;
 
-	/* Anything behind?  Then its end tells how much, about. */
-	if (count >= exact_limit)
+	/* The ids that lie beyond those counted tell how many more, about. */
+	if (more)
 	{
-		int64		last = PG_INT64_MIN;
+		float8		density = (float8) count / ((float8) highest - (float8) lowest + 1);
+		float8		beyond = (float8) id_at_end(usage_table, state, BackwardScanDirection) - (float8) highest;
 
-		abp_entry_scan_begin_at(&scan, usage_table, state, BTGreaterEqualStrategyNumber, F_INT8GE,
-								PG_INT64_MIN, GetActiveSnapshot());
-		tuple = systable_getnext_ordered(scan.scan, BackwardScanDirection);
-		if (tuple != NULL)
-			last = ENTRY_FORM(tuple)->id;
-		abp_scan_end(&scan);
-		if (last > highest)
-		{
-			float8		density = (float8) count / ((float8) highest - (float8) lowest + 1);
-
-			*estimated = true;
-			count += (int64) Min(((float8) last - (float8) highest) * density, 1e15);
-		}
+		if (state == OUTBOX_WAITING)
+			beyond += (float8) lowest - (float8) id_at_end(usage_table, state, ForwardScanDirection);
+		*estimated = true;
+		count += (int64) Min(Max(beyond, 0) * density, 1e15);
 	}
 	return count;
 }

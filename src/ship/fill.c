@@ -588,7 +588,9 @@ abp_fill_shipment(Shipment *shipment, const UsageTable *table,
 				.context = CurrentMemoryContext
 		};
 		read_batch(&filling, &wanted, whole);
-		more = shared_ids(&filling);
+		/* A batch that has become full has not read all of their rows. */
+		more = filling.full && taken_from != 0 ? abp_rows_shared(table, &wanted) :
+			shared_ids(&filling);
 		if (more.nranges == 0)
 			break;
 		abp_idset_add_set(&shared, &more, CurrentMemoryContext);

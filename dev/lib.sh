@@ -285,6 +285,16 @@ need_chromium() {
 		install chromium fonts-dejavu-core >/dev/null
 }
 
+# Prometheus' promtool and the exporter, for t/083_monitoring.pl.
+need_monitoring() {
+	command -v promtool >/dev/null && command -v prometheus-postgres-exporter >/dev/null && return
+	command -v apt-get >/dev/null || die "missing: prometheus, prometheus-postgres-exporter"
+	refresh_packages
+	say "== installing prometheus-postgres-exporter and promtool"
+	as_admin env DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends -o Dpkg::Use-Pty=0 \
+		install prometheus prometheus-postgres-exporter >/dev/null
+}
+
 # chromium_headless OPTION...: without a screen, a network or a profile that stays.
 chromium_headless() {
 	local log=$work/chromium.log

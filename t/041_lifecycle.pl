@@ -282,7 +282,7 @@ sub places
 		qr/^no worker: this server is a standby/, 'and says why');
 	my ($status, undef, $stderr) = $standby->psql('app', 'CALL aibilling.sync()');
 	isnt($status, 0, 'sync() fails on a standby');
-	like($stderr, qr/recovery|standby|read-only/, 'for the reason that it is one');
+	like($stderr, qr/ERROR:  cannot execute .* during recovery|STANDBY/, 'for the reason that it is one');
 	is($polar->summary->{arrived}, $arrived, 'nothing was sent by it');
 
 	$primary->stop('immediate');

@@ -58,8 +58,7 @@ subtest 'attempts of a batch that is halved, and of rows that go back' => sub {
 	becomes("SELECT count(*) = 2 FROM aibilling.outbox WHERE usage_table = 'halved'::regclass AND state = 'rejected'",
 		't', 'a row of either half is refused');
 	$node->poll_query_until('postgres',
-		"SELECT sum(inserted) = 8 FROM aibilling.delivery WHERE usage_table = 'halved'::regclass")
-	  or diag $node->diagnosis;
+		"SELECT sum(inserted) = 8 FROM aibilling.delivery WHERE usage_table = 'halved'::regclass");
 
 	# The first half goes on with the delivery: refused whole, refused for one row, stored.
 	is(deliveries('halved'), '4 delivered 3, 4 delivered 2', 'requests, by delivery');

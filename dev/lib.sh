@@ -27,7 +27,7 @@ as_admin() {
 	elif command -v sudo >/dev/null; then
 		sudo "$@"
 	else
-		die "must install packages: run this as root, or install sudo"
+		die "packages must be installed: run this as root, or install sudo"
 	fi
 }
 
@@ -89,6 +89,35 @@ refresh_packages() {
 	packages_fresh=1
 }
 
+# watch LOG COMMAND...: runs it with its output in LOG.  Meanwhile, on a terminal, a line that lives: the seconds, and
+# what the log says last.
+watch() {
+	local log=$1 started=$SECONDS pid status=0
+	shift
+	"$@" >"$log" 2>&1 &
+	pid=$!
+	if [ -t 1 ]; then
+		while kill -0 "$pid" 2>/dev/null; do
+			printf '\r\033[K   %3d s  %.60s' "$((SECONDS - started))" "$(tail -c 300 "$log" | tr -c '[:print:]\n' ' ' | tail -n 1)"
+			sleep 0.3
+		done
+		printf '\r\033[K'
+	fi
+	wait "$pid" || status=$?
+	[ "$status" -ne 0 ] || say "   done in $((SECONDS - started)) s"
+	return "$status"
+}
+
+# Debian's package of a server makes a cluster and starts it at once.  We need none, so none is made where there is
+# no server yet; whoever installs another one later gets theirs.
+no_cluster=/etc/postgresql-common/createcluster.d/aibilling-polar-none.conf
+without_cluster() {
+	as_admin sh -c "mkdir -p '$(dirname "$no_cluster")' && echo 'create_main_cluster = false' >'$no_cluster'"
+	as_admin env DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends \
+		-o Dpkg::Use-Pty=0 install "$@" || { as_admin rm -f "$no_cluster"; return 1; }
+	as_admin rm -f "$no_cluster"
+}
+
 # Installs what is missing; asks no network when nothing is.
 install_packages() {
 	local missing=()
@@ -104,10 +133,12 @@ install_packages() {
 	[ "${#missing[@]}" -gt 0 ] || return 0
 	command -v apt-get >/dev/null || die "missing, by the names of Debian's packages: ${missing[*]}"
 	refresh_packages
-	say "== installing ${missing[*]}"
+	say "== installing from the distribution's packages:"
+	printf '%s\n' "${missing[*]}" | fold -s -w 76 | sed 's/^/   /'
+	{ as_admin env LC_ALL=C apt-get --no-install-recommends --assume-no install "${missing[@]}" 2>/dev/null || true; } |
+		sed -n 's/^\(Need to get .*\|After this operation, .*\)$/   \1/p'
 	mkdir -p "$cache"
-	as_admin env DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends \
-		-o Dpkg::Use-Pty=0 install "${missing[@]}" >"$cache/install.log" 2>&1 ||
+	watch "$cache/install.log" without_cluster "${missing[@]}" ||
 		{ tail -n 30 "$cache/install.log" >&2; die "could not install the packages"; }
 	is_complete "$pg_config" || die "$pg_config is not a server with headers (PostgreSQL $major)"
 }
@@ -174,7 +205,14 @@ build_extension() {
 	(cd "$build" && printf '%s\n' src/*.[ch] src/*/*.[ch] sql/*.sql data/*.json) | while read -r file; do
 		[ -f "$file" ] || rm -f "$build/$file"
 	done
-	if ! "${make[@]}" -j "$(nproc)" all >"$log" 2>&1 ||
+	local built=0
+	if ! "${make[@]}" -q all >/dev/null 2>&1; then
+		say "== building the extension"
+		watch "$log" "${make[@]}" -j "$(nproc)" all || built=$?
+	else
+		: >"$log"
+	fi
+	if [ "$built" -ne 0 ] ||
 		! "${make[@]}" pkglibdir="$("$pfx_bin/pg_config" --pkglibdir)" \
 			datadir="$("$pfx_bin/pg_config" --sharedir)" install >>"$log" 2>&1; then
 		grep -A 5 -E '(error|warning):|undefined reference' "$log" >&2 || tail -n 20 "$log" >&2

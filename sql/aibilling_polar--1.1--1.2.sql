@@ -25,7 +25,6 @@ COMMENT ON COLUMN aibilling.delivery.vanished_ids IS
 CREATE TABLE aibilling.ledger (
 	id bigint NOT NULL DEFAULT nextval('aibilling.delivery_id_seq'),
 	event_keys bytea,
-	sums jsonb,
 	PRIMARY KEY (id)
 ) INHERITS (aibilling.delivery) WITH (autovacuum_vacuum_scale_factor = 0.05, toast_tuple_target = 8160);
 ALTER TABLE aibilling.ledger ALTER COLUMN event_keys SET STORAGE MAIN;
@@ -33,8 +32,6 @@ COMMENT ON TABLE aibilling.ledger IS 'Private: the rows of aibilling.delivery';
 COMMENT ON COLUMN aibilling.ledger.id IS 'Number of the delivery';
 COMMENT ON COLUMN aibilling.ledger.event_keys IS
 'While it is being sent: a checksum of each row''s external_id, in the order of the ids, by which a request built again leaves out rows that have come to have the ids since';
-COMMENT ON COLUMN aibilling.ledger.sums IS
-'Room for what the batch adds up to per day (UTC), customer, provider, model and event name';
 DROP INDEX aibilling.delivery_sending, aibilling.delivery_usage_ids;
 CREATE INDEX ledger_sending ON aibilling.ledger (usage_table) WHERE state = 'sending';
 CREATE INDEX ledger_usage_ids ON aibilling.ledger USING gist (usage_ids);
@@ -47,6 +44,9 @@ AS $$
 BEGIN
 	IF TG_TABLE_NAME = 'delivery' THEN
 		INSERT INTO aibilling.ledger SELECT * FROM jsonb_populate_record(NULL::aibilling.ledger, to_jsonb(NEW));
+		IF NEW.state IN ('sending', 'delivered') THEN
+			INSERT INTO aibilling.share (delivery, usage_table) VALUES (NEW.id, NEW.usage_table);
+		END IF;
 	ELSE
 		INSERT INTO aibilling.attachment SELECT * FROM jsonb_populate_record(NULL::aibilling.attachment, to_jsonb(NEW));
 	END IF;
@@ -1701,4 +1701,165 @@ GRANT EXECUTE ON FUNCTION
 	aibilling.changed_price(aibilling.price, jsonb, jsonb),
 	aibilling.price_in_tier(aibilling.price, text, numeric),
 	aibilling.set_price(text, text, numeric, numeric, numeric, numeric, numeric, numeric, numeric, numeric, jsonb, text, timestamptz)
+TO PUBLIC;
+
+-- ---------------------------------------------------------------------------
+-- The first hour
+-- ---------------------------------------------------------------------------
+
+CREATE FUNCTION aibilling.check_setup(
+	OUT step integer, OUT item text, OUT ok boolean, OUT wrong text, OUT fix text) RETURNS SETOF record
+LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'abp_sql_check_setup'
+ROWS 20;
+COMMENT ON FUNCTION aibilling.check_setup() IS
+'What must be right before usage is billed, one row a thing, in the order in which people set it up: whether it is right (NULL: not known yet, or not for the caller to know), what is wrong, and what fixes it, an SQL statement if it ends in a semicolon, else a command for a shell on the database server. Sends each server a request without events, which stores nothing; a token is tried for whoever may set it, and takes up to 10 seconds where Polar is not reached';
+GRANT EXECUTE ON FUNCTION aibilling.check_setup() TO PUBLIC;
+COMMENT ON FUNCTION aibilling.usage_status(regclass, bigint) IS
+'Where a usage row stands: state pending, unpriced, rejected, sending, delivered, not_sent (loaded, or there before the table was attached) or no_row (there is none of this id), the delivery, when it was last sent, how often it was tried, and the last error';
+COMMENT ON COLUMN aibilling.status.last_error IS
+'Error of the last delivery that had one, with its time if a delivery has succeeded since';
+COMMENT ON COLUMN aibilling.status.rejected IS 'Rows that cannot be sent until they are fixed; see aibilling.outbox';
+
+-- ---------------------------------------------------------------------------
+-- Sight: what each customer costs
+-- ---------------------------------------------------------------------------
+
+CREATE TABLE aibilling.share (
+	delivery bigint PRIMARY KEY,
+	usage_table regclass NOT NULL,
+	sums bytea,
+	counted int8multirange
+) WITH (autovacuum_vacuum_scale_factor = 0.05);
+ALTER TABLE aibilling.share ALTER COLUMN sums SET STORAGE EXTERNAL;
+COMMENT ON TABLE aibilling.share IS
+'Private: what the rows of each delivery add up to, until it is in aibilling.rollup';
+COMMENT ON COLUMN aibilling.share.delivery IS 'aibilling.delivery.id';
+COMMENT ON COLUMN aibilling.share.usage_table IS 'The usage table';
+COMMENT ON COLUMN aibilling.share.sums IS
+'The sums, as bytes; NULL: not known, the rows tell (a delivery that is being divided, or of an older version)';
+COMMENT ON COLUMN aibilling.share.counted IS
+'Ids of rows that another delivery counts: they have come back; NULL: not known';
+CREATE INDEX share_usage_table ON aibilling.share (usage_table);
+COMMENT ON INDEX aibilling.share_usage_table IS 'Finds what a table''s functions have to add to the rollup';
+
+CREATE TABLE aibilling.rollup (
+	usage_table regclass NOT NULL,
+	level "char" NOT NULL,
+	customer bigint NOT NULL,
+	day date NOT NULL,
+	key uuid NOT NULL,
+	external_customer_id text,
+	customer_id uuid,
+	provider text,
+	model text,
+	event_name text,
+	usage_rows bigint NOT NULL,
+	input_tokens numeric NOT NULL,
+	cache_read_tokens numeric NOT NULL,
+	cache_write_tokens numeric NOT NULL,
+	output_tokens numeric NOT NULL,
+	reasoning_tokens numeric NOT NULL,
+	cost_nanos numeric NOT NULL,
+	cost_cents numeric NOT NULL,
+	unpriced bigint NOT NULL,
+	PRIMARY KEY (usage_table, level, customer, day, key)
+) WITH (fillfactor = 85, autovacuum_vacuum_scale_factor = 0.05);
+CREATE INDEX rollup_day ON aibilling.rollup (usage_table, day) WHERE level = 'd';
+COMMENT ON INDEX aibilling.rollup_day IS 'Finds the days of a table';
+COMMENT ON TABLE aibilling.rollup IS
+'Private: what delivered rows add up to, for aibilling.usage_daily() and aibilling.spend(); what was delivered last is in aibilling.share';
+COMMENT ON COLUMN aibilling.rollup.usage_table IS 'The usage table';
+COMMENT ON COLUMN aibilling.rollup.level IS
+'d: by all columns; m: by day, provider and model; c: by month (its first day) and customer. Each row''s part is in all three';
+COMMENT ON COLUMN aibilling.rollup.customer IS 'A hash of the customer; 0: none';
+COMMENT ON COLUMN aibilling.rollup.day IS 'UTC';
+COMMENT ON COLUMN aibilling.rollup.key IS 'A hash of what the sums are kept by';
+COMMENT ON COLUMN aibilling.rollup.external_customer_id IS 'The customer as sent';
+COMMENT ON COLUMN aibilling.rollup.customer_id IS 'The customer as sent';
+COMMENT ON COLUMN aibilling.rollup.provider IS 'As in the usage table';
+COMMENT ON COLUMN aibilling.rollup.model IS 'As in the usage table';
+COMMENT ON COLUMN aibilling.rollup.event_name IS 'As in the usage table';
+COMMENT ON COLUMN aibilling.rollup.usage_rows IS 'How many rows';
+COMMENT ON COLUMN aibilling.rollup.input_tokens IS 'Their sum';
+COMMENT ON COLUMN aibilling.rollup.cache_read_tokens IS 'Their sum';
+COMMENT ON COLUMN aibilling.rollup.cache_write_tokens IS 'Their sum, of both kinds';
+COMMENT ON COLUMN aibilling.rollup.output_tokens IS 'Their sum';
+COMMENT ON COLUMN aibilling.rollup.reasoning_tokens IS 'Their sum';
+COMMENT ON COLUMN aibilling.rollup.cost_nanos IS 'Their sum; a cost that is not known adds nothing';
+COMMENT ON COLUMN aibilling.rollup.cost_cents IS 'Their sum; a cost that is not known adds nothing';
+COMMENT ON COLUMN aibilling.rollup.unpriced IS 'Rows without a cost';
+
+-- What an earlier version has delivered is added up in the background.
+INSERT INTO aibilling.share (delivery, usage_table)
+SELECT id, usage_table FROM aibilling.ledger WHERE state IN ('sending', 'delivered');
+
+SELECT pg_extension_config_dump('aibilling.share', '');
+SELECT pg_extension_config_dump('aibilling.rollup', '');
+REVOKE ALL ON aibilling.share, aibilling.rollup FROM PUBLIC;
+
+CREATE FUNCTION aibilling.usage_daily(
+	usage regclass,
+	from_day date DEFAULT NULL,
+	to_day date DEFAULT NULL,
+	OUT day date,
+	OUT external_customer_id text,
+	OUT customer_id uuid,
+	OUT provider text,
+	OUT model text,
+	OUT event_name text,
+	OUT usage_rows bigint,
+	OUT input_tokens numeric,
+	OUT cache_read_tokens numeric,
+	OUT cache_write_tokens numeric,
+	OUT output_tokens numeric,
+	OUT reasoning_tokens numeric,
+	OUT cost_nanos numeric,
+	OUT cost_cents numeric,
+	OUT unpriced bigint)
+RETURNS SETOF record
+LANGUAGE c STABLE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'abp_sql_usage_daily';
+COMMENT ON FUNCTION aibilling.usage_daily(regclass, date, date) IS
+'What the rows of a usage table add up to that are delivered, in flight or queued, by day (UTC; from_day and to_day belong to it, NULL: all), customer as sent, provider, model and the row''s own event name. At every moment the same as GROUP BY over these rows; rows that were deleted after their delivery stay counted. cache_write_tokens are of both kinds, unpriced is the number of rows without a cost. Needs SELECT on the table';
+
+CREATE FUNCTION aibilling.usage_by(
+	usage regclass,
+	by text,
+	from_day date,
+	to_day date,
+	OUT day date,
+	OUT external_customer_id text,
+	OUT customer_id uuid,
+	OUT provider text,
+	OUT model text,
+	OUT event_name text,
+	OUT usage_rows bigint,
+	OUT input_tokens numeric,
+	OUT cache_read_tokens numeric,
+	OUT cache_write_tokens numeric,
+	OUT output_tokens numeric,
+	OUT reasoning_tokens numeric,
+	OUT cost_nanos numeric,
+	OUT cost_cents numeric,
+	OUT unpriced bigint)
+RETURNS SETOF record
+LANGUAGE c STABLE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'abp_sql_usage_by';
+COMMENT ON FUNCTION aibilling.usage_by(regclass, text, date, date) IS
+'The same sums, by fewer columns (the others are NULL): by model, by day, provider and model; by customer, by customer over all the days, without tokens. Reads few rows whatever the number of customers or days';
+
+CREATE FUNCTION aibilling.spend(
+	usage regclass,
+	external_customer_id text,
+	since timestamptz DEFAULT date_trunc('month', now(), 'UTC'),
+	OUT cost_cents numeric,
+	OUT usage_rows bigint,
+	OUT pending_cents numeric,
+	OUT unpriced bigint)
+LANGUAGE c STABLE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'abp_sql_spend';
+COMMENT ON FUNCTION aibilling.spend(regclass, text, timestamptz) IS
+'What a customer (as sent) has cost since a day, that of "since" in UTC: cost_cents of all rows that are delivered, in flight or queued, pending_cents of those that are not delivered yet, unpriced the number of rows without a cost. What the calling transaction has inserted counts. Needs SELECT on the table';
+
+GRANT EXECUTE ON FUNCTION
+	aibilling.usage_daily(regclass, date, date),
+	aibilling.usage_by(regclass, text, date, date),
+	aibilling.spend(regclass, text, timestamptz)
 TO PUBLIC;

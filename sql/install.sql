@@ -32,7 +32,8 @@ WHERE a.grantee = 0 AND a.privilege_type = 'EXECUTE'
 		'clean_prices', 'read_litellm', 'read_models_dev', 'read_genai_prices', 'read_router_prices',
 		'read_openrouter', 'read_narev', 'catalogue_units', 'image_price_is_by_token', 'complete_prices',
 		'correct_genai_prices', 'genai_names', 'put_aliases', 'priced_model', 'card_in_force', 'note_without',
-		'changed_price', 'price_in_tier', 'set_price', 'price_hint')
+		'changed_price', 'price_in_tier', 'set_price', 'price_hint', 'check_setup', 'usage_daily',
+		'usage_by', 'spend')
 ORDER BY 1;
 
 -- Tables and views that anyone may write, or may read without being meant to.

@@ -15,6 +15,7 @@
 
 #include "config.h"
 
+bool		abp_preloaded = false;
 char	   *abp_databases = NULL;
 bool		abp_enqueue = true;
 int			abp_poll_interval = 60;
@@ -44,12 +45,15 @@ check_databases(char **newval, void **extra, GucSource source)
 }
 
 /*
- * Define the settings.  Called once, when the library is loaded; what only
- * the postmaster can set exists only when it is preloaded.
+ * Define the settings.  Called once, when the library is loaded.  Without
+ * preloading there is no worker, but the name of every setting is known all the
+ * same: whoever sets it before they preload the library has not misspelt it.
  */
 void
 abp_config_init(void)
 {
+	abp_preloaded = process_shared_preload_libraries_in_progress;
+
 	DefineCustomBoolVariable("aibilling_polar.enqueue",
 							 gettext_noop("Puts inserted usage rows in the outbox."),
 							 gettext_noop("Off loads history without sending it; honoured for the usage table's owner and superusers."),
@@ -68,15 +72,18 @@ abp_config_init(void)
 							GUC_UNIT_S,
 							NULL, NULL, NULL);
 
-	if (process_shared_preload_libraries_in_progress)
-		DefineCustomStringVariable("aibilling_polar.databases",
-								   gettext_noop("Names the databases whose usage a background worker delivers."),
-								   gettext_noop("A list of names, separated by commas."),
-								   &abp_databases,
-								   "",
-								   PGC_POSTMASTER,
-								   GUC_LIST_INPUT,
-								   check_databases, NULL, NULL);
+	/*
+	 * after the server's start, nothing that only its start can set is
+	 * defined
+	 */
+	DefineCustomStringVariable("aibilling_polar.databases",
+							   gettext_noop("Names the databases whose usage a background worker delivers."),
+							   gettext_noop("A list of names, separated by commas; a name with capital letters or blanks is in double quotes. The library must be preloaded."),
+							   &abp_databases,
+							   "",
+							   abp_preloaded ? PGC_POSTMASTER : PGC_SIGHUP,
+							   GUC_LIST_INPUT,
+							   check_databases, NULL, NULL);
 
 	MarkGUCPrefixReserved("aibilling_polar");
 }

@@ -10,6 +10,7 @@
 
 #include "postgres.h"
 
+extern bool abp_preloaded;		/* named in shared_preload_libraries? */
 extern char *abp_databases;		/* names, comma-separated; NULL if empty */
 extern bool abp_enqueue;
 extern int	abp_poll_interval;	/* seconds */

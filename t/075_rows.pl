@@ -173,6 +173,17 @@ subtest '1: ids that rows share crash nothing, and are rejected visibly' => sub 
 	$polar->wait_for(sub { outbox('shared') eq '105 rejected' }, 'the unpriced one to be looked at');
 	is(sql("SELECT cost_nanos FROM shared WHERE external_id = 'sh5'"), $cost, 'the delivered one keeps its cost');
 	sql('DELETE FROM hashed');
+
+	# A request that is full before the second row of an id is read.
+	sql("ALTER SERVER polar OPTIONS (ADD batch_bytes '10kB')");
+	pause();
+	sql(ins('shared', 'sh8', 'id', '201') . ins('shared', join(',', map { "full$_" } 1 .. 60), 'id, tags', q{300 + substr(k, 5)::int, jsonb_build_object('note', repeat('x', 400))}));
+	sql(ins('shared', 'sh9', 'id, region', "201, 'b'"));
+	resume();
+	ok(settled('shared'), 'a batch larger than a request');
+	is(at_polar('sh[89]'), '', 'neither of the two is sent');
+	is(at_polar("full") =~ tr/x//, 60, 'all others are');
+	sql("ALTER SERVER polar OPTIONS (DROP batch_bytes)");
 };
 
 subtest '1: a table whose ids may repeat is not attached, and named if it is' => sub {

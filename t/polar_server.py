@@ -8,7 +8,8 @@ price API.  A test drives it through /_test/, which needs no token.
 
     polar_server.py [--port N] [--state FILE] [--token T] [--narev-token T]
                     [--organization NAME] [--prices FILE] [--sink] [--sandbox]
-                    [--tls-cert FILE --tls-key FILE] [--ignore-stdin]
+                    [--tls-cert FILE --tls-key FILE] [--any-token]
+                    [--ignore-stdin]
 
 It listens on 127.0.0.1 only.  The first line of its output is the port; with
 TLS, a second line is the port where /_test/ is served without TLS.  It then
@@ -17,6 +18,7 @@ closed (unless --ignore-stdin is given) or at SIGTERM.
 
 --state FILE    keep what was stored, so that a stand-in that was killed and
                 started again still knows every external_id
+--any-token     whatever token is sent is a good one
 --sink          only parse, count and dedupe: for volume, without validation
 
 The control API; bodies and answers are JSON:
@@ -1346,6 +1348,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         token = token.strip()
         if scheme.lower() != "bearer" or not token:
             return None, None
+        if self.state.options.any_token and token not in self.state.tokens:
+            self.state.set_token({"token": token})
         return token, self.state.tokens.get(token)
 
     def token_status(self):
@@ -1711,6 +1715,7 @@ def main():
     parser.add_argument("--sandbox", action="store_true")
     parser.add_argument("--tls-cert")
     parser.add_argument("--tls-key")
+    parser.add_argument("--any-token", action="store_true")
     parser.add_argument("--ignore-stdin", action="store_true")
     options = parser.parse_args()
 

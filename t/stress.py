@@ -12,6 +12,8 @@ cease, and then
 - each row that is not is in the outbox, rejected, with a reason,
 - Polar has nothing that has not been a row here.
 
+All the while, what aibilling.usage_daily() says is compared with the rows, within one snapshot.
+
 Exit status 1, with what is wrong, if not.
 """
 import argparse
@@ -55,6 +57,22 @@ CREATE FUNCTION audit() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN
 END$$;
 CREATE TRIGGER audit BEFORE INSERT OR UPDATE OR DELETE ON tenants FOR EACH ROW EXECUTE FUNCTION audit();
 CREATE TRIGGER zzz_audit BEFORE UPDATE OR DELETE ON parts FOR EACH ROW EXECUTE FUNCTION audit();
+-- delivered rows that were deleted since, which stay counted
+CREATE TABLE gone (LIKE one);
+CREATE FUNCTION keep_gone() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN
+	IF TG_OP = 'INSERT' THEN
+		DELETE FROM gone WHERE id = NEW.id AND external_id = NEW.external_id;
+	ELSIF TG_OP = 'DELETE' THEN
+		INSERT INTO gone SELECT OLD.* FROM aibilling.usage_status('one', OLD.id) WHERE state = 'delivered';
+	ELSIF EXISTS (SELECT FROM aibilling.delivery WHERE usage_table = 'one'::regclass AND state = 'sending') THEN
+		RAISE EXCEPTION 'rows are being sent';
+	ELSE
+		INSERT INTO gone SELECT o.* FROM one o, aibilling.usage_status('one', o.id) s WHERE s.state = 'delivered';
+	END IF;
+	RETURN NULL;
+END$$;
+CREATE TRIGGER zzz_gone AFTER INSERT OR DELETE ON one FOR EACH ROW EXECUTE FUNCTION keep_gone();
+CREATE TRIGGER aa_gone BEFORE TRUNCATE ON one EXECUTE FUNCTION keep_gone();
 SET ROLE eve;
 SELECT aibilling.create_usage_table('eve.usage', 'polar');
 CREATE FUNCTION eve.cross() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN
@@ -67,6 +85,36 @@ CREATE FUNCTION eve.cross() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN
 END$$;
 CREATE TRIGGER cross BEFORE UPDATE ON eve.usage FOR EACH ROW EXECUTE FUNCTION eve.cross();
 RESET ROLE;
+"""
+
+SUMS = """
+BEGIN ISOLATION LEVEL REPEATABLE READ;
+-- a snapshot older than a TRUNCATE would find the table empty
+LOCK TABLE one IN ACCESS SHARE MODE;
+WITH known AS (
+	SELECT coalesce(range_agg(r), '{}') AS ids FROM aibilling.delivery d, unnest(d.usage_ids) r
+	WHERE d.usage_table = 'one'::regclass AND (d.state = 'sending' OR d.state = 'delivered' AND d.id >
+		(SELECT t.ledger_from FROM aibilling.usage_table t WHERE t.usage = 'one'::regclass))
+), counted AS (
+	SELECT o.* FROM one o, known
+	WHERE known.ids @> o.id OR o.id IN (SELECT usage_id FROM aibilling.outbox WHERE usage_table = 'one'::regclass)
+	UNION ALL
+	SELECT * FROM gone
+), by_rows AS (
+	SELECT (occurred_at AT TIME ZONE 'UTC')::date AS day, external_customer_id, customer_id, provider, model, event_name, count(*),
+		coalesce(sum(input_tokens), 0), coalesce(sum(cache_read_tokens), 0),
+		coalesce(sum(cache_write_tokens), 0) + coalesce(sum(cache_write_1h_tokens), 0), coalesce(sum(output_tokens), 0),
+		coalesce(sum(reasoning_tokens), 0), coalesce(sum(cost_nanos), 0), coalesce(sum(cost_cents), 0),
+		count(*) FILTER (WHERE cost_nanos IS NULL)
+	FROM counted
+	GROUP BY 1, 2, 3, 4, 5, 6
+), by_rollup AS (
+	SELECT * FROM aibilling.usage_daily('one')
+)
+SELECT 'rows: ' || r::text FROM (TABLE by_rows EXCEPT ALL TABLE by_rollup) r
+UNION ALL SELECT 'usage_daily: ' || d::text FROM (TABLE by_rollup EXCEPT ALL TABLE by_rows) d
+UNION ALL SELECT 'compared ' || count(*) FROM counted;
+COMMIT;
 """
 
 
@@ -116,6 +164,7 @@ class Stress:
         self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         self.lock = threading.Lock()
         self.used = 0
+        self.compared = 0
         self.failures = []
 
     def ask(self, path, data=None, method=None):
@@ -269,6 +318,26 @@ class Stress:
                 return
             time.sleep(rng.random() * 1.5)
 
+    def sums(self, session=None):
+        """Compare the rollup with the rows, now and then."""
+        rng = random.Random(self.seed * 100 + 97)
+        session = session or Session()
+        while self.going_on():
+            self.compare_sums(session)
+            time.sleep(rng.random() * 0.2)
+
+    def compare_sums(self, session):
+        lines = session.run(SUMS)
+        if not lines:
+            return
+        if not lines[-1].startswith("compared "):
+            self.failures.append("sums: %s" % lines)
+        elif len(lines) > 1:
+            self.failures.append("the sums differ:")
+            self.failures += ["  " + line for line in sorted(lines, key=lambda line: line.split("(")[-1])[:8]]
+        with self.lock:
+            self.compared += int(lines[-1].split()[-1]) > 0
+
     # --- the end ---
 
     def settle(self, session):
@@ -358,14 +427,18 @@ class Stress:
         session.run(SETUP)
         threads = [threading.Thread(target=self.application, args=(i,)) for i in range(3)]
         threads += [threading.Thread(target=self.operator, args=(i,)) for i in range(2)]
-        threads += [threading.Thread(target=self.eve), threading.Thread(target=self.faults)]
+        threads += [threading.Thread(target=work) for work in (self.eve, self.faults, self.sums)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         session = Session()
         self.settle(session)
+        self.compare_sums(session)
         self.compare(session)
+        print("the sums were compared %d times" % self.compared)
+        if not self.compared:
+            self.failures.append("no sums were compared")
         for failure in self.failures[:50]:
             print(failure)
             for line in self.history(session, failure):

@@ -22,7 +22,8 @@ abp_extension_installed(void)
 {
 	return OidIsValid(get_extension_oid("aibilling_polar", true)) &&
 		OidIsValid(abp_extension_relation("database_identity")) &&
-		OidIsValid(abp_extension_relation("ledger"));
+		OidIsValid(abp_extension_relation("ledger")) &&
+		OidIsValid(abp_extension_relation("rollup"));
 }
 
 /*

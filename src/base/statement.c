@@ -34,7 +34,7 @@ abp_statement_run(Statement *statement, Datum *values, const char *nulls)
 		statement->plan = plan;
 	}
 
-	result = SPI_execute_plan(statement->plan, values, nulls, false, 0);
+	result = SPI_execute_plan(statement->plan, values, nulls, statement->reads, 0);
 	if (result < 0)
 		elog(ERROR, "unexpected failure to execute: %s", SPI_result_code_string(result));
 	return SPI_processed;

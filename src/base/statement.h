@@ -19,7 +19,8 @@ typedef struct Statement
 {
 	const char *sql;
 	int			nargs;
-	Oid			argtypes[10];
+	Oid			argtypes[20];
+	bool		reads;			/* by the active snapshot, and changes nothing */
 	SPIPlanPtr	plan;
 } Statement;
 

@@ -181,3 +181,42 @@ abp_identity_find(JsonWriter *w, const UsageRow *row, const EventFormat *format,
 		return abp_json_refuse(w, "no customer: customer_id or external_customer_id must be set, or a tag that identifies the customer");
 	return true;
 }
+
+/*
+ * Whom a row is about: its columns, whatever Polar thinks of them, or else the
+ * tag by which it is sent.  The result points into the row and into itself.
+ */
+void
+abp_identity_customer(const UsageRow *row, const EventFormat *format, EventCustomer *customer)
+{
+	StringInfoData reason;
+	JsonWriter	w = {NULL, &reason};
+	Identity	identity;
+
+	customer->has_id = row->customer_id != NULL;
+	customer->external_id.data = NULL;
+	customer->external_id.len = 0;
+	if (row->customer_id != NULL)
+		customer->id = *row->customer_id;
+	else if (row->external_customer_id.data != NULL)
+		customer->external_id = row->external_customer_id;
+	if (row->customer_id != NULL || row->external_customer_id.data != NULL ||
+		row->tags == NULL || JsonContainerSize(&row->tags->root) == 0)
+		return;
+
+	initStringInfo(&reason);
+	if (!abp_identity_find(&w, row, format, &identity))
+		return;
+	customer->has_id = identity.kind == IDENTITY_CUSTOMER;
+	if (customer->has_id)
+		customer->id = identity.customer_id;
+	else
+	{
+		customer->external_id = identity.external;
+		if (identity.external.data == identity.number)
+		{
+			strcpy(customer->number, identity.number);
+			customer->external_id.data = customer->number;
+		}
+	}
+}

@@ -39,6 +39,18 @@ abp_is_uuid_v4(const pg_uuid_t *uuid)
 	return (uuid->data[6] >> 4) == 4;
 }
 
+/* Whom a row is about; neither, where that cannot be said. */
+typedef struct EventCustomer
+{
+	bool		has_id;
+	pg_uuid_t	id;				/* Polar's own, if has_id */
+	TextView	external_id;	/* the application's, .data == NULL: none */
+	char		number[MAX_ID_BYTES + 1];	/* what external_id points to if a
+											 * tag is a number */
+} EventCustomer;
+
+extern void abp_identity_customer(const UsageRow *row, const EventFormat *format,
+								  EventCustomer *customer);
 extern bool abp_identity_find(JsonWriter *w, const UsageRow *row,
 							  const EventFormat *format, Identity *identity);
 

@@ -308,36 +308,12 @@ sum_counts(const UsageCounts *counts, UsageCount a, UsageCount b, int64 *sum)
 								sum);
 }
 
-/* The metadata that a row makes by itself. */
-bool
-abp_metadata_put_row(JsonWriter *w, const UsageRow *row, const EventFormat *format,
-					 const Identity *identity)
+/* Counts of the row that were given, and sums of them. */
+static void
+put_counts(JsonWriter *w, const UsageCounts *counts, int64 total, int64 cache_write)
 {
-	const UsageCounts *counts = &row->counts;
 	const bool *given = counts->given;
 	const int64 *value = counts->value;
-	int			start = w->body != NULL ? w->body->len : 0;
-	int			prefix_len = strlen(format->tag_prefix);
-	bool		customer = (identity->kind == IDENTITY_CUSTOMER);
-	bool		external_id_column;
-	bool		member_id_column;
-	bool		external_member_id_column;
-	int64		total;
-	int64		cache_write;
-	ObjectWalk	walk;
-	TextView	key;
-	JsonbValue	tag;
-
-	if (!sum_counts(counts, COUNT_INPUT, COUNT_OUTPUT, &total))
-		return abp_json_refuse(w, "input_tokens and output_tokens must not exceed bigint together");
-	if (!sum_counts(counts, COUNT_CACHE_WRITE, COUNT_CACHE_WRITE_1H, &cache_write))
-		return abp_json_refuse(w, "cache_write_tokens and cache_write_1h_tokens must not exceed bigint together");
-
-	if (!put_text(w, "generation_id", "generation_id", row->generation_id) ||
-		!put_text(w, "model_id", "model", row->model) ||
-		!put_text(w, "provider", "provider", row->provider) ||
-		!put_text(w, "sub_provider", "sub_provider", row->sub_provider))
-		return false;
 
 	if (given[COUNT_INPUT])
 		put_count(w, "input_tokens", value[COUNT_INPUT]);
@@ -357,69 +333,168 @@ abp_metadata_put_row(JsonWriter *w, const UsageRow *row, const EventFormat *form
 		put_count(w, "request_count", value[COUNT_REQUEST]);
 	if (given[COUNT_WEB_SEARCH])
 		put_count(w, "web_search_count", value[COUNT_WEB_SEARCH]);
+}
 
-	if (row->provider_cost != NULL)
-	{
-		abp_json_put_literal(w, ",\"raw_provider_cost\":");
-		key.data = "provider_cost";
-		key.len = strlen(key.data);
-		if (!put_number(w, row->provider_cost, "column", key))
-			return false;
-		w->nkeys++;
-	}
+/*
+ * Columns that the event itself has no place for, because Polar ignores them
+ * beside the identity that is sent, are kept as tags.  A tag of the same name
+ * yields to them.
+ */
+typedef struct TagColumns
+{
+	bool		external_customer_id;
+	bool		external_member_id;
+	bool		member_id;
+} TagColumns;
 
-	/*
-	 * Columns that the event itself has no place for, because Polar ignores
-	 * them beside the identity that is sent, are kept as tags; a tag of the
-	 * same name yields to them.
-	 */
-	external_id_column = customer && row->external_customer_id.data != NULL &&
+/* A column of text as a tag. */
+static bool
+put_column_as_tag(JsonWriter *w, const char *prefix, const char *column, TextView text)
+{
+	TextView	key = {column, strlen(column)};
+	JsonbValue	tag;
+
+	tag.type = jbvString;
+	tag.val.string.val = unconstify(char *, text.data);
+	tag.val.string.len = text.len;
+
+	return put_entry(w, prefix, strlen(prefix), key, &tag, "column", false);
+}
+
+static bool
+put_columns_as_tags(JsonWriter *w, const UsageRow *row, const char *prefix,
+					const Identity *identity, TagColumns *columns)
+{
+	static const TextView member_id = {"member_id", 9};
+	bool		customer = (identity->kind == IDENTITY_CUSTOMER);
+
+	columns->external_customer_id = customer && row->external_customer_id.data != NULL &&
 		row->external_customer_id.len > 0;
-	external_member_id_column = customer && row->external_member_id.data != NULL &&
+	columns->external_member_id = customer && row->external_member_id.data != NULL &&
 		row->external_member_id.len > 0;
-	member_id_column = !customer && row->member_id != NULL;
+	columns->member_id = !customer && row->member_id != NULL;
 
-	if (external_id_column)
+	if (columns->external_customer_id &&
+		!put_column_as_tag(w, prefix, "external_customer_id", row->external_customer_id))
+		return false;
+	if (columns->external_member_id &&
+		!put_column_as_tag(w, prefix, "external_member_id", row->external_member_id))
+		return false;
+	if (columns->member_id)
 	{
-		key.data = "external_customer_id";
-		key.len = strlen(key.data);
-		tag.type = jbvString;
-		tag.val.string.val = unconstify(char *, row->external_customer_id.data);
-		tag.val.string.len = row->external_customer_id.len;
-		if (!put_entry(w, format->tag_prefix, prefix_len, key, &tag, "column", false))
-			return false;
-	}
-	if (external_member_id_column)
-	{
-		key.data = "external_member_id";
-		key.len = strlen(key.data);
-		tag.type = jbvString;
-		tag.val.string.val = unconstify(char *, row->external_member_id.data);
-		tag.val.string.len = row->external_member_id.len;
-		if (!put_entry(w, format->tag_prefix, prefix_len, key, &tag, "column", false))
-			return false;
-	}
-	if (member_id_column)
-	{
-		key.data = "member_id";
-		key.len = strlen(key.data);
-		if (!put_key(w, format->tag_prefix, prefix_len, key, "column"))
+		if (!put_key(w, prefix, strlen(prefix), member_id, "column"))
 			return false;
 		abp_json_put_uuid(w, row->member_id);
 	}
+	return true;
+}
 
-	if (row->tags != NULL)
-		abp_walk_start(&walk, &row->tags->root);
-	while (row->tags != NULL && abp_walk_next(&walk, &key, &tag))
+static bool
+put_tags(JsonWriter *w, Jsonb *tags, const char *prefix, const TagColumns *columns)
+{
+	int			prefix_len = strlen(prefix);
+	ObjectWalk	walk;
+	TextView	key;
+	JsonbValue	tag;
+
+	abp_walk_start(&walk, &tags->root);
+	while (abp_walk_next(&walk, &key, &tag))
 	{
-		if (is_own_key(format->tag_prefix, prefix_len, key) ||
-			(external_id_column && text_view_is(key, "external_customer_id")) ||
-			(external_member_id_column && text_view_is(key, "external_member_id")) ||
-			(member_id_column && text_view_is(key, "member_id")))
+		if (is_own_key(prefix, prefix_len, key) ||
+			(columns->external_customer_id && text_view_is(key, "external_customer_id")) ||
+			(columns->external_member_id && text_view_is(key, "external_member_id")) ||
+			(columns->member_id && text_view_is(key, "member_id")))
 			continue;
-		if (!put_entry(w, format->tag_prefix, prefix_len, key, &tag, "tag", true))
+		if (!put_entry(w, prefix, prefix_len, key, &tag, "tag", true))
 			return false;
 	}
+	return true;
+}
+
+/* Polar's _cost. */
+static bool
+put_cost(JsonWriter *w, const UsageRow *row)
+{
+	char	   *amount;
+
+	w->nkeys++;
+
+	/* When only checking, most rows need no look at the digits. */
+	if (w->body == NULL && row->has_cost_nanos &&
+		row->cost_nanos <= SAFE_COST_NANOS && row->cost_nanos >= -SAFE_COST_NANOS)
+		return true;
+
+	if (numeric_is_nan(row->cost_cents) || numeric_is_inf(row->cost_cents))
+		return abp_json_refuse(w, "cost_cents must be finite");
+	amount = abp_event_amount(row->cost_cents);
+	if (amount_too_large(w, amount, row->cost_cents))
+		return false;
+	abp_json_put_literal(w, ",\"_cost\":{\"amount\":\"");
+	abp_json_put_bytes(w, amount, strlen(amount));
+	abp_json_put_literal(w, "\",\"currency\":\"usd\"}");
+	pfree(amount);
+	return true;
+}
+
+/* Polar's _llm. */
+static void
+put_llm(JsonWriter *w, const UsageRow *row, int64 total)
+{
+	const bool *given = row->counts.given;
+	const int64 *value = row->counts.value;
+
+	abp_json_put_literal(w, ",\"_llm\":{\"vendor\":");
+	abp_json_put_string(w, row->provider.data, row->provider.len);
+	abp_json_put_literal(w, ",\"model\":");
+	abp_json_put_string(w, row->model.data, row->model.len);
+	abp_json_put_literal(w, ",\"input_tokens\":");
+	abp_json_put_int64(w, given[COUNT_INPUT] ? value[COUNT_INPUT] : 0);
+	abp_json_put_literal(w, ",\"cached_input_tokens\":");
+	abp_json_put_int64(w, given[COUNT_CACHE_READ] ? value[COUNT_CACHE_READ] : 0);
+	abp_json_put_literal(w, ",\"output_tokens\":");
+	abp_json_put_int64(w, given[COUNT_OUTPUT] ? value[COUNT_OUTPUT] : 0);
+	abp_json_put_literal(w, ",\"total_tokens\":");
+	abp_json_put_int64(w, total);
+	abp_json_put_literal(w, "}");
+	w->nkeys++;
+}
+
+/*
+ * The metadata that a row makes by itself; false with a reason if Polar would
+ * refuse it.
+ */
+bool
+abp_metadata_put_row(JsonWriter *w, const UsageRow *row, const EventFormat *format,
+					 const Identity *identity)
+{
+	int			start = w->body != NULL ? w->body->len : 0;
+	int64		total;
+	int64		cache_write;
+	TagColumns	columns;
+
+	if (!sum_counts(&row->counts, COUNT_INPUT, COUNT_OUTPUT, &total))
+		return abp_json_refuse(w, "input_tokens and output_tokens must not exceed bigint together");
+	if (!sum_counts(&row->counts, COUNT_CACHE_WRITE, COUNT_CACHE_WRITE_1H, &cache_write))
+		return abp_json_refuse(w, "cache_write_tokens and cache_write_1h_tokens must not exceed bigint together");
+	if (!put_text(w, "generation_id", "generation_id", row->generation_id) ||
+		!put_text(w, "model_id", "model", row->model) ||
+		!put_text(w, "provider", "provider", row->provider) ||
+		!put_text(w, "sub_provider", "sub_provider", row->sub_provider))
+		return false;
+	put_counts(w, &row->counts, total, cache_write);
+
+	if (row->provider_cost != NULL)
+	{
+		static const TextView provider_cost = {"provider_cost", 13};
+
+		abp_json_put_literal(w, ",\"raw_provider_cost\":");
+		if (!put_number(w, row->provider_cost, "column", provider_cost))
+			return false;
+		w->nkeys++;
+	}
+	if (!put_columns_as_tags(w, row, format->tag_prefix, identity, &columns) ||
+		(row->tags != NULL && !put_tags(w, row->tags, format->tag_prefix, &columns)))
+		return false;
 
 	if (row->has_cost_nanos)
 		put_count(w, "cost_nanos", row->cost_nanos);
@@ -430,47 +505,11 @@ abp_metadata_put_row(JsonWriter *w, const UsageRow *row, const EventFormat *form
 	}
 	if (!put_text(w, "external_id", "external_id", row->external_id))
 		return false;
-
-	if (row->cost_cents != NULL)
-	{
-		w->nkeys++;
-
-		/* When only checking, most rows need no look at the digits. */
-		if (w->body != NULL || !row->has_cost_nanos ||
-			row->cost_nanos > SAFE_COST_NANOS || row->cost_nanos < -SAFE_COST_NANOS)
-		{
-			char	   *amount;
-
-			if (numeric_is_nan(row->cost_cents) || numeric_is_inf(row->cost_cents))
-				return abp_json_refuse(w, "cost_cents must be finite");
-			amount = abp_event_amount(row->cost_cents);
-			if (amount_too_large(w, amount, row->cost_cents))
-				return false;
-			abp_json_put_literal(w, ",\"_cost\":{\"amount\":\"");
-			abp_json_put_bytes(w, amount, strlen(amount));
-			abp_json_put_literal(w, "\",\"currency\":\"usd\"}");
-			pfree(amount);
-		}
-	}
-
+	if (row->cost_cents != NULL && !put_cost(w, row))
+		return false;
 	if (row->provider.data != NULL && row->provider.len > 0 &&
 		row->model.data != NULL && row->model.len > 0)
-	{
-		abp_json_put_literal(w, ",\"_llm\":{\"vendor\":");
-		abp_json_put_string(w, row->provider.data, row->provider.len);
-		abp_json_put_literal(w, ",\"model\":");
-		abp_json_put_string(w, row->model.data, row->model.len);
-		abp_json_put_literal(w, ",\"input_tokens\":");
-		abp_json_put_int64(w, given[COUNT_INPUT] ? value[COUNT_INPUT] : 0);
-		abp_json_put_literal(w, ",\"cached_input_tokens\":");
-		abp_json_put_int64(w, given[COUNT_CACHE_READ] ? value[COUNT_CACHE_READ] : 0);
-		abp_json_put_literal(w, ",\"output_tokens\":");
-		abp_json_put_int64(w, given[COUNT_OUTPUT] ? value[COUNT_OUTPUT] : 0);
-		abp_json_put_literal(w, ",\"total_tokens\":");
-		abp_json_put_int64(w, total);
-		abp_json_put_literal(w, "}");
-		w->nkeys++;
-	}
+		put_llm(w, row, total);
 
 	close_object(w, start);
 	return check_key_count(w);

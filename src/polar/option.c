@@ -206,6 +206,17 @@ abp_token_fault(const char *token, size_t len)
 		return "is empty";
 	if (len > MAX_TOKEN_BYTES)
 		return "is longer than 4 kB";
+	/* as shells and .env files have it */
+	if (token[0] == '"' || token[0] == '\'')
+		return "is in quotes";
+	if (len > strlen("Bearer ") && pg_strncasecmp(token, "Bearer ", strlen("Bearer ")) == 0)
+		return "begins with \"Bearer\"";
+	for (size_t i = 0; i < len && (isalnum((unsigned char) token[i]) || token[i] == '_'); i++)
+	{
+		/* not at the end, where base64 has it */
+		if (i + 2 < len && token[i + 1] == '=' && token[i + 2] != '=')
+			return "begins with a name and \"=\"";
+	}
 	for (size_t i = 0; i < len; i++)
 	{
 		/* a line break would let the token write headers of its own */

@@ -103,6 +103,7 @@ static const OptionName option_names[] = {
 	{"max_in_flight", ForeignServerRelationId, FOR_POLAR},
 	{"requests_per_minute", ForeignServerRelationId, FOR_POLAR},
 	{"unpriced", ForeignServerRelationId, FOR_POLAR},
+	{"raw_usage", ForeignServerRelationId, FOR_POLAR},
 	{"kind", ForeignServerRelationId, FOR_ALL},
 	{"format", ForeignServerRelationId, FOR_PRICES},
 	{"access_token", UserMappingRelationId, FOR_ALL}
@@ -112,6 +113,7 @@ static const OptionName option_names[] = {
 static const char *const kinds[] = {"polar", "prices", NULL};
 static const char *const environments[] = {"production", "sandbox", NULL};
 static const char *const unpriced_choices[] = {"hold", "send", NULL};
+static const char *const raw_usage_choices[] = {"keep", "strip", NULL};
 static const char *const prices_formats[] = {
 	"litellm", "models.dev", "genai-prices", "openrouter", "narev", NULL
 };
@@ -280,6 +282,190 @@ report_unknown_option(const char *name, Oid catalog)
 			 errhint("%s", hint)));
 }
 
+/* Options while they are read: those that are understood together. */
+typedef struct OptionReading
+{
+	ServerOptions *server;
+	const char *environment;	/* NULL if not set */
+	Url			url;
+	Url			proxy;
+	bool		has_requests_per_minute;
+} OptionReading;
+
+static bool
+is_sandbox(const OptionReading *r)
+{
+	return r->environment != NULL && strcmp(r->environment, "sandbox") == 0;
+}
+
+/* Reads an option that says where requests go.  Returns whether it is one. */
+static bool
+read_address(OptionReading *r, DefElem *def)
+{
+	const char *name = def->defname;
+	ServerOptions *server = r->server;
+
+	if (strcmp(name, "environment") == 0)
+		r->environment = environments[abp_option_choice(def, environments)];
+	else if (strcmp(name, "url") == 0)
+	{
+		abp_url_read(def, url_schemes, server->kind == SERVER_PRICES, &r->url);
+		if (strcmp(r->url.scheme, "http") == 0 && !r->url.loopback)
+			abp_option_refuse(name, NULL,
+							  "An unencrypted connection would show the token to the network.",
+							  "Use https://; http:// is only for 127.0.0.0/8, [::1] and localhost.");
+		server->url = defGetString(def);
+	}
+	else if (strcmp(name, "proxy") == 0)
+	{
+		abp_url_read(def, proxy_schemes, false, &r->proxy);
+		if (!r->proxy.has_port || strcmp(r->proxy.rest, "") != 0)
+			abp_option_refuse(name, NULL,
+							  "A proxy is a scheme, a host and a port, without a path.",
+							  "Write it like \"http://proxy.example.com:3128\".");
+		server->proxy = defGetString(def);
+	}
+	else if (strcmp(name, "access_token_file") == 0)
+		server->access_token_file = abp_option_path(def);
+	else if (strcmp(name, "ca_file") == 0)
+		server->ca_file = abp_option_path(def);
+	else
+		return false;
+	return true;
+}
+
+/* Reads an option that says what is sent.  Returns whether it is one. */
+static bool
+read_content(OptionReading *r, DefElem *def)
+{
+	const char *name = def->defname;
+	ServerOptions *server = r->server;
+
+	if (strcmp(name, "event_name") == 0)
+		server->format.event_name = abp_option_event_name(def);
+	else if (strcmp(name, "event_name_function") == 0)
+	{
+		(void) abp_option_function_name(def);
+		server->event_name_function = defGetString(def);
+		server->format.has_event_name_function = true;
+	}
+	else if (strcmp(name, "metadata_function") == 0)
+	{
+		(void) abp_option_function_name(def);
+		server->metadata_function = defGetString(def);
+		server->format.has_metadata_function = true;
+	}
+	else if (strcmp(name, "customer_id_key") == 0)
+		server->format.customer_id_key = abp_option_text(def);
+	else if (strcmp(name, "external_customer_id_key") == 0)
+		server->format.external_customer_id_key = abp_option_text(def);
+	else if (strcmp(name, "tag_prefix") == 0)
+		server->format.tag_prefix = abp_option_tag_prefix(def);
+	else if (strcmp(name, "unpriced") == 0)
+		server->send_unpriced = abp_option_choice(def, unpriced_choices) == 1;
+	else if (strcmp(name, "raw_usage") == 0)
+		server->strip_raw_usage = abp_option_choice(def, raw_usage_choices) == 1;
+	else if (strcmp(name, "format") == 0)
+		server->prices_format =
+			prices_formats[abp_option_choice(def, prices_formats)];
+	else
+		return false;
+	return true;
+}
+
+/* Reads an option that is a limit.  Returns whether it is one. */
+static bool
+read_limit(OptionReading *r, DefElem *def)
+{
+	const char *name = def->defname;
+	ServerOptions *server = r->server;
+
+	if (strcmp(name, "timeout") == 0)
+		server->timeout_ms = abp_option_int(def, GUC_UNIT_MS, 1, MAX_TIMEOUT_MS,
+											"from 1 ms to 10 min; a number without unit is milliseconds");
+	else if (strcmp(name, "batch_size") == 0)
+		server->batch_size = abp_option_int(def, 0, 1, MAX_BATCH_SIZE,
+											"a number of events from 1 to 1000");
+	else if (strcmp(name, "batch_bytes") == 0)
+		server->batch_bytes = abp_option_int(def, GUC_UNIT_BYTE, MIN_BATCH_BYTES,
+											 MAX_BATCH_BYTES,
+											 "from 10 kB to 10 MB; a number without unit is bytes");
+	else if (strcmp(name, "max_in_flight") == 0)
+		server->max_in_flight = abp_option_int(def, 0, 1, MAX_MAX_IN_FLIGHT,
+											   "a number of requests from 1 to 32");
+	else if (strcmp(name, "requests_per_minute") == 0)
+	{
+		server->requests_per_minute =
+			abp_option_int(def, 0, 0, MAX_REQUESTS_PER_MINUTE,
+						   "a number from 0 (no limit) to 60000");
+		r->has_requests_per_minute = true;
+	}
+	else
+		return false;
+	return true;
+}
+
+/* Raises if a server of this kind has no option of this name. */
+static void
+check_name(const char *name, ServerKind kind)
+{
+	const OptionName *known = find_option(name, ForeignServerRelationId);
+
+	if (known == NULL)
+		report_unknown_option(name, ForeignServerRelationId);
+	if ((known->kinds & (1 << kind)) == 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_FDW_INVALID_OPTION_NAME),
+				 errmsg("option \"%s\" does not apply to a server of kind \"%s\"",
+						name, kinds[kind]),
+				 errhint("Drop it, or set option \"kind\" to \"%s\".",
+						 kinds[kind == SERVER_POLAR ? SERVER_PRICES : SERVER_POLAR])));
+}
+
+/* Raises if options that are there do not go together, or one is missing. */
+static void
+check_together(const OptionReading *r)
+{
+	const ServerOptions *server = r->server;
+
+	if (server->kind == SERVER_PRICES &&
+		(server->url == NULL || server->prices_format == NULL))
+		ereport(ERROR,
+				(errcode(ERRCODE_FDW_DYNAMIC_PARAMETER_VALUE_NEEDED),
+				 errmsg("a server of kind \"prices\" needs options \"url\" and \"format\""),
+				 errhint("Valid values of \"format\" are: %s.",
+						 abp_option_choices(prices_formats))));
+	if (server->url == NULL && r->environment == NULL)
+		ereport(ERROR,
+				(errcode(ERRCODE_FDW_DYNAMIC_PARAMETER_VALUE_NEEDED),
+				 errmsg("a server of wrapper \"polar\" needs option \"environment\" or \"url\""),
+				 errhint("Add OPTIONS (environment 'sandbox') to try it out, or 'production' for real events.")));
+
+	/* an http request passes a proxy in the clear, token and all */
+	if (server->url != NULL && server->proxy != NULL &&
+		strcmp(r->url.scheme, "http") == 0 && !r->proxy.loopback)
+		abp_option_refuse("proxy", NULL,
+						  "The proxy of an http:// URL sees the token, so it must be on this machine too.",
+						  "Use https:// in option \"url\", or drop the proxy.");
+}
+
+/* The base of Polar's API that a URL names, without trailing slash. */
+static char *
+base_url(const char *url)
+{
+	char	   *base = pstrdup(url);
+	int			len = strlen(base);
+	int			path_len = strlen(POLAR_INGEST_PATH);
+
+	while (base[len - 1] == '/')
+		base[--len] = '\0';
+	if (len > path_len && strcmp(base + len - path_len, POLAR_INGEST_PATH) == 0)
+		abp_option_refuse("url", NULL,
+						  "The path " POLAR_INGEST_PATH " is put behind it by itself.",
+						  "Leave it out.");
+	return base;
+}
+
 /*
  * Fills *server from the options of CREATE SERVER, defaults included, except
  * for what is not an option (serverid, owner, name).  Raises if a value is bad
@@ -288,11 +474,7 @@ report_unknown_option(const char *name, Oid catalog)
 static void
 read_server_options(List *options, ServerOptions *server)
 {
-	const char *environment = NULL;
-	bool		sandbox = false;
-	bool		has_requests_per_minute = false;
-	Url			url = {0};
-	Url			proxy = {0};
+	OptionReading r = {.server = server};
 	ListCell   *lc;
 
 	memset(server, 0, sizeof(ServerOptions));
@@ -315,137 +497,24 @@ read_server_options(List *options, ServerOptions *server)
 	foreach(lc, options)
 	{
 		DefElem    *def = lfirst_node(DefElem, lc);
-		const char *name = def->defname;
-		const OptionName *known = find_option(name, ForeignServerRelationId);
 
-		if (known == NULL)
-			report_unknown_option(name, ForeignServerRelationId);
-		if ((known->kinds & (1 << server->kind)) == 0)
-			ereport(ERROR,
-					(errcode(ERRCODE_FDW_INVALID_OPTION_NAME),
-					 errmsg("option \"%s\" does not apply to a server of kind \"%s\"",
-							name, kinds[server->kind]),
-					 errhint("Drop it, or set option \"kind\" to \"%s\".",
-							 kinds[server->kind == SERVER_POLAR ?
-								   SERVER_PRICES : SERVER_POLAR])));
-
-		if (strcmp(name, "environment") == 0)
-		{
-			environment = environments[abp_option_choice(def, environments)];
-			sandbox = strcmp(environment, "sandbox") == 0;
-		}
-		else if (strcmp(name, "url") == 0)
-		{
-			abp_url_read(def, url_schemes, server->kind == SERVER_PRICES, &url);
-			if (strcmp(url.scheme, "http") == 0 && !url.loopback)
-				abp_option_refuse(name, NULL,
-								  "An unencrypted connection would show the token to the network.",
-								  "Use https://; http:// is only for 127.0.0.0/8, [::1] and localhost.");
-			server->url = defGetString(def);
-		}
-		else if (strcmp(name, "event_name") == 0)
-			server->format.event_name = abp_option_event_name(def);
-		else if (strcmp(name, "event_name_function") == 0)
-		{
-			(void) abp_option_function_name(def);
-			server->event_name_function = defGetString(def);
-			server->format.has_event_name_function = true;
-		}
-		else if (strcmp(name, "metadata_function") == 0)
-		{
-			(void) abp_option_function_name(def);
-			server->metadata_function = defGetString(def);
-			server->format.has_metadata_function = true;
-		}
-		else if (strcmp(name, "customer_id_key") == 0)
-			server->format.customer_id_key = abp_option_text(def);
-		else if (strcmp(name, "external_customer_id_key") == 0)
-			server->format.external_customer_id_key = abp_option_text(def);
-		else if (strcmp(name, "tag_prefix") == 0)
-			server->format.tag_prefix = abp_option_tag_prefix(def);
-		else if (strcmp(name, "access_token_file") == 0)
-			server->access_token_file = abp_option_path(def);
-		else if (strcmp(name, "ca_file") == 0)
-			server->ca_file = abp_option_path(def);
-		else if (strcmp(name, "proxy") == 0)
-		{
-			abp_url_read(def, proxy_schemes, false, &proxy);
-			if (!proxy.has_port || strcmp(proxy.rest, "") != 0)
-				abp_option_refuse(name, NULL,
-								  "A proxy is a scheme, a host and a port, without a path.",
-								  "Write it like \"http://proxy.example.com:3128\".");
-			server->proxy = defGetString(def);
-		}
-		else if (strcmp(name, "timeout") == 0)
-			server->timeout_ms = abp_option_int(def, GUC_UNIT_MS, 1, MAX_TIMEOUT_MS,
-												"from 1 ms to 10 min; a number without unit is milliseconds");
-		else if (strcmp(name, "batch_size") == 0)
-			server->batch_size = abp_option_int(def, 0, 1, MAX_BATCH_SIZE,
-												"a number of events from 1 to 1000");
-		else if (strcmp(name, "batch_bytes") == 0)
-			server->batch_bytes = abp_option_int(def, GUC_UNIT_BYTE, MIN_BATCH_BYTES,
-												 MAX_BATCH_BYTES,
-												 "from 10 kB to 10 MB; a number without unit is bytes");
-		else if (strcmp(name, "max_in_flight") == 0)
-			server->max_in_flight = abp_option_int(def, 0, 1, MAX_MAX_IN_FLIGHT,
-												   "a number of requests from 1 to 32");
-		else if (strcmp(name, "requests_per_minute") == 0)
-		{
-			server->requests_per_minute =
-				abp_option_int(def, 0, 0, MAX_REQUESTS_PER_MINUTE,
-							   "a number from 0 (no limit) to 60000");
-			has_requests_per_minute = true;
-		}
-		else if (strcmp(name, "unpriced") == 0)
-			server->send_unpriced = abp_option_choice(def, unpriced_choices) == 1;
-		else if (strcmp(name, "format") == 0)
-			server->prices_format =
-				prices_formats[abp_option_choice(def, prices_formats)];
+		check_name(def->defname, server->kind);
+		if (strcmp(def->defname, "kind") != 0 &&
+			!read_address(&r, def) && !read_content(&r, def) && !read_limit(&r, def))
+			elog(ERROR, "unrecognized option: %s", def->defname);
 	}
-
-	if (server->kind == SERVER_PRICES &&
-		(server->url == NULL || server->prices_format == NULL))
-		ereport(ERROR,
-				(errcode(ERRCODE_FDW_DYNAMIC_PARAMETER_VALUE_NEEDED),
-				 errmsg("a server of kind \"prices\" needs options \"url\" and \"format\""),
-				 errhint("Valid values of \"format\" are: %s.",
-						 abp_option_choices(prices_formats))));
-	if (server->url == NULL && environment == NULL)
-		ereport(ERROR,
-				(errcode(ERRCODE_FDW_DYNAMIC_PARAMETER_VALUE_NEEDED),
-				 errmsg("a server of wrapper \"polar\" needs option \"environment\" or \"url\""),
-				 errhint("Add OPTIONS (environment 'sandbox') to try it out, or 'production' for real events.")));
-
-	/* an http request passes a proxy in the clear, token and all */
-	if (server->url != NULL && server->proxy != NULL &&
-		strcmp(url.scheme, "http") == 0 && !proxy.loopback)
-		abp_option_refuse("proxy", NULL,
-						  "The proxy of an http:// URL sees the token, so it must be on this machine too.",
-						  "Use https:// in option \"url\", or drop the proxy.");
+	check_together(&r);
 
 	if (server->kind == SERVER_POLAR && server->url != NULL)
-	{
-		char	   *base = pstrdup(server->url);
-		int			len = strlen(base);
-		int			path_len = strlen(POLAR_INGEST_PATH);
-
-		while (base[len - 1] == '/')
-			base[--len] = '\0';
-		if (len > path_len &&
-			strcmp(base + len - path_len, POLAR_INGEST_PATH) == 0)
-			abp_option_refuse("url", NULL,
-							  "The path " POLAR_INGEST_PATH " is put behind it by itself.",
-							  "Leave it out.");
-		server->url = base;
-	}
+		server->url = base_url(server->url);
 	if (server->url == NULL)
-		server->url = sandbox ? SANDBOX_URL : PRODUCTION_URL;
+		server->url = is_sandbox(&r) ? SANDBOX_URL : PRODUCTION_URL;
 
-	if (!has_requests_per_minute)
+	if (!r.has_requests_per_minute)
 	{
-		if (sandbox)
+		if (is_sandbox(&r))
 			server->requests_per_minute = SANDBOX_REQUESTS_PER_MINUTE;
-		else if (environment == NULL && url.loopback)
+		else if (r.environment == NULL && r.url.loopback)
 			server->requests_per_minute = 0;
 		else
 			server->requests_per_minute = PRODUCTION_REQUESTS_PER_MINUTE;

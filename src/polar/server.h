@@ -39,6 +39,7 @@ typedef struct ServerOptions
 	int			max_in_flight;	/* requests at a time */
 	int			requests_per_minute;	/* 0: no limit */
 	bool		send_unpriced;	/* unpriced 'send' */
+	bool		strip_raw_usage;	/* raw_usage 'strip' */
 	const char *prices_format;	/* kind 'prices': format of the answer */
 } ServerOptions;
 

@@ -8,6 +8,7 @@
 #include "postgres.h"
 
 #include <fcntl.h>
+#include <pwd.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -151,7 +152,22 @@ mapped_token(Oid serverid, Oid usage_owner, bool *mapped, bool *is_public)
 	return token;
 }
 
-/* Returns the token in a file, or NULL and the reason. */
+/* Returns the operating system user of the server, by name or number. */
+static const char *
+server_user(void)
+{
+	struct passwd *user = getpwuid(geteuid());
+
+	return user != NULL ? pstrdup(user->pw_name) : psprintf("%u", (unsigned) geteuid());
+}
+
+/*
+ * Returns the token in a file, or NULL and the reason.
+ *
+ * Who may read the file is PostgreSQL's rule for ssl_key_file: the server's
+ * user alone, or root and a group of the server's, as secrets that Docker and
+ * Kubernetes mount have it.
+ */
 static char *
 token_from_file(const char *path, StringInfo reason)
 {
@@ -167,9 +183,13 @@ token_from_file(const char *path, StringInfo reason)
 	fd = OpenTransientFile(path, O_RDONLY | O_NONBLOCK | PG_BINARY);
 	if (fd < 0)
 	{
+		int			open_errno = errno;
+		const char *user = server_user();
+
+		errno = open_errno;
 		appendStringInfo(reason,
-						 "could not open access token file \"%s\": %m; let it be readable by the operating system user of the database server",
-						 path);
+						 "could not open access token file \"%s\": %m; it must be there and readable by the operating system user of the database server, \"%s\"",
+						 path, user);
 		return NULL;
 	}
 
@@ -182,12 +202,13 @@ token_from_file(const char *path, StringInfo reason)
 						 path);
 	else if (st.st_uid != geteuid() && st.st_uid != 0)
 		appendStringInfo(reason,
-						 "access token file \"%s\" must be owned by the operating system user of the database server or by root; use chown",
-						 path);
-	else if (st.st_mode & (S_IRWXG | S_IRWXO))
+						 "access token file \"%s\" must be owned by the operating system user of the database server or by root; use chown %s",
+						 path, server_user());
+	else if (st.st_uid == 0 ? st.st_mode & (S_IWGRP | S_IXGRP | S_IRWXO) : st.st_mode & (S_IRWXG | S_IRWXO))
 		appendStringInfo(reason,
-						 "access token file \"%s\" is open to group or others; use chmod 0600",
-						 path);
+						 "access token file \"%s\" is open to %s; use chmod %s", path,
+						 st.st_uid == 0 ? "others, or its group may write it" : "group or others",
+						 st.st_uid == 0 ? "0640" : "0600");
 	else
 	{
 		ssize_t		n;

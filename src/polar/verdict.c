@@ -625,6 +625,82 @@ pause_advice(long http_status)
 	}
 }
 
+/* The answer to a request that Polar has taken, or so it says. */
+static VerdictKind
+judge_success(const Answer *answer, bool whole, Verdict *verdict, StringInfo error)
+{
+	bool		counted = whole && answer->inserted >= 0 && answer->duplicates >= 0;
+
+	if (counted && answer->inserted + answer->duplicates == answer->nevents)
+	{
+		verdict->inserted = answer->inserted;
+		verdict->duplicates = answer->duplicates;
+		return VERDICT_DELIVERED;
+	}
+	if (counted)
+		appendStringInfo(error, "of %d events Polar counts " INT64_FORMAT " inserted and " INT64_FORMAT " duplicates",
+						 answer->nevents, answer->inserted, answer->duplicates);
+	else
+		appendStringInfoString(error, "the answer is not Polar's");
+	return VERDICT_UNKNOWN;
+}
+
+/*
+ * The answer to a request that Polar does not validate.  One that was cut still
+ * names the events it names; one that is not JSON for another reason is not
+ * trusted with that.
+ */
+static VerdictKind
+judge_refusal(Answer *answer, bool trusted, Verdict *verdict, StringInfo error)
+{
+	if (answer->nnamed == 0 || !trusted)
+	{
+		appendStringInfoString(error, "Polar refuses the request and names no event");
+		return VERDICT_BATCH_REFUSED;
+	}
+	collect_refused(verdict, answer);
+	appendStringInfo(error, "Polar refuses %d of %d events: %s",
+					 verdict->nrefused, answer->nevents, verdict->refused[0].reason);
+	return VERDICT_ROWS_REFUSED;
+}
+
+/* An answer that says all by its status. */
+static VerdictKind
+judge_status(long http_status, StringInfo error)
+{
+	static const struct
+	{
+		long		status;
+		VerdictKind kind;
+		const char *words;
+	}			known[] = {
+		{400, VERDICT_BATCH_REFUSED, "Polar cannot read the request"},
+		{408, VERDICT_SERVER_ERROR, "the server waited too long for the request"},
+		{413, VERDICT_TOO_LARGE, "the request is too large"},
+		{429, VERDICT_RATE_LIMITED, "too many requests"}
+	};
+
+	for (int i = 0; i < lengthof(known); i++)
+	{
+		if (known[i].status != http_status)
+			continue;
+		appendStringInfoString(error, known[i].words);
+		return known[i].kind;
+	}
+	if (http_status >= 500 && http_status <= 599)
+	{
+		appendStringInfoString(error, "the server failed");
+		return VERDICT_SERVER_ERROR;
+	}
+	if (http_status >= 300 && http_status <= 499)
+	{
+		appendStringInfoString(error, pause_advice(http_status));
+		return VERDICT_PAUSE;
+	}
+	appendStringInfoString(error, "the answer is not Polar's");
+	return VERDICT_UNKNOWN;
+}
+
 /*
  * Judge the answer to a request with this many events.  body need not be
  * zero-terminated, may be NULL if empty, and may hold any bytes: nothing in it
@@ -653,81 +729,10 @@ abp_verdict_of(long http_status, const char *body, size_t len, bool truncated,
 	MemoryContextSwitchTo(caller);
 
 	verdict->retry_after_ms = read_retry_after(retry_after, now);
-
 	start_error(&error, http_status, answer.error);
-	if (http_status == 200)
-	{
-		if (whole && answer.inserted >= 0 && answer.duplicates >= 0 &&
-			answer.inserted + answer.duplicates == answer.nevents)
-		{
-			verdict->kind = VERDICT_DELIVERED;
-			verdict->inserted = answer.inserted;
-			verdict->duplicates = answer.duplicates;
-		}
-		else
-		{
-			verdict->kind = VERDICT_UNKNOWN;
-			if (whole && answer.inserted >= 0 && answer.duplicates >= 0)
-				appendStringInfo(&error, "of %d events Polar counts " INT64_FORMAT " inserted and " INT64_FORMAT " duplicates",
-								 nevents, answer.inserted, answer.duplicates);
-			else
-				appendStringInfoString(&error, "the answer is not Polar's");
-		}
-	}
-	else if (http_status == 422)
-	{
-		/*
-		 * An answer that was cut still names the events it names; one that is
-		 * not JSON for another reason is not trusted with that.
-		 */
-		if (answer.nnamed > 0 && (whole || truncated))
-		{
-			verdict->kind = VERDICT_ROWS_REFUSED;
-			collect_refused(verdict, &answer);
-			appendStringInfo(&error, "Polar refuses %d of %d events: %s",
-							 verdict->nrefused, nevents, verdict->refused[0].reason);
-		}
-		else
-		{
-			verdict->kind = VERDICT_BATCH_REFUSED;
-			appendStringInfoString(&error, "Polar refuses the request and names no event");
-		}
-	}
-	else if (http_status == 400)
-	{
-		verdict->kind = VERDICT_BATCH_REFUSED;
-		appendStringInfoString(&error, "Polar cannot read the request");
-	}
-	else if (http_status == 413)
-	{
-		verdict->kind = VERDICT_TOO_LARGE;
-		appendStringInfoString(&error, "the request is too large");
-	}
-	else if (http_status == 429)
-	{
-		verdict->kind = VERDICT_RATE_LIMITED;
-		appendStringInfoString(&error, "too many requests");
-	}
-	else if (http_status == 408)
-	{
-		verdict->kind = VERDICT_SERVER_ERROR;
-		appendStringInfoString(&error, "the server waited too long for the request");
-	}
-	else if (http_status >= 500 && http_status <= 599)
-	{
-		verdict->kind = VERDICT_SERVER_ERROR;
-		appendStringInfoString(&error, "the server failed");
-	}
-	else if (http_status >= 300 && http_status <= 499)
-	{
-		verdict->kind = VERDICT_PAUSE;
-		appendStringInfoString(&error, pause_advice(http_status));
-	}
-	else
-	{
-		verdict->kind = VERDICT_UNKNOWN;
-		appendStringInfoString(&error, "the answer is not Polar's");
-	}
+	verdict->kind = http_status == 200 ? judge_success(&answer, whole, verdict, &error) :
+		http_status == 422 ? judge_refusal(&answer, whole || truncated, verdict, &error) :
+		judge_status(http_status, &error);
 
 	if (verdict->kind != VERDICT_DELIVERED)
 		verdict->error = error.data;

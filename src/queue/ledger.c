@@ -29,6 +29,7 @@
 #include "base/text_view.h"
 #include "compat.h"
 #include "queue/ledger.h"
+#include "queue/shares.h"
 
 /* In how many deliveries that are summed up the last error is looked for. */
 #define LEDGER_ERRORS 1000
@@ -262,6 +263,8 @@ abp_ledger_finish(Delivery *delivery, const char *state, const char *error)
 		values[7] = PointerGetDatum(abp_reason_text(error));
 
 	abp_statement_run_alone(&finish, values, nulls);
+	if (strcmp(state, "delivered") != 0)
+		abp_share_drop(delivery->id);
 }
 
 /* What event_keys has written, in the current memory context; NULL if nothing. */
@@ -620,7 +623,11 @@ add_delivery(LedgerTotals *totals, HeapTuple tuple, TupleDesc desc, bool summed_
 		totals->vanished += DatumGetInt64(VALUE(vanished));
 	}
 	if (totals->last_error == NULL && !IS_NULL(error))
+	{
 		totals->last_error = TextDatumGetCString(VALUE(error));
+		totals->last_error_at = IS_NULL(finished_at) ? DT_NOEND :
+			DatumGetTimestampTz(VALUE(finished_at));
+	}
 
 #undef VALUE
 #undef IS_NULL
@@ -650,6 +657,7 @@ abp_ledger_totals(Oid usage_table, LedgerTotals *totals)
 
 	memset(totals, 0, sizeof(*totals));
 	totals->last_delivery = DT_NOBEGIN;
+	totals->last_error_at = DT_NOEND;
 	PushActiveSnapshot(GetLatestSnapshot());
 	add_summed_up(usage_table, totals, &up_to, &all_up_to);
 

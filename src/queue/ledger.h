@@ -27,6 +27,7 @@ typedef struct LedgerTotals
 	int64		vanished;
 	TimestampTz last_delivery;	/* DT_NOBEGIN: none */
 	char	   *last_error;		/* NULL: none */
+	TimestampTz last_error_at;	/* DT_NOEND: it is being sent still */
 } LedgerTotals;
 
 /* A row of the ledger: one batch of events. */
@@ -45,6 +46,9 @@ typedef struct Delivery
 	int64	   *event_ids;		/* the row of each event */
 	IdSet		key_ids;		/* the rows of the first request, and for each */
 	uint32	   *keys;			/* the checksum of its external_id, or NULL */
+	bytea	   *share;			/* what its rows add up to, NULL: not known */
+	bool		knows_counted;	/* is "counted" known? */
+	IdSet		counted;		/* rows that another delivery counts already */
 	StringInfoData body;
 	int64		inserted;
 	int64		duplicates;

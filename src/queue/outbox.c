@@ -540,6 +540,46 @@ next_left(OrderedScan *scan, OutboxEntry *entry)
 }
 
 /*
+ * All ids of a table by the active snapshot, in the current memory context: in
+ * *unsure those that Polar may have.
+ */
+void
+abp_outbox_ids(Oid usage_table, IdSet *sure, IdSet *unsure)
+{
+	bool		removals = abp_entries_have_removals(usage_table);
+
+	for (int i = 0; i < NUM_OUTBOX_STATES; i++)
+	{
+		OrderedScan scan;
+		HeapTuple	tuple;
+		OutboxEntry entry;
+
+		abp_entry_scan_begin(&scan, usage_table, abp_outbox_states[i], PG_INT64_MIN, DT_NOEND,
+							 AccessShareLock);
+		if (removals)
+		{
+			while (next_left(&scan, &entry) != NULL)
+				abp_idset_add_set(entry.outcome_unknown ? unsure : sure, &entry.ids,
+								  CurrentMemoryContext);
+		}
+		else
+		{
+			while ((tuple = abp_scan_next(&scan)) != NULL)
+			{
+				IdSet		ids = abp_entry_ids(tuple, RelationGetDescr(scan.rel));
+
+				abp_idset_add_set(ENTRY_FORM(tuple)->outcome_unknown ? unsure : sure, &ids,
+								  CurrentMemoryContext);
+				abp_idset_free(&ids);
+			}
+		}
+		abp_scan_end(&scan);
+	}
+	abp_idset_sort(sure);
+	abp_idset_sort(unsure);
+}
+
+/*
  * Up to max_ids ids of a table in one state, left where they are.
  */
 IdSet

@@ -36,6 +36,8 @@ typedef struct WorkerSlot
 
 	/* these outlive the worker, for its next start */
 	char		name[NAMEDATALEN];	/* of the database */
+	bool		no_database;	/* it has ended since there is none of this
+								 * name */
 	char		error[MAX_WORKER_ERROR];	/* that ended it; '': none since
 											 * it last worked */
 } WorkerSlot;
@@ -147,14 +149,16 @@ abp_wake_register(void)
 }
 
 /*
- * The worker ends, with this error.
+ * The worker ends, with this error; no_database: since there is no database of
+ * its name.
  */
 void
-abp_worker_ends(const char *error)
+abp_worker_ends(const char *error, bool no_database)
 {
 	if (my_slot == NULL || error == NULL)
 		return;
 	LWLockAcquire(state->lock, LW_EXCLUSIVE);
+	my_slot->no_database = no_database;
 	strlcpy(my_slot->error, error, pg_mbcliplen(error, strlen(error), MAX_WORKER_ERROR - 1) + 1);
 	LWLockRelease(state->lock);
 }
@@ -178,6 +182,32 @@ abp_worker_error(const char *database)
 	}
 	LWLockRelease(state->lock);
 	return error[0] == '\0' ? NULL : pstrdup(error);
+}
+
+/*
+ * Did this worker's last run end since there is no database of its name?
+ */
+bool
+abp_worker_had_no_database(void)
+{
+	bool		had_none;
+
+	LWLockAcquire(state->lock, LW_SHARED);
+	had_none = my_slot->no_database;
+	LWLockRelease(state->lock);
+	return had_none;
+}
+
+/*
+ * There is a database of this worker's name now: its next run may connect.
+ */
+void
+abp_worker_has_database(void)
+{
+	LWLockAcquire(state->lock, LW_EXCLUSIVE);
+	my_slot->no_database = false;
+	my_slot->error[0] = '\0';
+	LWLockRelease(state->lock);
 }
 
 static int

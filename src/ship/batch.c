@@ -17,6 +17,7 @@
 #include "queue/entry.h"
 #include "queue/ledger.h"
 #include "queue/outbox.h"
+#include "queue/shares.h"
 #include "ship/batch.h"
 #include "ship/fill.h"
 #include "ship/guard.h"
@@ -93,6 +94,13 @@ take_ids(const UsageTable *table, Position *position, int64 max_ids,
 	}
 }
 
+/* What the rows of a request add up to is written down before it is sent. */
+static void
+write_share(const Delivery *delivery)
+{
+	abp_share_write(delivery->id, delivery->usage_table, delivery->share, &delivery->counted);
+}
+
 static void
 prepare_next(const UsageTable *table, const ServerOptions *server, void *arg)
 {
@@ -135,6 +143,7 @@ prepare_next(const UsageTable *table, const ServerOptions *server, void *arg)
 		abp_ledger_begin(delivery);
 	if (delivery->nevents > 0)
 	{
+		write_share(delivery);
 		next->shipment->stage = SHIPMENT_PREPARED;
 		position->rests = 0;
 		position->row_too_large = 0;
@@ -190,6 +199,7 @@ abp_batch_again(const UsageTable *table, const ServerOptions *server, void *arg)
 	if (delivery->nevents > 0)
 	{
 		abp_ledger_resend(delivery);
+		write_share(delivery);
 		shipment->stage = SHIPMENT_PREPARED;
 	}
 	else

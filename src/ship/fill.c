@@ -21,6 +21,7 @@
 #include "queue/entry.h"
 #include "queue/ledger.h"
 #include "queue/outbox.h"
+#include "queue/shares.h"
 #include "ship/fill.h"
 #include "ship/guard.h"
 #include "ship/position.h"
@@ -179,6 +180,8 @@ add_event(const UsageRow *row, Jsonb *whole, void *arg)
 	else
 	{
 		filling->event_keys[delivery->nevents] = external_id_key(row);
+		abp_share_note(&filling->groups, &filling->notes[delivery->nevents], row,
+					   &filling->server->format);
 		delivery->event_ids[delivery->nevents++] = row->id;
 		abp_idset_add(&filling->sent, row->id, row->id, filling->context);
 	}
@@ -433,6 +436,8 @@ read_batch(Filling *filling, IdSet *ids, bool whole)
 
 	filling->row_ids = palloc(sizeof(int64) * (filling->max_rows + 1));
 	filling->event_keys = palloc(sizeof(uint32) * Max(1, filling->max_rows));
+	filling->notes = palloc(sizeof(ShareNote) * Max(1, filling->max_rows));
+	abp_share_init(&filling->groups, filling->context);
 	appendStringInfoString(&delivery->body, "{\"events\":[");
 	read_rows(filling, ids, whole);
 	if (filling->changing.nranges > 0)
@@ -493,6 +498,41 @@ keep_keys(Filling *filling)
 	abp_idset_add_set(&delivery->key_ids, &delivery->ids, filling->shipment->context);
 }
 
+/* Add up what the events of a request are, but for those that others count. */
+static void
+add_up(Filling *filling)
+{
+	Delivery   *delivery = &filling->shipment->delivery;
+	ShareGroups *groups = &filling->groups;
+	MemoryContext old;
+
+	if (!delivery->knows_counted)
+	{
+		IdSet		counted = {0};
+
+		if (delivery->outcome_unknown)
+			counted = abp_share_counted(delivery->usage_table, &delivery->ids,
+										filling->table->ledger_from);
+		abp_idset_add_set(&delivery->counted, &counted, filling->shipment->context);
+		delivery->knows_counted = true;
+	}
+	for (int i = 0; i < delivery->nevents; i++)
+	{
+		ShareNote  *note = &filling->notes[i];
+
+		if (delivery->counted.nranges == 0 ||
+			!abp_idset_contains(&delivery->counted, delivery->event_ids[i]))
+			abp_share_add(groups, &groups->groups[note->group].sums, &note->sums);
+	}
+
+	old = MemoryContextSwitchTo(filling->shipment->context);
+	if (delivery->share != NULL)
+		pfree(delivery->share);
+	delivery->share = NULL;
+	delivery->share = abp_share_encode(groups);
+	MemoryContextSwitchTo(old);
+}
+
 /*
  * None of a batch's rows can be sent, and some were only put off: leave the table
  * alone for a while, longer each time.
@@ -548,7 +588,9 @@ abp_fill_shipment(Shipment *shipment, const UsageTable *table,
 				.context = CurrentMemoryContext
 		};
 		read_batch(&filling, &wanted, whole);
-		more = shared_ids(&filling);
+		/* A batch that has become full has not read all of their rows. */
+		more = filling.full && taken_from != 0 ? abp_rows_shared(table, &wanted) :
+			shared_ids(&filling);
 		if (more.nranges == 0)
 			break;
 		abp_idset_add_set(&shared, &more, CurrentMemoryContext);
@@ -592,6 +634,7 @@ abp_fill_shipment(Shipment *shipment, const UsageTable *table,
 	memset(&delivery->ids, 0, sizeof(IdSet));
 	abp_idset_add_set(&delivery->ids, &filling.sent, shipment->context);
 	abp_idset_sort(&delivery->ids);
+	add_up(&filling);
 	if (taken_from != 0)
 		keep_keys(&filling);
 	if (filling.changing.nranges > 0)

@@ -773,16 +773,121 @@ recycle(HttpRequest *request)
 	dlist_push_head(&unused, &request->node);
 }
 
-/* Set an option; the first failure and its name are kept. */
-#define SET(option, value) \
+/* Options being set on a handle: the first failure and its name are kept. */
+typedef struct OptionSetter
+{
+	CURL	   *easy;
+	CURLcode	failure;
+	const char *failed_option;
+} OptionSetter;
+
+#define SET(setter, option, value) \
 	do { \
-		CURLcode	code_ = curl_easy_setopt(easy, (option), (value)); \
-		if (code_ != CURLE_OK && failure == CURLE_OK) \
+		CURLcode	code_ = curl_easy_setopt((setter)->easy, (option), (value)); \
+		if (code_ != CURLE_OK && (setter)->failure == CURLE_OK) \
 		{ \
-			failure = code_; \
-			failed_option = #option; \
+			(setter)->failure = code_; \
+			(setter)->failed_option = #option; \
 		} \
 	} while (0)
+
+/* What is sent, and how much time it may take. */
+static void
+set_request(OptionSetter *setter, const HttpRequest *request, const char *url,
+			struct curl_slist *headers, const char *body)
+{
+	SET(setter, CURLOPT_URL, url);
+	SET(setter, CURLOPT_HTTPHEADER, headers);
+	SET(setter, CURLOPT_USERAGENT, "aibilling_polar/" ABP_VERSION);
+	if (body != NULL)
+	{
+		/* memory that libcurl can read again when it has to start over */
+		SET(setter, CURLOPT_POST, 1L);
+		SET(setter, CURLOPT_POSTFIELDSIZE_LARGE, (curl_off_t) request->body_len);
+		SET(setter, CURLOPT_POSTFIELDS, body);
+
+		/* How much is handed to the socket at a time; the default is 64 kB. */
+		SET(setter, CURLOPT_UPLOAD_BUFFERSIZE,
+			(long) Min(Max(request->body_len, 64 * 1024), MAX_UPLOAD_BUFFER));
+	}
+	SET(setter, CURLOPT_TIMEOUT_MS, (long) request->timeout_ms);
+	SET(setter, CURLOPT_CONNECTTIMEOUT_MS, (long) request->connect_ms);
+}
+
+/* By which way, and whom we trust on it. */
+static void
+set_connection(OptionSetter *setter, const HttpTarget *target)
+{
+	/* neither the proxy nor its exceptions may come from the environment */
+	SET(setter, CURLOPT_PROXY, target->proxy != NULL ? target->proxy : "");
+	SET(setter, CURLOPT_NOPROXY, "");
+	SET(setter, CURLOPT_SUPPRESS_CONNECT_HEADERS, 1L);
+
+	/* the default store would be trusted besides the file */
+	if (target->ca_file != NULL)
+	{
+		SET(setter, CURLOPT_CAINFO, target->ca_file);
+		SET(setter, CURLOPT_CAPATH, NULL);
+	}
+	SET(setter, CURLOPT_SSLVERSION, (long) CURL_SSLVERSION_TLSv1_2);
+#if CURL_AT_LEAST_VERSION(7, 87, 0)
+	/* the default is a day, in which a replaced ca_file goes unseen */
+	SET(setter, CURLOPT_CA_CACHE_TIMEOUT, (long) TRUST_STORE_SECONDS);
+	/* otherwise ending a transfer waits for a name look-up that hangs */
+	SET(setter, CURLOPT_QUICK_EXIT, 1L);
+#endif
+
+	/* a redirect would carry the token elsewhere */
+	SET(setter, CURLOPT_FOLLOWLOCATION, 0L);
+#if CURL_AT_LEAST_VERSION(7, 85, 0)
+	SET(setter, CURLOPT_PROTOCOLS_STR, "http,https");
+#else
+	SET(setter, CURLOPT_PROTOCOLS, (long) (CURLPROTO_HTTP | CURLPROTO_HTTPS));
+#endif
+
+	/*
+	 * One request a connection: none waits behind another's body, and a
+	 * broken connection leaves one outcome unknown.
+	 */
+	SET(setter, CURLOPT_HTTP_VERSION, (long) CURL_HTTP_VERSION_1_1);
+	SET(setter, CURLOPT_TCP_KEEPALIVE, 1L);
+}
+
+/* What libcurl calls of ours. */
+static void
+set_callbacks(OptionSetter *setter, HttpRequest *request)
+{
+	/* without this, libcurl may use SIGALRM and siglongjmp */
+	SET(setter, CURLOPT_NOSIGNAL, 1L);
+	SET(setter, CURLOPT_ERRORBUFFER, request->curl_error);
+	SET(setter, CURLOPT_PRIVATE, request);
+	SET(setter, CURLOPT_WRITEFUNCTION, keep_body);
+	SET(setter, CURLOPT_WRITEDATA, request);
+	SET(setter, CURLOPT_HEADERFUNCTION, keep_header);
+	SET(setter, CURLOPT_HEADERDATA, request);
+#if CURL_AT_LEAST_VERSION(7, 80, 0)
+	SET(setter, CURLOPT_PREREQFUNCTION, note_sending);
+	SET(setter, CURLOPT_PREREQDATA, request);
+#endif
+	SET(setter, CURLOPT_OPENSOCKETFUNCTION, open_socket);
+	SET(setter, CURLOPT_CLOSESOCKETFUNCTION, close_socket);
+}
+
+/* Put the token before the headers.  Returns false if out of memory. */
+static bool
+add_token(HttpRequest *request, const char *token, struct curl_slist **headers)
+{
+	static const char prefix[] = "Authorization: Bearer ";
+	size_t		size = sizeof(prefix) + strlen(token);
+
+	request->authorization.data = malloc(size);
+	if (request->authorization.data == NULL)
+		return false;
+	snprintf(request->authorization.data, size, "%s%s", prefix, token);
+	request->authorization.next = *headers;
+	*headers = &request->authorization;
+	return true;
+}
 
 /* Start a request; a GET if body is NULL. */
 static HttpRequest *
@@ -790,9 +895,7 @@ start(const HttpTarget *target, const char *token, const char *body,
 	  size_t body_len, size_t max_reply)
 {
 	HttpRequest *request;
-	CURL	   *easy;
-	CURLcode	failure = CURLE_OK;
-	const char *failed_option = NULL;
+	OptionSetter setter = {.failure = CURLE_OK};
 	CURLMcode	code;
 	struct curl_slist *headers = body != NULL ? &post_headers : &get_headers;
 	sigset_t	saved;
@@ -802,7 +905,6 @@ start(const HttpTarget *target, const char *token, const char *body,
 
 	ensure_multi();
 	request = take_unused();
-	easy = request->easy;
 
 	memset(&request->reply, 0, sizeof(request->reply));
 	request->max_reply = max_reply;
@@ -816,100 +918,30 @@ start(const HttpTarget *target, const char *token, const char *body,
 	request->connect_ms = Min(target->timeout_ms, MAX_CONNECT_MS);
 	request->curl_error[0] = '\0';
 
-	if (token != NULL)
-	{
-		static const char prefix[] = "Authorization: Bearer ";
-		size_t		size = sizeof(prefix) + strlen(token);
-
-		request->authorization.data = malloc(size);
-		if (request->authorization.data == NULL)
-		{
-			recycle(request);
-			ereport(ERROR,
-					(errcode(ERRCODE_OUT_OF_MEMORY),
-					 errmsg("out of memory")));
-		}
-		snprintf(request->authorization.data, size, "%s%s", prefix, token);
-		request->authorization.next = headers;
-		headers = &request->authorization;
-	}
-
-	SET(CURLOPT_URL, target->url);
-	SET(CURLOPT_HTTPHEADER, headers);
-	SET(CURLOPT_USERAGENT, "aibilling_polar/" ABP_VERSION);
-	if (body != NULL)
-	{
-		/* memory that libcurl can read again when it has to start over */
-		SET(CURLOPT_POST, 1L);
-		SET(CURLOPT_POSTFIELDSIZE_LARGE, (curl_off_t) body_len);
-		SET(CURLOPT_POSTFIELDS, body);
-
-		/* How much is handed to the socket at a time; the default is 64 kB. */
-		SET(CURLOPT_UPLOAD_BUFFERSIZE, (long) Min(Max(body_len, 64 * 1024), MAX_UPLOAD_BUFFER));
-	}
-	SET(CURLOPT_TIMEOUT_MS, (long) request->timeout_ms);
-	SET(CURLOPT_CONNECTTIMEOUT_MS, (long) request->connect_ms);
-
-	/* neither the proxy nor its exceptions may come from the environment */
-	SET(CURLOPT_PROXY, target->proxy != NULL ? target->proxy : "");
-	SET(CURLOPT_NOPROXY, "");
-	SET(CURLOPT_SUPPRESS_CONNECT_HEADERS, 1L);
-
-	/* the default store would be trusted besides the file */
-	if (target->ca_file != NULL)
-	{
-		SET(CURLOPT_CAINFO, target->ca_file);
-		SET(CURLOPT_CAPATH, NULL);
-	}
-	SET(CURLOPT_SSLVERSION, (long) CURL_SSLVERSION_TLSv1_2);
-#if CURL_AT_LEAST_VERSION(7, 87, 0)
-	/* the default is a day, in which a replaced ca_file goes unseen */
-	SET(CURLOPT_CA_CACHE_TIMEOUT, (long) TRUST_STORE_SECONDS);
-	/* otherwise ending a transfer waits for a name look-up that hangs */
-	SET(CURLOPT_QUICK_EXIT, 1L);
-#endif
-
-	/* a redirect would carry the token elsewhere */
-	SET(CURLOPT_FOLLOWLOCATION, 0L);
-#if CURL_AT_LEAST_VERSION(7, 85, 0)
-	SET(CURLOPT_PROTOCOLS_STR, "http,https");
-#else
-	SET(CURLOPT_PROTOCOLS, (long) (CURLPROTO_HTTP | CURLPROTO_HTTPS));
-#endif
-
-	/*
-	 * One request a connection: none waits behind another's body, and a
-	 * broken connection leaves one outcome unknown.
-	 */
-	SET(CURLOPT_HTTP_VERSION, (long) CURL_HTTP_VERSION_1_1);
-	SET(CURLOPT_TCP_KEEPALIVE, 1L);
-
-	/* without this, libcurl may use SIGALRM and siglongjmp */
-	SET(CURLOPT_NOSIGNAL, 1L);
-	SET(CURLOPT_ERRORBUFFER, request->curl_error);
-	SET(CURLOPT_PRIVATE, request);
-	SET(CURLOPT_WRITEFUNCTION, keep_body);
-	SET(CURLOPT_WRITEDATA, request);
-	SET(CURLOPT_HEADERFUNCTION, keep_header);
-	SET(CURLOPT_HEADERDATA, request);
-#if CURL_AT_LEAST_VERSION(7, 80, 0)
-	SET(CURLOPT_PREREQFUNCTION, note_sending);
-	SET(CURLOPT_PREREQDATA, request);
-#endif
-	SET(CURLOPT_OPENSOCKETFUNCTION, open_socket);
-	SET(CURLOPT_CLOSESOCKETFUNCTION, close_socket);
-	if (failure != CURLE_OK)
+	if (token != NULL && !add_token(request, token, &headers))
 	{
 		recycle(request);
 		ereport(ERROR,
-				(errcode(failure == CURLE_OUT_OF_MEMORY ?
+				(errcode(ERRCODE_OUT_OF_MEMORY),
+				 errmsg("out of memory")));
+	}
+
+	setter.easy = request->easy;
+	set_request(&setter, request, target->url, headers, body);
+	set_connection(&setter, target);
+	set_callbacks(&setter, request);
+	if (setter.failure != CURLE_OK)
+	{
+		recycle(request);
+		ereport(ERROR,
+				(errcode(setter.failure == CURLE_OUT_OF_MEMORY ?
 						 ERRCODE_OUT_OF_MEMORY : ERRCODE_SYSTEM_ERROR),
 				 errmsg("could not set libcurl's option %s: %s",
-						failed_option, curl_easy_strerror(failure))));
+						setter.failed_option, curl_easy_strerror(setter.failure))));
 	}
 
 	block_signals(&saved);
-	code = curl_multi_add_handle(multi, easy);
+	code = curl_multi_add_handle(multi, request->easy);
 	restore_signals(&saved);
 	if (code != CURLM_OK)
 	{
@@ -923,7 +955,7 @@ start(const HttpTarget *target, const char *token, const char *body,
 	dlist_push_tail(&running, &request->node);
 	in_flight++;
 
-	/* off it goes, while the caller prepares the next one */
+	/* Let libcurl begin to send at once. */
 	timer_due = -1;
 	drive(CURL_SOCKET_TIMEOUT, 0);
 	return request;

@@ -17,6 +17,8 @@
 #include "queue/ledger.h"
 #include "queue/outbox.h"
 #include "ship/http.h"
+#include "queue/shares.h"
+#include "ship/fold.h"
 #include "ship/lane.h"
 #include "ship/position.h"
 #include "ship/settle.h"
@@ -84,6 +86,15 @@ return_or_keep(Shipment *shipment, const char *error, bool burn_attempt)
 		give_back(shipment, error, burn_attempt);
 }
 
+/* What is left of a delivery's rows is added up when they are sent again. */
+static void
+forget_share(Delivery *delivery)
+{
+	delivery->share = NULL;
+	abp_share_write(delivery->id, delivery->usage_table, NULL,
+					delivery->knows_counted ? &delivery->counted : NULL);
+}
+
 /* Whose fault?  Send each half by itself. */
 void
 abp_settle_by_halves(Shipment *shipment, const char *error)
@@ -98,12 +109,16 @@ abp_settle_by_halves(Shipment *shipment, const char *error)
 	half->delivery.ids = abp_idset_split(&delivery->ids, delivery->nevents / 2);
 	half->delivery.nevents = delivery->nevents - delivery->nevents / 2;
 	abp_shipment_copy_keys(&half->delivery, delivery);
+	half->delivery.knows_counted = delivery->knows_counted;
+	half->delivery.counted = abp_idset_copy(&delivery->counted);
 	MemoryContextSwitchTo(old);
 
 	abp_ledger_begin(&half->delivery);
+	forget_share(&half->delivery);
 	keep_for_retry(half, DT_NOBEGIN, error);
 
 	delivery->nevents /= 2;
+	forget_share(delivery);
 	shipment->server_errors = 0;
 	shipment->timeouts = 0;
 	keep_for_retry(shipment, DT_NOBEGIN, error);
@@ -148,6 +163,7 @@ settle_delivered(Shipment *shipment, const Verdict *verdict, double elapsed_ms,
 				 errhint("Another producer, or a copy of this database, sends the same external ids.")));
 	}
 	abp_ledger_finish(delivery, "delivered", NULL);
+	abp_fold_delivered();
 	abp_turn.delivered += delivery->nevents;
 	abp_lane_succeeded(lane);
 
@@ -203,6 +219,7 @@ settle_refused(Shipment *shipment, const Verdict *verdict)
 	memset(&delivery->ids, 0, sizeof(IdSet));
 	abp_idset_add_set(&delivery->ids, &rest, shipment->context);
 	delivery->nevents = abp_idset_count(&delivery->ids);
+	forget_share(delivery);
 	keep_for_retry(shipment, DT_NOBEGIN, verdict->error);
 }
 

@@ -43,8 +43,10 @@
 #include "queue/attachment.h"
 #include "queue/ledger.h"
 #include "queue/outbox.h"
+#include "queue/shares.h"
 #include "queue/wake.h"
 #include "ship/batch.h"
+#include "ship/fold.h"
 #include "ship/guard.h"
 #include "ship/http.h"
 #include "ship/lane.h"
@@ -253,6 +255,7 @@ abp_ship_reset(void)
 	prices_changed = true;
 	tables_stale = true;
 	abp_turn.delivered = 0;
+	abp_fold_reset();
 }
 
 /* Take over what an earlier shipper has left unsettled. */
@@ -280,6 +283,8 @@ recover(List *tables)
 		shipment->delivery.ids = abp_idset_copy(&left->ids);
 		shipment->delivery.vanished_ids = abp_idset_copy(&left->vanished_ids);
 		abp_shipment_copy_keys(&shipment->delivery, left);
+		shipment->delivery.knows_counted =
+			abp_share_load_counted(left->id, &shipment->delivery.counted);
 		MemoryContextSwitchTo(old);
 		shipment->delivery.nevents = abp_idset_count(&left->ids);
 		shipment->stage = SHIPMENT_WAITING;
@@ -347,6 +352,7 @@ forget_dropped(List *tables)
 			continue;
 		count = abp_outbox_discard(table->relid);
 		abp_usage_table_forget(table->relid);
+		abp_rollup_forget(table->relid);
 		tables_stale = true;
 		if (count > 0)
 			ereport(WARNING,
@@ -724,6 +730,7 @@ work(const ShipScope *scope)
 	List	   *tables;
 	bool		armed;
 	bool		fresh = !recovered;
+	bool		idle;
 	ListCell   *lc;
 	Oid			extension = get_extension_oid("aibilling_polar", true);
 	Oid			outbox = abp_extension_relation("outbox_entry");
@@ -767,7 +774,11 @@ work(const ShipScope *scope)
 		abp_turn.settled = 0;
 	}
 	if (!armed)
+	{
+		/* Before arm(), a dump may still be bringing deliveries. */
+		recovered = abp_shipments != NIL;
 		return NIL;
+	}
 	forget_dropped(tables);
 
 	if (servers_changed)
@@ -791,6 +802,9 @@ work(const ShipScope *scope)
 		}
 		serve_table(table, fresh, &departures);
 	}
+
+	idle = departures == NIL && !abp_turn.more_to_build && !abp_turn.backlog;
+	abp_turn.more_to_build |= abp_fold(tables, idle);
 
 	/* One table's backlog waits little for another's rows to gather. */
 	if (abp_turn.backlog)

@@ -56,6 +56,7 @@ typedef struct Goal
 
 typedef struct Sync
 {
+	MemoryContext context;		/* for the whole CALL */
 	ShipScope	scope;
 	TimestampTz deadline;
 	TimestampTz report_at;
@@ -207,7 +208,14 @@ obstacle(const Sync *sync, const Goal *goal, List *tables)
 	if (table->paused_by_operator)
 		return "the server is paused; see aibilling.status";
 	if (abp_ship_gave_up(table))
-		return "the server does not accept events; see aibilling.status";
+	{
+		const char *reason = table->pause_reason ? table->pause_reason : "see aibilling.status";
+
+		return table->paused_by_answer ?
+			psprintf("the server does not accept events: %s", reason) :
+			psprintf("the server was not reached or has failed, %d times so far, and is tried again later: %s",
+					 table->failures, reason);
+	}
 	if (table->blocked_until > GetCurrentTimestamp())
 		return "a usage table is blocked; see aibilling.status";
 	if (sync->shipper && abp_position_is_locked_out(goal->relid))
@@ -243,7 +251,7 @@ is_done(Sync *sync, bool idle)
 		why = obstacle(sync, goal, tables);
 		if (why == NULL)
 			return false;
-		sync->gave_up = why;
+		sync->gave_up = MemoryContextStrdup(sync->context, why);
 	}
 
 	/* What is gone needs nothing any more, but was not delivered either. */
@@ -346,15 +354,14 @@ abp_sql_sync(PG_FUNCTION_ARGS)
 		.scope = {true, superuser() ? InvalidOid : GetUserId(), NULL},
 		.deadline = DT_NOEND
 	};
-	MemoryContext context;
 
 	check_call(fcinfo);
 	abp_extension_check_version();
 
 	/* Outlives the transactions that follow, and goes with the CALL. */
-	context = AllocSetContextCreate(PortalContext, "aibilling sync", ALLOCSET_DEFAULT_SIZES);
+	sync.context = AllocSetContextCreate(PortalContext, "aibilling sync", ALLOCSET_DEFAULT_SIZES);
 	SPI_connect_ext(SPI_OPT_NONATOMIC);
-	MemoryContextSwitchTo(context);
+	MemoryContextSwitchTo(sync.context);
 	if (!PG_ARGISNULL(0))
 	{
 		sync.scope.server = pstrdup(NameStr(*PG_GETARG_NAME(0)));

@@ -142,12 +142,6 @@ fire_deferred_at_once(void)
 	AfterTriggerSetState(all);
 }
 
-static bool
-count_row(const UsageRow *row, Jsonb *whole, void *arg)
-{
-	return true;
-}
-
 /*
  * Of rows that share an id one may be delivered: they are not priced, but
  * rejected.
@@ -155,23 +149,8 @@ count_row(const UsageRow *row, Jsonb *whole, void *arg)
 static void
 reject_shared(PriceLook *look)
 {
-	IdSet		shared = {0};
+	IdSet		shared = abp_rows_shared(look->table, &look->seen);
 	ListCell   *lc;
-
-	for (int i = 0; i < look->seen.nranges; i++)
-	{
-		for (int64 id = look->seen.ranges[i].first;; id++)
-		{
-			IdSet		one = {0};
-
-			abp_idset_add(&one, id, id, look->context);
-			if (abp_rows_read(look->table, &one, false, count_row, NULL) > 1)
-				abp_idset_add(&shared, id, id, look->context);
-			abp_idset_free(&one);
-			if (id == look->seen.ranges[i].last)
-				break;
-		}
-	}
 
 	look->priced = abp_idset_subtract(&look->priced, &shared);
 	foreach(lc, look->others)

@@ -11,7 +11,12 @@
  */
 #include "postgres.h"
 
+#include "access/genam.h"
+#include "access/table.h"
 #include "access/xact.h"
+#include "catalog/pg_database.h"
+#include "commands/dbcommands.h"
+#include "commands/extension.h"
 #include "fmgr.h"
 #include "miscadmin.h"
 #include "nodes/value.h"
@@ -28,6 +33,8 @@
 
 #include "compat.h"
 #include "config.h"
+#include "base/extension.h"
+#include "queue/outbox.h"
 #include "queue/wake.h"
 #include "ship/position.h"
 #include "ship/shipper.h"
@@ -37,6 +44,9 @@
 
 /* How often to try while a session in CALL sync() ships. */
 #define TAKE_OVER_MS 1000
+
+/* How often to look for the database, and for the extension in it. */
+#define DATABASE_POLL_MS 2000
 
 /*
  * Register a worker for each database of aibilling_polar.databases.  Called
@@ -58,6 +68,10 @@ abp_worker_init(void)
 	{
 		if (!list_member(databases, makeString(lfirst(lc))))
 			databases = lappend(databases, makeString(lfirst(lc)));
+		else
+			ereport(LOG,
+					(errmsg("database \"%s\" is named twice in aibilling_polar.databases and has one worker all the same",
+							(char *) lfirst(lc))));
 	}
 	abp_wake_init(list_length(databases));
 
@@ -86,16 +100,16 @@ abp_worker_init(void)
 	}
 }
 
-/* Sleep until woken, or for this long. */
+/* Sleep until woken, or for this long; activity is for pg_stat_activity, or NULL. */
 static void
-sleep_until_woken(long timeout_ms)
+sleep_until_woken(long timeout_ms, const char *activity)
 {
 	static uint32 wait_event = 0;
 
 	if (wait_event == 0)
 		wait_event = abp_wait_event_new("AibillingPolarMain");
 
-	pgstat_report_activity(STATE_IDLE, NULL);
+	pgstat_report_activity(STATE_IDLE, activity);
 	(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
 					 timeout_ms, wait_event);
 	ResetLatch(MyLatch);
@@ -131,7 +145,101 @@ note_what_ends_us(ErrorData *edata)
 	if (next_emit_log_hook)
 		next_emit_log_hook(edata);
 	if (edata->elevel >= ERROR && edata->sqlerrcode != ERRCODE_ADMIN_SHUTDOWN)
-		abp_worker_ends(edata->message);
+		abp_worker_ends(edata->message, edata->sqlerrcode == ERRCODE_UNDEFINED_DATABASE);
+}
+
+/*
+ * The database whose name differs from this one in capital letters only, in
+ * the current memory context, or NULL.
+ */
+static char *
+database_in_other_case(const char *name)
+{
+	Relation	databases = table_open(DatabaseRelationId, AccessShareLock);
+	SysScanDesc scan = systable_beginscan(databases, InvalidOid, false, NULL, 0, NULL);
+	char	   *found = NULL;
+	HeapTuple	tuple;
+
+	while (found == NULL && HeapTupleIsValid(tuple = systable_getnext(scan)))
+	{
+		Form_pg_database database = (Form_pg_database) GETSTRUCT(tuple);
+
+		if (pg_strcasecmp(NameStr(database->datname), name) == 0)
+			found = pstrdup(NameStr(database->datname));
+	}
+	systable_endscan(scan);
+	table_close(databases, AccessShareLock);
+	return found;
+}
+
+/*
+ * There is no database of this worker's name.  It says so once and waits for
+ * one, connected to none, rather than fail every second; then it ends, so that
+ * its next run connects.
+ */
+static void
+wait_for_database(void)
+{
+	const char *name = MyBgworkerEntry->bgw_extra;
+	bool		said = false;
+
+	BackgroundWorkerInitializeConnection(NULL, NULL, 0);
+	for (;;)
+	{
+		Oid			database;
+
+		SetCurrentStatementStartTimestamp();
+		StartTransactionCommand();
+		database = get_database_oid(name, true);
+		if (!OidIsValid(database) && !said)
+		{
+			char	   *other = database_in_other_case(name);
+
+			ereport(WARNING,
+					(errcode(ERRCODE_UNDEFINED_DATABASE),
+					 errmsg("aibilling_polar worker waits for database \"%s\", which does not exist",
+							name),
+					 other != NULL ?
+					 errhint("There is a database \"%s\": a name with capital letters is written in double quotes, as in aibilling_polar.databases = '\"%s\"'. Change it and restart the server.",
+							 other, other) :
+					 errhint("Create it, or take it out of aibilling_polar.databases and restart the server.")));
+			said = true;
+		}
+		CommitTransactionCommand();
+		if (OidIsValid(database))
+		{
+			abp_worker_has_database();
+			proc_exit(1);
+		}
+		sleep_until_woken(DATABASE_POLL_MS, "waiting for the database to be created");
+	}
+}
+
+/*
+ * Is the extension in this database?  If not, says so, but once.
+ */
+static bool
+has_extension(void)
+{
+	static bool said = false;
+	static bool has = false;
+
+	if (has)
+		return true;
+
+	SetCurrentStatementStartTimestamp();
+	StartTransactionCommand();
+	has = abp_extension_installed();
+	if (!has && !said)
+		ereport(LOG,
+				(errmsg("aibilling_polar worker for database \"%s\" waits for the extension",
+						MyBgworkerEntry->bgw_extra),
+				 errhint("Run %s EXTENSION aibilling_polar%s in that database.",
+						 OidIsValid(get_extension_oid("aibilling_polar", true)) ? "ALTER" : "CREATE",
+						 OidIsValid(get_extension_oid("aibilling_polar", true)) ? " UPDATE" : "")));
+	said = true;
+	CommitTransactionCommand();
+	return has;
 }
 
 /*
@@ -149,6 +257,8 @@ aibilling_polar_worker_main(Datum arg)
 	next_emit_log_hook = emit_log_hook;
 	emit_log_hook = note_what_ends_us;
 	BackgroundWorkerUnblockSignals();
+	if (abp_worker_had_no_database())
+		wait_for_database();
 	BackgroundWorkerInitializeConnection(MyBgworkerEntry->bgw_extra, NULL, 0);
 
 	SetConfigOption("application_name", MyBgworkerEntry->bgw_type, PGC_USERSET, PGC_S_SESSION);
@@ -175,6 +285,11 @@ aibilling_polar_worker_main(Datum arg)
 			abp_wake_listen();
 			shipper = become_shipper();
 		}
+		if (!has_extension())
+		{
+			sleep_until_woken(DATABASE_POLL_MS, "waiting for extension aibilling_polar");
+			continue;
+		}
 		if (shipper)
 		{
 			long		due;
@@ -190,6 +305,6 @@ aibilling_polar_worker_main(Datum arg)
 		}
 		else
 			timeout = Min(timeout, TAKE_OVER_MS);
-		sleep_until_woken(timeout);
+		sleep_until_woken(timeout, NULL);
 	}
 }

@@ -463,8 +463,10 @@ abp_sql_explain_usage_cost(PG_FUNCTION_ARGS)
 	if (SPI_processed == 0)
 		ereport(ERROR,
 				(errcode(ERRCODE_NO_DATA_FOUND),
-				 errmsg("there is no row with id " INT64_FORMAT " in \"%s\"",
-						PG_GETARG_INT64(1), get_rel_name(relid))));
+				 errmsg("there is no row with id " INT64_FORMAT " in table %s",
+						PG_GETARG_INT64(1),
+						quote_qualified_identifier(get_namespace_name(get_rel_namespace(relid)),
+												   get_rel_name(relid)))));
 
 	for (uint64 row = 0; row < SPI_processed; row++)
 	{

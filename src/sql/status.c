@@ -40,7 +40,9 @@
 #include "queue/wake.h"
 #include "ship/guard.h"
 #include "ship/shipper.h"
+#include "sql/status.h"
 #include "usage/attach.h"
+#include "usage/lookup.h"
 #include "usage/row.h"
 #include "usage/rows.h"
 
@@ -62,9 +64,12 @@ may_see(Oid relid)
 	return has_privs_of_role(GetUserId(), ROLE_PG_MONITOR) || abp_owns_table(relid, GetUserId());
 }
 
-/* Is this database named in aibilling_polar.databases? */
-static bool
-database_is_listed(void)
+/*
+ * Is this database named in aibilling_polar.databases?  in_other_case: perhaps
+ * with other capital letters, as a name without quotes is.
+ */
+bool
+abp_database_is_listed(bool in_other_case)
 {
 	List	   *names;
 	ListCell   *lc;
@@ -74,7 +79,7 @@ database_is_listed(void)
 		return false;
 	foreach(lc, names)
 	{
-		if (strcmp(lfirst(lc), mine) == 0)
+		if ((in_other_case ? pg_strcasecmp : strcmp) (lfirst(lc), mine) == 0)
 			return true;
 	}
 	return false;
@@ -173,7 +178,8 @@ abp_sql_usage_status(PG_FUNCTION_ARGS)
 
 	if (nulls[0])
 	{
-		values[0] = CStringGetTextDatum("not_sent");
+		values[0] = CStringGetTextDatum(abp_lookup_exists(PG_GETARG_OID(0), PG_GETARG_INT64(1)) ?
+										"not_sent" : "no_row");
 		nulls[0] = false;
 	}
 	PG_RETURN_DATUM(HeapTupleGetDatum(heap_form_tuple(BlessTupleDesc(desc), values, nulls)));
@@ -208,11 +214,12 @@ no_worker_words(void)
 {
 	char	   *error;
 
-	if (GetConfigOption("aibilling_polar.databases", true, false) == NULL)
+	if (!abp_preloaded)
 		return "no worker: the library is not preloaded (shared_preload_libraries)";
-	if (!database_is_listed())
-		return psprintf("no worker: aibilling_polar.databases does not name \"%s\"",
-						get_database_name(MyDatabaseId));
+	if (!abp_database_is_listed(false))
+		return psprintf("no worker: aibilling_polar.databases does not name \"%s\"%s",
+						get_database_name(MyDatabaseId),
+						abp_database_is_listed(true) ? " (a name with capital letters is written in double quotes there)" : "");
 	if (RecoveryInProgress())
 		return "no worker: this server is a standby";
 	error = abp_worker_error(get_database_name(MyDatabaseId));
@@ -444,7 +451,9 @@ status_of_table(const UsageTable *table, bool armed, int shipper, ReturnSetInfo 
 	values[STATUS_LAST_DELIVERY] = TimestampTzGetDatum(totals.last_delivery);
 	nulls[STATUS_LAST_ERROR] = totals.last_error == NULL;
 	if (totals.last_error != NULL)
-		values[STATUS_LAST_ERROR] = CStringGetTextDatum(totals.last_error);
+		values[STATUS_LAST_ERROR] = CStringGetTextDatum(totals.last_error_at >= totals.last_delivery ? totals.last_error :
+														psprintf("%s (of %s, before the last delivery)", totals.last_error,
+																 timestamptz_to_str(totals.last_error_at)));
 	values[STATUS_DELIVERIES] = Int64GetDatum(totals.deliveries);
 	values[STATUS_DELIVERED] = Int64GetDatum(totals.delivered);
 	values[STATUS_DUPLICATES] = Int64GetDatum(totals.duplicates);
@@ -469,6 +478,7 @@ abp_sql_status(PG_FUNCTION_ARGS)
 	bool		armed;
 	int			shipper;
 	List	   *tables;
+	bool		sees_any = false;
 	ListCell   *lc;
 
 	abp_extension_check_version();
@@ -481,9 +491,16 @@ abp_sql_status(PG_FUNCTION_ARGS)
 
 		CHECK_FOR_INTERRUPTS();
 		if (OidIsValid(table->owner) && may_see(table->relid))
+		{
 			status_of_table(table, armed, shipper, result);
+			sees_any = true;
+		}
 	}
 
+	if (tables != NIL && !sees_any)
+		ereport(NOTICE,
+				(errmsg("no usage table is role \"%s\"'s to see", GetUserNameFromId(GetUserId(), false)),
+				 errhint("Its owner sees it, and who is granted the owner's role or pg_monitor.")));
 	if (tables == NIL)
 	{
 		Datum		values[NUM_STATUS] = {0};

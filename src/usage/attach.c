@@ -22,6 +22,8 @@
 #include "foreign/foreign.h"
 #include "miscadmin.h"
 #include "nodes/makefuncs.h"
+#include "nodes/parsenodes.h"
+#include "nodes/value.h"
 #include "storage/lmgr.h"
 #include "utils/builtins.h"
 #include "utils/fmgroids.h"
@@ -41,11 +43,15 @@
 #include "queue/entry.h"
 #include "queue/ledger.h"
 #include "queue/outbox.h"
+#include "queue/shares.h"
 #include "queue/wake.h"
 #include "usage/attach.h"
 #include "usage/collect.h"
 #include "usage/row.h"
 #include "usage/rows.h"
+
+/* How many tables a message names. */
+#define MAX_NAMED_TABLES 10
 
 PG_FUNCTION_INFO_V1(abp_sql_create_usage_table);
 PG_FUNCTION_INFO_V1(abp_sql_attach);
@@ -175,18 +181,24 @@ static const char *const usage_column_comments[][2] = {
 	{"external_id", "Polar''s dedupe key, 1 to 255 bytes; may be the application''s own idempotency key"},
 	{"occurred_at", "time of the call; the price in force then applies"},
 	{"event_name", "overrides the server''s event_name"},
+	{"provider", "who served the call, as in aibilling.price: openai, anthropic, google ..."},
+	{"sub_provider", "whom a gateway took the call to"},
 	{"model", "model of the call as the provider names it"},
 	{"service_tier", "tier that served; default, auto, on_demand and '''' mean standard"},
 	{"generation_id", "the provider''s id of the response"},
-	{"customer_id", "Polar''s own id of the customer"},
-	{"external_customer_id", "the application''s id of the customer"},
-	{"parent_id", "external_id of the event that this one belongs to or corrects"},
+	{"customer_id", "Polar''s own id of the customer, who must exist there"},
+	{"external_customer_id", "the application''s id of the customer: the one to use"},
+	{"member_id", "Polar''s id of a member of the customer"},
+	{"external_member_id", "the application''s id of a member of the customer"},
+	{"parent_id", "external_id, or Polar''s id, of the event that this one belongs to"},
 	{"input_tokens", "all prompt tokens, cached ones included"},
 	{"cache_read_tokens", "subset of input_tokens read from the cache"},
 	{"cache_write_tokens", "subset of input_tokens written to the 5-minute cache"},
 	{"cache_write_1h_tokens", "subset of input_tokens written to the 1-hour cache"},
 	{"output_tokens", "all completion tokens, reasoning included"},
 	{"reasoning_tokens", "subset of output_tokens spent on reasoning"},
+	{"request_count", "requests to the provider; NULL counts as 1"},
+	{"web_search_count", "web searches that the provider ran"},
 	{"units", "further quantities by name, such as {\"image\": 2}"},
 	{"raw_usage", "the provider''s own usage object; fills the counts on INSERT"},
 	{"usage_format", "format of raw_usage"},
@@ -200,19 +212,54 @@ static const char *const usage_column_comments[][2] = {
 static void attach_table(Oid relid, const char *server, const char *existing);
 
 /*
+ * Read the name of a table to be created.  It is an identifier in SQL, which
+ * some take for the name itself: say so where that makes a difference.
+ */
+static RangeVar *
+read_table_name(text *given)
+{
+	char	   *name = text_to_cstring(given);
+	List	   *parts;
+	RangeVar   *table;
+
+	if (!SplitIdentifierString(pstrdup(name), '.', &parts) || parts == NIL)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_NAME),
+				 errmsg("invalid name of a table: \"%s\"", name),
+				 errhint("A name with blanks or capital letters is written in double quotes, as in create_usage_table('%s', ...).",
+						 quote_identifier(name))));
+	table = makeRangeVarFromNameList(textToQualifiedNameList(given));
+	if (strchr(name, '"') == NULL && strcmp(llast(parts), name) != 0 && list_length(parts) == 1)
+		ereport(NOTICE,
+				(errmsg("the table's name is \"%s\": capital letters stay only in double quotes, as in create_usage_table('%s', ...)",
+						table->relname, quote_identifier(name))));
+	return table;
+}
+
+/*
  * aibilling.create_usage_table(name, server): create a usage table, owned by
  * the caller, and attach it.
  */
 Datum
 abp_sql_create_usage_table(PG_FUNCTION_ARGS)
 {
-	RangeVar   *name = makeRangeVarFromNameList(textToQualifiedNameList(PG_GETARG_TEXT_PP(0)));
+	RangeVar   *name = read_table_name(PG_GETARG_TEXT_PP(0));
 	Name		server = PG_GETARG_NAME(1);
 	Oid			namespace = RangeVarGetCreationNamespace(name);
 	char	   *qualified = quote_qualified_identifier(get_namespace_name(namespace),
 													   name->relname);
 	Oid			relid;
-	int			guc_level = begin_safe_names();
+	int			guc_level;
+
+	if (OidIsValid(get_relname_relid(name->relname, namespace)))
+		ereport(ERROR,
+				(errcode(ERRCODE_DUPLICATE_TABLE),
+				 errmsg("relation \"%s\" already exists", name->relname),
+				 errhint("To make a table that exists a usage table, run SELECT aibilling.attach('%s', server => '%s').",
+						 qualified, NameStr(*server))));
+	/* before the table is there: nothing is made for a server that is not */
+	(void) GetForeignServerByName(NameStr(*server), false);
+	guc_level = begin_safe_names();
 
 	SPI_connect();
 	run_ddl(psprintf(usage_table_ddl, qualified));
@@ -593,6 +640,7 @@ abp_sql_on_sql_drop(PG_FUNCTION_ARGS)
 		int64		ledger_from;
 		int64		count;
 
+		abp_rollup_forget(relid);
 		if (!abp_usage_table_attached(relid, &serverid, &ledger_from))
 			continue;
 		count = abp_outbox_discard(relid);
@@ -642,6 +690,60 @@ abp_sql_on_server_ddl(PG_FUNCTION_ARGS)
 	PG_RETURN_NULL();
 }
 
+/* The attached tables that are there, as arguments of detach(), and what waits of them. */
+static int
+attached_tables(StringInfo detach, int64 *waiting)
+{
+	bool		armed;
+	int			count = 0;
+	ListCell   *lc;
+
+	*waiting = abp_outbox_count_all();
+	foreach(lc, abp_usage_tables(&armed))
+	{
+		UsageTable *table = lfirst(lc);
+
+		if (!OidIsValid(table->owner))
+			continue;
+		if (count++ < MAX_NAMED_TABLES)
+			appendStringInfo(detach, " SELECT aibilling.detach('%s');", table->name);
+	}
+	return count;
+}
+
+/*
+ * DROP EXTENSION without CASCADE fails because of the triggers of the usage
+ * tables, and PostgreSQL's hint is CASCADE.  Say first what is better.
+ */
+static void
+check_drop_extension(const Node *command)
+{
+	const DropStmt *drop = (const DropStmt *) command;
+	StringInfoData detach;
+	int64		waiting;
+	int			count;
+	bool		ours = false;
+	ListCell   *lc;
+
+	if (!IsA(command, DropStmt) || drop->removeType != OBJECT_EXTENSION ||
+		drop->behavior != DROP_RESTRICT || !abp_extension_installed())
+		return;
+	foreach(lc, drop->objects)
+		ours |= strcmp(strVal(lfirst(lc)), "aibilling_polar") == 0;
+	if (!ours)
+		return;
+
+	initStringInfo(&detach);
+	count = attached_tables(&detach, &waiting);
+	if (count > 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_DEPENDENT_OBJECTS_STILL_EXIST),
+				 errmsg("cannot drop extension aibilling_polar: %d usage tables are attached", count),
+				 errdetail(INT64_FORMAT " rows of them are not delivered. The tables stay, with all their rows.", waiting),
+				 errhint("Deliver what waits with CALL aibilling.sync(). Then:%s%s DROP EXTENSION aibilling_polar CASCADE; which drops its servers, too.",
+						 detach.data, count > MAX_NAMED_TABLES ? " and the others;" : "")));
+}
+
 /*
  * ddl_command_start of what may drop the extension: in a session that has not
  * called us yet, this call loads the library, and the library's hook sees what
@@ -654,5 +756,6 @@ abp_sql_on_drop_extension(PG_FUNCTION_ARGS)
 		ereport(ERROR,
 				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
 				 errmsg("function \"aibilling.on_drop_extension\" can only be called as an event trigger")));
+	check_drop_extension(((EventTriggerData *) fcinfo->context)->parsetree);
 	PG_RETURN_NULL();
 }

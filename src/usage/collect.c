@@ -400,6 +400,45 @@ abp_collect_changes(Oid usage_table)
 	return ids;
 }
 
+/*
+ * The ids of a table's rows that are in the outbox are given (in *unsure those
+ * that Polar may have), and are changed to what this transaction makes of them
+ * when it commits.  In the current memory context.
+ */
+void
+abp_collect_pending(Oid usage_table, IdSet *sure, IdSet *unsure)
+{
+	IdSet		changed;
+	HASH_SEQ_STATUS scan;
+	Change	   *change;
+
+	if (collect_context == NULL)
+		return;
+	for (Group *group = groups; group != NULL; group = group->next)
+	{
+		if (group->usage_table == usage_table && group->state.state != OUTBOX_NOT_QUEUED)
+			abp_idset_add_set(group->state.outcome_unknown ? unsure : sure, &group->ids,
+							  CurrentMemoryContext);
+	}
+	abp_idset_sort(sure);
+	abp_idset_sort(unsure);
+
+	changed = abp_collect_changes(usage_table);
+	if (changed.nranges == 0)
+		return;
+	*sure = abp_idset_subtract(sure, &changed);
+	*unsure = abp_idset_subtract(unsure, &changed);
+	hash_seq_init(&scan, changes);
+	while ((change = hash_seq_search(&scan)) != NULL)
+	{
+		if (change->key.usage_table == usage_table && change->waits)
+			abp_idset_add(change->state.outcome_unknown ? unsure : sure, change->key.id,
+						  change->key.id, CurrentMemoryContext);
+	}
+	abp_idset_sort(sure);
+	abp_idset_sort(unsure);
+}
+
 /* --- the end of a (sub)transaction ------------------------------------------- */
 
 /* Entries to be written, and where the next of a kind belongs. */

@@ -19,6 +19,7 @@ extern void abp_collect_truncated(Oid usage_table);
 extern void abp_collect_changed(Oid usage_table, int64 id, const RowPlace *place,
 								const RowState *state);
 extern IdSet abp_collect_changes(Oid usage_table);
+extern void abp_collect_pending(Oid usage_table, IdSet *sure, IdSet *unsure);
 extern bool abp_collect_find(Oid usage_table, int64 id, RowPlace *place);
 
 #endif							/* ABP_COLLECT_H */

@@ -388,7 +388,7 @@ abp_rows_settled(const UsageTable *table, IdSet *ids)
 
 /* The first column of a statement about rows, run as the table's owner. */
 static IdSet
-select_ids(const UsageTable *table, const char *statement, IdSet *ids)
+select_ids(const UsageTable *table, const char *statement, IdSet *ids, bool read_only)
 {
 	MemoryContext caller = CurrentMemoryContext;
 	IdSet		found = {0};
@@ -401,7 +401,7 @@ select_ids(const UsageTable *table, const char *statement, IdSet *ids)
 	SPI_connect();
 	args[0] = ids_as_array(ids);
 	if (SPI_execute_with_args(psprintf(statement, table->name), 1, argtypes, args, NULL,
-							  false, 0) < 0)
+							  read_only, 0) < 0)
 		elog(ERROR, "unexpected result of looking at usage rows");
 	for (uint64 i = 0; i < SPI_processed; i++)
 	{
@@ -426,7 +426,7 @@ abp_rows_lock(const UsageTable *table, IdSet *ids, bool wait)
 #define LOCK_ROWS \
 	"SELECT u.id::pg_catalog.int8 FROM %s u WHERE u.id OPERATOR(pg_catalog.=) ANY ($1) FOR NO KEY UPDATE"
 
-	return select_ids(table, wait ? LOCK_ROWS : LOCK_ROWS " SKIP LOCKED", ids);
+	return select_ids(table, wait ? LOCK_ROWS : LOCK_ROWS " SKIP LOCKED", ids, false);
 }
 
 /*
@@ -435,7 +435,18 @@ abp_rows_lock(const UsageTable *table, IdSet *ids, bool wait)
 IdSet
 abp_rows_visible(const UsageTable *table, IdSet *ids)
 {
-	return select_ids(table, "SELECT u.id::pg_catalog.int8 FROM %s u WHERE u.id OPERATOR(pg_catalog.=) ANY ($1)", ids);
+	return select_ids(table, "SELECT u.id::pg_catalog.int8 FROM %s u WHERE u.id OPERATOR(pg_catalog.=) ANY ($1)", ids, false);
+}
+
+/*
+ * The ids of several rows, by the active snapshot, in the current memory
+ * context.
+ */
+IdSet
+abp_rows_shared(const UsageTable *table, IdSet *ids)
+{
+	return select_ids(table, "SELECT u.id::pg_catalog.int8 FROM %s u WHERE u.id OPERATOR(pg_catalog.=) ANY ($1)"
+					  " GROUP BY u.id HAVING pg_catalog.count(*) OPERATOR(pg_catalog.>) 1", ids, true);
 }
 
 /*
@@ -446,5 +457,5 @@ IdSet
 abp_rows_reprice(const UsageTable *table, IdSet *ids)
 {
 	return select_ids(table, "UPDATE %s u SET cost_status = u.cost_status"
-					  " WHERE u.id OPERATOR(pg_catalog.=) ANY ($1) RETURNING u.id::pg_catalog.int8", ids);
+					  " WHERE u.id OPERATOR(pg_catalog.=) ANY ($1) RETURNING u.id::pg_catalog.int8", ids, false);
 }

@@ -24,11 +24,13 @@
 #include "config.h"
 #include "polar/server.h"
 #include "price/cost.h"
+#include "price/normalize.h"
 #include "price/price.h"
 #include "queue/attachment.h"
 #include "queue/entry.h"
 #include "queue/ledger.h"
 #include "queue/outbox.h"
+#include "queue/shares.h"
 #include "queue/place.h"
 #include "queue/wake.h"
 #include "usage/collect.h"
@@ -98,7 +100,7 @@ check_trigger(FunctionCallInfo fcinfo, const char *name,
 /* The new row with its columns filled in and its cost. */
 static HeapTuple
 priced_tuple(UsageRelation *known, TupleDesc desc, const UsageRow *row,
-			 bool normalized, const PricedCost *cost)
+			 bool normalized, bool stripped, const PricedCost *cost)
 {
 	Datum	   *values = known->values;
 	bool	   *nulls = known->nulls;
@@ -131,6 +133,8 @@ priced_tuple(UsageRelation *known, TupleDesc desc, const UsageRow *row,
 				   PointerGetDatum(cstring_to_text_with_len(row->generation_id.data,
 															row->generation_id.len)));
 	}
+	if (stripped)
+		SET_COLUMN(COL_RAW_USAGE, row->raw_usage == NULL, JsonbPGetDatum(row->raw_usage));
 	if (row->tags_are_null && !nulls[known->columns.attnums[COL_TAGS] - 1])
 		SET_COLUMN(COL_TAGS, false, JsonbPGetDatum(row->tags));
 	SET_COLUMN(COL_COST_NANOS, !cost->known, Int64GetDatum(cost->cost_nanos));
@@ -234,6 +238,116 @@ remains_as_it_is(UsageRelation *known, const Datum *values, const bool *nulls)
 	return false;
 }
 
+/* Tell, once a session, of triggers on a table that is not attached. */
+static void
+warn_not_attached(UsageRelation *known, Relation rel)
+{
+	if (OidIsValid(known->usage_table) || known->warned)
+		return;
+	known->warned = true;
+	ereport(WARNING,
+			(errcode(ERRCODE_WARNING),
+			 errmsg("table \"%s\" is not attached: its rows are priced but not sent",
+					RelationGetRelationName(rel)),
+			 errhint("Attach it with SELECT aibilling.attach('%s', server => '...').",
+					 RelationGetRelationName(rel))));
+}
+
+/* A row in the BEFORE trigger: as it came, and with what we put into it. */
+typedef struct NewRow
+{
+	UsageRelation *known;
+	Relation	rel;
+	HeapTuple	tuple;
+	Datum		values[NUM_USAGE_COLUMNS];
+	bool		nulls[NUM_USAGE_COLUMNS];
+} NewRow;
+
+/* Take the defaults where an explicit NULL says nothing. */
+static inline void
+fill_in_defaults(NewRow *row)
+{
+	if (unlikely(abp_relation_lacks_defaults(row->known, row->nulls)))
+		row->known = abp_relation_fill_defaults(row->known, row->rel, &row->tuple,
+												row->values, row->nulls);
+}
+
+/*
+ * The new row of an UPDATE.  Returns false if nothing has changed that is
+ * priced or billed.
+ */
+static bool
+read_updated(NewRow *row, HeapTuple old)
+{
+	TupleDesc	desc = RelationGetDescr(row->rel);
+	Datum		old_values[NUM_USAGE_COLUMNS];
+	bool		old_nulls[NUM_USAGE_COLUMNS];
+	bool		raw_changed;
+	bool		changed;
+
+	abp_relation_read(row->known, old, desc, old_values, old_nulls);
+	abp_relation_read(row->known, row->tuple, desc, row->values, row->nulls);
+	if (unlikely(abp_relation_lacks_kept(row->nulls, old_nulls)))
+	{
+		row->tuple = abp_relation_keep(row->known, desc, row->tuple, old, row->nulls);
+		abp_relation_read(row->known, row->tuple, desc, row->values, row->nulls);
+	}
+	fill_in_defaults(row);
+	changed = abp_billed_columns_changed(old_values, old_nulls, row->values, row->nulls,
+										 &raw_changed);
+	if (!changed && !is_repriced(row->known, DatumGetInt64(old_values[COL_ID])) &&
+		(!raw_changed || row->nulls[COL_RAW_USAGE]))
+		return false;
+	if (!row->nulls[COL_ID] && !old_nulls[COL_ID] &&
+		row->values[COL_ID] != old_values[COL_ID])
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("cannot change the id of usage row " INT64_FORMAT " of \"%s\"",
+						DatumGetInt64(old_values[COL_ID]), RelationGetRelationName(row->rel)),
+				 errhint("Delete the row and insert another.")));
+	return true;
+}
+
+/*
+ * The row of an INSERT.  Returns false if it is not new and keeps its cost.
+ */
+static bool
+read_inserted(NewRow *row)
+{
+	TupleDesc	desc = RelationGetDescr(row->rel);
+
+	abp_relation_read(row->known, row->tuple, desc, row->values, row->nulls);
+	if (unlikely(row->nulls[COL_ID]))
+		fill_in_defaults(row);
+	if (OidIsValid(row->known->usage_table) && !row->nulls[COL_ID] &&
+		remains_as_it_is(row->known, row->values, row->nulls))
+		return false;
+	/* the look at other rows has used the relation's scratch */
+	if (unlikely(!row->nulls[COL_COST_STATUS]))
+		abp_relation_read(row->known, row->tuple, desc, row->values, row->nulls);
+	fill_in_defaults(row);
+	return true;
+}
+
+/*
+ * Fill in what a row's raw usage object says.  Returns false if it cannot be
+ * read: then the row stays without a cost.
+ */
+static bool
+fill_in_usage(UsageRow *row)
+{
+	StringInfoData reason;
+	char	   *doubt;
+	bool		filled;
+
+	initStringInfo(&reason);
+	filled = abp_fate_normalize(row, &reason, &doubt);
+	pfree(reason.data);
+	if (filled && doubt != NULL)
+		abp_warn_doubt(doubt);
+	return filled;
+}
+
 /*
  * BEFORE INSERT OR UPDATE, FOR EACH ROW: normalise and price the row.
  */
@@ -241,118 +355,64 @@ Datum
 abp_sql_price_usage(PG_FUNCTION_ARGS)
 {
 	TriggerData *trigdata = (TriggerData *) fcinfo->context;
-	Relation	rel;
-	TupleDesc	desc;
+	NewRow		new;
 	UsageRelation *known;
 	const ServerOptions *server = NULL;
-	Datum		values[NUM_USAGE_COLUMNS];
-	bool		nulls[NUM_USAGE_COLUMNS];
 	UsageRow	row;
 	PricedCost	cost = {COST_INCOMPLETE};
 	bool		update;
-	bool		normalized = false;
-	HeapTuple	tuple;
+	bool		normalized;
+	bool		strips = false;
+	Jsonb	   *kept = NULL;
 
 	check_trigger(fcinfo, "price_usage",
 				  TRIGGER_EVENT_BEFORE | TRIGGER_EVENT_ROW | TRIGGER_EVENT_INSERT,
 				  TRIGGER_EVENT_BEFORE | TRIGGER_EVENT_ROW | TRIGGER_EVENT_UPDATE,
 				  "BEFORE INSERT OR UPDATE FOR EACH ROW");
-	rel = trigdata->tg_relation;
-	desc = RelationGetDescr(rel);
-	known = abp_relation_know(rel);
 	update = TRIGGER_FIRED_BY_UPDATE(trigdata->tg_event);
-	tuple = update ? trigdata->tg_newtuple : trigdata->tg_trigtuple;
+	new.rel = trigdata->tg_relation;
+	new.known = abp_relation_know(new.rel);
+	new.tuple = update ? trigdata->tg_newtuple : trigdata->tg_trigtuple;
+	warn_not_attached(new.known, new.rel);
+	if (update ? !read_updated(&new, trigdata->tg_trigtuple) : !read_inserted(&new))
+		return PointerGetDatum(new.tuple);
 
-	if (!OidIsValid(known->usage_table) && !known->warned)
-	{
-		known->warned = true;
-		ereport(WARNING,
-				(errcode(ERRCODE_WARNING),
-				 errmsg("table \"%s\" is not attached: its rows are priced but not sent",
-						RelationGetRelationName(rel)),
-				 errhint("Attach it with SELECT aibilling.attach('%s', server => '...').",
-						 RelationGetRelationName(rel))));
-	}
-
-	if (update)
-	{
-		Datum		old_values[NUM_USAGE_COLUMNS];
-		bool		old_nulls[NUM_USAGE_COLUMNS];
-		bool		raw_changed;
-		bool		changed;
-
-		abp_relation_read(known, trigdata->tg_trigtuple, desc, old_values, old_nulls);
-		abp_relation_read(known, tuple, desc, values, nulls);
-		if (unlikely(abp_relation_lacks_kept(nulls, old_nulls)))
-		{
-			tuple = abp_relation_keep(known, desc, tuple, trigdata->tg_trigtuple, nulls);
-			abp_relation_read(known, tuple, desc, values, nulls);
-		}
-		if (unlikely(abp_relation_lacks_defaults(known, nulls)))
-			known = abp_relation_fill_defaults(known, rel, &tuple, values, nulls);
-		changed = abp_billed_columns_changed(old_values, old_nulls, values, nulls, &raw_changed);
-		if (!changed && !is_repriced(known, DatumGetInt64(old_values[COL_ID])) &&
-			(!raw_changed || nulls[COL_RAW_USAGE]))
-			return PointerGetDatum(tuple);
-		if (!nulls[COL_ID] && !old_nulls[COL_ID] &&
-			values[COL_ID] != old_values[COL_ID])
-			ereport(ERROR,
-					(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-					 errmsg("cannot change the id of usage row " INT64_FORMAT " of \"%s\"",
-							DatumGetInt64(old_values[COL_ID]), RelationGetRelationName(rel)),
-					 errhint("Delete the row and insert another.")));
-	}
-	else
-	{
-		abp_relation_read(known, tuple, desc, values, nulls);
-
-		if (unlikely(nulls[COL_ID] && abp_relation_lacks_defaults(known, nulls)))
-			known = abp_relation_fill_defaults(known, rel, &tuple, values, nulls);
-		if (OidIsValid(known->usage_table) && !nulls[COL_ID] &&
-			remains_as_it_is(known, values, nulls))
-			return PointerGetDatum(tuple);
-		/* the look at other rows has used the relation's scratch */
-		if (unlikely(!nulls[COL_COST_STATUS]))
-			abp_relation_read(known, tuple, desc, values, nulls);
-		if (unlikely(abp_relation_lacks_defaults(known, nulls)))
-			known = abp_relation_fill_defaults(known, rel, &tuple, values, nulls);
-	}
-
-	abp_usage_row_read(values, nulls, &row);
+	known = new.known;
+	abp_usage_row_read(new.values, new.nulls, &row);
 	row.columns = &known->columns;
-	abp_fate_check(rel, &row, nulls);
+	abp_fate_check(new.rel, &row, new.nulls);
 	if (OidIsValid(known->serverid))
 		server = abp_server_options(known->serverid);
 
-	if (row.raw_usage != NULL)
+	/* before what is read fills in the model */
+	if (row.raw_usage != NULL && server != NULL && server->strip_raw_usage)
 	{
-		StringInfoData reason;
-		char	   *doubt;
+		UsageCall	call = {row.model, row.provider_cost != NULL};
 
-		initStringInfo(&reason);
-		normalized = abp_fate_normalize(&row, &reason, &doubt);
-		pfree(reason.data);
-		if (normalized && doubt != NULL)
-			abp_warn_doubt(doubt);
+		strips = true;
+		kept = abp_usage_strip(row.usage_format, row.raw_usage, &call);
 	}
-
-	/* A raw usage object that cannot be read leaves the row without a cost. */
+	normalized = row.raw_usage != NULL && fill_in_usage(&row);
 	if (row.raw_usage == NULL || normalized)
 	{
 		PriceRequest request = abp_fate_price_request(&row);
 
 		(void) abp_price_usage(&request, false, &cost);
+		if (unlikely(!row.counts.given[COUNT_OUTPUT]) && !update)
+			abp_warn_no_output(&row, &request, &cost);
 	}
-	tuple = priced_tuple(known, desc, &row, normalized, &cost);
+	if (unlikely(strips))
+		row.raw_usage = kept;
+	new.tuple = priced_tuple(known, RelationGetDescr(new.rel), &row, normalized, strips, &cost);
 
 	if (update && OidIsValid(known->usage_table) && server != NULL)
 	{
 		row.has_cost_nanos = cost.known;
 		row.cost_nanos = cost.cost_nanos;
 		row.cost_cents = cost.cost_cents;
-		requeue_row(known, rel, &row, server);
+		requeue_row(known, new.rel, &row, server);
 	}
-	return PointerGetDatum(tuple);
+	return PointerGetDatum(new.tuple);
 }
 
 /*
@@ -583,6 +643,7 @@ abp_sql_truncate_usage(PG_FUNCTION_ARGS)
 	count = abp_outbox_discard(known->usage_table);
 	abp_collect_truncated(known->usage_table);
 	abp_usage_table_truncated(known->usage_table);
+	abp_shares_truncated(known->usage_table);
 	if (count > 0)
 		ereport(WARNING,
 				(errcode(ERRCODE_WARNING),

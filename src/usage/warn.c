@@ -95,10 +95,11 @@ abp_warn_doubt(const char *doubt)
 }
 
 /*
- * Warn, once a session for each model, of rows that wait for a price.
+ * Is this the first time in this session that there is something of this name to
+ * warn of?  No if the statement, or the session, has warned enough.
  */
-void
-abp_warn_unpriced(const UsageRow *row, const char *reason)
+static bool
+is_first_warning_of(const char *what)
 {
 	char		key[128];
 	bool		found;
@@ -111,11 +112,20 @@ abp_warn_unpriced(const UsageRow *row, const char *reason)
 									HASH_ELEM | HASH_STRINGS);
 	}
 	if (hash_get_num_entries(warned_models) >= MAX_WARNED_MODELS || !may_warn())
-		return;
+		return false;
 
-	strlcpy(key, reason, sizeof(key));
+	strlcpy(key, what, sizeof(key));
 	hash_search(warned_models, key, HASH_ENTER, &found);
-	if (!found)
+	return !found;
+}
+
+/*
+ * Warn, once a session for each model, of rows that wait for a price.
+ */
+void
+abp_warn_unpriced(const UsageRow *row, const char *reason)
+{
+	if (is_first_warning_of(reason))
 	{
 		PriceRequest request = abp_fate_price_request(row);
 		char	   *hint = abp_price_hint(&request);
@@ -127,4 +137,42 @@ abp_warn_unpriced(const UsageRow *row, const char *reason)
 				 errmsg("usage is held until it can be priced: %s", reason),
 				 errhint("%s", hint ? hint : "What is held is listed in aibilling.unpriced.")));
 	}
+}
+
+/*
+ * Warn, once a session for each model, of a priced row whose output_tokens are
+ * NULL.  They count as 0, which is right for embeddings; where a model's output
+ * has a price, an application may have lost them on the way.
+ */
+void
+abp_warn_no_output(const UsageRow *row, const PriceRequest *request, const PricedCost *cost)
+{
+	UsageCounts counts = row->counts;
+	PriceRequest with_output = *request;
+	PricedCost	other;
+	char		name[128];
+
+	if (row->counts.given[COUNT_OUTPUT] || row->counts.value[COUNT_INPUT] == 0 ||
+		row->raw_usage != NULL || row->provider_cost != NULL || row->counts.units != NULL ||
+		!cost->known)
+		return;
+	snprintf(name, sizeof(name), "output of %.*s %.*s", row->provider.len, row->provider.data,
+			 row->model.len, row->model.data);
+	if (!is_first_warning_of(name))
+		return;
+
+	/* as many as show in the cents, whatever one costs */
+	counts.given[COUNT_OUTPUT] = true;
+	counts.value[COUNT_OUTPUT] = 1000;
+	with_output.counts = &counts;
+	if (!abp_price_usage(&with_output, true, &other) || !other.known ||
+		DatumGetBool(DirectFunctionCall2(numeric_eq, NumericGetDatum(other.cost_cents),
+										 NumericGetDatum(cost->cost_cents))))
+		return;
+	statement_warnings++;
+	ereport(WARNING,
+			(errcode(ERRCODE_WARNING),
+			 errmsg("output_tokens is NULL and counts as 0, but the output of this model has a price (provider \"%.*s\", model \"%.*s\")",
+					row->provider.len, row->provider.data, row->model.len, row->model.data),
+			 errhint("Set output_tokens to what the provider reports, or to 0 if the call wrote nothing.")));
 }

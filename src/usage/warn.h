@@ -13,9 +13,12 @@
 #include "utils/relcache.h"
 
 #include "base/usage_row.h"
+#include "price/price.h"
 
 extern void abp_warn_rejected(Relation rel, int64 id, const char *reason);
 extern void abp_warn_doubt(const char *doubt);
 extern void abp_warn_unpriced(const UsageRow *row, const char *reason);
+extern void abp_warn_no_output(const UsageRow *row, const PriceRequest *request,
+							   const PricedCost *cost);
 
 #endif							/* ABP_WARN_H */

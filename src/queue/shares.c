@@ -1,0 +1,392 @@
+/*-------------------------------------------------------------------------
+ *
+ * shares.c
+ *	  What each delivery's rows add up to: the tables aibilling.share and
+ *	  aibilling.rollup.
+ *
+ * A delivery's share of the sums is written when the delivery enters the
+ * ledger, and counts as long as the ledger has it as being sent or delivered.
+ * Once it is delivered it is added to the rollup and deleted, in one
+ * transaction.  A share without sums stands for the rows themselves: those of
+ * a delivery that is being divided, or that an older version has made.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/genam.h"
+#include "access/htup_details.h"
+#include "access/table.h"
+#include "catalog/pg_type.h"
+#include "miscadmin.h"
+#include "utils/array.h"
+#include "utils/builtins.h"
+#include "utils/fmgroids.h"
+#include "utils/memutils.h"
+#include "utils/rel.h"
+#include "utils/snapmgr.h"
+#include "utils/uuid.h"
+
+#include "compat.h"
+#include "base/extension.h"
+#include "base/rights.h"
+#include "base/statement.h"
+#include "queue/shares.h"
+
+/* --- shares ---------------------------------------------------------------- */
+
+/*
+ * Write what a delivery's rows add up to (NULL: not known), but for those that
+ * other deliveries count ("counted"; NULL: not known).
+ */
+void
+abp_share_write(int64 delivery, Oid usage_table, bytea *sums, const IdSet *counted)
+{
+	static Statement write = {
+		"INSERT INTO aibilling.share AS s (delivery, usage_table, sums, counted) VALUES ($1, $2, $3, $4)"
+		" ON CONFLICT (delivery) DO UPDATE SET sums = excluded.sums, counted = excluded.counted",
+		4, {INT8OID, REGCLASSOID, BYTEAOID, INT8MULTIRANGEOID}
+	};
+	IdSet		ids = counted == NULL ? (IdSet) {0} : *counted;
+	Datum		values[4] = {
+		Int64GetDatum(delivery),
+		ObjectIdGetDatum(usage_table),
+		PointerGetDatum(sums),
+		abp_idset_to_multirange(&ids)
+	};
+	char		nulls[5] = "    ";
+
+	nulls[2] = sums == NULL ? 'n' : ' ';
+	nulls[3] = counted == NULL ? 'n' : ' ';
+	(void) abp_statement_run_alone(&write, values, nulls);
+}
+
+/*
+ * What the rows of a delivered share add up to is known by now.
+ */
+void
+abp_share_set_sums(int64 delivery, bytea *sums)
+{
+	static Statement set = {
+		"UPDATE aibilling.share SET sums = $2 WHERE delivery = $1", 2, {INT8OID, BYTEAOID}
+	};
+	Datum		values[2] = {Int64GetDatum(delivery), PointerGetDatum(sums)};
+
+	(void) abp_statement_run_alone(&set, values, NULL);
+}
+
+/*
+ * A delivery's share counts no more, or is in the rollup.
+ */
+void
+abp_share_drop(int64 delivery)
+{
+	static Statement drop = {
+		"DELETE FROM aibilling.share WHERE delivery = $1", 1, {INT8OID}
+	};
+	Datum		values[1] = {Int64GetDatum(delivery)};
+
+	(void) abp_statement_run_alone(&drop, values, NULL);
+}
+
+/*
+ * The same of several.
+ */
+void
+abp_shares_drop(const int64 *deliveries, int n)
+{
+	static Statement drop = {
+		"DELETE FROM aibilling.share WHERE delivery = ANY ($1)", 1, {INT8ARRAYOID}
+	};
+	Datum	   *elements = palloc(sizeof(Datum) * Max(n, 1));
+	Datum		values[1];
+
+	for (int i = 0; i < n; i++)
+		elements[i] = Int64GetDatum(deliveries[i]);
+	values[0] = PointerGetDatum(construct_array(elements, n, INT8OID, sizeof(int64), FLOAT8PASSBYVAL,
+												TYPALIGN_DOUBLE));
+	(void) abp_statement_run_alone(&drop, values, NULL);
+}
+
+/*
+ * Which of a delivery's rows do others count, as it was written down?  In the
+ * current memory context.  Returns false if that is not known.
+ */
+bool
+abp_share_load_counted(int64 delivery, IdSet *counted)
+{
+	static Statement load = {
+		"SELECT counted FROM aibilling.share WHERE delivery = $1 AND counted IS NOT NULL",
+		1, {INT8OID}, true
+	};
+	MemoryContext caller = CurrentMemoryContext;
+	Datum		values[1] = {Int64GetDatum(delivery)};
+	bool		known;
+	SavedUser	saved;
+
+	abp_become_extension_owner(&saved);
+	SPI_connect();
+	known = abp_statement_run(&load, values, NULL) > 0;
+	*counted = known ? abp_result_idset(0, 1, caller) : (IdSet) {0};
+	SPI_finish();
+	abp_restore_user(&saved);
+	return known;
+}
+
+/* Shares as a list of Share in the current memory context. */
+static List *
+read_shares(Statement *statement, Datum *values)
+{
+	MemoryContext caller = CurrentMemoryContext;
+	List	   *list = NIL;
+	uint64		n;
+	SavedUser	saved;
+
+	abp_become_extension_owner(&saved);
+	SPI_connect();
+	n = abp_statement_run(statement, values, NULL);
+	for (uint64 i = 0; i < n; i++)
+	{
+		MemoryContext spi = MemoryContextSwitchTo(caller);
+		Share	   *share = palloc0(sizeof(Share));
+		bool		isnull;
+		Datum		sums;
+
+		share->delivery = abp_result_int64(i, 1, 0);
+		share->usage_table = abp_result_oid(i, 2);
+		sums = abp_result_datum(i, 3, &isnull);
+		if (!isnull)
+			share->sums = DatumGetByteaPCopy(sums);
+		share->counted = abp_result_idset(i, 4, caller);
+		(void) abp_result_datum(i, 4, &isnull);
+		share->knows_counted = !isnull;
+		if (share->sums == NULL)
+			share->ids = abp_result_idset(i, 5, caller);
+		share->delivered = strcmp(TextDatumGetCString(abp_result_datum(i, 6, &isnull)), "delivered") == 0;
+		list = lappend(list, share);
+		MemoryContextSwitchTo(spi);
+	}
+	SPI_finish();
+	abp_restore_user(&saved);
+	return list;
+}
+
+/*
+ * The shares of a table that are not in the rollup yet, by the active
+ * snapshot: a list of Share in the current memory context.
+ */
+List *
+abp_shares_of(Oid usage_table)
+{
+	static Statement of_table = {
+		"SELECT s.delivery, s.usage_table, s.sums, s.counted, d.usage_ids, coalesce(d.state, 'delivered')"
+		" FROM (SELECT * FROM aibilling.share o WHERE o.usage_table = $1 OFFSET 0) s LEFT JOIN LATERAL"
+		" (SELECT l.usage_ids, l.state FROM aibilling.ledger l WHERE l.id = s.delivery OFFSET 0) d ON true"
+		" WHERE coalesce(d.state, 'delivered') IN ('delivered', 'sending')",
+		1, {REGCLASSOID}, true
+	};
+	Datum		values[1] = {ObjectIdGetDatum(usage_table)};
+
+	return read_shares(&of_table, values);
+}
+
+/*
+ * The first shares of deliveries from this one on that are delivered; unknown:
+ * those whose sums are not known.  A list of Share in the current memory
+ * context.
+ */
+List *
+abp_shares_to_fold(int64 from_delivery, int max_shares, bool unknown)
+{
+	static Statement next = {
+		"SELECT s.delivery, s.usage_table, s.sums, s.counted, d.usage_ids, 'delivered'::text"
+		" FROM aibilling.share s LEFT JOIN aibilling.ledger d ON d.id = s.delivery"
+		" WHERE s.delivery >= $1 AND (s.sums IS NULL) = $3 AND coalesce(d.state, 'delivered') = 'delivered'"
+		" ORDER BY s.delivery LIMIT $2",
+		3, {INT8OID, INT4OID, BOOLOID}, true
+	};
+	Datum		values[3] = {
+		Int64GetDatum(from_delivery), Int32GetDatum(max_shares), BoolGetDatum(unknown)
+	};
+
+	return read_shares(&next, values);
+}
+
+/*
+ * The first delivery that is being sent, or that is to come.
+ */
+int64
+abp_share_first_open(void)
+{
+	static Statement first = {
+		"SELECT coalesce((SELECT min(d.id) FROM aibilling.ledger d WHERE d.state = 'sending'),"
+		" (SELECT max(d.id) + 1 FROM aibilling.ledger d), 0)",
+		0, {0}, true
+	};
+	int64		id;
+	SavedUser	saved;
+
+	abp_become_extension_owner(&saved);
+	SPI_connect();
+	(void) abp_statement_run(&first, NULL, NULL);
+	id = abp_result_int64(0, 1, 0);
+	SPI_finish();
+	abp_restore_user(&saved);
+	return id;
+}
+
+/*
+ * Those of a table's ids that are counted, by the active snapshot, in the
+ * rollup or in a share of known sums, since its last TRUNCATE.  In the current
+ * memory context.
+ */
+IdSet
+abp_share_counted(Oid usage_table, IdSet *ids, int64 ledger_from)
+{
+	static Statement overlapping = {
+		"SELECT d.usage_ids FROM (SELECT * FROM aibilling.ledger l WHERE l.usage_ids && $2 OFFSET 0) d"
+		" LEFT JOIN LATERAL (SELECT true AS there, o.sums IS NOT NULL AS known FROM aibilling.share o"
+		"  WHERE o.delivery = d.id OFFSET 0) s ON true"
+		" WHERE d.usage_table = $1 AND d.id > $3"
+		" AND (s.known AND d.state IN ('delivered', 'sending') OR s.there IS NULL AND d.state = 'delivered')",
+		3, {REGCLASSOID, INT8MULTIRANGEOID, INT8OID}, true
+	};
+	Datum		values[3] = {
+		ObjectIdGetDatum(usage_table), (Datum) 0, Int64GetDatum(ledger_from)
+	};
+	MemoryContext caller = CurrentMemoryContext;
+	IdSet		counted = {0};
+	uint64		n;
+	SavedUser	saved;
+
+	if (ids->nranges == 0)
+		return counted;
+	values[1] = abp_idset_to_multirange(ids);
+	abp_become_extension_owner(&saved);
+	SPI_connect();
+	n = abp_statement_run(&overlapping, values, NULL);
+	for (uint64 i = 0; i < n; i++)
+	{
+		IdSet		of_delivery = abp_result_idset(i, 1, CurrentMemoryContext);
+
+		abp_idset_add_set(&counted, &of_delivery, caller);
+		abp_idset_free(&of_delivery);
+	}
+	SPI_finish();
+	abp_restore_user(&saved);
+	abp_idset_sort(&counted);
+	return abp_idset_intersect(&counted, ids);
+}
+
+/*
+ * A table has been emptied: of deliveries whose sums are not known, nothing is
+ * left that could tell them.
+ */
+void
+abp_shares_truncated(Oid usage_table)
+{
+	static Statement forget = {
+		"DELETE FROM aibilling.share WHERE usage_table = $1 AND sums IS NULL", 1, {REGCLASSOID}
+	};
+	Datum		values[1] = {ObjectIdGetDatum(usage_table)};
+
+	(void) abp_statement_run_alone(&forget, values, NULL);
+}
+
+/* --- the rollup ------------------------------------------------------------- */
+
+/*
+ * A table is gone: so is what its rows added up to.
+ */
+void
+abp_rollup_forget(Oid usage_table)
+{
+	static Statement forget[2] = {
+		{
+			"DELETE FROM aibilling.share WHERE usage_table = $1", 1, {REGCLASSOID}
+		},
+		{
+			"DELETE FROM aibilling.rollup WHERE usage_table = $1", 1, {REGCLASSOID}
+		}
+	};
+	Datum		values[1] = {ObjectIdGetDatum(usage_table)};
+
+	for (int i = 0; i < lengthof(forget); i++)
+		(void) abp_statement_run_alone(&forget[i], values, NULL);
+}
+
+/*
+ * Add sums to the rollup: arrays of as many elements, in the order of
+ * RollupColumn.
+ */
+void
+abp_rollup_add(Datum *columns)
+{
+	static Statement add = {
+		"INSERT INTO aibilling.rollup AS r SELECT * FROM unnest($1, $2, $3, $4, $5, $6, $7, $8, $9, $10,"
+		" $11, $12, $13, $14, $15, $16, $17, $18, $19)"
+		" ON CONFLICT (usage_table, level, customer, day, key) DO UPDATE SET"
+		" usage_rows = r.usage_rows + excluded.usage_rows,"
+		" input_tokens = r.input_tokens + excluded.input_tokens,"
+		" cache_read_tokens = r.cache_read_tokens + excluded.cache_read_tokens,"
+		" cache_write_tokens = r.cache_write_tokens + excluded.cache_write_tokens,"
+		" output_tokens = r.output_tokens + excluded.output_tokens,"
+		" reasoning_tokens = r.reasoning_tokens + excluded.reasoning_tokens,"
+		" cost_nanos = r.cost_nanos + excluded.cost_nanos,"
+		" cost_cents = r.cost_cents + excluded.cost_cents,"
+		" unpriced = r.unpriced + excluded.unpriced",
+		NUM_ROLLUP_COLUMNS,
+		{REGCLASSARRAYOID, CHARARRAYOID, INT8ARRAYOID, DATEARRAYOID, UUIDARRAYOID, TEXTARRAYOID, UUIDARRAYOID,
+			TEXTARRAYOID, TEXTARRAYOID, TEXTARRAYOID, INT8ARRAYOID, NUMERICARRAYOID, NUMERICARRAYOID,
+			NUMERICARRAYOID, NUMERICARRAYOID, NUMERICARRAYOID, NUMERICARRAYOID, NUMERICARRAYOID,
+		INT8ARRAYOID}
+	};
+
+	(void) abp_statement_run_alone(&add, columns, NULL);
+}
+
+/*
+ * Read rows of the rollup, by the active snapshot, without SQL: one customer's
+ * sums are asked for before each of their calls.
+ */
+void
+abp_rollup_read(const RollupRange *range, RollupReader reader, void *arg)
+{
+	Relation	rel = table_open(abp_extension_relation("rollup"), AccessShareLock);
+	bool		by_day = range->level == ROLLUP_DAILY && !range->by_customer;
+	Relation	index = index_open(abp_extension_relation(by_day ? "rollup_day" : "rollup_pkey"),
+								   AccessShareLock);
+	ScanKeyData keys[5];
+	int			nkeys = 0;
+	SysScanDesc scan;
+	HeapTuple	tuple;
+	bool		more = true;
+
+	ScanKeyInit(&keys[nkeys++], ROLLUP_USAGE_TABLE + 1, BTEqualStrategyNumber, F_OIDEQ,
+				ObjectIdGetDatum(range->usage_table));
+	if (!by_day)
+		ScanKeyInit(&keys[nkeys++], ROLLUP_LEVEL + 1, BTEqualStrategyNumber, F_CHAREQ,
+					CharGetDatum(range->level));
+	if (range->by_customer || range->level == ROLLUP_BY_MODEL)
+		ScanKeyInit(&keys[nkeys++], ROLLUP_CUSTOMER + 1, BTEqualStrategyNumber, F_INT8EQ,
+					Int64GetDatum(range->customer));
+	ScanKeyInit(&keys[nkeys++], ROLLUP_DAY + 1, BTGreaterEqualStrategyNumber, F_DATE_GE,
+				Int32GetDatum(range->from_day));
+	ScanKeyInit(&keys[nkeys++], ROLLUP_DAY + 1, BTLessEqualStrategyNumber, F_DATE_LE,
+				Int32GetDatum(range->to_day));
+
+	scan = systable_beginscan_ordered(rel, index, GetActiveSnapshot(), nkeys, keys);
+	while (more && (tuple = systable_getnext_ordered(scan, ForwardScanDirection)) != NULL)
+	{
+		Datum		values[NUM_ROLLUP_COLUMNS];
+		bool		nulls[NUM_ROLLUP_COLUMNS];
+
+		CHECK_FOR_INTERRUPTS();
+
+		heap_deform_tuple(tuple, RelationGetDescr(rel), values, nulls);
+		more = reader(values, nulls, arg);
+	}
+	systable_endscan_ordered(scan);
+	index_close(index, NoLock);
+	table_close(rel, NoLock);
+}

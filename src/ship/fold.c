@@ -1,0 +1,248 @@
+/*-------------------------------------------------------------------------
+ *
+ * fold.c
+ *	  Into the rollup, when there is time for it.
+ *
+ * What deliveries add up to is folded into the rollup when nothing else is to
+ * be done, and in a small part of the time while there is always more to
+ * deliver.  Deliveries of an older version, which has not added them up, are
+ * added up here too, from their rows.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/htup_details.h"
+#include "access/xact.h"
+#include "catalog/pg_class.h"
+#include "miscadmin.h"
+#include "utils/builtins.h"
+#include "utils/lsyscache.h"
+#include "utils/memutils.h"
+#include "utils/snapmgr.h"
+#include "utils/syscache.h"
+#include "utils/timestamp.h"
+
+#include "compat.h"
+#include "polar/server.h"
+#include "queue/shares.h"
+#include "ship/fold.h"
+#include "ship/guard.h"
+#include "ship/position.h"
+#include "ship/turn.h"
+#include "usage/rollup.h"
+
+/* While there is always more to deliver, this share of the time is spent here. */
+#define BUSY_SHARE 20
+
+/* When to try again what has failed. */
+#define AFTER_ERROR_MS (10 * 1000)
+#define TABLE_ERROR_MS (5 * 60 * 1000)
+
+/* How many deliveries of an older version are looked at in one step, and how long. */
+#define SUM_SHARES 50
+#define SUM_MS 100
+
+static bool may_have_shares = true;
+static int64 fold_from = 0;
+static TimestampTz fold_at = 0; /* not before this */
+static bool warned = false;
+
+static bool may_have_unknown = true;
+static int64 unknown_from = 0;
+static bool unknown_failed = false; /* for a table, since unknown_from was 0 */
+static TimestampTz unknown_at = 0;
+
+/*
+ * A new shipper knows nothing.
+ */
+void
+abp_fold_reset(void)
+{
+	may_have_shares = may_have_unknown = true;
+	fold_from = unknown_from = 0;
+	fold_at = unknown_at = 0;
+	unknown_failed = warned = false;
+}
+
+/*
+ * A batch has been delivered.
+ */
+void
+abp_fold_delivered(void)
+{
+	may_have_shares = true;
+}
+
+/*
+ * Is there more to fold at once?
+ */
+bool
+abp_fold_is_behind(void)
+{
+	TimestampTz now = GetCurrentTimestamp();
+
+	return (may_have_shares && fold_at <= now) || (may_have_unknown && unknown_at <= now);
+}
+
+static void
+fold_step(void *arg)
+{
+	CommandCounterIncrement();
+	PushActiveSnapshot(GetLatestSnapshot());
+	*(bool *) arg = abp_rollup_fold(&fold_from);
+	PopActiveSnapshot();
+}
+
+/* A table that is not attached any more. */
+static UsageTable *
+detached_table(Oid relid)
+{
+	UsageTable *table = palloc0(sizeof(UsageTable));
+	HeapTuple	tuple = SearchSysCache1(RELOID, ObjectIdGetDatum(relid));
+	Form_pg_class form = (Form_pg_class) GETSTRUCT(tuple);
+
+	table->relid = relid;
+	table->owner = form->relowner;
+	table->name = quote_qualified_identifier(get_namespace_name(form->relnamespace),
+											 NameStr(form->relname));
+	ReleaseSysCache(tuple);
+	return table;
+}
+
+static const EventFormat *
+format_of(const UsageTable *table)
+{
+	static const EventFormat plain = {.tag_prefix = ""};
+
+	return OidIsValid(table->serverid) ? &abp_server_options(table->serverid)->format : &plain;
+}
+
+/* A delivery whose rows are to be summed up. */
+typedef struct SumStep
+{
+	const UsageTable *table;
+	Share	   *share;
+} SumStep;
+
+static void
+sum_step(void *arg)
+{
+	SumStep    *step = arg;
+	Share	   *share = step->share;
+	IdSet		ids;
+	IdSet		counted;
+
+	CommandCounterIncrement();
+	PushActiveSnapshot(GetLatestSnapshot());
+	counted = share->knows_counted ? share->counted :
+		abp_share_counted(share->usage_table, &share->ids, step->table->ledger_from);
+	ids = abp_idset_subtract(&share->ids, &counted);
+	abp_guard_start_clock();
+	abp_share_set_sums(share->delivery, abp_rollup_sum_rows(step->table, &ids,
+															format_of(step->table)));
+	PopActiveSnapshot();
+}
+
+/* Sum up the rows of one delivery.  Returns false if they cannot be read. */
+static bool
+sum_up(List *tables, Share *share)
+{
+	UsageTable *table;
+	SumStep		step = {.share = share};
+	GuardError	error;
+
+	if (!SearchSysCacheExists1(RELOID, ObjectIdGetDatum(share->usage_table)))
+	{
+		abp_rollup_forget(share->usage_table);
+		return true;
+	}
+	table = abp_find_table(tables, share->usage_table);
+	step.table = table != NULL ? table : detached_table(share->usage_table);
+	if (abp_guard(step.table, sum_step, &step, &error) == GUARD_DONE)
+		return true;
+	if (!unknown_failed)
+		ereport(WARNING,
+				(errcode(error.sqlerrcode),
+				 errmsg("delivered rows of %s cannot be added up yet: %s", step.table->name, error.message)));
+	return false;
+}
+
+/* Go on with the deliveries of an older version.  Returns whether there may be more. */
+static bool
+sum_up_some(List *tables)
+{
+	TimestampTz start = GetCurrentTimestamp();
+	List	   *shares = abp_shares_to_fold(unknown_from, SUM_SHARES, true);
+	ListCell   *lc;
+
+	foreach(lc, shares)
+	{
+		Share	   *share = lfirst(lc);
+
+		CHECK_FOR_INTERRUPTS();
+
+		if (TimestampDifferenceExceeds(start, GetCurrentTimestamp(), SUM_MS))
+			return true;
+		unknown_from = share->delivery + 1;
+		may_have_shares = true;
+		if (!sum_up(tables, share))
+			unknown_failed = true;
+	}
+	if (list_length(shares) == SUM_SHARES)
+		return true;
+
+	/* Those that failed are tried again. */
+	may_have_unknown = unknown_failed;
+	unknown_at = unknown_failed ? GetCurrentTimestamp() + TABLE_ERROR_MS * INT64CONST(1000) : 0;
+	unknown_from = 0;
+	unknown_failed = false;
+	return false;
+}
+
+/* The same for the shares that are known.  Returns whether there may be more. */
+static bool
+fold_some(bool idle)
+{
+	TimestampTz start = GetCurrentTimestamp();
+	GuardError	error;
+	bool		more = false;
+
+	if (abp_guard(NULL, fold_step, &more, &error) != GUARD_DONE)
+	{
+		if (!warned)
+			ereport(WARNING,
+					(errcode(error.sqlerrcode),
+					 errmsg("what was delivered cannot be added up yet: %s", error.message)));
+		warned = true;
+		fold_from = 0;
+		fold_at = GetCurrentTimestamp() + AFTER_ERROR_MS * INT64CONST(1000);
+		return false;
+	}
+	may_have_shares = more;
+	if (!idle)
+		fold_at = GetCurrentTimestamp() + (GetCurrentTimestamp() - start) * BUSY_SHARE;
+	return more;
+}
+
+/*
+ * Do some of it, in the shipper's transaction.  "idle": nothing else is to be
+ * done at present.  *due is lowered to when there will be more to do.  Returns
+ * whether there is more at once.
+ */
+bool
+abp_fold(List *tables, bool idle)
+{
+	TimestampTz now = GetCurrentTimestamp();
+	bool		more = false;
+
+	if (may_have_shares && (idle || fold_at <= now) && !(warned && fold_at > now))
+		more = fold_some(idle);
+	if (idle && may_have_unknown && unknown_at <= now)
+		more |= sum_up_some(tables) || may_have_shares;
+	if (may_have_shares && fold_at > now)
+		abp_due_at(fold_at);
+	if (may_have_unknown && unknown_at > now)
+		abp_due_at(unknown_at);
+	return idle && more;
+}

@@ -1,0 +1,20 @@
+/*-------------------------------------------------------------------------
+ *
+ * fold.h
+ *	  Into the rollup, when there is time for it.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef ABP_FOLD_H
+#define ABP_FOLD_H
+
+#include "postgres.h"
+
+#include "nodes/pg_list.h"
+
+extern void abp_fold_reset(void);
+extern void abp_fold_delivered(void);
+extern bool abp_fold_is_behind(void);
+extern bool abp_fold(List *tables, bool idle);
+
+#endif							/* ABP_FOLD_H */

@@ -1,0 +1,647 @@
+/*-------------------------------------------------------------------------
+ *
+ * spend.c
+ *	  SQL functions that add usage up: usage_daily, usage_by and spend.
+ *
+ * The sums have three parts: the rollup, shares of deliveries that are not in
+ * it yet, and rows that wait.  All are read by one snapshot, the caller's.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/table.h"
+#include "fmgr.h"
+#include "funcapi.h"
+#include "miscadmin.h"
+#include "utils/acl.h"
+#include "utils/builtins.h"
+#include "utils/date.h"
+#include "utils/datetime.h"
+#include "utils/lsyscache.h"
+#include "utils/rel.h"
+#include "utils/rls.h"
+#include "utils/syscache.h"
+#include "utils/timestamp.h"
+
+#include "compat.h"
+#include "base/extension.h"
+#include "polar/server.h"
+#include "queue/outbox.h"
+#include "queue/shares.h"
+#include "usage/collect.h"
+#include "usage/rollup.h"
+#include "usage/rows.h"
+#include "usage/share.h"
+
+PG_FUNCTION_INFO_V1(abp_sql_usage_daily);
+PG_FUNCTION_INFO_V1(abp_sql_usage_by);
+PG_FUNCTION_INFO_V1(abp_sql_spend);
+
+/* Columns of usage_daily() and usage_by(). */
+enum
+{
+	DAILY_DAY,
+	DAILY_EXTERNAL_CUSTOMER_ID,
+	DAILY_CUSTOMER_ID,
+	DAILY_PROVIDER,
+	DAILY_MODEL,
+	DAILY_EVENT_NAME,
+	DAILY_USAGE_ROWS,
+	DAILY_INPUT_TOKENS,
+	DAILY_CACHE_READ_TOKENS,
+	DAILY_CACHE_WRITE_TOKENS,
+	DAILY_OUTPUT_TOKENS,
+	DAILY_REASONING_TOKENS,
+	DAILY_COST_NANOS,
+	DAILY_COST_CENTS,
+	DAILY_UNPRICED,
+	NUM_DAILY
+};
+
+/* --- what is not in the rollup ---------------------------------------------- */
+
+/* Is handed sums and what they are kept by, and whether they are delivered. */
+typedef void (*SumsReader) (const ShareKey *key, const ShareSums *sums, bool delivered, void *arg);
+
+/* While rows and shares are read. */
+typedef struct Pending
+{
+	SumsReader	reader;
+	void	   *arg;
+	ShareGroups scratch;
+	const EventFormat *format;
+	IdSet		delivered_ids;	/* rows of deliveries without known sums */
+	bool		delivered;		/* is the share that is read? */
+} Pending;
+
+/*
+ * Raise an error unless the caller may know what all rows of a table add up to.
+ */
+static void
+check_may_select(Oid relid)
+{
+	AclResult	result;
+
+	if (!SearchSysCacheExists1(RELOID, ObjectIdGetDatum(relid)))
+		ereport(ERROR,
+				(errcode(ERRCODE_UNDEFINED_TABLE),
+				 errmsg("table with OID %u does not exist", relid)));
+	result = pg_class_aclcheck(relid, GetUserId(), ACL_SELECT);
+	if (result != ACLCHECK_OK)
+		aclcheck_error(result, OBJECT_TABLE, get_rel_name(relid));
+	if (check_enable_rls(relid, InvalidOid, true) == RLS_ENABLED)
+		ereport(ERROR,
+				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+				 errmsg("row-level security hides rows of table \"%s\" from you, which its sums would show",
+						get_rel_name(relid)),
+				 errhint("Call it from a SECURITY DEFINER function of the table's owner that checks whose sums it shows.")));
+}
+
+/*
+ * The attached table, or one that has been attached before, in the current
+ * memory context.  Raises an error for a table that cannot have been.
+ */
+static UsageTable *
+find_usage_table(Oid relid)
+{
+	bool		armed;
+	Relation	rel;
+	UsageColumns columns;
+	UsageTable *found;
+	char	   *problem;
+	ListCell   *lc;
+
+	abp_extension_check_version();
+	foreach(lc, abp_usage_tables(&armed))
+	{
+		UsageTable *table = lfirst(lc);
+
+		if (table->relid == relid)
+			return table;
+	}
+
+	rel = table_open(relid, AccessShareLock);
+	if (rel->rd_rel->relispartition || !abp_usage_columns_find(rel, &columns, &problem))
+		ereport(ERROR,
+				(errcode(ERRCODE_WRONG_OBJECT_TYPE),
+				 errmsg("table \"%s\" is not a usage table", RelationGetRelationName(rel)),
+				 rel->rd_rel->relispartition ? errhint("Name the partitioned table.") : 0));
+	found = palloc0(sizeof(UsageTable));
+	found->relid = relid;
+	found->owner = rel->rd_rel->relowner;
+	found->name = quote_qualified_identifier(get_namespace_name(RelationGetNamespace(rel)),
+											 RelationGetRelationName(rel));
+	table_close(rel, NoLock);
+	return found;
+}
+
+static void
+read_share_group(const char *key, int keylen, const ShareSums *sums, void *arg)
+{
+	Pending    *pending = arg;
+	ShareKey	parts;
+	pg_uuid_t	customer_id;
+
+	abp_share_key_read(key, keylen, &parts, &customer_id);
+	pending->reader(&parts, sums, pending->delivered, pending->arg);
+}
+
+static bool
+read_pending_row(const UsageRow *row, Jsonb *whole, void *arg)
+{
+	Pending    *pending = arg;
+	ShareNote	note;
+	const ShareGroup *group;
+	ShareKey	parts;
+	pg_uuid_t	customer_id;
+
+	abp_share_note(&pending->scratch, &note, row, pending->format);
+	group = &pending->scratch.groups[note.group];
+	abp_share_key_read(group->key, group->keylen, &parts, &customer_id);
+	pending->reader(&parts, &note.sums,
+					pending->delivered_ids.nranges > 0 &&
+					abp_idset_contains(&pending->delivered_ids, row->id), pending->arg);
+	return true;
+}
+
+/*
+ * Hand what is not in the rollup to a reader: shares, and then the rows that
+ * wait, are in flight or delivered without their sums being known.
+ */
+static void
+read_pending(const UsageTable *table, SumsReader reader, void *arg)
+{
+	static const EventFormat plain = {.tag_prefix = ""};
+	Pending		pending = {.reader = reader,.arg = arg,.format = &plain};
+	IdSet		ids = {0};
+	IdSet		unsure = {0};
+	IdSet		unknown = {0};	/* of shares without known sums */
+	IdSet		counted;
+	ListCell   *lc;
+
+	abp_outbox_ids(table->relid, &ids, &unsure);
+	abp_collect_pending(table->relid, &ids, &unsure);
+
+	foreach(lc, abp_shares_of(table->relid))
+	{
+		Share	   *share = lfirst(lc);
+
+		pending.delivered = share->delivered;
+		if (share->sums != NULL)
+			abp_share_decode(share->sums, read_share_group, &pending);
+		else if (share->knows_counted)
+		{
+			IdSet		rest = abp_idset_subtract(&share->ids, &share->counted);
+
+			abp_idset_add_set(&ids, &rest, CurrentMemoryContext);
+		}
+		else if (!share->delivered || share->delivery > table->ledger_from)
+		{
+			abp_idset_add_set(&unknown, &share->ids, CurrentMemoryContext);
+			if (share->delivered)
+				abp_idset_add_set(&pending.delivered_ids, &share->ids, CurrentMemoryContext);
+		}
+	}
+
+	/* What has come back, or has an id of before, may be counted already. */
+	abp_idset_add_set(&unsure, &unknown, CurrentMemoryContext);
+	abp_idset_sort(&unsure);
+	counted = abp_share_counted(table->relid, &unsure, table->ledger_from);
+	unsure = abp_idset_subtract(&unsure, &counted);
+	abp_idset_add_set(&ids, &unsure, CurrentMemoryContext);
+	abp_idset_sort(&ids);
+	abp_idset_sort(&pending.delivered_ids);
+	if (ids.nranges == 0)
+		return;
+
+	if (OidIsValid(table->serverid))
+		pending.format = &abp_server_options(table->serverid)->format;
+	abp_share_init(&pending.scratch, CurrentMemoryContext);
+	abp_rows_read(table, &ids, false, read_pending_row, &pending);
+}
+
+/* --- usage_daily, usage_by ---------------------------------------------------- */
+
+/* By what the sums of a result are kept. */
+typedef enum SumsBy
+{
+	BY_ALL,
+	BY_MODEL,
+	BY_CUSTOMER
+} SumsBy;
+
+typedef struct Daily
+{
+	SumsBy		by;
+	DateADT		from_day;
+	DateADT		to_day;
+	ShareGroups groups;			/* what is not in the rollup */
+	bool	   *done;			/* of each of these: is it in the result? */
+	ReturnSetInfo *result;
+} Daily;
+
+/* A key without what the sums of this result are not kept by. */
+static ShareKey
+reduced(const Daily *daily, const ShareKey *key)
+{
+	switch (daily->by)
+	{
+		case BY_MODEL:
+			return (ShareKey)
+			{
+				.day = key->day,.provider = key->provider,.model = key->model
+			};
+		case BY_CUSTOMER:
+			return (ShareKey)
+			{
+				.external_customer_id = key->external_customer_id,.customer_id = key->customer_id
+			};
+		case BY_ALL:
+			break;
+	}
+	return *key;
+}
+
+static void
+add_pending(const ShareKey *key, const ShareSums *sums, bool delivered, void *arg)
+{
+	Daily	   *daily = arg;
+	ShareGroups *groups = &daily->groups;
+	ShareKey	kept;
+
+	if (key->day < daily->from_day || key->day > daily->to_day)
+		return;
+	kept = reduced(daily, key);
+	resetStringInfo(&groups->key);
+	abp_share_key_write(&groups->key, &kept);
+	abp_share_add(groups, &abp_share_group(groups, groups->key.data, groups->key.len)->sums, sums);
+}
+
+static TextView
+view_of(const Datum *values, const bool *nulls, RollupColumn column)
+{
+	TextView	view = {NULL, 0};
+
+	if (!nulls[column])
+	{
+		view.data = VARDATA_ANY(DatumGetPointer(values[column]));
+		view.len = VARSIZE_ANY_EXHDR(DatumGetPointer(values[column]));
+	}
+	return view;
+}
+
+/* The key of a row of the rollup, which must live on. */
+static ShareKey
+key_of_rollup(const Datum *values, const bool *nulls)
+{
+	return (ShareKey)
+	{
+		.day = DatumGetDateADT(values[ROLLUP_DAY]),
+			.external_customer_id = view_of(values, nulls, ROLLUP_EXTERNAL_CUSTOMER_ID),
+			.customer_id = nulls[ROLLUP_CUSTOMER_ID] ? NULL : DatumGetUUIDP(values[ROLLUP_CUSTOMER_ID]),
+			.provider = view_of(values, nulls, ROLLUP_PROVIDER),
+			.model = view_of(values, nulls, ROLLUP_MODEL),
+			.event_name = view_of(values, nulls, ROLLUP_EVENT_NAME)
+	};
+}
+
+static Datum
+add_datums(Datum a, Numeric b)
+{
+	return DirectFunctionCall2(numeric_add, a, NumericGetDatum(b));
+}
+
+/* Texts of the rollup may be compressed, or lie elsewhere. */
+static void
+detoast_texts(Datum *values, const bool *nulls)
+{
+	for (int i = ROLLUP_EXTERNAL_CUSTOMER_ID; i <= ROLLUP_EVENT_NAME; i++)
+	{
+		if (i != ROLLUP_CUSTOMER_ID && !nulls[i])
+			values[i] = PointerGetDatum(PG_DETOAST_DATUM_PACKED(values[i]));
+	}
+}
+
+/* A row of the rollup, and what is to be added to it. */
+static bool
+return_rollup_row(const Datum *rollup_values, const bool *nulls, void *arg)
+{
+	Daily	   *daily = arg;
+	Datum		values[NUM_ROLLUP_COLUMNS];
+
+	memcpy(values, rollup_values, sizeof(values));
+	if (daily->groups.ngroups > 0)
+	{
+		ShareGroup *group;
+		ShareKey	key;
+
+		detoast_texts(values, nulls);
+		key = key_of_rollup(values, nulls);
+		resetStringInfo(&daily->groups.key);
+		abp_share_key_write(&daily->groups.key, &key);
+		group = abp_share_find(&daily->groups, daily->groups.key.data, daily->groups.key.len);
+		if (group != NULL)
+		{
+			const ShareSums *sums = &group->sums;
+
+			daily->done[group - daily->groups.groups] = true;
+			values[ROLLUP_USAGE_ROWS] =
+				Int64GetDatum(DatumGetInt64(values[ROLLUP_USAGE_ROWS]) + sums->rows);
+			for (int i = 0; i < NUM_SHARE_TOKENS; i++)
+				values[ROLLUP_INPUT_TOKENS + i] =
+					add_datums(values[ROLLUP_INPUT_TOKENS + i], abp_share_numeric(sums->tokens[i], 0));
+			values[ROLLUP_COST_NANOS] =
+				add_datums(values[ROLLUP_COST_NANOS], abp_share_numeric(sums->nanos, 0));
+			values[ROLLUP_COST_CENTS] =
+				add_datums(values[ROLLUP_COST_CENTS], abp_share_cents(sums));
+			values[ROLLUP_UNPRICED] =
+				Int64GetDatum(DatumGetInt64(values[ROLLUP_UNPRICED]) + sums->unpriced);
+		}
+	}
+
+	/* the day, the rest follows in the same order */
+	StaticAssertStmt(NUM_ROLLUP_COLUMNS - ROLLUP_EXTERNAL_CUSTOMER_ID == NUM_DAILY - 1,
+					 "the rollup has the columns of usage_daily()");
+	values[ROLLUP_KEY] = values[ROLLUP_DAY];
+	tuplestore_putvalues(daily->result->setResult, daily->result->setDesc, &values[ROLLUP_KEY],
+						 unconstify(bool *, &nulls[ROLLUP_KEY]));
+	return true;
+}
+
+static Datum
+text_or_null(TextView text, bool *isnull)
+{
+	*isnull = text.data == NULL;
+	return *isnull ? (Datum) 0 : PointerGetDatum(cstring_to_text_with_len(text.data, text.len));
+}
+
+static void
+return_group(Daily *daily, const ShareGroup *group)
+{
+	const ShareSums *sums = &group->sums;
+	Datum		values[NUM_DAILY];
+	bool		nulls[NUM_DAILY] = {false};
+	pg_uuid_t	customer_id;
+	ShareKey	key;
+
+	abp_share_key_read(group->key, group->keylen, &key, &customer_id);
+	values[DAILY_DAY] = DateADTGetDatum(key.day);
+	nulls[DAILY_DAY] = daily->by == BY_CUSTOMER;
+	values[DAILY_EXTERNAL_CUSTOMER_ID] =
+		text_or_null(key.external_customer_id, &nulls[DAILY_EXTERNAL_CUSTOMER_ID]);
+	values[DAILY_CUSTOMER_ID] = UUIDPGetDatum(&customer_id);
+	nulls[DAILY_CUSTOMER_ID] = key.customer_id == NULL;
+	values[DAILY_PROVIDER] = text_or_null(key.provider, &nulls[DAILY_PROVIDER]);
+	values[DAILY_MODEL] = text_or_null(key.model, &nulls[DAILY_MODEL]);
+	values[DAILY_EVENT_NAME] = text_or_null(key.event_name, &nulls[DAILY_EVENT_NAME]);
+	values[DAILY_USAGE_ROWS] = Int64GetDatum(sums->rows);
+	for (int i = 0; i < NUM_SHARE_TOKENS; i++)
+	{
+		values[DAILY_INPUT_TOKENS + i] = NumericGetDatum(abp_share_numeric(sums->tokens[i], 0));
+		nulls[DAILY_INPUT_TOKENS + i] = daily->by == BY_CUSTOMER;
+	}
+	values[DAILY_COST_NANOS] = NumericGetDatum(abp_share_numeric(sums->nanos, 0));
+	nulls[DAILY_COST_NANOS] = daily->by == BY_CUSTOMER;
+	values[DAILY_COST_CENTS] = NumericGetDatum(abp_share_cents(sums));
+	values[DAILY_UNPRICED] = Int64GetDatum(sums->unpriced);
+	tuplestore_putvalues(daily->result->setResult, daily->result->setDesc, values, nulls);
+}
+
+/* Add a row of the rollup to its customer. */
+static bool
+add_to_customer(const Datum *rollup_values, const bool *nulls, void *arg)
+{
+	Daily	   *daily = arg;
+	Datum		values[NUM_ROLLUP_COLUMNS];
+	ShareSums	sums = {0};
+	ShareKey	key;
+
+	memcpy(values, rollup_values, sizeof(values));
+	detoast_texts(values, nulls);
+	sums.rows = DatumGetInt64(values[ROLLUP_USAGE_ROWS]);
+	sums.unpriced = DatumGetInt64(values[ROLLUP_UNPRICED]);
+	abp_share_set_cents(&sums, DatumGetNumeric(values[ROLLUP_COST_CENTS]));
+	key = key_of_rollup(values, nulls);
+	key.day = daily->from_day;
+	add_pending(&key, &sums, true, daily);
+	return true;
+}
+
+/* The day that follows the month of this one. */
+static DateADT
+next_month(DateADT day)
+{
+	int			year;
+	int			month;
+	int			mday;
+
+	j2date(day + POSTGRES_EPOCH_JDATE, &year, &month, &mday);
+	return date2j(month == 12 ? year + 1 : year, month == 12 ? 1 : month + 1, 1) - POSTGRES_EPOCH_JDATE;
+}
+
+static void
+read_days(Daily *daily, Oid relid, char level, DateADT from_day, DateADT to_day, RollupReader reader)
+{
+	RollupRange range = {.usage_table = relid,.level = level,.from_day = from_day,.to_day = to_day};
+
+	if (from_day <= to_day)
+		abp_rollup_read(&range, reader, daily);
+}
+
+/* Add the rollup to customers: whole months, and the days before and after. */
+static void
+read_customers(Daily *daily, Oid relid)
+{
+	DateADT		first = DATE_NOT_FINITE(daily->from_day) ? daily->from_day :
+	next_month(daily->from_day - 1);	/* of whole months */
+	DateADT		end;			/* the first day behind them */
+	int			year;
+	int			month;
+	int			mday;
+
+	if (DATE_NOT_FINITE(daily->to_day))
+		end = DATEVAL_NOEND;
+	else
+	{
+		j2date(daily->to_day + 1 + POSTGRES_EPOCH_JDATE, &year, &month, &mday);
+		end = date2j(year, month, 1) - POSTGRES_EPOCH_JDATE;
+	}
+	if (first >= end)
+	{
+		read_days(daily, relid, ROLLUP_DAILY, daily->from_day, daily->to_day, add_to_customer);
+		return;
+	}
+	if (first > daily->from_day)
+		read_days(daily, relid, ROLLUP_DAILY, daily->from_day, first - 1, add_to_customer);
+	read_days(daily, relid, ROLLUP_BY_CUSTOMER, first, end == DATEVAL_NOEND ? end : end - 1,
+			  add_to_customer);
+	if (end != DATEVAL_NOEND)
+		read_days(daily, relid, ROLLUP_DAILY, end, daily->to_day, add_to_customer);
+}
+
+static void
+return_sums(FunctionCallInfo fcinfo, Oid relid, SumsBy by, DateADT from_day, DateADT to_day)
+{
+	Daily		daily = {.by = by,.from_day = from_day,.to_day = to_day};
+	UsageTable *table;
+
+	InitMaterializedSRF(fcinfo, 0);
+	check_may_select(relid);
+	table = find_usage_table(relid);
+	daily.result = (ReturnSetInfo *) fcinfo->resultinfo;
+	abp_share_init(&daily.groups, CurrentMemoryContext);
+
+	read_pending(table, add_pending, &daily);
+	if (by == BY_CUSTOMER)
+		read_customers(&daily, relid);
+	daily.done = palloc0(sizeof(bool) * Max(1, daily.groups.ngroups));
+	if (by != BY_CUSTOMER)
+		read_days(&daily, relid, by == BY_MODEL ? ROLLUP_BY_MODEL : ROLLUP_DAILY, from_day, to_day,
+				  return_rollup_row);
+	for (int i = 0; i < daily.groups.ngroups; i++)
+	{
+		if (!daily.done[i])
+			return_group(&daily, &daily.groups.groups[i]);
+	}
+}
+
+/* A day that is an argument, NULL: without limit. */
+static DateADT
+day_argument(FunctionCallInfo fcinfo, int n, DateADT if_null)
+{
+	return PG_ARGISNULL(n) ? if_null : PG_GETARG_DATEADT(n);
+}
+
+/*
+ * aibilling.usage_daily(usage, from_day, to_day)
+ */
+Datum
+abp_sql_usage_daily(PG_FUNCTION_ARGS)
+{
+	if (PG_ARGISNULL(0))
+		ereport(ERROR,
+				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
+				 errmsg("the usage table must not be NULL")));
+	return_sums(fcinfo, PG_GETARG_OID(0), BY_ALL, day_argument(fcinfo, 1, DATEVAL_NOBEGIN),
+				day_argument(fcinfo, 2, DATEVAL_NOEND));
+	return (Datum) 0;
+}
+
+/*
+ * aibilling.usage_by(usage, by, from_day, to_day)
+ */
+Datum
+abp_sql_usage_by(PG_FUNCTION_ARGS)
+{
+	char	   *by;
+
+	if (PG_ARGISNULL(0) || PG_ARGISNULL(1))
+		ereport(ERROR,
+				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
+				 errmsg("usage table and \"by\" must not be NULL")));
+	by = text_to_cstring(PG_GETARG_TEXT_PP(1));
+	if (strcmp(by, "model") != 0 && strcmp(by, "customer") != 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("invalid value for parameter \"by\": \"%s\"", by),
+				 errhint("Use 'model' or 'customer'.")));
+	return_sums(fcinfo, PG_GETARG_OID(0), strcmp(by, "model") == 0 ? BY_MODEL : BY_CUSTOMER,
+				day_argument(fcinfo, 2, DATEVAL_NOBEGIN), day_argument(fcinfo, 3, DATEVAL_NOEND));
+	return (Datum) 0;
+}
+
+/* --- spend ----------------------------------------------------------------------- */
+
+typedef struct Spend
+{
+	TextView	customer;
+	DateADT		from_day;
+	ShareGroups groups;			/* for memory */
+	ShareSums	all;
+	ShareSums	pending;
+	Numeric		cents;			/* of the rollup */
+	int64		rows;
+	int64		unpriced;
+} Spend;
+
+static bool
+is_customer(const Spend *spend, TextView external_customer_id)
+{
+	return external_customer_id.data != NULL && external_customer_id.len == spend->customer.len &&
+		memcmp(external_customer_id.data, spend->customer.data, spend->customer.len) == 0;
+}
+
+static void
+add_spent(const ShareKey *key, const ShareSums *sums, bool delivered, void *arg)
+{
+	Spend	   *spend = arg;
+
+	if (key->day < spend->from_day || !is_customer(spend, key->external_customer_id))
+		return;
+	abp_share_add(&spend->groups, &spend->all, sums);
+	if (!delivered)
+		abp_share_add(&spend->groups, &spend->pending, sums);
+}
+
+static bool
+add_spent_before(const Datum *rollup_values, const bool *nulls, void *arg)
+{
+	Spend	   *spend = arg;
+	Datum		values[NUM_ROLLUP_COLUMNS];
+
+	memcpy(values, rollup_values, sizeof(values));
+	detoast_texts(values, nulls);
+	if (!is_customer(spend, view_of(values, nulls, ROLLUP_EXTERNAL_CUSTOMER_ID)))
+		return true;
+	spend->cents = DatumGetNumeric(add_datums(values[ROLLUP_COST_CENTS], spend->cents));
+	spend->rows += DatumGetInt64(values[ROLLUP_USAGE_ROWS]);
+	spend->unpriced += DatumGetInt64(values[ROLLUP_UNPRICED]);
+	return true;
+}
+
+/*
+ * aibilling.spend(usage, external_customer_id, since)
+ */
+Datum
+abp_sql_spend(PG_FUNCTION_ARGS)
+{
+	Oid			relid;
+	Spend		spend = {{NULL}};
+	RollupRange range = {.level = ROLLUP_DAILY,.by_customer = true,.to_day = DATEVAL_NOEND};
+	TupleDesc	desc;
+	Datum		values[4];
+	bool		nulls[4] = {false};
+	UsageTable *table;
+
+	if (PG_ARGISNULL(0) || PG_ARGISNULL(1))
+		ereport(ERROR,
+				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
+				 errmsg("usage table and external_customer_id must not be NULL")));
+	if (get_call_result_type(fcinfo, NULL, &desc) != TYPEFUNC_COMPOSITE)
+		elog(ERROR, "return type must be a row type");
+	relid = PG_GETARG_OID(0);
+	check_may_select(relid);
+	table = find_usage_table(relid);
+
+	spend.customer.data = VARDATA_ANY(PG_GETARG_TEXT_PP(1));
+	spend.customer.len = VARSIZE_ANY_EXHDR(PG_GETARG_TEXT_PP(1));
+	spend.from_day = PG_ARGISNULL(2) ? DATEVAL_NOBEGIN : abp_share_day(PG_GETARG_TIMESTAMPTZ(2));
+	spend.cents = int64_to_numeric(0);
+	abp_share_init(&spend.groups, CurrentMemoryContext);
+	read_pending(table, add_spent, &spend);
+
+	range.usage_table = relid;
+	range.customer = abp_rollup_customer(&(ShareKey)
+										 {
+											 .external_customer_id = spend.customer
+										 });
+	range.from_day = spend.from_day;
+	abp_rollup_read(&range, add_spent_before, &spend);
+
+	values[0] = add_datums(NumericGetDatum(spend.cents), abp_share_cents(&spend.all));
+	values[1] = Int64GetDatum(spend.rows + spend.all.rows);
+	values[2] = NumericGetDatum(abp_share_cents(&spend.pending));
+	values[3] = Int64GetDatum(spend.unpriced + spend.all.unpriced);
+	PG_RETURN_DATUM(HeapTupleGetDatum(heap_form_tuple(BlessTupleDesc(desc), values, nulls)));
+}

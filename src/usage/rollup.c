@@ -1,0 +1,304 @@
+/*-------------------------------------------------------------------------
+ *
+ * rollup.c
+ *	  Shares of deliveries into the rollup.
+ *
+ * The rollup has each row's part three times: by all that sums are kept by, by
+ * day and model, and by month and customer; a question about a year or about
+ * one of many customers reads few rows then.  A row of it is found by hashes,
+ * because customers and models may have names of any length.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "catalog/pg_type.h"
+#include "common/cryptohash.h"
+#include "common/sha2.h"
+#include "utils/array.h"
+#include "utils/builtins.h"
+#include "utils/datetime.h"
+#include "utils/lsyscache.h"
+#include "utils/syscache.h"
+#include "utils/timestamp.h"
+
+#include "compat.h"
+#include "queue/shares.h"
+#include "usage/rollup.h"
+#include "usage/rows.h"
+
+/* How much is folded at a time. */
+#define FOLD_SHARES 64
+#define FOLD_GROUPS 3000
+
+/* SHA-256 of some bytes. */
+static void
+hash_bytes_of(const char *data, int len, uint8 *result)
+{
+	pg_cryptohash_ctx *context = pg_cryptohash_create(PG_SHA256);
+
+	if (context == NULL || pg_cryptohash_init(context) < 0 ||
+		pg_cryptohash_update(context, (const uint8 *) data, len) < 0 ||
+		pg_cryptohash_final(context, result, PG_SHA256_DIGEST_LENGTH) < 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_INTERNAL_ERROR),
+				 errmsg("could not compute a SHA-256 hash")));
+	pg_cryptohash_free(context);
+}
+
+/*
+ * By which number a customer is found in the rollup; 0 for none.
+ */
+int64
+abp_rollup_customer(const ShareKey *key)
+{
+	ShareKey	customer = {
+		.external_customer_id = key->external_customer_id,.customer_id = key->customer_id
+	};
+	StringInfoData bytes;
+	uint8		hash[PG_SHA256_DIGEST_LENGTH];
+	uint64		number = 0;
+
+	if (key->external_customer_id.data == NULL && key->customer_id == NULL)
+		return 0;
+	initStringInfo(&bytes);
+	abp_share_key_write(&bytes, &customer);
+	hash_bytes_of(bytes.data, bytes.len, hash);
+	pfree(bytes.data);
+	for (int i = 0; i < 8; i++)
+		number = number << 8 | hash[i];
+	return (int64) number;
+}
+
+static DateADT
+first_of_month(DateADT day)
+{
+	int			year;
+	int			month;
+	int			mday;
+
+	if (DATE_NOT_FINITE(day))
+		return day;
+	j2date(day + POSTGRES_EPOCH_JDATE, &year, &month, &mday);
+	return date2j(year, month, 1) - POSTGRES_EPOCH_JDATE;
+}
+
+/* The arrays of abp_rollup_add, being filled. */
+typedef struct Columns
+{
+	Oid			usage_table;
+	int			n;
+	Datum	   *values[NUM_ROLLUP_COLUMNS];
+	bool	   *nulls[NUM_ROLLUP_COLUMNS];
+} Columns;
+
+static Datum
+text_or_null(TextView text, bool *isnull)
+{
+	*isnull = text.data == NULL;
+	return *isnull ? (Datum) 0 : PointerGetDatum(cstring_to_text_with_len(text.data, text.len));
+}
+
+static void
+add_row(Columns *columns, char level, const ShareGroup *group)
+{
+	const ShareSums *sums = &group->sums;
+	Datum		values[NUM_ROLLUP_COLUMNS];
+	bool		nulls[NUM_ROLLUP_COLUMNS] = {false};
+	uint8		hash[PG_SHA256_DIGEST_LENGTH];
+	pg_uuid_t  *name = palloc(sizeof(pg_uuid_t));
+	pg_uuid_t  *customer_id = palloc(sizeof(pg_uuid_t));
+	ShareKey	key;
+
+	abp_share_key_read(group->key, group->keylen, &key, customer_id);
+	hash_bytes_of(group->key, group->keylen, hash);
+	memcpy(name, hash, UUID_LEN);
+
+	values[ROLLUP_USAGE_TABLE] = ObjectIdGetDatum(columns->usage_table);
+	values[ROLLUP_LEVEL] = CharGetDatum(level);
+	values[ROLLUP_CUSTOMER] = Int64GetDatum(abp_rollup_customer(&key));
+	values[ROLLUP_DAY] = DateADTGetDatum(key.day);
+	values[ROLLUP_KEY] = UUIDPGetDatum(name);
+	values[ROLLUP_EXTERNAL_CUSTOMER_ID] =
+		text_or_null(key.external_customer_id, &nulls[ROLLUP_EXTERNAL_CUSTOMER_ID]);
+	values[ROLLUP_CUSTOMER_ID] = UUIDPGetDatum(customer_id);
+	nulls[ROLLUP_CUSTOMER_ID] = key.customer_id == NULL;
+	values[ROLLUP_PROVIDER] = text_or_null(key.provider, &nulls[ROLLUP_PROVIDER]);
+	values[ROLLUP_MODEL] = text_or_null(key.model, &nulls[ROLLUP_MODEL]);
+	values[ROLLUP_EVENT_NAME] = text_or_null(key.event_name, &nulls[ROLLUP_EVENT_NAME]);
+	values[ROLLUP_USAGE_ROWS] = Int64GetDatum(sums->rows);
+	for (int i = 0; i < NUM_SHARE_TOKENS; i++)
+		values[ROLLUP_INPUT_TOKENS + i] = NumericGetDatum(abp_share_numeric(sums->tokens[i], 0));
+	values[ROLLUP_COST_NANOS] = NumericGetDatum(abp_share_numeric(sums->nanos, 0));
+	values[ROLLUP_COST_CENTS] = NumericGetDatum(abp_share_cents(sums));
+	values[ROLLUP_UNPRICED] = Int64GetDatum(sums->unpriced);
+
+	for (int i = 0; i < NUM_ROLLUP_COLUMNS; i++)
+	{
+		columns->values[i][columns->n] = values[i];
+		columns->nulls[i][columns->n] = nulls[i];
+	}
+	columns->n++;
+}
+
+static void
+write_columns(Columns *columns)
+{
+	static const Oid types[NUM_ROLLUP_COLUMNS] = {
+		REGCLASSOID, CHAROID, INT8OID, DATEOID, UUIDOID, TEXTOID, UUIDOID, TEXTOID, TEXTOID, TEXTOID, INT8OID,
+		NUMERICOID, NUMERICOID, NUMERICOID, NUMERICOID, NUMERICOID, NUMERICOID, NUMERICOID, INT8OID
+	};
+	Datum		arrays[NUM_ROLLUP_COLUMNS];
+	int			lower = 1;
+
+	for (int i = 0; i < NUM_ROLLUP_COLUMNS; i++)
+	{
+		int16		len;
+		bool		by_value;
+		char		align;
+
+		get_typlenbyvalalign(types[i], &len, &by_value, &align);
+		arrays[i] = PointerGetDatum(construct_md_array(columns->values[i], columns->nulls[i], 1,
+													   &columns->n, &lower, types[i], len, by_value,
+													   align));
+	}
+	abp_rollup_add(arrays);
+}
+
+/* Add a group's sums to a wider one. */
+static void
+add_to_wider(ShareGroups *wider, const ShareKey *key, const ShareSums *sums)
+{
+	resetStringInfo(&wider->key);
+	abp_share_key_write(&wider->key, key);
+	abp_share_add(wider, &abp_share_group(wider, wider->key.data, wider->key.len)->sums, sums);
+}
+
+/* Write the sums of some deliveries of a table into the rollup, at all levels. */
+static void
+write_groups(Oid usage_table, const ShareGroups *daily)
+{
+	ShareGroups by_model;
+	ShareGroups by_customer;
+	Columns		columns = {usage_table};
+	int			max;
+
+	abp_share_init(&by_model, CurrentMemoryContext);
+	abp_share_init(&by_customer, CurrentMemoryContext);
+	for (int i = 0; i < daily->ngroups; i++)
+	{
+		const ShareGroup *group = &daily->groups[i];
+		ShareKey	key;
+		pg_uuid_t	customer_id;
+
+		abp_share_key_read(group->key, group->keylen, &key, &customer_id);
+		add_to_wider(&by_model, &(ShareKey)
+					 {
+						 .day = key.day,.provider = key.provider,.model = key.model
+					 }, &group->sums);
+		add_to_wider(&by_customer, &(ShareKey)
+					 {
+						 .day = first_of_month(key.day),
+						 .external_customer_id = key.external_customer_id,
+						 .customer_id = key.customer_id
+					 }, &group->sums);
+	}
+
+	max = daily->ngroups + by_model.ngroups + by_customer.ngroups;
+	for (int i = 0; i < NUM_ROLLUP_COLUMNS; i++)
+	{
+		columns.values[i] = palloc(sizeof(Datum) * Max(max, 1));
+		columns.nulls[i] = palloc(sizeof(bool) * Max(max, 1));
+	}
+	for (int i = 0; i < daily->ngroups; i++)
+		add_row(&columns, ROLLUP_DAILY, &daily->groups[i]);
+	for (int i = 0; i < by_model.ngroups; i++)
+		add_row(&columns, ROLLUP_BY_MODEL, &by_model.groups[i]);
+	for (int i = 0; i < by_customer.ngroups; i++)
+		add_row(&columns, ROLLUP_BY_CUSTOMER, &by_customer.groups[i]);
+	if (columns.n > 0)
+		write_columns(&columns);
+}
+
+static void
+add_group(const char *key, int keylen, const ShareSums *sums, void *arg)
+{
+	ShareGroups *groups = arg;
+
+	abp_share_add(groups, &abp_share_group(groups, key, keylen)->sums, sums);
+}
+
+/*
+ * Add the sums of some delivered batches to the rollup, of deliveries from
+ * *from_delivery on, which is moved.  For the shipper, in a transaction of its
+ * own.  Returns whether there may be more.
+ */
+bool
+abp_rollup_fold(int64 *from_delivery)
+{
+	List	   *shares = abp_shares_to_fold(*from_delivery, FOLD_SHARES, false);
+	int64	   *folded = palloc(sizeof(int64) * Max(1, list_length(shares)));
+	int			nfolded = 0;
+	Oid			usage_table;
+	ShareGroups groups;
+	ListCell   *lc;
+
+	*from_delivery = abp_share_first_open();
+	if (shares == NIL)
+		return false;
+	*from_delivery = Min(*from_delivery, ((Share *) linitial(shares))->delivery);
+	usage_table = ((Share *) linitial(shares))->usage_table;
+	if (!SearchSysCacheExists1(RELOID, ObjectIdGetDatum(usage_table)))
+	{
+		abp_rollup_forget(usage_table);
+		return true;
+	}
+
+	abp_share_init(&groups, CurrentMemoryContext);
+	foreach(lc, shares)
+	{
+		Share	   *share = lfirst(lc);
+
+		if (share->usage_table != usage_table)
+			continue;
+		abp_share_decode(share->sums, add_group, &groups);
+		folded[nfolded++] = share->delivery;
+		if (groups.ngroups >= FOLD_GROUPS)
+			break;
+	}
+	write_groups(usage_table, &groups);
+	abp_shares_drop(folded, nfolded);
+	return true;
+}
+
+/* Rows that are summed up. */
+typedef struct RowSum
+{
+	ShareGroups groups;
+	const EventFormat *format;
+} RowSum;
+
+static bool
+sum_row(const UsageRow *row, Jsonb *whole, void *arg)
+{
+	RowSum	   *sum = arg;
+	ShareNote	note;
+
+	abp_share_note(&sum->groups, &note, row, sum->format);
+	abp_share_add(&sum->groups, &sum->groups.groups[note.group].sums, &note.sums);
+	return true;
+}
+
+/*
+ * What the rows of these ids add up to, by the active snapshot, as the bytes of
+ * a share.  Raises what reading raises.
+ */
+bytea *
+abp_rollup_sum_rows(const UsageTable *table, IdSet *ids, const EventFormat *format)
+{
+	RowSum		sum = {.format = format};
+
+	abp_share_init(&sum.groups, CurrentMemoryContext);
+	abp_rows_read(table, ids, false, sum_row, &sum);
+	return abp_share_encode(&sum.groups);
+}

@@ -1,0 +1,20 @@
+/*-------------------------------------------------------------------------
+ *
+ * rollup.h
+ *	  Shares of deliveries into the rollup.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef ABP_ROLLUP_H
+#define ABP_ROLLUP_H
+
+#include "postgres.h"
+
+#include "queue/attachment.h"
+#include "usage/share.h"
+
+extern bool abp_rollup_fold(int64 *from_delivery);
+extern bytea *abp_rollup_sum_rows(const UsageTable *table, IdSet *ids, const EventFormat *format);
+extern int64 abp_rollup_customer(const ShareKey *key);
+
+#endif							/* ABP_ROLLUP_H */

@@ -1,0 +1,566 @@
+/*-------------------------------------------------------------------------
+ *
+ * share.c
+ *	  What usage rows add up to, by day, customer, provider, model and event name.
+ *
+ * A batch's share of these sums is made while its request is written, and kept
+ * as bytes: a version, the number of groups, and each group's key and sums.
+ * Numbers have seven bits a byte, the lowest first; those that can be
+ * negative have their sign in the lowest bit.  Nothing depends on the machine.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "common/hashfn.h"
+#include "mb/pg_wchar.h"
+#include "miscadmin.h"
+#include "utils/builtins.h"
+#include "utils/timestamp.h"
+
+#include "compat.h"
+#include "usage/share.h"
+
+#define SHARE_VERSION 1
+
+/* Decimals of ShareSums.cents. */
+#define CENTS_SCALE 12
+
+/* What has more digits is added up as numeric. */
+#define MAX_CENTS_DIGITS 30
+
+#define FIRST_SLOTS 64			/* a power of 2 */
+
+/* Flags of a key: which of its parts are not NULL. */
+#define HAS_EXTERNAL_CUSTOMER 0x01
+#define HAS_CUSTOMER 0x02
+#define HAS_PROVIDER 0x04
+#define HAS_MODEL 0x08
+#define HAS_EVENT_NAME 0x10
+
+/* --- numbers as bytes ------------------------------------------------------ */
+
+static void
+put_unsigned(StringInfo to, uint128 value)
+{
+	for (; value >= 0x80; value >>= 7)
+		appendStringInfoCharMacro(to, (char) (0x80 | (value & 0x7f)));
+	appendStringInfoCharMacro(to, (char) value);
+}
+
+static void
+put_signed(StringInfo to, int128 value)
+{
+	put_unsigned(to, value < 0 ? ((~(uint128) value) << 1) | 1 : (uint128) value << 1);
+}
+
+/* Bytes that are being read; what ends too early raises an error. */
+typedef struct ByteReader
+{
+	const char *at;
+	const char *end;
+} ByteReader;
+
+static void
+corrupted(void)
+{
+	ereport(ERROR,
+			(errcode(ERRCODE_DATA_CORRUPTED),
+			 errmsg("the sums of a batch in table aibilling.share cannot be read")));
+}
+
+static const char *
+get_bytes(ByteReader *reader, uint64 len)
+{
+	const char *bytes = reader->at;
+
+	if (len > (uint64) (reader->end - reader->at))
+		corrupted();
+	reader->at += len;
+	return bytes;
+}
+
+static uint128
+get_unsigned(ByteReader *reader)
+{
+	uint128		value = 0;
+
+	for (int shift = 0;; shift += 7)
+	{
+		unsigned char byte = *get_bytes(reader, 1);
+
+		if (shift > 126)
+			corrupted();
+		value |= (uint128) (byte & 0x7f) << shift;
+		if (byte < 0x80)
+			return value;
+	}
+}
+
+static int128
+get_signed(ByteReader *reader)
+{
+	uint128		value = get_unsigned(reader);
+
+	return (value & 1) ? (int128) ~(value >> 1) : (int128) (value >> 1);
+}
+
+/* --- keys -------------------------------------------------------------------- */
+
+static void
+put_text(StringInfo to, TextView text)
+{
+	const char *utf8;
+	int			len;
+
+	if (text.data == NULL)
+		return;
+	utf8 = pg_server_to_any(text.data, text.len, PG_UTF8);
+	len = utf8 == text.data ? text.len : strlen(utf8);
+	put_unsigned(to, len);
+	appendBinaryStringInfo(to, utf8, len);
+}
+
+/*
+ * Append a key as bytes: equal keys are equal bytes.
+ */
+void
+abp_share_key_write(StringInfo to, const ShareKey *key)
+{
+	int			flags = 0;
+
+	flags |= key->external_customer_id.data != NULL ? HAS_EXTERNAL_CUSTOMER : 0;
+	flags |= key->customer_id != NULL ? HAS_CUSTOMER : 0;
+	flags |= key->provider.data != NULL ? HAS_PROVIDER : 0;
+	flags |= key->model.data != NULL ? HAS_MODEL : 0;
+	flags |= key->event_name.data != NULL ? HAS_EVENT_NAME : 0;
+
+	appendStringInfoCharMacro(to, (char) flags);
+	put_signed(to, key->day);
+	put_text(to, key->external_customer_id);
+	if (key->customer_id != NULL)
+		appendBinaryStringInfo(to, (const char *) key->customer_id, UUID_LEN);
+	put_text(to, key->provider);
+	put_text(to, key->model);
+	put_text(to, key->event_name);
+}
+
+static TextView
+get_text(ByteReader *reader, bool present)
+{
+	TextView	text = {NULL, 0};
+	uint64		len;
+	const char *utf8;
+	char	   *ours;
+
+	if (!present)
+		return text;
+	len = (uint64) get_unsigned(reader);
+	utf8 = get_bytes(reader, len);
+	ours = pg_any_to_server(utf8, len, PG_UTF8);
+	text.data = ours;
+	text.len = ours == utf8 ? len : strlen(ours);
+	return text;
+}
+
+/*
+ * Read what abp_share_key_write has written.  Strings point into the key or,
+ * converted to the database's encoding, into the current memory context; the
+ * customer's UUID is copied to *uuid.
+ */
+void
+abp_share_key_read(const char *key, int keylen, ShareKey *result, pg_uuid_t *uuid)
+{
+	ByteReader	reader = {key, key + keylen};
+	int			flags = *get_bytes(&reader, 1);
+
+	result->day = (DateADT) get_signed(&reader);
+	result->external_customer_id = get_text(&reader, flags & HAS_EXTERNAL_CUSTOMER);
+	result->customer_id = NULL;
+	if (flags & HAS_CUSTOMER)
+	{
+		memcpy(uuid, get_bytes(&reader, UUID_LEN), UUID_LEN);
+		result->customer_id = uuid;
+	}
+	result->provider = get_text(&reader, flags & HAS_PROVIDER);
+	result->model = get_text(&reader, flags & HAS_MODEL);
+	result->event_name = get_text(&reader, flags & HAS_EVENT_NAME);
+}
+
+/* --- groups -------------------------------------------------------------------- */
+
+/*
+ * Begin with no sums.
+ */
+void
+abp_share_init(ShareGroups *groups, MemoryContext context)
+{
+	MemoryContext old = MemoryContextSwitchTo(context);
+
+	memset(groups, 0, sizeof(*groups));
+	groups->context = context;
+	groups->max_groups = FIRST_SLOTS / 2;
+	groups->groups = palloc(groups->max_groups * sizeof(ShareGroup));
+	groups->nslots = FIRST_SLOTS;
+	groups->slots = palloc(groups->nslots * sizeof(int));
+	memset(groups->slots, -1, groups->nslots * sizeof(int));
+	initStringInfo(&groups->key);
+	MemoryContextSwitchTo(old);
+}
+
+/* Where a key is in the hash table, or where it belongs. */
+static int *
+find_slot(const ShareGroups *groups, const char *key, int keylen, uint32 hash)
+{
+	for (uint32 at = hash;; at++)
+	{
+		int		   *slot = &groups->slots[at & (groups->nslots - 1)];
+		const ShareGroup *group;
+
+		if (*slot < 0)
+			return slot;
+		group = &groups->groups[*slot];
+		if (group->hash == hash && group->keylen == keylen &&
+			memcmp(group->key, key, keylen) == 0)
+			return slot;
+	}
+}
+
+/* Room for more groups. */
+static void
+grow(ShareGroups *groups)
+{
+	groups->max_groups *= 2;
+	groups->groups = repalloc_huge(groups->groups, sizeof(ShareGroup) * (Size) groups->max_groups);
+	groups->nslots *= 2;
+	pfree(groups->slots);
+	groups->slots = MemoryContextAllocHuge(groups->context, sizeof(int) * (Size) groups->nslots);
+	memset(groups->slots, -1, sizeof(int) * (Size) groups->nslots);
+	for (int i = 0; i < groups->ngroups; i++)
+	{
+		const ShareGroup *group = &groups->groups[i];
+
+		*find_slot(groups, group->key, group->keylen, group->hash) = i;
+	}
+}
+
+/*
+ * The group of a key, new with sums of nothing if there was none.  Until the
+ * next one is added.
+ */
+ShareGroup *
+abp_share_group(ShareGroups *groups, const char *key, int keylen)
+{
+	uint32		hash = hash_bytes((const unsigned char *) key, keylen);
+	int		   *slot = find_slot(groups, key, keylen, hash);
+	ShareGroup *group;
+
+	if (*slot >= 0)
+		return &groups->groups[*slot];
+	if (groups->ngroups == groups->max_groups)
+	{
+		grow(groups);
+		slot = find_slot(groups, key, keylen, hash);
+	}
+	*slot = groups->ngroups;
+	group = &groups->groups[groups->ngroups++];
+	memset(group, 0, sizeof(*group));
+	group->hash = hash;
+	group->keylen = keylen;
+	group->key = MemoryContextAlloc(groups->context, keylen);
+	memcpy(group->key, key, keylen);
+	return group;
+}
+
+/*
+ * The group of a key, NULL if there is none.
+ */
+ShareGroup *
+abp_share_find(const ShareGroups *groups, const char *key, int keylen)
+{
+	int			slot = *find_slot(groups, key, keylen,
+								  hash_bytes((const unsigned char *) key, keylen));
+
+	return slot < 0 ? NULL : &groups->groups[slot];
+}
+
+static Numeric
+add_numerics(Numeric a, Numeric b)
+{
+	return DatumGetNumeric(DirectFunctionCall2(numeric_add, NumericGetDatum(a), NumericGetDatum(b)));
+}
+
+/*
+ * Add sums to those of a group.
+ */
+void
+abp_share_add(ShareGroups *groups, ShareSums *to, const ShareSums *sums)
+{
+	to->rows += sums->rows;
+	to->unpriced += sums->unpriced;
+	for (int i = 0; i < NUM_SHARE_TOKENS; i++)
+		to->tokens[i] += sums->tokens[i];
+	to->nanos += sums->nanos;
+	to->cents += sums->cents;
+	to->cents_scale = Max(to->cents_scale, sums->cents_scale);
+	if (sums->more_cents != NULL)
+	{
+		MemoryContext old = MemoryContextSwitchTo(groups->context);
+
+		to->more_cents = add_numerics(sums->more_cents, to->more_cents == NULL ?
+									  int64_to_numeric(0) : to->more_cents);
+		MemoryContextSwitchTo(old);
+	}
+}
+
+/* --- rows ------------------------------------------------------------------------ */
+
+/*
+ * The digits of a cost in cents, x 10^12.  Returns false for what has too many
+ * of them, or is no number.
+ */
+static bool
+read_cents(Numeric cents, int128 *value, int *scale)
+{
+	char	   *text = DatumGetCString(DirectFunctionCall1(numeric_out, NumericGetDatum(cents)));
+	const char *p = text;
+	bool		negative = *p == '-';
+	bool		fits;
+	int			ndigits = 0;
+	bool		behind_point = false;
+
+	*value = 0;
+	*scale = 0;
+	if (negative)
+		p++;
+	for (; *p != '\0' && ndigits < MAX_CENTS_DIGITS; p++)
+	{
+		if (*p == '.' && !behind_point)
+		{
+			behind_point = true;
+			continue;
+		}
+		if (*p < '0' || *p > '9')
+			break;
+		*value = *value * 10 + (*p - '0');
+		ndigits++;
+		*scale += behind_point;
+	}
+	fits = *p == '\0' && *scale <= CENTS_SCALE && ndigits - *scale <= MAX_CENTS_DIGITS - CENTS_SCALE;
+	pfree(text);
+	if (!fits)
+		return false;
+	for (int i = *scale; i < CENTS_SCALE; i++)
+		*value *= 10;
+	if (negative)
+		*value = -*value;
+	return true;
+}
+
+/*
+ * Set the costs of sums, which had none, in the current memory context.
+ */
+void
+abp_share_set_cents(ShareSums *sums, Numeric cents)
+{
+	if (read_cents(cents, &sums->cents, &sums->cents_scale))
+		return;
+	sums->cents = 0;
+	sums->cents_scale = 0;
+	sums->more_cents = add_numerics(cents, int64_to_numeric(0));
+}
+
+/*
+ * The day of a time, UTC.
+ */
+DateADT
+abp_share_day(TimestampTz time)
+{
+	if (TIMESTAMP_IS_NOBEGIN(time))
+		return DATEVAL_NOBEGIN;
+	if (TIMESTAMP_IS_NOEND(time))
+		return DATEVAL_NOEND;
+	return (DateADT) (time / USECS_PER_DAY - (time % USECS_PER_DAY < 0 ? 1 : 0));
+}
+
+/*
+ * By what a row is summed up: its customer as it is sent, or would be.  The
+ * result points into the row and into *customer.
+ */
+void
+abp_share_key_of_row(ShareKey *key, const UsageRow *row, const EventFormat *format,
+					 EventCustomer *customer)
+{
+	abp_identity_customer(row, format, customer);
+	key->day = abp_share_day(row->occurred_at);
+	key->external_customer_id = customer->external_id;
+	key->customer_id = customer->has_id ? &customer->id : NULL;
+	key->provider = row->provider;
+	key->model = row->model;
+	key->event_name = row->event_name;
+}
+
+/*
+ * Note what a row adds to which group.
+ */
+void
+abp_share_note(ShareGroups *groups, ShareNote *note, const UsageRow *row, const EventFormat *format)
+{
+	const int64 *count = row->counts.value;
+	ShareSums  *sums = &note->sums;
+	ShareKey	key;
+	EventCustomer customer;
+
+	abp_share_key_of_row(&key, row, format, &customer);
+	resetStringInfo(&groups->key);
+	abp_share_key_write(&groups->key, &key);
+	note->group = abp_share_group(groups, groups->key.data, groups->key.len) - groups->groups;
+
+	memset(sums, 0, sizeof(*sums));
+	sums->rows = 1;
+	sums->unpriced = row->has_cost_nanos ? 0 : 1;
+	sums->tokens[SHARE_INPUT] = count[COUNT_INPUT];
+	sums->tokens[SHARE_CACHE_READ] = count[COUNT_CACHE_READ];
+	sums->tokens[SHARE_CACHE_WRITE] = (int128) count[COUNT_CACHE_WRITE] + count[COUNT_CACHE_WRITE_1H];
+	sums->tokens[SHARE_OUTPUT] = count[COUNT_OUTPUT];
+	sums->tokens[SHARE_REASONING] = count[COUNT_REASONING];
+	if (row->has_cost_nanos)
+		sums->nanos = row->cost_nanos;
+	if (row->cost_cents != NULL)
+	{
+		MemoryContext old = MemoryContextSwitchTo(groups->context);
+
+		abp_share_set_cents(sums, row->cost_cents);
+		MemoryContextSwitchTo(old);
+	}
+}
+
+/* --- shares as bytes -------------------------------------------------------------- */
+
+/*
+ * The sums as bytes, palloc'd.  Groups of no rows are left out.
+ */
+bytea *
+abp_share_encode(const ShareGroups *groups)
+{
+	StringInfoData to;
+	int			used = 0;
+
+	for (int i = 0; i < groups->ngroups; i++)
+		used += groups->groups[i].sums.rows > 0;
+
+	initStringInfo(&to);
+	appendStringInfoSpaces(&to, VARHDRSZ);
+	put_unsigned(&to, SHARE_VERSION);
+	put_unsigned(&to, used);
+	for (int i = 0; i < groups->ngroups; i++)
+	{
+		const ShareGroup *group = &groups->groups[i];
+		const ShareSums *sums = &group->sums;
+		char	   *more = "";
+
+		if (sums->rows == 0)
+			continue;
+		if (sums->more_cents != NULL)
+			more = DatumGetCString(DirectFunctionCall1(numeric_out, NumericGetDatum(sums->more_cents)));
+		put_unsigned(&to, group->keylen);
+		appendBinaryStringInfo(&to, group->key, group->keylen);
+		put_unsigned(&to, sums->rows);
+		put_unsigned(&to, sums->unpriced);
+		for (int t = 0; t < NUM_SHARE_TOKENS; t++)
+			put_signed(&to, sums->tokens[t]);
+		put_signed(&to, sums->nanos);
+		put_signed(&to, sums->cents);
+		put_unsigned(&to, sums->cents_scale);
+		put_unsigned(&to, strlen(more));
+		appendBinaryStringInfo(&to, more, strlen(more));
+	}
+	SET_VARSIZE(to.data, to.len);
+	return (bytea *) to.data;
+}
+
+/*
+ * Hand each group of a share to a reader.
+ */
+void
+abp_share_decode(bytea *share, ShareReader reader, void *arg)
+{
+	ByteReader	bytes = {VARDATA_ANY(share), VARDATA_ANY(share) + VARSIZE_ANY_EXHDR(share)};
+	uint64		ngroups;
+
+	if (get_unsigned(&bytes) != SHARE_VERSION)
+		corrupted();
+	ngroups = (uint64) get_unsigned(&bytes);
+	for (uint64 i = 0; i < ngroups; i++)
+	{
+		ShareSums	sums = {0};
+		uint64		keylen = (uint64) get_unsigned(&bytes);
+		const char *key = get_bytes(&bytes, keylen);
+		uint64		len;
+
+		CHECK_FOR_INTERRUPTS();
+
+		sums.rows = (int64) get_unsigned(&bytes);
+		sums.unpriced = (int64) get_unsigned(&bytes);
+		for (int t = 0; t < NUM_SHARE_TOKENS; t++)
+			sums.tokens[t] = get_signed(&bytes);
+		sums.nanos = get_signed(&bytes);
+		sums.cents = get_signed(&bytes);
+		sums.cents_scale = (int) get_unsigned(&bytes);
+		len = (uint64) get_unsigned(&bytes);
+		if (len > 0)
+		{
+			const char *text = get_bytes(&bytes, len);
+
+			sums.more_cents =
+				DatumGetNumeric(DirectFunctionCall3(numeric_in, CStringGetDatum(pnstrdup(text, len)),
+													ObjectIdGetDatum(InvalidOid), Int32GetDatum(-1)));
+		}
+		reader(key, keylen, &sums, arg);
+	}
+}
+
+/*
+ * value / 10^scale as numeric, shown with all its decimals; palloc'd.
+ */
+Numeric
+abp_share_numeric(int128 value, int scale)
+{
+	char		buf[64];		/* a sign, 39 digits, the point */
+	char	   *p = buf + sizeof(buf);
+	uint128		rest = value < 0 ? -(uint128) value : (uint128) value;
+	int			ndigits = 0;
+
+	if (value <= PG_INT64_MAX && value >= PG_INT64_MIN)
+		return scale == 0 ? int64_to_numeric((int64) value) :
+			int64_div_fast_to_numeric((int64) value, scale);
+
+	*--p = '\0';
+	while (rest > 0 || ndigits <= scale)
+	{
+		*--p = '0' + (int) (rest % 10);
+		rest /= 10;
+		if (++ndigits == scale)
+			*--p = '.';
+	}
+	if (value < 0)
+		*--p = '-';
+	return DatumGetNumeric(DirectFunctionCall3(numeric_in, CStringGetDatum(p),
+											   ObjectIdGetDatum(InvalidOid), Int32GetDatum(-1)));
+}
+
+/*
+ * The sum of costs in cents, shown with as many decimals as the longest of
+ * them; palloc'd.
+ */
+Numeric
+abp_share_cents(const ShareSums *sums)
+{
+	int128		value = sums->cents;
+	Numeric		cents;
+
+	for (int i = sums->cents_scale; i < CENTS_SCALE; i++)
+		value /= 10;
+	cents = abp_share_numeric(value, sums->cents_scale);
+	return sums->more_cents == NULL ? cents : add_numerics(cents, sums->more_cents);
+}

@@ -1,0 +1,104 @@
+/*-------------------------------------------------------------------------
+ *
+ * share.h
+ *	  What usage rows add up to, by day, customer, provider, model and event name.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef ABP_SHARE_H
+#define ABP_SHARE_H
+
+#include "postgres.h"
+
+#include "lib/stringinfo.h"
+#include "utils/date.h"
+#include "utils/numeric.h"
+#include "utils/uuid.h"
+
+#include "polar/identity.h"
+#include "usage/row.h"
+
+/* The tokens that are summed up. */
+typedef enum ShareTokens
+{
+	SHARE_INPUT,
+	SHARE_CACHE_READ,
+	SHARE_CACHE_WRITE,			/* both kinds */
+	SHARE_OUTPUT,
+	SHARE_REASONING
+} ShareTokens;
+
+#define NUM_SHARE_TOKENS (SHARE_REASONING + 1)
+
+/* What the sums are kept by; data == NULL is SQL's NULL. */
+typedef struct ShareKey
+{
+	DateADT		day;			/* UTC */
+	TextView	external_customer_id;
+	const pg_uuid_t *customer_id;	/* NULL: none */
+	TextView	provider;
+	TextView	model;
+	TextView	event_name;		/* the row's own */
+} ShareKey;
+
+/* The sums; those of nothing are 0. */
+typedef struct ShareSums
+{
+	int64		rows;
+	int64		unpriced;		/* of these rows */
+	int128		tokens[NUM_SHARE_TOKENS];
+	int128		nanos;
+	int128		cents;			/* x 10^12 */
+	int			cents_scale;	/* decimals that the sum is shown with */
+	Numeric		more_cents;		/* what does not fit into "cents", or NULL */
+} ShareSums;
+
+/* One row's part. */
+typedef struct ShareNote
+{
+	int			group;			/* of the ShareGroups that noted it */
+	ShareSums	sums;
+} ShareNote;
+
+typedef struct ShareGroup
+{
+	uint32		hash;
+	int			keylen;
+	char	   *key;			/* see abp_share_key_read */
+	ShareSums	sums;
+} ShareGroup;
+
+/* A table of sums.  All of it is in its memory context. */
+typedef struct ShareGroups
+{
+	MemoryContext context;
+	ShareGroup *groups;
+	int			ngroups;
+	int			max_groups;
+	int		   *slots;			/* of a hash table, -1: free */
+	int			nslots;			/* a power of 2 */
+	StringInfoData key;			/* of the last row */
+} ShareGroups;
+
+extern void abp_share_init(ShareGroups *groups, MemoryContext context);
+extern void abp_share_key_write(StringInfo to, const ShareKey *key);
+extern void abp_share_key_read(const char *key, int keylen, ShareKey *result, pg_uuid_t *uuid);
+extern ShareGroup *abp_share_group(ShareGroups *groups, const char *key, int keylen);
+extern ShareGroup *abp_share_find(const ShareGroups *groups, const char *key, int keylen);
+extern void abp_share_key_of_row(ShareKey *key, const UsageRow *row, const EventFormat *format,
+								 EventCustomer *customer);
+extern void abp_share_note(ShareGroups *groups, ShareNote *note, const UsageRow *row,
+						   const EventFormat *format);
+extern void abp_share_add(ShareGroups *groups, ShareSums *to, const ShareSums *sums);
+extern void abp_share_set_cents(ShareSums *sums, Numeric cents);
+extern DateADT abp_share_day(TimestampTz time);
+extern bytea *abp_share_encode(const ShareGroups *groups);
+
+/* What a reader does with a group; the key is in UTF-8. */
+typedef void (*ShareReader) (const char *key, int keylen, const ShareSums *sums, void *arg);
+
+extern void abp_share_decode(bytea *share, ShareReader reader, void *arg);
+extern Numeric abp_share_numeric(int128 value, int scale);
+extern Numeric abp_share_cents(const ShareSums *sums);
+
+#endif							/* ABP_SHARE_H */

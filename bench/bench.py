@@ -684,8 +684,53 @@ class Bench:
                          "seconds": self.options.idle, "poll": self.options.poll}}
 
 
+    def spend(self):
+        """What customers cost: a year of rows of 100,000 customers, delivered and in the rollup, and 1,000 rows that wait."""
+        rows = self.options.backlog
+        self.pause()
+        self.sql("SELECT aibilling.create_usage_table('spender', server => 'polar')",
+                 f"""INSERT INTO spender (occurred_at, provider, model, external_customer_id, input_tokens, output_tokens)
+                     SELECT date_trunc('month', now()) - n % 365 * interval '1 day', m.provider, m.model,
+                         'customer_' || n * 7919 % 100000, n * 31 % 20000, n * 17 % 3000
+                     FROM generate_series(1::bigint, {rows}) n
+                     JOIN (VALUES {", ".join(f"({i}, '{p}', '{m}')" for i, (p, m) in enumerate(MODELS))}) m (i, provider, model)
+                     ON m.i = n % 10""")
+        delivered = self.deliver(self.sink, rows)
+        started = time.monotonic()
+        self.sql("SELECT aibilling.resume('polar')")
+        wait_until(lambda: self.sql("SELECT NOT EXISTS (SELECT FROM aibilling.share)") == "t", "the rollup", 3600)
+        folded = time.monotonic() - started
+        self.pause()
+        self.sql("INSERT INTO spender (provider, model, external_customer_id, input_tokens)"
+                 " SELECT 'openai', 'gpt-5', 'customer_' || n * 7919 % 100000, 100 FROM generate_series(1, 1000) n",
+                 "VACUUM ANALYZE aibilling.rollup", "CHECKPOINT")
+        # each call by itself, of customers in no order
+        calls = """CREATE TEMP TABLE taken (ms float8); DO $$ DECLARE began timestamptz; s record; BEGIN FOR n IN 1 .. 5000 LOOP
+            began := clock_timestamp(); SELECT * INTO s FROM aibilling.spend('spender', 'customer_' || n * 104729 % 100000, SINCE);
+            INSERT INTO taken VALUES (extract(epoch FROM clock_timestamp() - began) * 1000); END LOOP; END $$;
+            SELECT percentile_cont('{0.5,0.99}'::float8[]) WITHIN GROUP (ORDER BY ms) FROM taken"""
+
+        def measure():
+            taken = {}
+            for case, since in (("spend of a month", "date_trunc('month', now(), 'UTC')"), ("spend of a year", "now() - interval '1 year'")):
+                p50, p99 = self.sql(calls.replace("SINCE", since)).strip("{}").split(",")
+                taken[case] = {"p50": float(p50), "p99": float(p99)}
+            for case, query in (("a year by model", "SELECT provider, model, sum(cost_cents) FROM aibilling.usage_by('spender', 'model',"
+                                 " current_date - 365, current_date) GROUP BY 1, 2"),
+                                ("a year by customer", "SELECT * FROM aibilling.usage_by('spender', 'customer', current_date - 365,"
+                                 " current_date) ORDER BY cost_cents DESC LIMIT 10"),
+                                ("a month, usage_daily", "SELECT count(*) FROM aibilling.usage_daily('spender', current_date - 30, current_date)"),
+                                ("report of a year", "SELECT length(aibilling.report('spender', current_date - 365, current_date))")):
+                taken[case] = {"ms": self.server.timed(query, query)["seconds"] * 1000}
+            return taken
+        result = self.rounds(measure)
+        result["filling"] = {"delivery rate": delivered["rate"], "fold seconds": folded, "rows": rows}
+        self.sql("DROP TABLE spender", "SELECT aibilling.resume('polar')")
+        return result
+
+
 SECTIONS = ["costing", "bulk", "raw", "single", "slow_sink", "peers", "latency", "fan_in", "growth", "backlog", "idle",
-            "partitioned"]
+            "partitioned", "spend"]
 
 
 # --- the report ----------------------------------------------------------------
@@ -784,6 +829,11 @@ def lines_of(results):
         yield line("7 partitioned: INSERT's WAL ratio against the plain table's", insert["wal"], "≤ 1.1 ×", 1.1)
         yield line("7 partitioned: delivery's time against the plain table's",
                    p["deliver, of the plain table's"]["seconds"], "≤ 1.1 ×", 1.1)
+    if "spend" in r:
+        s = r["spend"]
+        yield line("8 spend() of a customer's month, p99", s["spend of a month"]["p99"], "≤ 1 ms", 1, unit=" ms")
+        yield line("8 a year by model", s["a year by model"]["ms"], "≤ 100 ms", 100, unit=" ms")
+        yield line("8 report() of a year", s["report of a year"]["ms"], "≤ 2,000 ms", 2000, unit=" ms")
 
 
 def report(results):
@@ -867,7 +917,7 @@ def main():
             results[name] = {
                 "when": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
                 "settings": f"PostgreSQL {version}, Node.js {node}, {options.runs} rounds, {options.rows:,} rows"
-                            + (f", backlog {options.backlog:,}" if name == "growth" else ""),
+                            + (f", backlog {options.backlog:,}" if name in ("growth", "spend") else ""),
                 "machine": machine(server.postmaster), "load": load, "numbers": numbers}
             results = {key: results[key] for key in SECTIONS if key in results}
             kept.write_text(json.dumps(results, indent=1))

@@ -37,7 +37,10 @@ WHERE a.grantee = 0 AND a.privilege_type = 'EXECUTE'
 		'usage_by', 'spend',
 		'owns', 'check_expression', 'closest_word', 'provider_of_model', 'capture_preset', 'capture_by_name', 'capture_plan',
 		'capture_sql', 'capture', 'release', 'capture_row', 'capture_together', 'capture_rows', 'capture_changed',
-		'capture_history', 'capture_retry')
+		'capture_history', 'capture_retry',
+		'close_check', 'close_warning', 'escape_html', 'usd_text',
+		'short_number', 'percent_text', 'axis_top', 'cache_savings', 'report_style', 'report_trend', 'report_bars', 'report_waiting',
+		'report_delivery', 'report', 'chart')
 ORDER BY 1;
 
 -- Tables and views that anyone may write, or may read without being meant to; what one sees and

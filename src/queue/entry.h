@@ -57,11 +57,11 @@ typedef struct EntryForm
 #define OUTBOX_NOT_QUEUED 'n'	/* priced and not queued */
 #define OUTBOX_SKIPPED 's'		/* a second one of its external_id */
 #define OUTBOX_KEPT 'k'			/* not changed, since it was sent */
-#define OUTBOX_VANISHED 'g'		/* deleted while it was in flight */
-#define OUTBOX_IS_NOTE(state) (strchr("nskg", (state)) != NULL)
+#define OUTBOX_VANISHED 'v'		/* deleted while it was in flight */
+#define OUTBOX_IS_NOTE(state) (strchr("anskv", (state)) != NULL)
 
-/* An entry whose ids are OIDs of partitions that were attached, to be looked at. */
-#define OUTBOX_PARTITIONS 'v'
+/* A note whose ids are OIDs of partitions that were attached, to be looked at. */
+#define OUTBOX_PARTITIONS 'a'
 
 /* An entry that takes its ids out of a state again has the capital letter. */
 #define OUTBOX_REMOVAL(state) ((char) ((state) - 'a' + 'A'))

@@ -101,7 +101,7 @@ abp_feed_sum_up(Oid usage_table)
 {
 	static Statement noted = {
 		"SELECT FROM aibilling.outbox_entry e WHERE e.usage_table = $1"
-		" AND e.state = ANY ('{s,k,g}'::pg_catalog.\"char\"[]) AND e.not_before = '-infinity' LIMIT 1",
+		" AND e.state = ANY ('{s,k,v}'::pg_catalog.\"char\"[]) AND e.not_before = '-infinity' LIMIT 1",
 		1, {REGCLASSOID}
 	};
 	static Statement sum_up = {
@@ -116,7 +116,7 @@ abp_feed_sum_up(Oid usage_table)
 		1, {REGCLASSOID}
 	};
 	static Statement forget = {
-		"DELETE FROM aibilling.outbox_entry e WHERE e.usage_table = $1 AND e.state = 'g'"
+		"DELETE FROM aibilling.outbox_entry e WHERE e.usage_table = $1 AND e.state = 'v'"
 		" AND e.not_before = '-infinity' AND NOT EXISTS (SELECT FROM aibilling.ledger d"
 		"  WHERE d.usage_table = $1 AND d.state = 'sending' AND d.usage_ids && " IDS_OF("e") ")",
 		1, {REGCLASSOID}
@@ -140,7 +140,7 @@ abp_feed_settled(const Delivery *delivery)
 		"UPDATE aibilling.ledger d SET vanished = d.vanished + v.n"
 		" FROM (SELECT sum(upper(r) - lower(r)) AS n"
 		"  FROM aibilling.ledger l, aibilling.outbox_entry e, unnest(l.usage_ids * " IDS_OF("e") ") r"
-		"  WHERE l.id = $1 AND e.usage_table = l.usage_table AND e.state = 'g' AND e.not_before = '-infinity') v"
+		"  WHERE l.id = $1 AND e.usage_table = l.usage_table AND e.state = 'v' AND e.not_before = '-infinity') v"
 		" WHERE d.id = $1 AND v.n > 0",
 		1, {INT8OID}
 	};

@@ -256,7 +256,7 @@ void
 abp_outbox_forget_partition(Oid usage_table, Oid partition)
 {
 	static Statement forget = {
-		"DELETE FROM aibilling.outbox_entry WHERE usage_table = $1 AND state = 'v'"
+		"DELETE FROM aibilling.outbox_entry WHERE usage_table = $1 AND state = 'a'"
 		" AND not_before = '-infinity' AND coalesce(ids, int8multirange(int8range(id, id, '[]'))) @> $2",
 		2, {REGCLASSOID, INT8OID}
 	};
@@ -472,7 +472,7 @@ counted_ids(HeapTuple tuple, TupleDesc desc)
 
 	CHECK_FOR_INTERRUPTS();
 	abp_idset_free(&ids);
-	return OUTBOX_IS_NOTE(state) || state == OUTBOX_PARTITIONS ? 0 : OUTBOX_IS_REMOVAL(state) ? -count : count;
+	return OUTBOX_IS_NOTE(state) ? 0 : OUTBOX_IS_REMOVAL(state) ? -count : count;
 }
 
 /*

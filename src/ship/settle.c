@@ -339,8 +339,8 @@ settle(Turn *turn, Shipment *shipment, const ServerOptions *server, int64 ledger
 				reject_shipment(turn, shipment, verdict->error);
 			break;
 		case VERDICT_RATE_LIMITED:
-			verdict->error = rate_limit_words(lane, server, verdict->error);
 			abp_quota_used_up(lane->server);
+			verdict->error = rate_limit_words(lane, server, verdict->error);
 			abp_lane_back_off(turn, lane, verdict->retry_after_ms >= 0 ? verdict->retry_after_ms :
 							  RATE_LIMITED_MS, verdict->error);
 			return_or_keep(turn, shipment, verdict->error, false);

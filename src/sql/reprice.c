@@ -31,8 +31,9 @@
 #include "usage/collect.h"
 #include "usage/correct.h"
 #include "usage/fate.h"
-#include "usage/rows.h"
 #include "usage/priced.h"
+#include "usage/rows.h"
+#include "usage/triggers.h"
 
 PG_FUNCTION_INFO_V1(abp_sql_reprice);
 PG_FUNCTION_INFO_V1(abp_sql_correct);

@@ -145,7 +145,9 @@ abp_warn_unpriced(const UsageRow *row, const char *reason)
 		ereport(WARNING,
 				(errcode(ERRCODE_WARNING),
 				 errmsg("usage is held until it can be priced: %s", reason),
-				 errhint("%s", hint ? hint : "What is held is listed in aibilling.unpriced.")));
+				 errhint("%s", hint ? hint :
+						 abp_cost_counted(&row->counts) ? "What is held is listed in aibilling.unpriced." :
+						 "UPDATE the row: set its counts, such as input_tokens and output_tokens, its units or its provider_cost. What is held is listed in aibilling.unpriced.")));
 	}
 }
 

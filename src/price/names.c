@@ -515,7 +515,7 @@ provider_synonyms(TextView given, TextView *names)
 
 		for (int j = 0; j < MAX_PROVIDER_NAMES - 1 && group[j] != NULL && !member; j++)
 		{
-			TextView	name = {group[j], strlen(group[j])};
+			TextView	name = text_view_of(group[j]);
 
 			member = text_view_equal(fold_provider(name), folded);
 		}
@@ -524,7 +524,7 @@ provider_synonyms(TextView given, TextView *names)
 
 		for (int j = 0; j < MAX_PROVIDER_NAMES - 1 && group[j] != NULL; j++)
 		{
-			TextView	name = {group[j], strlen(group[j])};
+			TextView	name = text_view_of(group[j]);
 
 			if (!text_view_equal(name, given))
 				names[n++] = name;

@@ -35,22 +35,22 @@
 #define ROW_TOO_LARGE_TRIES 3	/* for our memory, before it is held */
 
 static void
-set_aside(Filling *filling, int64 id, const RowState *verdict)
+set_aside(Filling *filling, int64 id, const RowState *fate)
 {
 	MemoryContext old = MemoryContextSwitchTo(filling->context);
 	OutboxEntry *entry = palloc0(sizeof(OutboxEntry));
 
 	entry->usage_table = filling->table->relid;
-	entry->state = verdict->state;
-	entry->not_before = verdict->not_before;
+	entry->state = fate->state;
+	entry->not_before = fate->not_before;
 	entry->attempts = filling->shipment->delivery.prior_attempts;
 	entry->outcome_unknown = filling->shipment->delivery.outcome_unknown;
-	entry->error = verdict->error == NULL ? NULL : pstrdup(verdict->error);
+	entry->error = fate->error == NULL ? NULL : pstrdup(fate->error);
 	abp_idset_add(&entry->ids, id, id, filling->context);
-	if (verdict->state == OUTBOX_UNPRICED)
+	if (fate->state == OUTBOX_UNPRICED)
 	{
 		/* Its price may have come while it was in another state. */
-		abp_position_look_again(filling->table->relid);
+		abp_position_look_again(filling->turn, filling->table->relid);
 	}
 	filling->exceptions = lappend(filling->exceptions, entry);
 	MemoryContextSwitchTo(old);
@@ -59,9 +59,9 @@ set_aside(Filling *filling, int64 id, const RowState *verdict)
 static void
 reject(Filling *filling, int64 id, char *reason)
 {
-	RowState	verdict = {OUTBOX_REJECTED, DT_NOBEGIN, reason};
+	RowState	fate = {OUTBOX_REJECTED, DT_NOBEGIN, reason};
 
-	set_aside(filling, id, &verdict);
+	set_aside(filling, id, &fate);
 }
 
 /*
@@ -72,11 +72,11 @@ static void
 put_off(Filling *filling, int64 id, char *reason)
 {
 	int			attempts = filling->shipment->delivery.prior_attempts;
-	RowState	verdict = {OUTBOX_WAITING, abp_in_ms(HOLD_MS << Min(attempts, MAX_HOLDS)), reason};
+	RowState	fate = {OUTBOX_WAITING, abp_in_ms(HOLD_MS << Min(attempts, MAX_HOLDS)), reason};
 
 	if (attempts >= MAX_HOLDS)
-		verdict.state = OUTBOX_REJECTED;
-	set_aside(filling, id, &verdict);
+		fate.state = OUTBOX_REJECTED;
+	set_aside(filling, id, &fate);
 	((OutboxEntry *) llast(filling->exceptions))->attempts++;
 	filling->put_off++;
 }
@@ -150,7 +150,7 @@ add_event(const UsageRow *row, Jsonb *whole, void *arg)
 	int			before = body->len;
 	EventOverrides overrides = {{NULL}};
 	StringInfoData reason;
-	RowState	verdict;
+	RowState	fate;
 	char	   *failure = NULL;
 
 	if (filling->rows_are_settled)
@@ -159,10 +159,13 @@ add_event(const UsageRow *row, Jsonb *whole, void *arg)
 		return filling->nrows <= filling->max_rows;
 	if (delivery->nevents == filling->max_rows)
 		return false;			/* rows share ids: shared_ids tells which */
-	abp_fate_of(row, filling->server, &verdict);
-	if (verdict.state != OUTBOX_READY)
+	if (whole == NULL)
+		abp_fate_before_encoding(row, filling->server, &fate);
+	else
+		abp_fate_of(row, filling->server, &fate);
+	if (fate.state != OUTBOX_READY)
 	{
-		set_aside(filling, row->id, &verdict);
+		set_aside(filling, row->id, &fate);
 		return true;
 	}
 	if (whole != NULL)
@@ -294,8 +297,7 @@ set_failed_aside(Filling *filling, int64 id, bool whole, GuardOutcome outcome,
 	if (outcome == GUARD_PASSES)
 	{
 		if (filling->seen.nranges == 0)
-			ereport(ERROR,
-					(errcode(error->sqlerrcode), errmsg_internal("%s", error->message)));
+			abp_guard_rethrow(error);
 		return false;
 	}
 
@@ -371,35 +373,31 @@ unread(Filling *filling, const FillingMark *mark, IdSet *ids)
 static void
 read_carefully(Filling *filling, IdSet *ids, bool whole)
 {
+	IdWalk		walk = {0};
 	TimestampTz start = GetCurrentTimestamp();
 
-	for (int r = 0; r < ids->nranges && !filling->full; r++)
+	while (!filling->full && abp_idset_walk(ids, &walk))
 	{
-		for (int64 id = ids->ranges[r].first;; id++)
+		IdSet		one = {0};
+		GuardedRead read = {filling, &one, whole};
+		FillingMark mark = mark_filling(filling);
+		GuardError	error;
+		GuardOutcome outcome;
+
+		CHECK_FOR_INTERRUPTS();
+
+		abp_idset_add(&one, walk.id, walk.id, filling->context);
+		abp_guard_start_clock();
+		outcome = abp_guard(filling->table, read_guarded, &read, &error);
+		if (outcome != GUARD_DONE)
 		{
-			IdSet		one = {0};
-			GuardedRead read = {filling, &one, whole};
-			FillingMark mark = mark_filling(filling);
-			GuardError	error;
-			GuardOutcome outcome;
-
-			CHECK_FOR_INTERRUPTS();
-
-			abp_idset_add(&one, id, id, filling->context);
 			abp_guard_start_clock();
-			outcome = abp_guard(filling->table, read_guarded, &read, &error);
-			if (outcome != GUARD_DONE)
-			{
-				abp_guard_start_clock();
-				unread(filling, &mark, &one);
-				if (!set_failed_aside(filling, id, whole, outcome, &error))
-					filling->full = true;
-			}
-			if (TimestampDifferenceExceeds(start, GetCurrentTimestamp(), TURN_MS))
+			unread(filling, &mark, &one);
+			if (!set_failed_aside(filling, walk.id, whole, outcome, &error))
 				filling->full = true;
-			if (filling->full || id == ids->ranges[r].last)
-				break;
 		}
+		if (TimestampDifferenceExceeds(start, GetCurrentTimestamp(), TURN_MS))
+			filling->full = true;
 	}
 	abp_guard_start_clock();
 }
@@ -432,8 +430,7 @@ read_rows(Filling *filling, IdSet *ids, bool whole)
 			outcome = GUARD_FAILED; /* read it alone */
 	}
 	if (outcome == GUARD_PASSES || outcome == GUARD_NO_MEMORY)
-		ereport(ERROR,
-				(errcode(error.sqlerrcode), errmsg_internal("%s", error.message)));
+		abp_guard_rethrow(&error);
 	read_carefully(filling, ids, whole);
 }
 
@@ -572,7 +569,7 @@ rest_table(const UsageTable *table, const Filling *filling)
 				 errmsg("usage rows of %s cannot be delivered: %s", table->name, reason)));
 	position->rests = Min(position->rests + 1, MAX_HOLDS);
 	position->failed = true;
-	abp_position_block(table, reason, until);
+	abp_position_block(filling->turn, table, reason, until);
 }
 
 /*
@@ -647,7 +644,7 @@ put_rest_back(Filling *filling, IdSet shared)
  * more than a request may hold.
  */
 bool
-abp_fill_shipment(Shipment *shipment, const UsageTable *table,
+abp_fill_shipment(Turn *turn, Shipment *shipment, const UsageTable *table,
 				  const ServerOptions *server, IdSet *ids, char taken_from)
 {
 	Delivery   *delivery = &shipment->delivery;
@@ -659,9 +656,9 @@ abp_fill_shipment(Shipment *shipment, const UsageTable *table,
 	bool		whole = server->event_name_function != NULL || server->metadata_function != NULL;
 
 	/*
-	 * Ids of several rows are known by the rows, and so are children that have
-	 * to wait for their parents: then without them.  Children that Polar may
-	 * have are sent as they were.
+	 * Ids of several rows are known by the rows, and so are children that
+	 * have to wait for their parents: then without them.  Children that Polar
+	 * may have are sent as they were.
 	 */
 	for (;;)
 	{
@@ -671,7 +668,7 @@ abp_fill_shipment(Shipment *shipment, const UsageTable *table,
 
 		filling = (Filling)
 		{
-			.shipment = shipment,.table = table,.server = server,.taken_from = taken_from,
+			.turn = turn,.shipment = shipment,.table = table,.server = server,.taken_from = taken_from,
 				.context = CurrentMemoryContext
 		};
 		read_batch(&filling, &wanted, whole);
@@ -705,7 +702,7 @@ abp_fill_shipment(Shipment *shipment, const UsageTable *table,
 	if (taken_from != 0)
 		keep_keys(&filling);
 	if (filling.changing.nranges > 0)
-		abp_position_hold_rows(table, &filling.changing);
+		abp_position_hold_rows(turn, table, &filling.changing);
 	if (filling.full)
 		abp_position_of(table->relid)->cursor = PG_INT64_MIN;
 	if (filling.put_off > 0 && delivery->nevents == 0)

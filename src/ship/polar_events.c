@@ -38,7 +38,7 @@
 /* An id of Polar's, as the key of a hash table; zeros behind it. */
 typedef struct EventKey
 {
-	char		text[64];
+	char text[	64];
 } EventKey;
 
 /* A list while it is read. */

@@ -156,7 +156,7 @@ read_document(Reader *reader, const HttpReply *reply)
  * insufficient_privilege for a token without the scope, undefined_object for
  * 404, invalid_parameter_value for 422.
  */
-Jsonb *
+Jsonb	   *
 abp_reader_get(Reader *reader, const char *path, const char *scope)
 {
 	for (int try = 1;; try++)
@@ -179,8 +179,8 @@ abp_reader_get(Reader *reader, const char *path, const char *scope)
 		else if (reply->status == 429)
 		{
 			Verdict    *verdict = abp_verdict_of(reply->status, reply->body, reply->body_len,
-												  reply->truncated, reply->retry_after, 0,
-												  GetCurrentTimestamp());
+												 reply->truncated, reply->retry_after, 0,
+												 GetCurrentTimestamp());
 
 			wait_ms = verdict->retry_after_ms >= 0 ? verdict->retry_after_ms : RATE_LIMITED_MS;
 			problem = "its limit of requests is reached";

@@ -62,27 +62,27 @@ preview_row(const UsageRow *row, Jsonb *whole, void *arg)
 	EventOverrides overrides = {{NULL}};
 	StringInfoData body;
 	StringInfoData reason;
-	RowState	verdict;
+	RowState	fate;
 	Datum		values[4];
 	bool		nulls[4] = {false};
 	char	   *problem = NULL;
 
 	initStringInfo(&body);
 	initStringInfo(&reason);
-	abp_fate_of(row, preview->server, &verdict);
-	problem = verdict.error;
-	if (verdict.state != OUTBOX_REJECTED &&
+	abp_fate_of(row, preview->server, &fate);
+	problem = fate.error;
+	if (fate.state != OUTBOX_REJECTED &&
 		(abp_user_code_call(preview->server, whole, &overrides, &problem) != GUARD_DONE ||
 		 !abp_event_encode(&body, row, &preview->server->format, &overrides, &reason)))
 	{
-		verdict.state = OUTBOX_REJECTED;
+		fate.state = OUTBOX_REJECTED;
 		if (problem == NULL)
 			problem = reason.data;
 	}
 
 	values[0] = Int64GetDatum(row->id);
-	values[1] = CStringGetTextDatum(verdict.state == OUTBOX_REJECTED ? "rejected" :
-									verdict.state == OUTBOX_UNPRICED ? "unpriced" : "pending");
+	values[1] = CStringGetTextDatum(fate.state == OUTBOX_REJECTED ? "rejected" :
+									fate.state == OUTBOX_UNPRICED ? "unpriced" : "pending");
 	nulls[2] = body.len == 0;
 	if (!nulls[2])
 		values[2] = DirectFunctionCall1(jsonb_in, CStringGetDatum(body.data));

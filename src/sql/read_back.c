@@ -39,7 +39,8 @@ static void
 set_text(Datum *values, bool *nulls, int column, const char *text)
 {
 	nulls[column] = text == NULL;
-	if (text != NULL)
+
+	if (text !=NULL)
 		values[column] = CStringGetTextDatum(text);
 }
 
@@ -48,7 +49,8 @@ static void
 set_uuid(Datum *values, bool *nulls, int column, const char *text)
 {
 	nulls[column] = text == NULL || strlen(text) != 36 ||
-		strspn(text, "0123456789abcdefABCDEF-") != 36;
+	strspn(text, "0123456789abcdefABCDEF-") != 36;
+
 	if (!nulls[column])
 		values[column] = DirectFunctionCall1(uuid_in, CStringGetDatum(text));
 }

@@ -109,8 +109,8 @@ typedef struct Day
 	Numeric		nanos_there;
 	int64		findings[NUM_FINDINGS];
 	int64		part_here;		/* of nanos_here, not added yet */
-	Numeric		nanos_unsent;	/* by the meter: of rows_here, what may not have
-								 * arrived */
+	Numeric		nanos_unsent;	/* by the meter: of rows_here, what may not
+								 * have arrived */
 	int64		part_unsent;	/* likewise */
 } Day;
 
@@ -340,7 +340,7 @@ compare_event(HereRow *here, const PolarEvent *event)
 	else if (here->external_customer_id != NULL)
 	{
 		const char *stored = event->external_customer_id != NULL ?
-			event->external_customer_id : event->linked_customer;
+		event->external_customer_id : event->linked_customer;
 
 		here->same_customer = stored != NULL && strcmp(stored, here->external_customer_id) == 0 &&
 			(event->linked_customer == NULL ||
@@ -683,7 +683,7 @@ compare_events(Reader *reader, void *arg)
 	work->server = reader->server;
 	find_rows(work, &ids);
 	(void) abp_rows_read(work->table, &ids, reader->server->event_name_function != NULL ||
-						  reader->server->metadata_function != NULL, keep_row, work);
+						 reader->server->metadata_function != NULL, keep_row, work);
 	(void) abp_polar_events_read(reader, &query, take_event, work);
 	ask_for_missing(work, reader);
 	find_known(work);

@@ -373,6 +373,7 @@ static Datum
 text_or_null(TextView text, bool *isnull)
 {
 	*isnull = text.data == NULL;
+
 	return *isnull ? (Datum) 0 : PointerGetDatum(cstring_to_text_with_len(text.data, text.len));
 }
 
@@ -608,7 +609,7 @@ abp_sql_spend(PG_FUNCTION_ARGS)
 {
 	Oid			relid;
 	Spend		spend = {{NULL}};
-	ShareKey	key = {{0}};
+	ShareKey	key = {0};
 	RollupRange range = {.level = ROLLUP_DAILY,.by_customer = true,.to_day = DATEVAL_NOEND};
 	TupleDesc	desc;
 	Datum		values[4];
@@ -625,8 +626,7 @@ abp_sql_spend(PG_FUNCTION_ARGS)
 	check_may_select(relid);
 	table = find_usage_table(relid);
 
-	spend.customer.data = VARDATA_ANY(PG_GETARG_TEXT_PP(1));
-	spend.customer.len = VARSIZE_ANY_EXHDR(PG_GETARG_TEXT_PP(1));
+	spend.customer = text_view_from_datum(PG_GETARG_DATUM(1));
 	spend.from_day = PG_ARGISNULL(2) ? DATEVAL_NOBEGIN : abp_share_day(PG_GETARG_TIMESTAMPTZ(2));
 	spend.cents = int64_to_numeric(0);
 	abp_share_init(&spend.groups, CurrentMemoryContext);

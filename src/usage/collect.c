@@ -353,17 +353,12 @@ abp_collect_truncated(Oid usage_table)
 
 	for (Inserted *all = inserted; all != NULL; all = all->next)
 	{
+		IdWalk		walk = {0};
+
 		if (all->usage_table != usage_table)
 			continue;
-		for (int i = 0; i < all->ids.nranges; i++)
-		{
-			for (int64 id = all->ids.ranges[i].first;; id++)
-			{
-				abp_collect_changed(usage_table, id, NULL, NULL);
-				if (id == all->ids.ranges[i].last)
-					break;
-			}
-		}
+		while (abp_idset_walk(&all->ids, &walk))
+			abp_collect_changed(usage_table, walk.id, NULL, NULL);
 	}
 	if (changes == NULL)
 		return;
@@ -535,19 +530,15 @@ write_changes(Writing *writing)
 static IdSet
 unchanged(const Group *group)
 {
+	IdWalk		walk = {0};
 	IdSet		ids = {0};
 
-	for (int i = 0; i < group->ids.nranges; i++)
+	while (abp_idset_walk(&group->ids, &walk))
 	{
-		for (int64 id = group->ids.ranges[i].first;; id++)
-		{
-			CHECK_FOR_INTERRUPTS();
+		CHECK_FOR_INTERRUPTS();
 
-			if (find_change(group->usage_table, id, HASH_FIND, NULL) == NULL)
-				abp_idset_add(&ids, id, id, CurrentMemoryContext);
-			if (id == group->ids.ranges[i].last)
-				break;
-		}
+		if (find_change(group->usage_table, walk.id, HASH_FIND, NULL) == NULL)
+			abp_idset_add(&ids, walk.id, walk.id, CurrentMemoryContext);
 	}
 	return ids;
 }

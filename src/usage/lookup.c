@@ -189,19 +189,15 @@ abp_lookup_exists(Oid usage_table, int64 id)
 IdSet
 abp_lookup_existing(Oid usage_table, const IdSet *ids)
 {
+	IdWalk		walk = {0};
 	IdSet		existing = {0};
 
-	for (int i = 0; i < ids->nranges; i++)
+	while (abp_idset_walk(ids, &walk))
 	{
-		for (int64 id = ids->ranges[i].first;; id++)
-		{
-			CHECK_FOR_INTERRUPTS();
+		CHECK_FOR_INTERRUPTS();
 
-			if (abp_lookup_exists(usage_table, id))
-				abp_idset_add(&existing, id, id, CurrentMemoryContext);
-			if (id == ids->ranges[i].last)
-				break;
-		}
+		if (abp_lookup_exists(usage_table, walk.id))
+			abp_idset_add(&existing, walk.id, walk.id, CurrentMemoryContext);
 	}
 	return existing;
 }

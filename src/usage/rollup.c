@@ -96,6 +96,7 @@ static Datum
 text_or_null(TextView text, bool *isnull)
 {
 	*isnull = text.data == NULL;
+
 	return *isnull ? (Datum) 0 : PointerGetDatum(cstring_to_text_with_len(text.data, text.len));
 }
 
@@ -189,19 +190,19 @@ write_groups(Oid usage_table, const ShareGroups *daily)
 	{
 		const ShareGroup *group = &daily->groups[i];
 		ShareKey	key;
+		ShareKey	model = {0};
+		ShareKey	customer = {0};
 		pg_uuid_t	customer_id;
 
 		abp_share_key_read(group->key, group->keylen, &key, &customer_id);
-		add_to_wider(&by_model, &(ShareKey)
-					 {
-						 .day = key.day,.provider = key.provider,.model = key.model
-					 }, &group->sums);
-		add_to_wider(&by_customer, &(ShareKey)
-					 {
-						 .day = first_of_month(key.day),
-						 .external_customer_id = key.external_customer_id,
-						 .customer_id = key.customer_id
-					 }, &group->sums);
+		model.day = key.day;
+		model.provider = key.provider;
+		model.model = key.model;
+		customer.day = first_of_month(key.day);
+		customer.external_customer_id = key.external_customer_id;
+		customer.customer_id = key.customer_id;
+		add_to_wider(&by_model, &model, &group->sums);
+		add_to_wider(&by_customer, &customer, &group->sums);
 	}
 
 	max = daily->ngroups + by_model.ngroups + by_customer.ngroups;
@@ -293,7 +294,7 @@ sum_row(const UsageRow *row, Jsonb *whole, void *arg)
  * What the rows of these ids add up to, by the active snapshot, as the bytes of
  * a share.  Raises what reading raises.
  */
-bytea *
+bytea	   *
 abp_rollup_sum_rows(const UsageTable *table, IdSet *ids, const EventFormat *format)
 {
 	RowSum		sum = {.format = format};

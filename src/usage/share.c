@@ -102,7 +102,7 @@ get_signed(ByteReader *reader)
 {
 	uint128		value = get_unsigned(reader);
 
-	return (value & 1) ? (int128) ~(value >> 1) : (int128) (value >> 1);
+	return (value & 1) ? (int128) ~ (value >> 1) : (int128) (value >> 1);
 }
 
 /* --- keys -------------------------------------------------------------------- */
@@ -117,6 +117,7 @@ put_text(StringInfo to, TextView text)
 		return;
 	utf8 = pg_server_to_any(text.data, text.len, PG_UTF8);
 	len = utf8 == text.data ? text.len : strlen(utf8);
+
 	put_unsigned(to, len);
 	appendBinaryStringInfo(to, utf8, len);
 }
@@ -148,18 +149,19 @@ abp_share_key_write(StringInfo to, const ShareKey *key)
 static TextView
 get_text(ByteReader *reader, bool present)
 {
-	TextView	text = {NULL, 0};
+	TextView text = {NULL, 0};
 	uint64		len;
 	const char *utf8;
 	char	   *ours;
 
 	if (!present)
 		return text;
+
 	len = (uint64) get_unsigned(reader);
 	utf8 = get_bytes(reader, len);
 	ours = pg_any_to_server(utf8, len, PG_UTF8);
-	text.data = ours;
-	text.len = ours == utf8 ? len : strlen(ours);
+	text.		data = ours;
+	text.		len = ours == utf8 ? len : strlen(ours);
 	return text;
 }
 
@@ -320,7 +322,7 @@ abp_share_add(ShareGroups *groups, ShareSums *to, const ShareSums *sums)
  * of them, or is no number.
  */
 static bool
-read_cents(Numeric cents, int128 *value, int *scale)
+read_cents(Numeric cents, int128 * value, int *scale)
 {
 	char	   *text = DatumGetCString(DirectFunctionCall1(numeric_out, NumericGetDatum(cents)));
 	const char *p = text;
@@ -440,7 +442,7 @@ abp_share_note(ShareGroups *groups, ShareNote *note, const UsageRow *row, const 
 /*
  * The sums as bytes, palloc'd.  Groups of no rows are left out.
  */
-bytea *
+bytea	   *
 abp_share_encode(const ShareGroups *groups)
 {
 	StringInfoData to;

@@ -127,13 +127,11 @@ priced_tuple(UsageRelation *known, TupleDesc desc, const UsageRow *row,
 		SET_COLUMN(COL_PROVIDER_COST, row->provider_cost == NULL,
 				   NumericGetDatum(row->provider_cost));
 		SET_COLUMN(COL_SERVICE_TIER, row->service_tier.data == NULL,
-				   PointerGetDatum(cstring_to_text_with_len(row->service_tier.data,
-															row->service_tier.len)));
+				   text_view_datum(row->service_tier));
 		SET_COLUMN(COL_MODEL, row->model.data == NULL,
-				   PointerGetDatum(cstring_to_text_with_len(row->model.data, row->model.len)));
+				   text_view_datum(row->model));
 		SET_COLUMN(COL_GENERATION_ID, row->generation_id.data == NULL,
-				   PointerGetDatum(cstring_to_text_with_len(row->generation_id.data,
-															row->generation_id.len)));
+				   text_view_datum(row->generation_id));
 	}
 	if (stripped)
 		SET_COLUMN(COL_RAW_USAGE, row->raw_usage == NULL, JsonbPGetDatum(row->raw_usage));

@@ -45,7 +45,7 @@ CROSS JOIN aclexplode(c.relacl) a
 WHERE a.grantee = 0
 	AND NOT (a.privilege_type = 'SELECT'
 		AND c.relname IN ('price', 'price_source', 'service_tier_rule', 'model_alias',
-			'price_quarantine', 'usage_table', 'status', 'outbox', 'unpriced', 'delivery'))
+			'price_quarantine', 'usage_table', 'status', 'outbox', 'unpriced', 'delivery', 'progress'))
 ORDER BY 1, 2;
 
 -- Functions whose names another's search_path could capture.

@@ -28,6 +28,27 @@ typedef struct IdSet
 	bool		unsorted;		/* ranges may be out of order or overlap */
 } IdSet;
 
+/* Where a walk over the ids of a set is; all zero at the start. */
+typedef struct IdWalk
+{
+	int			range;
+	bool		inside;			/* of it, behind "id" */
+	int64		id;
+} IdWalk;
+
+/* Go to the next id, walk->id.  Returns false at the end. */
+static inline bool
+abp_idset_walk(const IdSet *set, IdWalk *walk)
+{
+	if (walk->range >= set->nranges)
+		return false;
+	walk->id = walk->inside ? walk->id + 1 : set->ranges[walk->range].first;
+	walk->inside = walk->id < set->ranges[walk->range].last;
+	if (!walk->inside)
+		walk->range++;
+	return true;
+}
+
 extern void abp_idset_add(IdSet *set, int64 first, int64 last,
 						  MemoryContext context);
 extern void abp_idset_add_set(IdSet *set, const IdSet *other, MemoryContext context);

@@ -41,6 +41,28 @@ abp_statement_run(Statement *statement, Datum *values, const char *nulls)
 }
 
 /*
+ * Connect to SPI and run a statement with the rights of the extension's owner.
+ * Returns the number of rows; abp_statement_close ends the use of the result.
+ */
+uint64
+abp_statement_open(Statement *statement, Datum *values, const char *nulls, SavedUser *saved)
+{
+	abp_become_extension_owner(saved);
+	SPI_connect();
+	return abp_statement_run(statement, values, nulls);
+}
+
+/*
+ * End what abp_statement_open has begun.
+ */
+void
+abp_statement_close(const SavedUser *saved)
+{
+	SPI_finish();
+	abp_restore_user(saved);
+}
+
+/*
  * Run a statement without a result, with the rights of the extension's owner.
  * Returns the number of rows.
  */
@@ -50,11 +72,8 @@ abp_statement_run_alone(Statement *statement, Datum *values, const char *nulls)
 	SavedUser	saved;
 	uint64		nrows;
 
-	abp_become_extension_owner(&saved);
-	SPI_connect();
-	nrows = abp_statement_run(statement, values, nulls);
-	SPI_finish();
-	abp_restore_user(&saved);
+	nrows = abp_statement_open(statement, values, nulls, &saved);
+	abp_statement_close(&saved);
 	return nrows;
 }
 

@@ -13,6 +13,7 @@
 #include "executor/spi.h"
 
 #include "base/idset.h"
+#include "base/rights.h"
 
 /* A statement that is prepared once a session. */
 typedef struct Statement
@@ -26,6 +27,9 @@ typedef struct Statement
 
 extern uint64 abp_statement_run(Statement *statement, Datum *values,
 								const char *nulls);
+extern uint64 abp_statement_open(Statement *statement, Datum *values,
+								 const char *nulls, SavedUser *saved);
+extern void abp_statement_close(const SavedUser *saved);
 extern uint64 abp_statement_run_alone(Statement *statement, Datum *values,
 									  const char *nulls);
 extern Datum abp_result_datum(uint64 row, int column, bool *isnull);

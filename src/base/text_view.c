@@ -16,6 +16,20 @@
 #define MAX_QUOTED_BYTES	40
 
 /*
+ * A copy in "context", with a zero byte behind it.
+ */
+TextView
+abp_text_view_copy(TextView view, MemoryContext context)
+{
+	char	   *data = MemoryContextAlloc(context, view.len + 1);
+	TextView	copy = {data, view.len};
+
+	memcpy(data, view.data, view.len);
+	data[view.len] = '\0';
+	return copy;
+}
+
+/*
  * A reason as text, cut to MAX_REASON_LEN; palloc'd.
  */
 text	   *

@@ -231,8 +231,7 @@ put_event(JsonWriter *w, const UsageRow *row, const EventFormat *format,
 	{
 		if (row->parent_id.len > MAX_ID_BYTES)
 			return abp_json_refuse(w, "parent_id must not exceed %d bytes", MAX_ID_BYTES);
-		if (row->parent_id.len == row->external_id.len &&
-			memcmp(row->parent_id.data, row->external_id.data, row->parent_id.len) == 0)
+		if (text_view_equal(row->parent_id, row->external_id))
 			return abp_json_refuse(w, "parent_id must not be the row's own external_id: Polar would never count the event");
 		abp_json_put_literal(w, ",\"parent_id\":");
 		abp_json_put_string(w, row->parent_id.data, row->parent_id.len);

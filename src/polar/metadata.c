@@ -351,7 +351,7 @@ typedef struct TagColumns
 static bool
 put_column_as_tag(JsonWriter *w, const char *prefix, const char *column, TextView text)
 {
-	TextView	key = {column, strlen(column)};
+	TextView	key = text_view_of(column);
 	JsonbValue	tag;
 
 	tag.type = jbvString;

@@ -261,31 +261,6 @@ reset_cache(void)
 		price_table_oids[i] = get_relname_relid(price_tables[i], schema);
 }
 
-static TextView
-copy_text_view(MemoryContext context, TextView text)
-{
-	TextView	copy;
-	char	   *data = MemoryContextAlloc(context, text.len + 1);
-
-	memcpy(data, text.data, text.len);
-	data[text.len] = '\0';
-	copy.data = data;
-	copy.len = text.len;
-
-	return copy;
-}
-
-static TextView
-datum_text_view(Datum datum)
-{
-	TextView	view;
-	text	   *value = DatumGetTextPP(datum);
-
-	view.data = VARDATA_ANY(value);
-	view.len = VARSIZE_ANY_EXHDR(value);
-	return view;
-}
-
 static Relation
 open_price_table(int table)
 {
@@ -376,7 +351,7 @@ merge_row(MemoryContext context, Rate *rate, const PriceRow *row,
 				UnitPrice  *unit = &rate->units[rate->nunits++];
 				Size		size = VARSIZE_ANY(v.val.numeric);
 
-				unit->name = copy_text_view(context, name);
+				unit->name = abp_text_view_copy(name, context);
 				unit->price = MemoryContextAlloc(context, size);
 				memcpy(unit->price, v.val.numeric, size);
 			}
@@ -412,7 +387,7 @@ merge_rows(MemoryContext context, Rate *rate, const char **note,
 		merge_row(context, rate, row, has_discount, discount,
 				  has_multiplier, multiplier);
 		if (*note == NULL && !row->nulls[Anum_price_note - 1])
-			*note = copy_text_view(context, datum_text_view(row->values[Anum_price_note - 1])).data;
+			*note = abp_text_view_copy(text_view_from_datum(row->values[Anum_price_note - 1]), context).data;
 		if (!row->inherit)
 			return false;
 		if (row == first || first->context_above != 0)
@@ -524,7 +499,7 @@ build_card(MemoryContext context, PriceCard *card,
 {
 	const PriceRow *day_first = first;	/* the whole day comes last */
 
-	card->source = copy_text_view(context, first->source);
+	card->source = abp_text_view_copy(first->source, context);
 	card->valid_from = first->valid_from;
 	card->nwindows = 0;
 	card->windows = MemoryContextAllocZero(context,
@@ -690,8 +665,8 @@ read_price_rows(ModelKey key, Snapshot snapshot, int *nrows)
 		row->nulls = palloc(sizeof(bool) * desc->natts);
 		heap_deform_tuple(heap_copytuple(tuple), desc, row->values, row->nulls);
 
-		row->tier = datum_text_view(row->values[Anum_price_service_tier - 1]);
-		row->source = datum_text_view(row->values[Anum_price_source - 1]);
+		row->tier = text_view_from_datum(row->values[Anum_price_service_tier - 1]);
+		row->source = text_view_from_datum(row->values[Anum_price_source - 1]);
 		row->priority = source_priority(row->source, snapshot);
 		row->valid_from = DatumGetTimestampTz(row->values[Anum_price_valid_from - 1]);
 		row->context_above = DatumGetInt64(row->values[Anum_price_context_above - 1]);
@@ -725,8 +700,8 @@ load_cards(PriceModel *model, ModelKey key, Snapshot snapshot)
 	if (nrows == 0)
 		return false;
 
-	model->provider = copy_text_view(model->context, key.provider);
-	model->model = copy_text_view(model->context, key.model);
+	model->provider = abp_text_view_copy(key.provider, model->context);
+	model->model = abp_text_view_copy(key.model, model->context);
 	model->tiers = MemoryContextAllocZero(model->context,
 										  sizeof(PriceTier) * nrows);
 
@@ -746,7 +721,7 @@ load_cards(PriceModel *model, ModelKey key, Snapshot snapshot)
 			tier = &model->tiers[model->ntiers++];
 			tier->name = abp_canonical_tier(row->tier);
 			if (tier->name.data != abp_standard_tier.data)
-				tier->name = copy_text_view(model->context, row->tier);
+				tier->name = abp_text_view_copy(row->tier, model->context);
 			tier->cards = MemoryContextAllocZero(model->context,
 												 sizeof(PriceCard) * (last - row));
 		}
@@ -797,7 +772,7 @@ load_rules(PriceModel *model, TextView provider, Snapshot snapshot)
 		CHECK_FOR_INTERRUPTS();
 
 		value = heap_getattr(tuple, Anum_rule_provider, desc, &isnull);
-		rank = rule_rank(datum_text_view(value), provider, model->provider);
+		rank = rule_rank(text_view_from_datum(value), provider, model->provider);
 		if (rank < 0)
 			continue;
 
@@ -811,7 +786,7 @@ load_rules(PriceModel *model, TextView provider, Snapshot snapshot)
 		value = heap_getattr(tuple, Anum_rule_shipped, desc, &isnull);
 		rule->rank = 2 * rank + DatumGetBool(value);
 		value = heap_getattr(tuple, Anum_rule_service_tier, desc, &isnull);
-		rule->name = copy_text_view(model->context, datum_text_view(value));
+		rule->name = abp_text_view_copy(text_view_from_datum(value), model->context);
 		value = heap_getattr(tuple, Anum_rule_multiplier, desc, &isnull);
 		if (isnull)
 			continue;
@@ -960,8 +935,8 @@ find_or_read_model(ModelKey key)
 		}
 		PG_END_TRY();
 
-		key.provider = copy_text_view(model->context, key.provider);
-		key.model = copy_text_view(model->context, key.model);
+		key.provider = abp_text_view_copy(key.provider, model->context);
+		key.model = abp_text_view_copy(key.model, model->context);
 		MemoryContextSetParent(model->context, cache_context);
 		entry = modelhash_insert(models, key, &found);
 		entry->model = model;

@@ -375,8 +375,7 @@ read_units(const UsageCounts *counts, UnitQuantities *result, CountsProblem *pro
 		unit->token_unit = -1;
 		for (int i = 0; i < NUM_TOKEN_UNITS; i++)
 		{
-			if (strlen(token_unit_names[i]) == unit->name.len &&
-				memcmp(token_unit_names[i], unit->name.data, unit->name.len) == 0)
+			if (text_view_is(unit->name, token_unit_names[i]))
 			{
 				unit->token_unit = i;
 				result->tokens[i] = unit->quantity;
@@ -1062,8 +1061,7 @@ unit_scale(TextView unit)
 
 	for (int i = 0; i < lengthof(scales); i++)
 	{
-		if (strlen(scales[i].name) == unit.len &&
-			memcmp(scales[i].name, unit.data, unit.len) == 0)
+		if (text_view_is(unit, scales[i].name))
 			return scales[i].scale;
 	}
 

@@ -610,8 +610,7 @@ find_format(TextView name)
 
 	for (int i = 0; name.data && i < nformats; i++)
 	{
-		if (strlen(formats[i]->name) == name.len &&
-			memcmp(formats[i]->name, name.data, name.len) == 0)
+		if (text_view_is(name, formats[i]->name))
 			return formats[i];
 	}
 	return NULL;

@@ -248,8 +248,7 @@ append_missing_arguments(StringInfo statement, const CostBucket *buckets, int nb
 		if (new_card && strcmp(columns[i], "reasoning") == 0)
 			continue;
 		for (int j = 0; j < nbuckets && !wanted; j++)
-			wanted = buckets[j].amount == NULL && buckets[j].name.len == strlen(columns[i]) &&
-				memcmp(buckets[j].name.data, columns[i], buckets[j].name.len) == 0;
+			wanted = buckets[j].amount == NULL && text_view_is(buckets[j].name, columns[i]);
 		if (wanted)
 			appendStringInfo(statement, ", %s => ?", columns[i]);
 	}
@@ -260,8 +259,7 @@ append_missing_arguments(StringInfo statement, const CostBucket *buckets, int nb
 		bool		is_column = bucket->amount != NULL;
 
 		for (int i = 0; i < lengthof(columns) && !is_column; i++)
-			is_column = bucket->name.len == strlen(columns[i]) &&
-				memcmp(bucket->name.data, columns[i], bucket->name.len) == 0;
+			is_column = text_view_is(bucket->name, columns[i]);
 		if (is_column)
 			continue;
 		appendStringInfoString(&units, units.len == 0 ? "{" : ", ");

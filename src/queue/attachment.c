@@ -11,7 +11,6 @@
 #include "access/table.h"
 #include "access/xlog.h"
 #include "catalog/pg_subscription_rel.h"
-#include "executor/spi.h"
 #include "foreign/foreign.h"
 #include "miscadmin.h"
 #include "utils/builtins.h"
@@ -401,15 +400,12 @@ abp_usage_tables_follow_servers(void)
 	Datum		values[1] = {Int64GetDatum((int64) GetSystemIdentifier())};
 	SavedUser	saved;
 
-	abp_become_extension_owner(&saved);
-	SPI_connect();
-	if (abp_statement_run(&same_cluster, values, NULL) > 0)
+	if (abp_statement_open(&same_cluster, values, NULL, &saved) > 0)
 	{
 		for (int i = 0; i < lengthof(follow); i++)
 			abp_statement_run(&follow[i], NULL, NULL);
 	}
-	SPI_finish();
-	abp_restore_user(&saved);
+	abp_statement_close(&saved);
 }
 
 /*
@@ -647,14 +643,7 @@ abp_database_check_timeline(void)
 		Int64GetDatum((int64) GetWALInsertionTimeLine()),
 		Int64GetDatum((int64) GetSystemIdentifier()), ObjectIdGetDatum(MyDatabaseId)
 	};
-	bool		changed;
-	SavedUser	saved;
 
-	abp_become_extension_owner(&saved);
-	SPI_connect();
-	changed = abp_statement_run(&note, values, NULL) > 0;
-	SPI_finish();
-	abp_restore_user(&saved);
-	if (changed)
+	if (abp_statement_run_alone(&note, values, NULL) > 0)
 		mark_outcome_unknown();
 }

@@ -10,7 +10,6 @@
 #include "access/genam.h"
 #include "access/table.h"
 #include "access/tableam.h"
-#include "executor/spi.h"
 #include "miscadmin.h"
 #include "utils/builtins.h"
 #include "utils/fmgroids.h"
@@ -82,6 +81,7 @@ vanished_ids(Delivery *delivery)
 static Datum
 event_keys(const Delivery *delivery)
 {
+	IdWalk		walk = {0};
 	int64		count = abp_idset_count(unconstify(IdSet *, &delivery->ids));
 	bytea	   *keys = palloc(VARHDRSZ + count * sizeof(uint32));
 	char	   *at = VARDATA(keys);
@@ -98,18 +98,13 @@ event_keys(const Delivery *delivery)
 		memcpy(at, delivery->keys, count * sizeof(uint32));
 		return PointerGetDatum(keys);
 	}
-	for (int i = 0; i < delivery->ids.nranges; i++)
+	while (abp_idset_walk(&delivery->ids, &walk))
 	{
-		for (int64 id = delivery->ids.ranges[i].first;; id++)
-		{
-			uint32		key = 0;
+		uint32		key = 0;
 
-			(void) abp_delivery_key(delivery, id, &key);
-			memcpy(at, &key, sizeof(key));
-			at += sizeof(key);
-			if (id == delivery->ids.ranges[i].last)
-				break;
-		}
+		(void) abp_delivery_key(delivery, walk.id, &key);
+		memcpy(at, &key, sizeof(key));
+		at += sizeof(key);
 	}
 	return PointerGetDatum(keys);
 }
@@ -159,13 +154,10 @@ abp_ledger_begin(Delivery *delivery)
 	char		nulls[11] = "          ";
 	SavedUser	saved;
 
-	abp_become_extension_owner(&saved);
-	SPI_connect();
 	nulls[8] = delivery->vanished_ids.nranges == 0 ? 'n' : ' ';
-	abp_statement_run(&begin, values, nulls);
+	abp_statement_open(&begin, values, nulls, &saved);
 	delivery->id = abp_result_int64(0, 1, 0);
-	SPI_finish();
-	abp_restore_user(&saved);
+	abp_statement_close(&saved);
 }
 
 /*
@@ -195,13 +187,10 @@ abp_ledger_resend(Delivery *delivery)
 	char		nulls[9] = "        ";
 	SavedUser	saved;
 
-	abp_become_extension_owner(&saved);
-	SPI_connect();
 	nulls[6] = delivery->vanished_ids.nranges == 0 ? 'n' : ' ';
-	if (abp_statement_run(&resend, values, nulls) == 1)
+	if (abp_statement_open(&resend, values, nulls, &saved) == 1)
 		delivery->attempts = abp_result_int64(0, 1, 1);
-	SPI_finish();
-	abp_restore_user(&saved);
+	abp_statement_close(&saved);
 }
 
 /*
@@ -309,9 +298,7 @@ abp_ledger_unsettled(void)
 	uint64		n;
 	SavedUser	saved;
 
-	abp_become_extension_owner(&saved);
-	SPI_connect();
-	n = abp_statement_run(&unsettled, NULL, NULL);
+	n = abp_statement_open(&unsettled, NULL, NULL, &saved);
 	for (uint64 i = 0; i < n; i++)
 	{
 		Delivery   *delivery = MemoryContextAllocZero(caller, sizeof(Delivery));
@@ -331,8 +318,7 @@ abp_ledger_unsettled(void)
 		deliveries = lappend(deliveries, delivery);
 		MemoryContextSwitchTo(spi);
 	}
-	SPI_finish();
-	abp_restore_user(&saved);
+	abp_statement_close(&saved);
 	return deliveries;
 }
 
@@ -442,18 +428,14 @@ abp_ledger_last_delivered(Oid usage_table, int64 id, int64 after)
 IdSet
 abp_ledger_delivered_before(const Delivery *delivery, int64 ledger_from)
 {
+	IdWalk		walk = {0};
 	IdSet		before = {0};
 
 	PushActiveSnapshot(GetLatestSnapshot());
-	for (int i = 0; i < delivery->ids.nranges; i++)
+	while (abp_idset_walk(&delivery->ids, &walk))
 	{
-		for (int64 id = delivery->ids.ranges[i].first;; id++)
-		{
-			if (abp_ledger_last_delivered(delivery->usage_table, id, ledger_from) != 0)
-				abp_idset_add(&before, id, id, CurrentMemoryContext);
-			if (id == delivery->ids.ranges[i].last)
-				break;
-		}
+		if (abp_ledger_last_delivered(delivery->usage_table, walk.id, ledger_from) != 0)
+			abp_idset_add(&before, walk.id, walk.id, CurrentMemoryContext);
 	}
 	PopActiveSnapshot();
 	return before;
@@ -482,9 +464,7 @@ ids_of(Statement *statement, Datum *values)
 	uint64		n;
 	SavedUser	saved;
 
-	abp_become_extension_owner(&saved);
-	SPI_connect();
-	n = abp_statement_run(statement, values, NULL);
+	n = abp_statement_open(statement, values, NULL, &saved);
 	for (uint64 i = 0; i < n; i++)
 	{
 		IdSet		ids = abp_result_idset(i, 1, CurrentMemoryContext);
@@ -492,10 +472,31 @@ ids_of(Statement *statement, Datum *values)
 		abp_idset_add_set(&all, &ids, caller);
 		abp_idset_free(&ids);
 	}
-	SPI_finish();
-	abp_restore_user(&saved);
+	abp_statement_close(&saved);
 	abp_idset_sort(&all);
 	return all;
+}
+
+/*
+ * How many transactions ago a delivery of this table changed last, 0 if it has
+ * none: what is younger has come after all of them.
+ */
+int32
+abp_ledger_age(Oid usage_table)
+{
+	static Statement youngest = {
+		"SELECT coalesce(min(pg_catalog.age(d.xmin)), 0) FROM aibilling.ledger d WHERE d.usage_table = $1",
+		1, {REGCLASSOID}
+	};
+	Datum		values[1] = {ObjectIdGetDatum(usage_table)};
+	bool		isnull;
+	int32		age;
+	SavedUser	saved;
+
+	(void) abp_statement_open(&youngest, values, NULL, &saved);
+	age = DatumGetInt32(abp_result_datum(0, 1, &isnull));
+	abp_statement_close(&saved);
+	return age;
 }
 
 /*
@@ -549,9 +550,7 @@ abp_ledger_vanished(Oid usage_table, int64 ledger_from)
 	uint64		n;
 	SavedUser	saved;
 
-	abp_become_extension_owner(&saved);
-	SPI_connect();
-	n = abp_statement_run(&vanished, values, NULL);
+	n = abp_statement_open(&vanished, values, NULL, &saved);
 	for (uint64 i = 0; i < n; i++)
 	{
 		Delivery   *delivery = MemoryContextAllocZero(caller, sizeof(Delivery));
@@ -565,8 +564,7 @@ abp_ledger_vanished(Oid usage_table, int64 ledger_from)
 		list = lappend(list, delivery);
 		MemoryContextSwitchTo(spi);
 	}
-	SPI_finish();
-	abp_restore_user(&saved);
+	abp_statement_close(&saved);
 	return list;
 }
 
@@ -776,11 +774,8 @@ abp_ledger_recent_requests(const char *server, int limit)
 	int			count;
 	SavedUser	saved;
 
-	abp_become_extension_owner(&saved);
-	SPI_connect();
-	abp_statement_run(&recent, values, NULL);
+	abp_statement_open(&recent, values, NULL, &saved);
 	count = Min(abp_result_int64(0, 1, 0), limit);
-	SPI_finish();
-	abp_restore_user(&saved);
+	abp_statement_close(&saved);
 	return count;
 }

@@ -24,6 +24,7 @@
 #include "base/statement.h"
 #include "base/table_scan.h"
 #include "queue/entry.h"
+#include "queue/feed.h"
 #include "queue/outbox.h"
 
 /* How far, in ids, a scan goes back when it continues. */
@@ -85,18 +86,12 @@ read_removals(IdBlock *block, Oid usage_table, char state, int64 id)
 	while ((tuple = abp_scan_next(&scan)) != NULL &&
 		   BLOCK_OF(ENTRY_FORM(tuple)->id) == block->first)
 	{
+		IdWalk		walk = {0};
 		IdSet		ids = abp_entry_ids(tuple, RelationGetDescr(scan.rel));
 
 		block->any = true;
-		for (int i = 0; i < ids.nranges; i++)
-		{
-			for (int64 at = ids.ranges[i].first; at - block->first <= ids.ranges[i].last - block->first; at++)
-			{
-				block->removed[at - block->first]++;
-				if (at == ids.ranges[i].last)
-					break;
-			}
-		}
+		while (abp_idset_walk(&ids, &walk))
+			block->removed[walk.id - block->first]++;
 		abp_idset_free(&ids);
 	}
 	abp_scan_end(&scan);
@@ -106,19 +101,15 @@ read_removals(IdBlock *block, Oid usage_table, char state, int64 id)
 static IdSet
 left_of(const IdSet *ids, IdBlock *block)
 {
+	IdWalk		walk = {0};
 	IdSet		left = {0};
 
-	for (int i = 0; i < ids->nranges; i++)
+	while (abp_idset_walk(ids, &walk))
 	{
-		for (int64 id = ids->ranges[i].first;; id++)
-		{
-			if (block->removed[id - block->first] > 0)
-				block->removed[id - block->first]--;
-			else
-				abp_idset_add(&left, id, id, CurrentMemoryContext);
-			if (id == ids->ranges[i].last)
-				break;
-		}
+		if (block->removed[walk.id - block->first] > 0)
+			block->removed[walk.id - block->first]--;
+		else
+			abp_idset_add(&left, walk.id, walk.id, CurrentMemoryContext);
 	}
 	return left;
 }
@@ -259,6 +250,22 @@ sum_up_not_queued(Oid usage_table)
 }
 
 /*
+ * A partition that abp_outbox_peek has told of has been looked at.
+ */
+void
+abp_outbox_forget_partition(Oid usage_table, Oid partition)
+{
+	static Statement forget = {
+		"DELETE FROM aibilling.outbox_entry WHERE usage_table = $1 AND state = 'a'"
+		" AND not_before = '-infinity' AND coalesce(ids, int8multirange(int8range(id, id, '[]'))) @> $2",
+		2, {REGCLASSOID, INT8OID}
+	};
+	Datum		values[2] = {ObjectIdGetDatum(usage_table), Int64GetDatum(partition)};
+
+	abp_statement_run_alone(&forget, values, NULL);
+}
+
+/*
  * Bring a table's entries in order: UPDATE and DELETE of usage rows only note
  * what is to be taken out of them.  For the shipper, before it reads them, by
  * the active snapshot.  Returns false if there is more to do than max_removals,
@@ -276,6 +283,7 @@ abp_outbox_tidy(Oid usage_table, int max_removals)
 	int64		first = 0;
 
 	sum_up_not_queued(usage_table);
+	abp_feed_sum_up(usage_table);
 	ScanKeyInit(&keys[0], Anum_entry_usage_table, BTEqualStrategyNumber,
 				F_OIDEQ, ObjectIdGetDatum(usage_table));
 	ScanKeyInit(&keys[1], Anum_entry_state, BTLessStrategyNumber,
@@ -464,7 +472,7 @@ counted_ids(HeapTuple tuple, TupleDesc desc)
 
 	CHECK_FOR_INTERRUPTS();
 	abp_idset_free(&ids);
-	return state == OUTBOX_NOT_QUEUED ? 0 : OUTBOX_IS_REMOVAL(state) ? -count : count;
+	return OUTBOX_IS_NOTE(state) ? 0 : OUTBOX_IS_REMOVAL(state) ? -count : count;
 }
 
 /*

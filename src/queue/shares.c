@@ -124,15 +124,11 @@ abp_share_load_counted(int64 delivery, IdSet *counted)
 	bool		known;
 	SavedUser	saved;
 
-	abp_become_extension_owner(&saved);
-	SPI_connect();
-	known = abp_statement_run(&load, values, NULL) > 0;
+	known = abp_statement_open(&load, values, NULL, &saved) > 0;
+	memset(counted, 0, sizeof(IdSet));
 	if (known)
 		*counted = abp_result_idset(0, 1, caller);
-	else
-		memset(counted, 0, sizeof(IdSet));
-	SPI_finish();
-	abp_restore_user(&saved);
+	abp_statement_close(&saved);
 	return known;
 }
 
@@ -145,9 +141,7 @@ read_shares(Statement *statement, Datum *values)
 	uint64		n;
 	SavedUser	saved;
 
-	abp_become_extension_owner(&saved);
-	SPI_connect();
-	n = abp_statement_run(statement, values, NULL);
+	n = abp_statement_open(statement, values, NULL, &saved);
 	for (uint64 i = 0; i < n; i++)
 	{
 		MemoryContext spi = MemoryContextSwitchTo(caller);
@@ -169,8 +163,7 @@ read_shares(Statement *statement, Datum *values)
 		list = lappend(list, share);
 		MemoryContextSwitchTo(spi);
 	}
-	SPI_finish();
-	abp_restore_user(&saved);
+	abp_statement_close(&saved);
 	return list;
 }
 
@@ -229,12 +222,9 @@ abp_share_first_open(void)
 	int64		id;
 	SavedUser	saved;
 
-	abp_become_extension_owner(&saved);
-	SPI_connect();
-	(void) abp_statement_run(&first, NULL, NULL);
+	(void) abp_statement_open(&first, NULL, NULL, &saved);
 	id = abp_result_int64(0, 1, 0);
-	SPI_finish();
-	abp_restore_user(&saved);
+	abp_statement_close(&saved);
 	return id;
 }
 
@@ -265,9 +255,7 @@ abp_share_counted(Oid usage_table, IdSet *ids, int64 ledger_from)
 	if (ids->nranges == 0)
 		return counted;
 	values[1] = abp_idset_to_multirange(ids);
-	abp_become_extension_owner(&saved);
-	SPI_connect();
-	n = abp_statement_run(&overlapping, values, NULL);
+	n = abp_statement_open(&overlapping, values, NULL, &saved);
 	for (uint64 i = 0; i < n; i++)
 	{
 		IdSet		of_delivery = abp_result_idset(i, 1, CurrentMemoryContext);
@@ -275,8 +263,7 @@ abp_share_counted(Oid usage_table, IdSet *ids, int64 ledger_from)
 		abp_idset_add_set(&counted, &of_delivery, caller);
 		abp_idset_free(&of_delivery);
 	}
-	SPI_finish();
-	abp_restore_user(&saved);
+	abp_statement_close(&saved);
 	abp_idset_sort(&counted);
 	return abp_idset_intersect(&counted, ids);
 }

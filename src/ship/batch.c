@@ -25,6 +25,7 @@
 #include "ship/position.h"
 #include "ship/shipment.h"
 #include "ship/turn.h"
+#include "usage/partitions.h"
 
 /*
  * The scan over ready entries goes on where it ended.  It starts over to find
@@ -52,7 +53,7 @@ abp_report_vanished(const Delivery *delivery, const UsageTable *table, int64 bef
  * nothing.
  */
 static IdSet
-take_ids(const UsageTable *table, Position *position, int64 max_ids,
+take_ids(Turn *turn, const UsageTable *table, Position *position, int64 max_ids,
 		 TakenEntries *entries)
 {
 	TimestampTz start = GetCurrentTimestamp();
@@ -87,7 +88,7 @@ take_ids(const UsageTable *table, Position *position, int64 max_ids,
 			return ids;
 		if (start < position->restart_at)
 		{
-			abp_due_at(position->restart_at);
+			abp_due_at(turn, position->restart_at);
 			return ids;
 		}
 		position->cursor = PG_INT64_MIN;
@@ -102,7 +103,7 @@ write_share(const Delivery *delivery)
 }
 
 static void
-prepare_next(const UsageTable *table, const ServerOptions *server, void *arg)
+prepare_next(Turn *turn, const UsageTable *table, const ServerOptions *server, void *arg)
 {
 	NextBatch  *next = arg;
 	Lane	   *lane = abp_lane_of_table(table);
@@ -117,9 +118,9 @@ prepare_next(const UsageTable *table, const ServerOptions *server, void *arg)
 		size = Min(size, lane->batch_size);
 	if (position->batch_size > 0)
 		size = Min(size, position->batch_size);
-	ids = take_ids(table, position, size, &entries);
+	ids = take_ids(turn, table, position, size, &entries);
 	if (position->held.nranges > 0)
-		abp_due_at(position->held_until);
+		abp_due_at(turn, position->held_until);
 
 	position->backlog = false;
 	if (ids.nranges == 0)
@@ -134,7 +135,7 @@ prepare_next(const UsageTable *table, const ServerOptions *server, void *arg)
 	delivery->prior_attempts = entries.attempts;
 	delivery->outcome_unknown = entries.outcome_unknown;
 	abp_guard_start_clock();
-	if (!abp_fill_shipment(next->shipment, table, server, &ids, entries.state) || count == size)
+	if (!abp_fill_shipment(turn, next->shipment, table, server, &ids, entries.state) || count == size)
 		position->backlog = true;
 	else
 		next->gather_ms = Min(Max(count * GATHER_ROW_MS, GATHER_MIN_MS), GATHER_MAX_MS);
@@ -155,7 +156,7 @@ prepare_next(const UsageTable *table, const ServerOptions *server, void *arg)
 	{
 		if (delivery->vanished > 0)
 			abp_ledger_finish(delivery, "failed", "the rows were gone before they were sent");
-		abp_shipment_drop(next->shipment);
+		abp_shipment_drop(turn, next->shipment);
 		next->shipment = NULL;
 	}
 }
@@ -165,17 +166,18 @@ prepare_next(const UsageTable *table, const ServerOptions *server, void *arg)
  * transaction that changes a row changes both.
  */
 void
-abp_batch_next(const UsageTable *table, const ServerOptions *server, void *arg)
+abp_batch_next(Turn *turn, const UsageTable *table, const ServerOptions *server, void *arg)
 {
 	PushActiveSnapshot(GetLatestSnapshot());
+	abp_partitions_look(table->relid, table->ledger_from);
 	if (abp_outbox_tidy(table->relid, TIDY_PER_TURN))
 	{
 		CommandCounterIncrement();
 		UpdateActiveSnapshotCommandId();
-		prepare_next(table, server, arg);
+		prepare_next(turn, table, server, arg);
 	}
 	else
-		abp_due_at(abp_in_ms(GATHER_MIN_MS));
+		abp_due_at(turn, abp_in_ms(GATHER_MIN_MS));
 	PopActiveSnapshot();
 }
 
@@ -184,7 +186,7 @@ abp_batch_next(const UsageTable *table, const ServerOptions *server, void *arg)
  * none of its rows is left.
  */
 void
-abp_batch_again(const UsageTable *table, const ServerOptions *server, void *arg)
+abp_batch_again(Turn *turn, const UsageTable *table, const ServerOptions *server, void *arg)
 {
 	Shipment   *shipment = arg;
 	Delivery   *delivery = &shipment->delivery;
@@ -192,8 +194,9 @@ abp_batch_again(const UsageTable *table, const ServerOptions *server, void *arg)
 	IdSet		ids = delivery->ids;
 
 	abp_guard_start_clock();
+	CommandCounterIncrement();	/* what was settled in this transaction */
 	PushActiveSnapshot(GetLatestSnapshot());
-	(void) abp_fill_shipment(shipment, table, server, &ids, 0);
+	(void) abp_fill_shipment(turn, shipment, table, server, &ids, 0);
 	PopActiveSnapshot();
 	abp_report_vanished(delivery, table, vanished);
 	if (delivery->nevents > 0)

@@ -13,6 +13,7 @@
 #include "polar/server.h"
 #include "queue/attachment.h"
 #include "ship/shipment.h"
+#include "ship/turn.h"
 
 /* Take the next rows of a table and enter them in the ledger. */
 typedef struct NextBatch
@@ -22,9 +23,9 @@ typedef struct NextBatch
 	Shipment   *shipment;
 } NextBatch;
 
-extern void abp_batch_next(const UsageTable *table,
+extern void abp_batch_next(Turn *turn, const UsageTable *table,
 						   const ServerOptions *server, void *arg);
-extern void abp_batch_again(const UsageTable *table,
+extern void abp_batch_again(Turn *turn, const UsageTable *table,
 							const ServerOptions *server, void *arg);
 
 #endif							/* ABP_BATCH_H */

@@ -29,27 +29,28 @@
 #include "ship/turn.h"
 #include "ship/user_code.h"
 #include "usage/fate.h"
+#include "usage/parents.h"
 #include "usage/rows.h"
 
 #define ROW_TOO_LARGE_TRIES 3	/* for our memory, before it is held */
 
 static void
-set_aside(Filling *filling, int64 id, const RowState *verdict)
+set_aside(Filling *filling, int64 id, const RowState *fate)
 {
 	MemoryContext old = MemoryContextSwitchTo(filling->context);
 	OutboxEntry *entry = palloc0(sizeof(OutboxEntry));
 
 	entry->usage_table = filling->table->relid;
-	entry->state = verdict->state;
-	entry->not_before = verdict->not_before;
+	entry->state = fate->state;
+	entry->not_before = fate->not_before;
 	entry->attempts = filling->shipment->delivery.prior_attempts;
 	entry->outcome_unknown = filling->shipment->delivery.outcome_unknown;
-	entry->error = verdict->error == NULL ? NULL : pstrdup(verdict->error);
+	entry->error = fate->error == NULL ? NULL : pstrdup(fate->error);
 	abp_idset_add(&entry->ids, id, id, filling->context);
-	if (verdict->state == OUTBOX_UNPRICED)
+	if (fate->state == OUTBOX_UNPRICED)
 	{
 		/* Its price may have come while it was in another state. */
-		abp_position_look_again(filling->table->relid);
+		abp_position_look_again(filling->turn, filling->table->relid);
 	}
 	filling->exceptions = lappend(filling->exceptions, entry);
 	MemoryContextSwitchTo(old);
@@ -58,9 +59,9 @@ set_aside(Filling *filling, int64 id, const RowState *verdict)
 static void
 reject(Filling *filling, int64 id, char *reason)
 {
-	RowState	verdict = {OUTBOX_REJECTED, DT_NOBEGIN, reason};
+	RowState	fate = {OUTBOX_REJECTED, DT_NOBEGIN, reason};
 
-	set_aside(filling, id, &verdict);
+	set_aside(filling, id, &fate);
 }
 
 /*
@@ -71,11 +72,11 @@ static void
 put_off(Filling *filling, int64 id, char *reason)
 {
 	int			attempts = filling->shipment->delivery.prior_attempts;
-	RowState	verdict = {OUTBOX_WAITING, abp_in_ms(HOLD_MS << Min(attempts, MAX_HOLDS)), reason};
+	RowState	fate = {OUTBOX_WAITING, abp_in_ms(HOLD_MS << Min(attempts, MAX_HOLDS)), reason};
 
 	if (attempts >= MAX_HOLDS)
-		verdict.state = OUTBOX_REJECTED;
-	set_aside(filling, id, &verdict);
+		fate.state = OUTBOX_REJECTED;
+	set_aside(filling, id, &fate);
 	((OutboxEntry *) llast(filling->exceptions))->attempts++;
 	filling->put_off++;
 }
@@ -120,6 +121,22 @@ notice_row(Filling *filling, const UsageRow *row)
 	return true;
 }
 
+/* A row goes into the request: if it names a parent, it may have to wait for that. */
+static void
+note_child(Filling *filling, const UsageRow *row)
+{
+	MemoryContext old;
+	ChildRow   *child;
+
+	if (row->parent_id.data == NULL)
+		return;
+	old = MemoryContextSwitchTo(filling->context);
+	child = abp_parents_child(row);
+	if (child != NULL)
+		filling->children = lappend(filling->children, child);
+	MemoryContextSwitchTo(old);
+}
+
 /*
  * Append one row's event to the request, or set the row aside.  Returns
  * whether there is room for more.
@@ -133,7 +150,7 @@ add_event(const UsageRow *row, Jsonb *whole, void *arg)
 	int			before = body->len;
 	EventOverrides overrides = {{NULL}};
 	StringInfoData reason;
-	RowState	verdict;
+	RowState	fate;
 	char	   *failure = NULL;
 
 	if (filling->rows_are_settled)
@@ -142,10 +159,13 @@ add_event(const UsageRow *row, Jsonb *whole, void *arg)
 		return filling->nrows <= filling->max_rows;
 	if (delivery->nevents == filling->max_rows)
 		return false;			/* rows share ids: shared_ids tells which */
-	abp_fate_of(row, filling->server, &verdict);
-	if (verdict.state != OUTBOX_READY)
+	if (whole == NULL)
+		abp_fate_before_encoding(row, filling->server, &fate);
+	else
+		abp_fate_of(row, filling->server, &fate);
+	if (fate.state != OUTBOX_READY)
 	{
-		set_aside(filling, row->id, &verdict);
+		set_aside(filling, row->id, &fate);
 		return true;
 	}
 	if (whole != NULL)
@@ -184,6 +204,7 @@ add_event(const UsageRow *row, Jsonb *whole, void *arg)
 					   &filling->server->format);
 		delivery->event_ids[delivery->nevents++] = row->id;
 		abp_idset_add(&filling->sent, row->id, row->id, filling->context);
+		note_child(filling, row);
 	}
 	return true;
 }
@@ -276,8 +297,7 @@ set_failed_aside(Filling *filling, int64 id, bool whole, GuardOutcome outcome,
 	if (outcome == GUARD_PASSES)
 	{
 		if (filling->seen.nranges == 0)
-			ereport(ERROR,
-					(errcode(error->sqlerrcode), errmsg_internal("%s", error->message)));
+			abp_guard_rethrow(error);
 		return false;
 	}
 
@@ -304,6 +324,7 @@ typedef struct FillingMark
 	int			nevents;
 	int64		nrows;
 	int			nexceptions;
+	int			nchildren;
 	int			put_off;
 	bool		full;
 } FillingMark;
@@ -317,6 +338,7 @@ mark_filling(const Filling *filling)
 			.nevents = filling->shipment->delivery.nevents,
 			.nrows = filling->nrows,
 			.nexceptions = list_length(filling->exceptions),
+			.nchildren = list_length(filling->children),
 			.put_off = filling->put_off,
 			.full = filling->full
 	};
@@ -333,6 +355,7 @@ unread(Filling *filling, const FillingMark *mark, IdSet *ids)
 	delivery->nevents = mark->nevents;
 	filling->nrows = mark->nrows;
 	filling->exceptions = list_truncate(filling->exceptions, mark->nexceptions);
+	filling->children = list_truncate(filling->children, mark->nchildren);
 	filling->put_off = mark->put_off;
 	filling->full = mark->full;
 	filling->seen = abp_idset_subtract(&filling->seen, ids);
@@ -350,35 +373,31 @@ unread(Filling *filling, const FillingMark *mark, IdSet *ids)
 static void
 read_carefully(Filling *filling, IdSet *ids, bool whole)
 {
+	IdWalk		walk = {0};
 	TimestampTz start = GetCurrentTimestamp();
 
-	for (int r = 0; r < ids->nranges && !filling->full; r++)
+	while (!filling->full && abp_idset_walk(ids, &walk))
 	{
-		for (int64 id = ids->ranges[r].first;; id++)
+		IdSet		one = {0};
+		GuardedRead read = {filling, &one, whole};
+		FillingMark mark = mark_filling(filling);
+		GuardError	error;
+		GuardOutcome outcome;
+
+		CHECK_FOR_INTERRUPTS();
+
+		abp_idset_add(&one, walk.id, walk.id, filling->context);
+		abp_guard_start_clock();
+		outcome = abp_guard(filling->table, read_guarded, &read, &error);
+		if (outcome != GUARD_DONE)
 		{
-			IdSet		one = {0};
-			GuardedRead read = {filling, &one, whole};
-			FillingMark mark = mark_filling(filling);
-			GuardError	error;
-			GuardOutcome outcome;
-
-			CHECK_FOR_INTERRUPTS();
-
-			abp_idset_add(&one, id, id, filling->context);
 			abp_guard_start_clock();
-			outcome = abp_guard(filling->table, read_guarded, &read, &error);
-			if (outcome != GUARD_DONE)
-			{
-				abp_guard_start_clock();
-				unread(filling, &mark, &one);
-				if (!set_failed_aside(filling, id, whole, outcome, &error))
-					filling->full = true;
-			}
-			if (TimestampDifferenceExceeds(start, GetCurrentTimestamp(), TURN_MS))
+			unread(filling, &mark, &one);
+			if (!set_failed_aside(filling, walk.id, whole, outcome, &error))
 				filling->full = true;
-			if (filling->full || id == ids->ranges[r].last)
-				break;
 		}
+		if (TimestampDifferenceExceeds(start, GetCurrentTimestamp(), TURN_MS))
+			filling->full = true;
 	}
 	abp_guard_start_clock();
 }
@@ -411,8 +430,7 @@ read_rows(Filling *filling, IdSet *ids, bool whole)
 			outcome = GUARD_FAILED; /* read it alone */
 	}
 	if (outcome == GUARD_PASSES || outcome == GUARD_NO_MEMORY)
-		ereport(ERROR,
-				(errcode(error.sqlerrcode), errmsg_internal("%s", error.message)));
+		abp_guard_rethrow(&error);
 	read_carefully(filling, ids, whole);
 }
 
@@ -551,7 +569,71 @@ rest_table(const UsageTable *table, const Filling *filling)
 				 errmsg("usage rows of %s cannot be delivered: %s", table->name, reason)));
 	position->rests = Min(position->rests + 1, MAX_HOLDS);
 	position->failed = true;
-	abp_position_block(table, reason, until);
+	abp_position_block(filling->turn, table, reason, until);
+}
+
+/*
+ * The rows of a request, built from these ids, that are not to be sent without
+ * their parents.  What becomes of them instead is added to *held, as
+ * OutboxEntry.
+ */
+static IdSet
+hold_children(Filling *filling, IdSet *ids, List **held)
+{
+	ChildBatch	batch = {ids, &filling->sent, filling->exceptions};
+	IdSet		without = {0};
+	ListCell   *lc;
+
+	abp_parents_judge(filling->table, filling->children, &batch);
+	foreach(lc, filling->children)
+	{
+		ChildRow   *child = lfirst(lc);
+
+		if (child->verdict.state == OUTBOX_READY)
+			continue;
+		set_aside(filling, child->id, &child->verdict);
+		*held = lappend(*held, llast(filling->exceptions));
+		abp_idset_add(&without, child->id, child->id, CurrentMemoryContext);
+	}
+	return without;
+}
+
+/*
+ * Rows that are not sent now go back to the outbox: those set aside, those that
+ * share their ids with others, and those that are left to be sent later.
+ */
+static void
+put_rest_back(Filling *filling, IdSet shared)
+{
+	Delivery   *delivery = &filling->shipment->delivery;
+	OutboxEntry *back;
+	int			nback = 0;
+	ListCell   *lc;
+
+	back = palloc0(sizeof(OutboxEntry) * (list_length(filling->exceptions) + 2));
+	foreach(lc, filling->exceptions)
+		back[nback++] = *(OutboxEntry *) lfirst(lc);
+	if (shared.nranges > 0)
+		back[nback++] = (OutboxEntry)
+	{
+		.usage_table = filling->table->relid,
+			.state = OUTBOX_REJECTED,
+			.attempts = delivery->prior_attempts,
+			.outcome_unknown = delivery->outcome_unknown,
+			.ids = shared,
+			.error = SHARED_ID
+	};
+	if (filling->left.nranges > 0)
+		back[nback++] = (OutboxEntry)
+	{
+		.usage_table = filling->table->relid,
+			.state = filling->taken_from == 0 ? OUTBOX_READY : filling->taken_from,
+			.attempts = delivery->prior_attempts,
+			.outcome_unknown = delivery->outcome_unknown,
+			.not_before = GetCurrentTimestamp(),
+			.ids = filling->left
+	};
+	abp_outbox_put(back, nback);
 }
 
 /*
@@ -562,20 +644,22 @@ rest_table(const UsageTable *table, const Filling *filling)
  * more than a request may hold.
  */
 bool
-abp_fill_shipment(Shipment *shipment, const UsageTable *table,
+abp_fill_shipment(Turn *turn, Shipment *shipment, const UsageTable *table,
 				  const ServerOptions *server, IdSet *ids, char taken_from)
 {
 	Delivery   *delivery = &shipment->delivery;
 	Filling		filling;
-	OutboxEntry *back;
-	int			nback = 0;
-	ListCell   *lc;
 	IdSet		unseen;
 	IdSet		shared = {0};
+	List	   *held = NIL;
 	IdSet		wanted = *ids;
 	bool		whole = server->event_name_function != NULL || server->metadata_function != NULL;
 
-	/* Ids of several rows are known by the rows: then without them. */
+	/*
+	 * Ids of several rows are known by the rows, and so are children that
+	 * have to wait for their parents: then without them.  Children that Polar
+	 * may have are sent as they were.
+	 */
 	for (;;)
 	{
 		IdSet		more;
@@ -584,16 +668,18 @@ abp_fill_shipment(Shipment *shipment, const UsageTable *table,
 
 		filling = (Filling)
 		{
-			.shipment = shipment,.table = table,.server = server,.taken_from = taken_from,
+			.turn = turn,.shipment = shipment,.table = table,.server = server,.taken_from = taken_from,
 				.context = CurrentMemoryContext
 		};
 		read_batch(&filling, &wanted, whole);
 		/* A batch that has become full has not read all of their rows. */
 		more = filling.full && taken_from != 0 ? abp_rows_shared(table, &wanted) :
 			shared_ids(&filling);
+		abp_idset_add_set(&shared, &more, CurrentMemoryContext);
+		if (more.nranges == 0 && filling.children != NIL && !delivery->outcome_unknown)
+			more = hold_children(&filling, ids, &held);
 		if (more.nranges == 0)
 			break;
-		abp_idset_add_set(&shared, &more, CurrentMemoryContext);
 		wanted = abp_idset_subtract(&wanted, &more);
 	}
 
@@ -606,30 +692,8 @@ abp_fill_shipment(Shipment *shipment, const UsageTable *table,
 		abp_idset_add_set(&delivery->vanished_ids, &unseen, shipment->context);
 	}
 
-	back = palloc0(sizeof(OutboxEntry) * (list_length(filling.exceptions) + 2));
-	foreach(lc, filling.exceptions)
-		back[nback++] = *(OutboxEntry *) lfirst(lc);
-	if (shared.nranges > 0)
-		back[nback++] = (OutboxEntry)
-	{
-		.usage_table = table->relid,
-			.state = OUTBOX_REJECTED,
-			.attempts = delivery->prior_attempts,
-			.outcome_unknown = delivery->outcome_unknown,
-			.ids = shared,
-			.error = SHARED_ID
-	};
-	if (filling.left.nranges > 0)
-		back[nback++] = (OutboxEntry)
-	{
-		.usage_table = table->relid,
-			.state = taken_from == 0 ? OUTBOX_READY : taken_from,
-			.attempts = delivery->prior_attempts,
-			.outcome_unknown = delivery->outcome_unknown,
-			.not_before = GetCurrentTimestamp(),
-			.ids = filling.left
-	};
-	abp_outbox_put(back, nback);
+	filling.exceptions = list_concat(held, filling.exceptions);
+	put_rest_back(&filling, shared);
 
 	memset(&delivery->ids, 0, sizeof(IdSet));
 	abp_idset_add_set(&delivery->ids, &filling.sent, shipment->context);
@@ -638,7 +702,7 @@ abp_fill_shipment(Shipment *shipment, const UsageTable *table,
 	if (taken_from != 0 || delivery->keys == NULL)
 		keep_keys(&filling);
 	if (filling.changing.nranges > 0)
-		abp_position_hold_rows(table, &filling.changing);
+		abp_position_hold_rows(turn, table, &filling.changing);
 	if (filling.full)
 		abp_position_of(table->relid)->cursor = PG_INT64_MIN;
 	if (filling.put_off > 0 && delivery->nevents == 0)

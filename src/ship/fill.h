@@ -13,6 +13,7 @@
 #include "polar/server.h"
 #include "queue/attachment.h"
 #include "ship/shipment.h"
+#include "ship/turn.h"
 #include "usage/share.h"
 
 /* Why rows are rejected of which the outbox cannot tell one from the other. */
@@ -21,6 +22,7 @@
 /* While a batch is filled from usage rows. */
 typedef struct Filling
 {
+	Turn	   *turn;
 	Shipment   *shipment;
 	const UsageTable *table;
 	const ServerOptions *server;
@@ -39,6 +41,7 @@ typedef struct Filling
 	bool		full;			/* there were more than fit, or time for */
 	IdSet		left;			/* to be sent later */
 	List	   *exceptions;		/* of OutboxEntry */
+	List	   *children;		/* of ChildRow: of "sent", those with a parent */
 	int			put_off;		/* of them, for a while */
 	bool		no_memory;		/* for one of these */
 	bool		warned;			/* of one of them */
@@ -46,7 +49,7 @@ typedef struct Filling
 } Filling;
 
 extern void abp_read_no_row(const UsageTable *table, bool whole);
-extern bool abp_fill_shipment(Shipment *shipment, const UsageTable *table,
+extern bool abp_fill_shipment(Turn *turn, Shipment *shipment, const UsageTable *table,
 							  const ServerOptions *server, IdSet *ids,
 							  char taken_from);
 

@@ -228,11 +228,11 @@ fold_some(bool idle)
 
 /*
  * Do some of it, in the shipper's transaction.  "idle": nothing else is to be
- * done at present.  *due is lowered to when there will be more to do.  Returns
- * whether there is more at once.
+ * done at present.  Notes when there will be more to do.  Returns whether
+ * there is more at once.
  */
 bool
-abp_fold(List *tables, bool idle)
+abp_fold(Turn *turn, List *tables, bool idle)
 {
 	TimestampTz now = GetCurrentTimestamp();
 	bool		more = false;
@@ -242,8 +242,8 @@ abp_fold(List *tables, bool idle)
 	if (idle && may_have_unknown && unknown_at <= now)
 		more |= sum_up_some(tables) || may_have_shares;
 	if (may_have_shares && fold_at > now)
-		abp_due_at(fold_at);
+		abp_due_at(turn, fold_at);
 	if (may_have_unknown && unknown_at > now)
-		abp_due_at(unknown_at);
+		abp_due_at(turn, unknown_at);
 	return idle && more;
 }

@@ -12,9 +12,11 @@
 
 #include "nodes/pg_list.h"
 
+#include "ship/turn.h"
+
 extern void abp_fold_reset(void);
 extern void abp_fold_delivered(void);
 extern bool abp_fold_is_behind(void);
-extern bool abp_fold(List *tables, bool idle);
+extern bool abp_fold(Turn *turn, List *tables, bool idle);
 
 #endif							/* ABP_FOLD_H */

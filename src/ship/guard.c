@@ -290,3 +290,13 @@ abp_guard(const UsageTable *table, GuardedWork work, void *arg, GuardError *erro
 	}
 	return outcome;
 }
+
+/*
+ * Raise the error of guarded work after all, in its words and with its code.
+ */
+void
+abp_guard_rethrow(const GuardError *error)
+{
+	ereport(ERROR,
+			(errcode(error->sqlerrcode), errmsg_internal("%s", error->message)));
+}

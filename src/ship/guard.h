@@ -34,6 +34,7 @@ typedef void (*GuardedWork) (void *arg);
 
 extern GuardOutcome abp_guard(const UsageTable *table, GuardedWork work, void *arg,
 							  GuardError *error);
+extern void abp_guard_rethrow(const GuardError *error) pg_attribute_noreturn();
 extern void abp_guard_start_clock(void);
 extern int64 abp_guard_elapsed_ms(void);
 

@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * lane.c
- *	  Lanes: a server's pace, pauses and quota.
+ *	  Lanes: a server's pace and pauses.
  *
  *-------------------------------------------------------------------------
  */
@@ -15,18 +15,15 @@
 
 #include "polar/server.h"
 #include "queue/attachment.h"
-#include "queue/ledger.h"
 #include "ship/guard.h"
 #include "ship/lane.h"
 #include "ship/position.h"
+#include "ship/quota.h"
 #include "ship/shipment.h"
 #include "ship/turn.h"
 
 #define BACKOFF_FIRST_MS 1000
 #define BACKOFF_MAX_MS (60 * 1000)
-
-/* This share of a minute's requests may be made at once. */
-#define BURST_SHARE 10
 
 static List *lanes = NIL;
 
@@ -47,7 +44,7 @@ abp_lane_of(const char *server, Oid role)
 			return lane;
 	}
 
-	old = MemoryContextSwitchTo(abp_turn.keep);
+	old = MemoryContextSwitchTo(abp_shipper_memory);
 	lane = palloc0(sizeof(Lane));
 	strlcpy(lane->server, server, NAMEDATALEN);
 	lane->role = role;
@@ -90,45 +87,44 @@ write_lane(void *arg)
  * stands there: then later.
  */
 static void
-write_down(Lane *lane)
+write_down(Turn *turn, Lane *lane)
 {
 	GuardError	error;
 	GuardOutcome outcome;
 
 	if (lane->write_at > GetCurrentTimestamp())
 	{
-		abp_due_at(lane->write_at);
+		abp_due_at(turn, lane->write_at);
 		return;
 	}
 	outcome = abp_guard(NULL, write_lane, lane, &error);
 	if (outcome != GUARD_DONE && error.sqlerrcode != ERRCODE_LOCK_NOT_AVAILABLE)
-		ereport(ERROR,
-				(errcode(error.sqlerrcode), errmsg_internal("%s", error.message)));
+		abp_guard_rethrow(&error);
 	lane->unwritten = outcome != GUARD_DONE;
 	if (!lane->unwritten)
 		return;
 	lane->write_at = abp_in_ms(HELD_MS);
-	abp_due_at(lane->write_at);
+	abp_due_at(turn, lane->write_at);
 }
 
 static void
-save_lane(Lane *lane, const char *reason)
+save_lane(Turn *turn, Lane *lane, const char *reason)
 {
-	char	   *copy = reason == NULL ? NULL : MemoryContextStrdup(abp_turn.keep, reason);
+	char	   *copy = reason == NULL ? NULL : MemoryContextStrdup(abp_shipper_memory, reason);
 
 	if (lane->reason != NULL)
 		pfree(lane->reason);
 	lane->reason = copy;
 	lane->write_at = 0;
 	lane->unwritten = true;
-	write_down(lane);
+	write_down(turn, lane);
 }
 
 /*
  * Write down what could not be written before.
  */
 void
-abp_lanes_write_down(void)
+abp_lanes_write_down(Turn *turn)
 {
 	ListCell   *lc;
 
@@ -137,7 +133,7 @@ abp_lanes_write_down(void)
 		Lane	   *lane = lfirst(lc);
 
 		if (lane->unwritten)
-			write_down(lane);
+			write_down(turn, lane);
 	}
 }
 
@@ -155,7 +151,7 @@ abp_lane_backoff_ms(int failures)
 
 /* A request has failed for no fault of its rows: leave the server alone for a while. */
 void
-abp_lane_back_off(Lane *lane, int64 ms, const char *reason)
+abp_lane_back_off(Turn *turn, Lane *lane, int64 ms, const char *reason)
 {
 	if (lane->failures == 0 && !lane->paused_by_answer)
 		ereport(WARNING,
@@ -165,12 +161,12 @@ abp_lane_back_off(Lane *lane, int64 ms, const char *reason)
 						   (int) ((ms + 999) / 1000))));
 	lane->failures++;
 	lane->not_before = abp_in_ms(ms);
-	save_lane(lane, reason);
+	save_lane(turn, lane, reason);
 }
 
 /* The server will not have us: stop, loudly, until something changes. */
 void
-abp_lane_pause(Lane *lane, const char *reason)
+abp_lane_pause(Turn *turn, Lane *lane, const char *reason)
 {
 	if (!lane->paused_by_answer)
 		ereport(WARNING,
@@ -179,7 +175,7 @@ abp_lane_pause(Lane *lane, const char *reason)
 				 errhint("Fix the server's options or its access token; delivery resumes by itself then, or with aibilling.resume().")));
 	lane->paused_by_answer = true;
 	lane->not_before = abp_in_ms(PROBE_MS);
-	save_lane(lane, reason);
+	save_lane(turn, lane, reason);
 }
 
 /* Wait no longer for a server, nor for the retries of its deliveries. */
@@ -200,21 +196,21 @@ abp_lane_try_now(Lane *lane)
 
 /* Nothing is known any more that holds the lane back. */
 static void
-open_lane(Lane *lane)
+open_lane(Turn *turn, Lane *lane)
 {
 	lane->failures = 0;
 	lane->paused_by_answer = false;
 	lane->lacks_token = false;
 	lane->refused_token = 0;
 	lane->not_before = DT_NOBEGIN;
-	save_lane(lane, NULL);
+	save_lane(turn, lane, NULL);
 }
 
 /*
  * A request got through: nothing holds the lane back.
  */
 void
-abp_lane_succeeded(Lane *lane)
+abp_lane_succeeded(Turn *turn, Lane *lane)
 {
 	lane->last_success = GetCurrentTimestamp();
 	if (lane->failures == 0 && !lane->paused_by_answer &&
@@ -225,73 +221,28 @@ abp_lane_succeeded(Lane *lane)
 			(errmsg("delivery to %s works again", lane_name(lane))));
 	if (lane->paused_by_answer)
 		abp_lane_try_now(lane);
-	open_lane(lane);
+	open_lane(turn, lane);
 }
 
 /*
  * May a request be made now, by the server's limit of requests per minute?
- *
- * A bucket of tokens.  What it holds and what flows into it in a minute are
- * the limit together, so that no minute has more, wherever Polar lets its
- * minutes begin.
  */
 bool
-abp_lane_take_quota(const ServerOptions *server)
+abp_lane_take_quota(Turn *turn, const ServerOptions *server)
 {
-	Lane	   *lane = abp_lane_of(server->name, InvalidOid);
-	int64		limit = server->requests_per_minute;
-	int64		burst = Max(limit / BURST_SHARE, 1);
-	int64		rate = Max(limit - burst, 1);	/* tokens a minute */
-	int64		us_per_token = (USECS_PER_MINUTE + rate - 1) / rate;
-	TimestampTz now = GetCurrentTimestamp();
+	TimestampTz next;
 
-	if (limit == 0)
+	if (abp_quota_take(server, &next))
 		return true;
-
-	if (lane->tokens_at == 0)
-	{
-		lane->tokens = burst - abp_ledger_recent_requests(lane->server, burst);
-		lane->tokens_at = now;
-	}
-	else if (now < lane->tokens_at) /* the clock was set back */
-		lane->tokens_at = now;
-	else
-	{
-		int64		gained = (now - lane->tokens_at) / us_per_token;
-
-		lane->tokens += gained;
-		lane->tokens_at += gained * us_per_token;
-	}
-	if (lane->tokens >= burst)
-	{
-		lane->tokens = burst;
-		lane->tokens_at = now;
-	}
-
-	if (lane->tokens < 1)
-	{
-		abp_due_at(lane->tokens_at + (1 - lane->tokens) * us_per_token);
-		return false;
-	}
-	lane->tokens--;
-	return true;
-}
-
-/*
- * A request that was allowed is not made.
- */
-void
-abp_lane_give_quota_back(const ServerOptions *server)
-{
-	if (server->requests_per_minute > 0)
-		abp_lane_of(server->name, InvalidOid)->tokens++;
+	abp_due_at(turn, next);
+	return false;
 }
 
 /*
  * Is a server to be left alone?  Then the next time to look is noted.
  */
 bool
-abp_lane_is_closed(Lane *lane, const UsageTable *table, const ServerOptions *server,
+abp_lane_is_closed(Turn *turn, Lane *lane, const UsageTable *table, const ServerOptions *server,
 				   const char *token, const char *token_problem)
 {
 	uint32		hash = token == NULL ? 0 :
@@ -306,17 +257,17 @@ abp_lane_is_closed(Lane *lane, const UsageTable *table, const ServerOptions *ser
 			table->pause_reason == NULL || strcmp(table->pause_reason, token_problem) != 0)
 		{
 			lane->refused_token = 0;
-			abp_lane_pause(lane, token_problem);
+			abp_lane_pause(turn, lane, token_problem);
 		}
 		lane->lacks_token = true;
-		abp_due_at(abp_in_ms(PROBE_MS));
+		abp_due_at(turn, abp_in_ms(PROBE_MS));
 		return true;
 	}
 	if (lane->lacks_token)
 	{
 		ereport(LOG,
 				(errmsg("delivery to %s resumes: there is an access token", lane_name(lane))));
-		open_lane(lane);
+		open_lane(turn, lane);
 		abp_lane_try_now(lane);
 	}
 
@@ -327,7 +278,7 @@ abp_lane_is_closed(Lane *lane, const UsageTable *table, const ServerOptions *ser
 
 	if (lane->not_before > GetCurrentTimestamp())
 	{
-		abp_due_at(lane->not_before);
+		abp_due_at(turn, lane->not_before);
 		return true;
 	}
 	return false;
@@ -383,4 +334,5 @@ void
 abp_lanes_forget(void)
 {
 	lanes = NIL;
+	abp_quota_forget();
 }

@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * lane.h
- *	  Lanes: a server's pace, pauses and quota.
+ *	  Lanes: a server's pace and pauses.
  *
  *-------------------------------------------------------------------------
  */
@@ -15,6 +15,7 @@
 #include "polar/server.h"
 #include "queue/attachment.h"
 #include "ship/shipment.h"
+#include "ship/turn.h"
 
 /*
  * What is known of a server, for the life of the process: of what it says to
@@ -38,24 +39,18 @@ struct Lane
 	char	   *reason;			/* or NULL */
 	bool		unwritten;
 	TimestampTz write_at;		/* not before this */
-
-	/* the server's request quota, with role InvalidOid only */
-	int64		tokens;
-	TimestampTz tokens_at;		/* when there were as many; 0: not read from
-								 * the ledger yet */
 };
 
 extern Lane *abp_lane_of(const char *server, Oid role);
 extern Lane *abp_lane_of_table(const UsageTable *table);
-extern void abp_lanes_write_down(void);
+extern void abp_lanes_write_down(Turn *turn);
 extern int64 abp_lane_backoff_ms(int failures);
-extern void abp_lane_back_off(Lane *lane, int64 ms, const char *reason);
-extern void abp_lane_pause(Lane *lane, const char *reason);
+extern void abp_lane_back_off(Turn *turn, Lane *lane, int64 ms, const char *reason);
+extern void abp_lane_pause(Turn *turn, Lane *lane, const char *reason);
 extern void abp_lane_try_now(Lane *lane);
-extern void abp_lane_succeeded(Lane *lane);
-extern bool abp_lane_take_quota(const ServerOptions *server);
-extern void abp_lane_give_quota_back(const ServerOptions *server);
-extern bool abp_lane_is_closed(Lane *lane, const UsageTable *table,
+extern void abp_lane_succeeded(Turn *turn, Lane *lane);
+extern bool abp_lane_take_quota(Turn *turn, const ServerOptions *server);
+extern bool abp_lane_is_closed(Turn *turn, Lane *lane, const UsageTable *table,
 							   const ServerOptions *server, const char *token,
 							   const char *token_problem);
 extern int	abp_lane_capacity(const Lane *lane, const ServerOptions *server);

@@ -22,6 +22,10 @@
 
 static List *positions = NIL;
 
+/* How often these were found changed: what compares knows what it has missed. */
+static uint64 prices_generation = 1;
+static uint64 servers_generation = 1;
+
 /*
  * How a table stands; made at its first use.
  */
@@ -39,12 +43,12 @@ abp_position_of(Oid usage_table)
 			return position;
 	}
 
-	old = MemoryContextSwitchTo(abp_turn.keep);
+	old = MemoryContextSwitchTo(abp_shipper_memory);
 	position = palloc0(sizeof(Position));
 	position->usage_table = usage_table;
 	position->cursor = PG_INT64_MIN;
 	position->unpriced_cursor = ENTRY_CURSOR_START;
-	position->servers_seen = abp_turn.servers_generation;
+	position->servers_seen = servers_generation;
 	positions = lappend(positions, position);
 	MemoryContextSwitchTo(old);
 	return position;
@@ -54,24 +58,24 @@ abp_position_of(Oid usage_table)
 bool
 abp_position_wants_prices(const Position *position)
 {
-	return position->looked_for != abp_turn.prices_generation;
+	return position->looked_for != prices_generation;
 }
 
 /* Have servers or user mappings changed since the table's last turn? */
 bool
 abp_position_servers_are_new(const UsageTable *table)
 {
-	return abp_position_of(table->relid)->servers_seen != abp_turn.servers_generation;
+	return abp_position_of(table->relid)->servers_seen != servers_generation;
 }
 
 /* The scan that is on its way, if any, has not seen all. */
 void
-abp_position_look_again(Oid usage_table)
+abp_position_look_again(Turn *turn, Oid usage_table)
 {
 	Position   *position = abp_position_of(usage_table);
 
 	position->scanned_for = position->looked_for = 0;
-	abp_turn.more_to_build = true;
+	turn->more_to_build = true;
 }
 
 /*
@@ -79,33 +83,33 @@ abp_position_look_again(Oid usage_table)
  * reason be impossible to write down: its owner has locked what stands there.
  */
 void
-abp_position_block(const UsageTable *table, const char *reason, TimestampTz until)
+abp_position_block(Turn *turn, const UsageTable *table, const char *reason, TimestampTz until)
 {
 	if (!abp_usage_table_block(table->relid, reason, until))
 	{
 		until = Min(until, abp_in_ms(TRANSIENT_MS));
 		abp_position_of(table->relid)->try_at = until;
 	}
-	abp_due_at(until);
+	abp_due_at(turn, until);
 }
 
 /* Look at rows that others are changing again soon, if nothing tells before. */
 void
-abp_position_hold_rows(const UsageTable *table, const IdSet *ids)
+abp_position_hold_rows(Turn *turn, const UsageTable *table, const IdSet *ids)
 {
 	Position   *position = abp_position_of(table->relid);
 	TimestampTz now = GetCurrentTimestamp();
 
-	abp_idset_add_set(&position->held, ids, abp_turn.keep);
+	abp_idset_add_set(&position->held, ids, abp_shipper_memory);
 	if (TimestampDifferenceExceeds(position->held_until, now, HELD_MS))
 		position->held_since = now;
 	position->held_until = abp_in_ms(HELD_MS);
-	abp_due_at(position->held_until);
+	abp_due_at(turn, position->held_until);
 }
 
 /* Another transaction has locked the table, or what we need of it. */
 static void
-note_locked(const UsageTable *table)
+note_locked(Turn *turn, const UsageTable *table)
 {
 	Position   *position = abp_position_of(table->relid);
 	const char *reason = "another transaction has locked the table";
@@ -113,7 +117,7 @@ note_locked(const UsageTable *table)
 
 	position->failed = true;
 	position->try_at = abp_in_ms(LOCKED_MS);
-	abp_due_at(position->try_at);
+	abp_due_at(turn, position->try_at);
 	if (position->locked_since == 0)
 		position->locked_since = GetCurrentTimestamp();
 	if (!TimestampDifferenceExceeds(position->locked_since, GetCurrentTimestamp(),
@@ -124,11 +128,12 @@ note_locked(const UsageTable *table)
 		ereport(WARNING,
 				(errcode(ERRCODE_LOCK_NOT_AVAILABLE),
 				 errmsg("usage rows of %s cannot be delivered: %s", table->name, reason)));
-	abp_position_block(table, reason, until);
+	abp_position_block(turn, table, reason, until);
 }
 
 typedef struct GuardedTableWork
 {
+	Turn	   *turn;
 	TableWork	work;
 	const UsageTable *table;
 	const ServerOptions *server;
@@ -138,9 +143,9 @@ typedef struct GuardedTableWork
 static void
 do_table_work(void *arg)
 {
-	GuardedTableWork *abp_position_guarded = arg;
+	GuardedTableWork *guarded = arg;
 
-	abp_position_guarded->work(abp_position_guarded->table, abp_position_guarded->server, abp_position_guarded->arg);
+	guarded->work(guarded->turn, guarded->table, guarded->server, guarded->arg);
 }
 
 /*
@@ -149,9 +154,9 @@ do_table_work(void *arg)
  * A lock of another transaction's is not waited for.
  */
 GuardOutcome
-abp_position_guarded(TableWork work, const UsageTable *table, const ServerOptions *server, void *arg)
+abp_position_guarded(Turn *turn, TableWork work, const UsageTable *table, const ServerOptions *server, void *arg)
 {
-	GuardedTableWork call = {work, table, server, arg};
+	GuardedTableWork call = {turn, work, table, server, arg};
 	Position   *position = abp_position_of(table->relid);
 	GuardError	error;
 	GuardOutcome outcome;
@@ -159,7 +164,7 @@ abp_position_guarded(TableWork work, const UsageTable *table, const ServerOption
 
 	if (!ConditionalLockRelationOid(table->relid, AccessShareLock))
 	{
-		note_locked(table);
+		note_locked(turn, table);
 		return GUARD_PASSES;
 	}
 	outcome = abp_guard(table, do_table_work, &call, &error);
@@ -174,7 +179,7 @@ abp_position_guarded(TableWork work, const UsageTable *table, const ServerOption
 	position->failed = true;
 	if (outcome == GUARD_PASSES && error.sqlerrcode == ERRCODE_LOCK_NOT_AVAILABLE)
 	{
-		note_locked(table);
+		note_locked(turn, table);
 		return outcome;
 	}
 	position->locked_since = 0;
@@ -192,7 +197,7 @@ abp_position_guarded(TableWork work, const UsageTable *table, const ServerOption
 		position->batch_size = Max(1, (position->batch_size > 0 ? position->batch_size :
 									   server->batch_size) / 2);
 	until = abp_in_ms(outcome == GUARD_FAILED ? PROBE_MS : TRANSIENT_MS);
-	abp_position_block(table, error.message, until);
+	abp_position_block(turn, table, error.message, until);
 	return outcome;
 }
 
@@ -228,7 +233,7 @@ abp_options_of(const UsageTable *table)
 
 /* Keep a table from being delivered for a while, with the reason. */
 void
-abp_position_refuse(const UsageTable *table, const char *reason)
+abp_position_refuse(Turn *turn, const UsageTable *table, const char *reason)
 {
 	TimestampTz until = abp_in_ms(PROBE_MS);
 
@@ -237,7 +242,7 @@ abp_position_refuse(const UsageTable *table, const char *reason)
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 				 errmsg("usage rows of %s cannot be delivered: %s", table->name, reason),
 				 errhint("Fix the cause; delivery of the table resumes by itself.")));
-	abp_position_block(table, reason, until);
+	abp_position_block(turn, table, reason, until);
 }
 
 /* Keep no positions of tables that are not attached any more. */
@@ -302,4 +307,37 @@ void
 abp_positions_forget(void)
 {
 	positions = NIL;
+}
+
+/*
+ * Prices or servers have changed: every table is to notice.  A server that has
+ * changed may send what has no price.
+ */
+void
+abp_positions_note_changes(bool prices, bool servers)
+{
+	if (servers)
+		servers_generation++;
+	if (prices || servers)
+		prices_generation++;
+}
+
+/*
+ * A table's scan over the rows that wait for a price begins: what comes from
+ * now on is for the next one.
+ */
+void
+abp_position_begin_price_scan(Position *position)
+{
+	position->scanned_for = prices_generation;
+	position->unpriced_left = false;
+}
+
+/*
+ * A table has had its turn with the servers as they are.
+ */
+void
+abp_position_saw_servers(Position *position)
+{
+	position->servers_seen = servers_generation;
 }

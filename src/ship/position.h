@@ -18,6 +18,7 @@
 #include "queue/attachment.h"
 #include "queue/outbox.h"
 #include "ship/guard.h"
+#include "ship/turn.h"
 
 /* When to try again a table that another transaction has locked. */
 #define LOCKED_MS 250
@@ -54,25 +55,29 @@ typedef struct Position
 } Position;
 
 /* Work on one table that fails without harm to others. */
-typedef void (*TableWork) (const UsageTable *table, const ServerOptions *server, void *arg);
+typedef void (*TableWork) (Turn *turn, const UsageTable *table,
+						   const ServerOptions *server, void *arg);
 
 extern Position *abp_position_of(Oid usage_table);
 extern bool abp_position_wants_prices(const Position *position);
 extern bool abp_position_servers_are_new(const UsageTable *table);
-extern void abp_position_look_again(Oid usage_table);
-extern void abp_position_block(const UsageTable *table, const char *reason,
+extern void abp_position_look_again(Turn *turn, Oid usage_table);
+extern void abp_position_block(Turn *turn, const UsageTable *table, const char *reason,
 							   TimestampTz until);
-extern void abp_position_hold_rows(const UsageTable *table, const IdSet *ids);
-extern GuardOutcome abp_position_guarded(TableWork work,
+extern void abp_position_hold_rows(Turn *turn, const UsageTable *table, const IdSet *ids);
+extern GuardOutcome abp_position_guarded(Turn *turn, TableWork work,
 										 const UsageTable *table,
 										 const ServerOptions *server,
 										 void *arg);
 extern UsageTable *abp_find_table(List *tables, Oid relid);
 extern const ServerOptions *abp_options_of(const UsageTable *table);
-extern void abp_position_refuse(const UsageTable *table, const char *reason);
+extern void abp_position_refuse(Turn *turn, const UsageTable *table, const char *reason);
 extern void abp_positions_forget_except(List *tables);
 extern bool abp_positions_saw_prices(Oid relid);
 extern bool abp_position_is_locked_out(Oid relid);
+extern void abp_positions_note_changes(bool prices, bool servers);
+extern void abp_position_begin_price_scan(Position *position);
+extern void abp_position_saw_servers(Position *position);
 extern void abp_positions_forget(void);
 
 #endif							/* ABP_POSITION_H */

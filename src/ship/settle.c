@@ -14,6 +14,7 @@
 #include "polar/verdict.h"
 #include "queue/attachment.h"
 #include "queue/entry.h"
+#include "queue/feed.h"
 #include "queue/ledger.h"
 #include "queue/outbox.h"
 #include "ship/http.h"
@@ -21,6 +22,7 @@
 #include "ship/fold.h"
 #include "ship/lane.h"
 #include "ship/position.h"
+#include "ship/quota.h"
 #include "ship/settle.h"
 #include "ship/shipment.h"
 #include "ship/turn.h"
@@ -54,13 +56,31 @@ put_back(Shipment *shipment, IdSet ids, char state, TimestampTz not_before,
 		abp_position_of(entry.usage_table)->cursor = PG_INT64_MIN;
 }
 
+/*
+ * A limit was reached, in Polar's words.  If it was not our own, there are others
+ * who send to the same organization: say what to do, palloc'd.
+ */
+static char *
+rate_limit_words(const Lane *lane, const ServerOptions *server, char *error)
+{
+	int			recent;
+
+	if (server == NULL || server->requests_per_minute == 0)
+		return error;
+	recent = abp_ledger_recent_requests(lane->server, server->requests_per_minute);
+	if (recent >= server->requests_per_minute)
+		return error;
+	return psprintf("%s, although only %d of the %d requests were made in the last minute that requests_per_minute of server \"%s\" allows: other databases send to the same organization, whose limit is for all together; lower requests_per_minute in each so that their sum stays below it",
+					error, recent, server->requests_per_minute, lane->server);
+}
+
 /* Settle a delivery without success: its rows go back to be sent anew. */
 static void
-give_back(Shipment *shipment, const char *error, bool burn_attempt)
+give_back(Turn *turn, Shipment *shipment, const char *error, bool burn_attempt)
 {
 	put_back(shipment, shipment->delivery.ids, OUTBOX_READY, DT_NOBEGIN, error, burn_attempt);
 	abp_ledger_finish(&shipment->delivery, "failed", error);
-	abp_shipment_drop(shipment);
+	abp_shipment_drop(turn, shipment);
 }
 
 /*
@@ -78,12 +98,12 @@ keep_for_retry(Shipment *shipment, TimestampTz retry_at, const char *error)
 
 /* Nothing of this request was stored, or so the answer says. */
 static void
-return_or_keep(Shipment *shipment, const char *error, bool burn_attempt)
+return_or_keep(Turn *turn, Shipment *shipment, const char *error, bool burn_attempt)
 {
 	if (shipment->delivery.outcome_unknown)
 		keep_for_retry(shipment, shipment->lane->not_before, error);
 	else
-		give_back(shipment, error, burn_attempt);
+		give_back(turn, shipment, error, burn_attempt);
 }
 
 /* What is left of a delivery's rows is added up when they are sent again. */
@@ -125,15 +145,15 @@ abp_settle_by_halves(Shipment *shipment, const char *error)
 }
 
 static void
-reject_shipment(Shipment *shipment, const char *error)
+reject_shipment(Turn *turn, Shipment *shipment, const char *error)
 {
 	put_back(shipment, shipment->delivery.ids, OUTBOX_REJECTED, DT_NOBEGIN, error, true);
 	abp_ledger_finish(&shipment->delivery, "rejected", error);
-	abp_shipment_drop(shipment);
+	abp_shipment_drop(turn, shipment);
 }
 
 static void
-settle_delivered(Shipment *shipment, const Verdict *verdict, double elapsed_ms,
+settle_delivered(Turn *turn, Shipment *shipment, const Verdict *verdict, double elapsed_ms,
 				 const ServerOptions *server, int64 ledger_from)
 {
 	Delivery   *delivery = &shipment->delivery;
@@ -163,9 +183,10 @@ settle_delivered(Shipment *shipment, const Verdict *verdict, double elapsed_ms,
 				 errhint("Another producer, or a copy of this database, sends the same external ids.")));
 	}
 	abp_ledger_finish(delivery, "delivered", NULL);
+	abp_feed_settled(delivery);
 	abp_fold_delivered();
-	abp_turn.delivered += delivery->nevents;
-	abp_lane_succeeded(lane);
+	turn->delivered += delivery->nevents;
+	abp_lane_succeeded(turn, lane);
 
 	/* Slow answers ask for smaller batches. */
 	if (server != NULL)
@@ -177,12 +198,12 @@ settle_delivered(Shipment *shipment, const Verdict *verdict, double elapsed_ms,
 		else if (elapsed_ms < server->timeout_ms / 10)
 			lane->batch_size = Min(size * 2, server->batch_size);
 	}
-	abp_shipment_drop(shipment);
+	abp_shipment_drop(turn, shipment);
 }
 
 /* Polar has named the rows that it refuses; the others are sent again at once. */
 static void
-settle_refused(Shipment *shipment, const Verdict *verdict)
+settle_refused(Turn *turn, Shipment *shipment, const Verdict *verdict)
 {
 	Delivery   *delivery = &shipment->delivery;
 	IdSet		refused = {0};
@@ -212,7 +233,7 @@ settle_refused(Shipment *shipment, const Verdict *verdict)
 	if (rest.nranges == 0)
 	{
 		abp_ledger_finish(delivery, only_skew ? "failed" : "rejected", verdict->error);
-		abp_shipment_drop(shipment);
+		abp_shipment_drop(turn, shipment);
 		return;
 	}
 
@@ -228,7 +249,7 @@ settle_refused(Shipment *shipment, const Verdict *verdict)
  * through, a row of the batch is to blame: find it by halving.
  */
 static void
-settle_server_error(Shipment *shipment, const Verdict *verdict)
+settle_server_error(Turn *turn, Shipment *shipment, const Verdict *verdict)
 {
 	Delivery   *delivery = &shipment->delivery;
 	Lane	   *lane = shipment->lane;
@@ -243,14 +264,14 @@ settle_server_error(Shipment *shipment, const Verdict *verdict)
 		abp_settle_by_halves(shipment, verdict->error);
 	else if (delivery->nevents == 1 && others_pass &&
 			 shipment->server_errors >= ERRORS_BEFORE_REJECTING)
-		reject_shipment(shipment, verdict->error);
+		reject_shipment(turn, shipment, verdict->error);
 	else
 	{
 		int64		ms = verdict->retry_after_ms >= 0 ? verdict->retry_after_ms :
 		abp_lane_backoff_ms(others_pass ? shipment->server_errors : lane->failures + 1);
 
 		if (!others_pass)
-			abp_lane_back_off(lane, ms, verdict->error);
+			abp_lane_back_off(turn, lane, ms, verdict->error);
 		keep_for_retry(shipment, abp_in_ms(ms), verdict->error);
 	}
 }
@@ -259,7 +280,7 @@ settle_server_error(Shipment *shipment, const Verdict *verdict)
  * Settle a request that has ended.
  */
 static void
-settle(Shipment *shipment, const ServerOptions *server, int64 ledger_from)
+settle(Turn *turn, Shipment *shipment, const ServerOptions *server, int64 ledger_from)
 {
 	const HttpReply *reply = abp_http_reply(shipment->request);
 	Delivery   *delivery = &shipment->delivery;
@@ -276,7 +297,7 @@ settle(Shipment *shipment, const ServerOptions *server, int64 ledger_from)
 
 		if (reply->outcome == HTTP_UNKNOWN)
 			delivery->outcome_unknown = true;
-		abp_lane_back_off(lane, abp_lane_backoff_ms(lane->failures + 1), error);
+		abp_lane_back_off(turn, lane, abp_lane_backoff_ms(lane->failures + 1), error);
 		if (timed_out || out_of_memory)
 			lane->batch_size = Max(1, delivery->nevents / 2);
 
@@ -290,7 +311,7 @@ settle(Shipment *shipment, const ServerOptions *server, int64 ledger_from)
 			(out_of_memory || shipment->timeouts >= TIMEOUTS_BEFORE_HALVING))
 			abp_settle_by_halves(shipment, error);
 		else
-			return_or_keep(shipment, error, true);
+			return_or_keep(turn, shipment, error, true);
 		return;
 	}
 
@@ -303,36 +324,37 @@ settle(Shipment *shipment, const ServerOptions *server, int64 ledger_from)
 	switch (verdict->kind)
 	{
 		case VERDICT_DELIVERED:
-			settle_delivered(shipment, verdict, reply->elapsed_ms, server, ledger_from);
+			settle_delivered(turn, shipment, verdict, reply->elapsed_ms, server, ledger_from);
 			break;
 		case VERDICT_ROWS_REFUSED:
-			abp_lane_succeeded(lane);
-			settle_refused(shipment, verdict);
+			abp_lane_succeeded(turn, lane);
+			settle_refused(turn, shipment, verdict);
 			break;
 		case VERDICT_BATCH_REFUSED:
 		case VERDICT_TOO_LARGE:
-			abp_lane_succeeded(lane);
+			abp_lane_succeeded(turn, lane);
 			if (delivery->nevents > 1)
 				abp_settle_by_halves(shipment, verdict->error);
 			else
-				reject_shipment(shipment, verdict->error);
+				reject_shipment(turn, shipment, verdict->error);
 			break;
 		case VERDICT_RATE_LIMITED:
-			abp_lane_of(lane->server, InvalidOid)->tokens = 0;
-			abp_lane_back_off(lane, verdict->retry_after_ms >= 0 ? verdict->retry_after_ms :
+			abp_quota_used_up(lane->server);
+			verdict->error = rate_limit_words(lane, server, verdict->error);
+			abp_lane_back_off(turn, lane, verdict->retry_after_ms >= 0 ? verdict->retry_after_ms :
 							  RATE_LIMITED_MS, verdict->error);
-			return_or_keep(shipment, verdict->error, false);
+			return_or_keep(turn, shipment, verdict->error, false);
 			break;
 		case VERDICT_PAUSE:
-			abp_lane_pause(lane, verdict->error);
-			return_or_keep(shipment, verdict->error, false);
+			abp_lane_pause(turn, lane, verdict->error);
+			return_or_keep(turn, shipment, verdict->error, false);
 			break;
 		case VERDICT_SERVER_ERROR:
-			settle_server_error(shipment, verdict);
+			settle_server_error(turn, shipment, verdict);
 			break;
 		case VERDICT_UNKNOWN:
 			delivery->outcome_unknown = true;
-			abp_lane_back_off(lane, abp_lane_backoff_ms(lane->failures + 1), verdict->error);
+			abp_lane_back_off(turn, lane, abp_lane_backoff_ms(lane->failures + 1), verdict->error);
 			keep_for_retry(shipment, lane->not_before, verdict->error);
 			break;
 	}
@@ -342,7 +364,7 @@ settle(Shipment *shipment, const ServerOptions *server, int64 ledger_from)
  * Settle all requests that have ended.
  */
 void
-abp_settle_answered(List *tables)
+abp_settle_answered(Turn *turn, List *tables)
 {
 	ListCell   *lc;
 	List	   *all = list_copy(abp_shipments);
@@ -355,7 +377,7 @@ abp_settle_answered(List *tables)
 		{
 			UsageTable *table = abp_find_table(tables, shipment->delivery.usage_table);
 
-			settle(shipment, table == NULL ? NULL : abp_options_of(table),
+			settle(turn, shipment, table == NULL ? NULL : abp_options_of(table),
 				   table == NULL ? 0 : table->ledger_from);
 		}
 	}
@@ -363,7 +385,7 @@ abp_settle_answered(List *tables)
 
 /* Settle what can never be sent again: its table is gone. */
 void
-abp_settle_orphans(List *tables)
+abp_settle_orphans(Turn *turn, List *tables)
 {
 	ListCell   *lc;
 	List	   *all = list_copy(abp_shipments);
@@ -379,6 +401,6 @@ abp_settle_orphans(List *tables)
 		shipment->delivery.vanished += shipment->delivery.nevents;
 		abp_ledger_finish(&shipment->delivery, "failed",
 						  "the usage table is gone; the last request's outcome is not known");
-		abp_shipment_drop(shipment);
+		abp_shipment_drop(turn, shipment);
 	}
 }

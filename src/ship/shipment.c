@@ -23,10 +23,10 @@ List	   *abp_shipments = NIL;
 Shipment   *
 abp_shipment_new(Lane *lane, const char *server)
 {
-	MemoryContext context = AllocSetContextCreate(abp_turn.keep, "aibilling shipment",
+	MemoryContext context = AllocSetContextCreate(abp_shipper_memory, "aibilling shipment",
 												  ALLOCSET_DEFAULT_SIZES);
 	Shipment   *shipment = MemoryContextAllocZero(context, sizeof(Shipment));
-	MemoryContext old = MemoryContextSwitchTo(abp_turn.keep);
+	MemoryContext old = MemoryContextSwitchTo(abp_shipper_memory);
 
 	shipment->context = context;
 	shipment->lane = lane;
@@ -40,11 +40,11 @@ abp_shipment_new(Lane *lane, const char *server)
  * A delivery is settled: forget it.
  */
 void
-abp_shipment_drop(Shipment *shipment)
+abp_shipment_drop(Turn *turn, Shipment *shipment)
 {
 	if (shipment->request != NULL)
 		abp_http_release(shipment->request);
-	abp_turn.settled++;
+	turn->settled++;
 	abp_shipments = list_delete_ptr(abp_shipments, shipment);
 	MemoryContextDelete(shipment->context);
 }

@@ -15,6 +15,7 @@
 
 #include "queue/ledger.h"
 #include "ship/http.h"
+#include "ship/turn.h"
 
 typedef struct Lane Lane;
 
@@ -44,7 +45,7 @@ typedef struct Shipment
 extern List *abp_shipments;
 
 extern Shipment *abp_shipment_new(Lane *lane, const char *server);
-extern void abp_shipment_drop(Shipment *shipment);
+extern void abp_shipment_drop(Turn *turn, Shipment *shipment);
 extern void abp_shipment_forget_request(Shipment *shipment);
 extern void abp_shipment_copy_keys(Delivery *to, const Delivery *from);
 

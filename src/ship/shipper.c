@@ -51,6 +51,7 @@
 #include "ship/http.h"
 #include "ship/lane.h"
 #include "ship/position.h"
+#include "ship/quota.h"
 #include "ship/settle.h"
 #include "ship/shipment.h"
 #include "ship/shipper.h"
@@ -81,6 +82,7 @@
 /* How long a list of the attached tables is believed. */
 #define TABLES_MS 1000
 
+static Turn this_turn = {.room_left = true};
 static Oid	known_extension = InvalidOid;
 static bool recovered = false;	/* have unsettled deliveries been taken over? */
 
@@ -223,13 +225,13 @@ on_server_change(Datum arg, int cacheid, uint32 hashvalue)
 static void
 init_ship(void)
 {
-	if (abp_turn.keep != NULL)
+	if (abp_shipper_memory != NULL)
 		return;
 
-	abp_turn.keep = AllocSetContextCreate(TopMemoryContext, "aibilling shipper",
-										  ALLOCSET_DEFAULT_SIZES);
-	abp_turn.context = AllocSetContextCreate(TopMemoryContext, "aibilling shipper turn",
-											 ALLOCSET_DEFAULT_SIZES);
+	abp_shipper_memory = AllocSetContextCreate(TopMemoryContext, "aibilling shipper",
+											   ALLOCSET_DEFAULT_SIZES);
+	this_turn.context = AllocSetContextCreate(TopMemoryContext, "aibilling shipper turn",
+											  ALLOCSET_DEFAULT_SIZES);
 	tables_context = AllocSetContextCreate(TopMemoryContext, "aibilling shipper tables",
 										   ALLOCSET_DEFAULT_SIZES);
 	abp_server_init();
@@ -247,14 +249,14 @@ abp_ship_reset(void)
 {
 	init_ship();
 	abp_http_cancel_all();
-	MemoryContextReset(abp_turn.keep);
+	MemoryContextReset(abp_shipper_memory);
 	abp_lanes_forget();
 	abp_positions_forget();
 	abp_shipments = NIL;
 	recovered = false;
 	prices_changed = true;
 	tables_stale = true;
-	abp_turn.delivered = 0;
+	this_turn.delivered = 0;
 	abp_fold_reset();
 }
 
@@ -405,11 +407,11 @@ fewest_errors_first(const ListCell *a, const ListCell *b)
  * here, too: rows that went back to the outbox are the shipment's again.
  */
 static bool
-prepare_again(const UsageTable *table, const ServerOptions *server, Shipment *shipment)
+prepare_again(Turn *turn, const UsageTable *table, const ServerOptions *server, Shipment *shipment)
 {
 	Delivery   *delivery = &shipment->delivery;
 	Delivery	before = *delivery;
-	GuardOutcome outcome = abp_position_guarded(abp_batch_again, table, server, shipment);
+	GuardOutcome outcome = abp_position_guarded(turn, abp_batch_again, table, server, shipment);
 
 	if (outcome != GUARD_DONE)
 	{
@@ -433,8 +435,8 @@ prepare_again(const UsageTable *table, const ServerOptions *server, Shipment *sh
 		abp_usage_table_unblock(table->relid, false);
 	if (delivery->nevents == 0)
 	{
-		abp_shipment_drop(shipment);
-		abp_lane_give_quota_back(server);
+		abp_shipment_drop(turn, shipment);
+		abp_quota_give_back(server);
 	}
 	else if (before.ids.ranges != NULL)
 		pfree(before.ids.ranges);
@@ -448,7 +450,7 @@ prepare_again(const UsageTable *table, const ServerOptions *server, Shipment *sh
  * of another tells whether a row of theirs is to blame.
  */
 static void
-prepare_waiting(const UsageTable *table, const ServerOptions *server, bool suspects)
+prepare_waiting(Turn *turn, const UsageTable *table, const ServerOptions *server, bool suspects)
 {
 	Lane	   *lane = abp_lane_of_table(table);
 	Position   *position = abp_position_of(table->relid);
@@ -465,18 +467,18 @@ prepare_waiting(const UsageTable *table, const ServerOptions *server, bool suspe
 			(lane->failures > 0 && shipment->server_errors > 0) != suspects)
 			continue;
 		if (shipment->retry_at > GetCurrentTimestamp())
-			abp_due_at(shipment->retry_at);
-		else if (position->failed || abp_turn_is_over())
-			abp_turn.more_to_build |= !position->failed;
-		else if (abp_lane_has_room(lane, server) && abp_lane_take_quota(server) &&
-				 !prepare_again(table, server, shipment))
-			abp_lane_give_quota_back(server);
+			abp_due_at(turn, shipment->retry_at);
+		else if (position->failed || abp_turn_is_over(turn))
+			turn->more_to_build |= !position->failed;
+		else if (abp_lane_has_room(lane, server) && abp_lane_take_quota(turn, server) &&
+				 !prepare_again(turn, table, server, shipment))
+			abp_quota_give_back(server);
 	}
 }
 
 /* Prepare what one table has to send.  Appends to *departures. */
 static void
-prepare_table(const UsageTable *table, const ServerOptions *server, List **departures)
+prepare_table(Turn *turn, const UsageTable *table, const ServerOptions *server, List **departures)
 {
 	Lane	   *lane = abp_lane_of_table(table);
 	Position   *position = abp_position_of(table->relid);
@@ -497,16 +499,16 @@ prepare_table(const UsageTable *table, const ServerOptions *server, List **depar
 	{
 		abp_forget_token(token);
 		tables_stale = true;
-		abp_turn.more_to_build = true;
+		turn->more_to_build = true;
 		return;
 	}
-	if (abp_lane_is_closed(lane, table, server, token, reason.data))
+	if (abp_lane_is_closed(turn, lane, table, server, token, reason.data))
 	{
 		abp_forget_token(token);
 		return;
 	}
 
-	prepare_waiting(table, server, false);
+	prepare_waiting(turn, table, server, false);
 
 	/*
 	 * One new batch a turn: it departs before the next is built.  Requests
@@ -522,36 +524,36 @@ prepare_table(const UsageTable *table, const ServerOptions *server, List **depar
 
 		if (built)
 		{
-			abp_turn.more_to_build = true;
+			turn->more_to_build = true;
 			break;
 		}
-		if (!abp_lane_take_quota(server))
+		if (!abp_lane_take_quota(turn, server))
 			break;
-		if (abp_position_guarded(abp_batch_next, table, server, &next) != GUARD_DONE)
+		if (abp_position_guarded(turn, abp_batch_next, table, server, &next) != GUARD_DONE)
 		{
 			if (next.shipment != NULL)
-				abp_shipment_drop(next.shipment);
-			abp_lane_give_quota_back(server);
+				abp_shipment_drop(turn, next.shipment);
+			abp_quota_give_back(server);
 			break;
 		}
 		if (next.found && table->blocked_reason != NULL && !position->failed)
 			abp_usage_table_unblock(table->relid, false);
 		if (next.shipment == NULL)
-			abp_lane_give_quota_back(server);
+			abp_quota_give_back(server);
 		else
 		{
 			built = true;
 			if (next.gather_ms > 0)
-				abp_turn.gather_until = abp_in_ms(next.gather_ms);
+				turn->gather_until = abp_in_ms(next.gather_ms);
 		}
 		if (!next.found)
 		{
-			abp_turn.room_left = true;
+			turn->room_left = true;
 			break;
 		}
 	}
-	prepare_waiting(table, server, true);
-	abp_turn.backlog |= position->backlog;
+	prepare_waiting(turn, table, server, true);
+	turn->backlog |= position->backlog;
 
 	foreach(lc, abp_shipments)
 	{
@@ -652,7 +654,7 @@ in_order(List *tables)
 
 /* A table's turn. */
 static void
-serve_table(const UsageTable *table, bool fresh, List **departures)
+serve_table(Turn *turn, const UsageTable *table, bool fresh, List **departures)
 {
 	Position   *position = abp_position_of(table->relid);
 	const ServerOptions *server = abp_options_of(table);
@@ -671,12 +673,12 @@ serve_table(const UsageTable *table, bool fresh, List **departures)
 	if (table->blocked_until > start &&
 		(table->blocked_until == DT_NOEND || (!abp_position_servers_are_new(table) && !fresh)))
 	{
-		abp_due_at(table->blocked_until);
+		abp_due_at(turn, table->blocked_until);
 		return;
 	}
 	if (position->try_at > start)
 	{
-		abp_due_at(position->try_at);
+		abp_due_at(turn, position->try_at);
 		return;
 	}
 
@@ -685,22 +687,22 @@ serve_table(const UsageTable *table, bool fresh, List **departures)
 	 */
 	if (abp_server_aclcheck(table->serverid, table->owner) != ACLCHECK_OK)
 	{
-		abp_position_refuse(table, psprintf("its owner has no USAGE on server \"%s\"",
-											table->server));
+		abp_position_refuse(turn, table, psprintf("its owner has no USAGE on server \"%s\"",
+												  table->server));
 		return;
 	}
 
 	position->barred = false;
-	abp_scan_unpriced(table, server);
+	abp_scan_unpriced(turn, table, server);
 	if (!position->failed)
-		prepare_table(table, server, departures);
-	position->servers_seen = abp_turn.servers_generation;
+		prepare_table(turn, table, server, departures);
+	abp_position_saw_servers(position);
 	position->slow = position->failed ||
 		TimestampDifferenceExceeds(start, GetCurrentTimestamp(), SLOW_MS);
 
 	due = abp_outbox_next_due(table->relid);
 	if (due > start)
-		abp_due_at(due);
+		abp_due_at(turn, due);
 }
 
 /* The worker waits for an update of the extension, and says so once. */
@@ -721,10 +723,10 @@ warn_of_old_version(const ShipScope *scope)
 
 /*
  * A turn's transaction: settle what has ended, prepare what is next.  Returns
- * the requests to make, in abp_turn.context.
+ * the requests to make, in turn->context.
  */
 static List *
-work(const ShipScope *scope)
+work(Turn *turn, const ShipScope *scope)
 {
 	List	   *departures = NIL;
 	List	   *tables;
@@ -744,7 +746,7 @@ work(const ShipScope *scope)
 		return NIL;
 	if (!keep_extension(extension, outbox))
 	{
-		abp_due_at(abp_in_ms(DROP_WAIT_MS));
+		abp_due_at(turn, abp_in_ms(DROP_WAIT_MS));
 		return NIL;
 	}
 	if (!abp_extension_installed())
@@ -760,18 +762,18 @@ work(const ShipScope *scope)
 	price_relids[4] = abp_extension_relation("attachment"); /* attached with rows */
 
 	tables = current_tables(&armed);
-	MemoryContextSwitchTo(abp_turn.context);
+	MemoryContextSwitchTo(turn->context);
 	if (!recovered)
 		recover(tables);
 	notice_resumed(tables);
-	abp_settle_answered(tables);
-	abp_settle_orphans(tables);
+	abp_settle_answered(turn, tables);
+	abp_settle_orphans(turn, tables);
 	change_lanes(tables);
-	abp_lanes_write_down();
-	if (abp_turn.settled >= SUM_UP_EVERY)
+	abp_lanes_write_down(turn);
+	if (turn->settled >= SUM_UP_EVERY)
 	{
 		abp_ledger_sum_up();
-		abp_turn.settled = 0;
+		turn->settled = 0;
 	}
 	if (!armed)
 	{
@@ -781,10 +783,7 @@ work(const ShipScope *scope)
 	}
 	forget_dropped(tables);
 
-	if (servers_changed)
-		abp_turn.servers_generation++;
-	if (prices_changed || servers_changed)
-		abp_turn.prices_generation++;
+	abp_positions_note_changes(prices_changed, servers_changed);
 	prices_changed = servers_changed = false;
 
 	foreach(lc, in_order(tables))
@@ -795,24 +794,24 @@ work(const ShipScope *scope)
 
 		if (!OidIsValid(table->owner) || !abp_ship_in_scope(scope, table))
 			continue;
-		if (abp_turn_is_over())
+		if (abp_turn_is_over(turn))
 		{
-			abp_turn.more_to_build = true;
+			turn->more_to_build = true;
 			break;
 		}
-		serve_table(table, fresh, &departures);
+		serve_table(turn, table, fresh, &departures);
 	}
 
-	idle = departures == NIL && !abp_turn.more_to_build && !abp_turn.backlog;
-	abp_turn.more_to_build |= abp_fold(tables, idle);
+	idle = departures == NIL && !turn->more_to_build && !turn->backlog;
+	turn->more_to_build |= abp_fold(turn, tables, idle);
 
 	/* One table's backlog waits little for another's rows to gather. */
-	if (abp_turn.backlog)
-		abp_turn.gather_until = Min(abp_turn.gather_until, abp_in_ms(GATHER_MIN_MS));
+	if (turn->backlog)
+		turn->gather_until = Min(turn->gather_until, abp_in_ms(GATHER_MIN_MS));
 
 	/* Every commit wakes us: not for nothing while nothing may be sent. */
-	if (departures == NIL && abp_shipments == NIL && !abp_turn.room_left)
-		abp_turn.gather_until = abp_in_ms(GATHER_MAX_MS);
+	if (departures == NIL && abp_shipments == NIL && !turn->room_left)
+		turn->gather_until = abp_in_ms(GATHER_MAX_MS);
 	return departures;
 }
 
@@ -858,16 +857,16 @@ collect_answers(void)
  * commits would take the machine's time and its disk's from those who commit.
  */
 static void
-gather(void)
+gather(Turn *turn)
 {
 	for (;;)
 	{
 		TimestampTz now = GetCurrentTimestamp();
 
 		/* a clock that was set back must not stop us */
-		if (now >= abp_turn.gather_until || abp_turn.gather_until - now > GATHER_MAX_MS * 1000)
+		if (now >= turn->gather_until || turn->gather_until - now > GATHER_MAX_MS * 1000)
 			return;
-		(void) abp_http_wait(TimestampDifferenceMilliseconds(now, abp_turn.gather_until));
+		(void) abp_http_wait(TimestampDifferenceMilliseconds(now, turn->gather_until));
 		collect_answers();
 	}
 }
@@ -888,25 +887,25 @@ abp_ship(const ShipScope *scope)
 	MemoryContext caller = CurrentMemoryContext;
 
 	init_ship();
-	MemoryContextReset(abp_turn.context);
-	abp_turn.next_due = DT_NOEND;
-	abp_turn.started = GetCurrentTimestamp();
+	MemoryContextReset(this_turn.context);
+	this_turn.next_due = DT_NOEND;
+	this_turn.started = GetCurrentTimestamp();
 
-	abp_turn.more_to_build = false;
-	abp_turn.room_left = false;
-	abp_turn.backlog = false;
+	this_turn.more_to_build = false;
+	this_turn.room_left = false;
+	this_turn.backlog = false;
 	if (!scope->in_procedure)
-		gather();
+		gather(&this_turn);
 	collect_answers();
 	abp_wake_listen();
 	abp_ship_begin(scope);
-	departures = work(scope);
+	departures = work(&this_turn, scope);
 	abp_ship_commit(scope);
-	MemoryContextSwitchTo(abp_turn.context);
+	MemoryContextSwitchTo(this_turn.context);
 	depart(departures);
 	MemoryContextSwitchTo(caller);
 
-	if (abp_turn.more_to_build)
+	if (this_turn.more_to_build)
 	{
 		(void) abp_http_wait(0);
 		return 0;
@@ -918,18 +917,18 @@ abp_ship(const ShipScope *scope)
 		{
 			long		timeout = IDLE_WAIT_MS;
 
-			if (abp_turn.next_due != DT_NOEND)
+			if (this_turn.next_due != DT_NOEND)
 				timeout = Min(timeout, TimestampDifferenceMilliseconds(GetCurrentTimestamp(),
-																	   abp_turn.next_due));
-			if (abp_http_wait(timeout) || abp_turn.room_left || timeout < IDLE_WAIT_MS ||
+																	   this_turn.next_due));
+			if (abp_http_wait(timeout) || this_turn.room_left || timeout < IDLE_WAIT_MS ||
 				(OidIsValid(scope->owner) && abp_worker_pid() != 0))
 				return 0;
 		}
 	}
 
-	if (abp_turn.next_due == DT_NOEND)
+	if (this_turn.next_due == DT_NOEND)
 		return -1;
-	return TimestampDifferenceMilliseconds(GetCurrentTimestamp(), abp_turn.next_due);
+	return TimestampDifferenceMilliseconds(GetCurrentTimestamp(), this_turn.next_due);
 }
 
 /*
@@ -938,7 +937,7 @@ abp_ship(const ShipScope *scope)
 int64
 abp_ship_delivered(void)
 {
-	return abp_turn.delivered;
+	return this_turn.delivered;
 }
 
 /*

@@ -11,24 +11,24 @@
 
 #include "ship/turn.h"
 
-Turn		abp_turn = {.room_left = true,.prices_generation = 1,.servers_generation = 1};
+MemoryContext abp_shipper_memory = NULL;
 
 /*
  * Has this turn taken its time?
  */
 bool
-abp_turn_is_over(void)
+abp_turn_is_over(Turn *turn)
 {
-	return TimestampDifferenceExceeds(abp_turn.started, GetCurrentTimestamp(), TURN_MS);
+	return TimestampDifferenceExceeds(turn->started, GetCurrentTimestamp(), TURN_MS);
 }
 
 /*
  * Something is to be done then: the next turn is not to come later.
  */
 void
-abp_due_at(TimestampTz when)
+abp_due_at(Turn *turn, TimestampTz when)
 {
-	abp_turn.next_due = Min(abp_turn.next_due, when);
+	turn->next_due = Min(turn->next_due, when);
 }
 
 /*

@@ -40,12 +40,11 @@
 #define TIDY_PER_TURN 10000
 
 /*
- * A turn, and what lasts from turn to turn while this process is the shipper.
+ * What a turn finds out on its way, handed from room to room.  gather_until,
+ * delivered and settled last from turn to turn.
  */
 typedef struct Turn
 {
-	MemoryContext keep;			/* lanes, positions, shipments: until the role
-								 * ends */
 	MemoryContext context;		/* reset every turn */
 	TimestampTz started;
 	TimestampTz next_due;		/* DT_NOEND: nothing is known to become due */
@@ -54,21 +53,15 @@ typedef struct Turn
 	bool		backlog;		/* does any table have one? */
 	bool		room_left;		/* could more requests fly, if there were
 								 * more? */
-	int64		delivered;		/* events, since the role began */
+	int64		delivered;		/* events, since this process is the shipper */
 	int			settled;		/* deliveries since the ledger was summed up */
-
-	/*
-	 * How often these have been found changed: what compares knows what it
-	 * has missed.
-	 */
-	uint64		prices_generation;
-	uint64		servers_generation;
 } Turn;
 
-extern Turn abp_turn;
+/* Lanes, positions, shipments: until this process is the shipper no more. */
+extern MemoryContext abp_shipper_memory;
 
-extern bool abp_turn_is_over(void);
-extern void abp_due_at(TimestampTz when);
+extern bool abp_turn_is_over(Turn *turn);
+extern void abp_due_at(Turn *turn, TimestampTz when);
 extern TimestampTz abp_in_ms(int64 ms);
 
 #endif							/* ABP_TURN_H */

@@ -27,7 +27,7 @@
 #include "ship/unpriced.h"
 #include "usage/fate.h"
 #include "usage/rows.h"
-#include "usage/triggers.h"
+#include "usage/priced.h"
 
 /* How many unpriced entries are looked at in one turn. */
 #define UNPRICED_PER_TURN 32
@@ -85,31 +85,26 @@ move_to(PriceLook *look, int64 id, char state, TimestampTz not_before, const cha
 static void
 move_all(PriceLook *look, const IdSet *ids, char state, const char *error)
 {
-	for (int i = 0; i < ids->nranges; i++)
-	{
-		for (int64 id = ids->ranges[i].first;; id++)
-		{
-			move_to(look, id, state, DT_NOBEGIN, error);
-			if (id == ids->ranges[i].last)
-				break;
-		}
-	}
+	IdWalk		walk = {0};
+
+	while (abp_idset_walk(ids, &walk))
+		move_to(look, walk.id, state, DT_NOBEGIN, error);
 }
 
 static bool
 look_for_price(const UsageRow *row, Jsonb *whole, void *arg)
 {
 	PriceLook  *look = arg;
-	RowState	verdict;
+	RowState	fate;
 
 	look->nrows++;
 	abp_idset_add(&look->seen, row->id, row->id, look->context);
-	abp_fate_by_price(row, &verdict);
-	if (verdict.state == OUTBOX_READY)
+	abp_fate_by_price(row, &fate);
+	if (fate.state == OUTBOX_READY)
 		abp_idset_add(&look->priced, row->id, row->id, look->context);
-	else if (verdict.state != OUTBOX_UNPRICED || look->entry->error == NULL ||
-			 strcmp(verdict.error, look->entry->error) != 0)
-		move_to(look, row->id, verdict.state, DT_NOBEGIN, verdict.error);
+	else if (fate.state != OUTBOX_UNPRICED || look->entry->error == NULL ||
+			 strcmp(fate.error, look->entry->error) != 0)
+		move_to(look, row->id, fate.state, DT_NOBEGIN, fate.error);
 	return true;
 }
 
@@ -118,15 +113,15 @@ static bool
 look_at_priced(const UsageRow *row, Jsonb *whole, void *arg)
 {
 	PriceLook  *look = arg;
-	RowState	verdict;
+	RowState	fate;
 
-	abp_fate_of(row, look->server, &verdict);
-	if (verdict.state == OUTBOX_UNPRICED)
+	abp_fate_of(row, look->server, &fate);
+	if (fate.state == OUTBOX_UNPRICED)
 	{
-		verdict.state = OUTBOX_REJECTED;
-		verdict.error = "it has a price, but a trigger or rule of its table keeps the cost from being stored";
+		fate.state = OUTBOX_REJECTED;
+		fate.error = "it has a price, but a trigger or rule of its table keeps the cost from being stored";
 	}
-	move_to(look, row->id, verdict.state, verdict.not_before, verdict.error);
+	move_to(look, row->id, fate.state, fate.not_before, fate.error);
 	return true;
 }
 
@@ -252,54 +247,50 @@ refuse_price(PriceLook *look, int64 id, const GuardError *error)
 static bool
 look_carefully(PriceLook *look)
 {
+	IdWalk		walk = {0};
 	bool		all = true;
 	TimestampTz start = GetCurrentTimestamp();
 
-	for (int r = 0; r < look->ids->nranges; r++)
+	while (abp_idset_walk(look->ids, &walk))
 	{
-		for (int64 id = look->ids->ranges[r].first;; id++)
+		IdSet		one = {0};
+		PriceLook	part = *look;
+		GuardError	error;
+		GuardOutcome outcome;
+		ListCell   *lc;
+
+		CHECK_FOR_INTERRUPTS();
+
+		if (TimestampDifferenceExceeds(start, GetCurrentTimestamp(), TURN_MS))
+			return false;
+		abp_idset_add(&one, walk.id, walk.id, look->context);
+		part.ids = &one;
+		part.others = NIL;
+		part.nrows = 0;
+		memset(&part.seen, 0, sizeof(IdSet));
+		memset(&part.priced, 0, sizeof(IdSet));
+		memset(&part.moved, 0, sizeof(IdSet));
+		abp_guard_start_clock();
+		outcome = abp_guard(look->table, look_and_price, &part, &error);
+		abp_guard_start_clock();
+		if (outcome == GUARD_PASSES || outcome == GUARD_NO_MEMORY)
+			all = false;
+		else if (outcome != GUARD_DONE)
 		{
-			IdSet		one = {0};
-			PriceLook	part = *look;
-			GuardError	error;
-			GuardOutcome outcome;
-			ListCell   *lc;
-
-			CHECK_FOR_INTERRUPTS();
-
-			if (TimestampDifferenceExceeds(start, GetCurrentTimestamp(), TURN_MS))
+			if (look->moved.nranges == 0)
+				abp_read_no_row(look->table, false);
+			if (!refuse_price(look, walk.id, &error))
 				return false;
-			abp_idset_add(&one, id, id, look->context);
-			part.ids = &one;
-			part.others = NIL;
-			part.nrows = 0;
-			memset(&part.seen, 0, sizeof(IdSet));
-			memset(&part.priced, 0, sizeof(IdSet));
-			memset(&part.moved, 0, sizeof(IdSet));
-			abp_guard_start_clock();
-			outcome = abp_guard(look->table, look_and_price, &part, &error);
-			abp_guard_start_clock();
-			if (outcome == GUARD_PASSES || outcome == GUARD_NO_MEMORY)
-				all = false;
-			else if (outcome != GUARD_DONE)
+		}
+		else
+		{
+			foreach(lc, part.others)
 			{
-				if (look->moved.nranges == 0)
-					abp_read_no_row(look->table, false);
-				if (!refuse_price(look, id, &error))
-					return false;
-			}
-			else
-			{
-				foreach(lc, part.others)
-				{
-					OutboxEntry *other = lfirst(lc);
+				OutboxEntry *other = lfirst(lc);
 
-					if (abp_idset_contains(&other->ids, id))
-						move_to(look, id, other->state, other->not_before, other->error);
-				}
+				if (abp_idset_contains(&other->ids, walk.id))
+					move_to(look, walk.id, other->state, other->not_before, other->error);
 			}
-			if (id == look->ids->ranges[r].last)
-				break;
 		}
 	}
 	return all;
@@ -402,7 +393,7 @@ price_entry(PriceLook *look, IdSet *wanted, GuardOutcome looked)
  * are rejected.
  */
 static void
-release_unpriced(const UsageTable *table, const ServerOptions *server, void *arg)
+release_unpriced(Turn *turn, const UsageTable *table, const ServerOptions *server, void *arg)
 {
 	UnpricedStep *step = arg;
 	Position   *position = abp_position_of(table->relid);
@@ -462,16 +453,16 @@ release_unpriced(const UsageTable *table, const ServerOptions *server, void *arg
 
 /* The same by one snapshot, of what is in the outbox and of the rows. */
 static void
-release_unpriced_at_once(const UsageTable *table, const ServerOptions *server, void *arg)
+release_unpriced_at_once(Turn *turn, const UsageTable *table, const ServerOptions *server, void *arg)
 {
 	PushActiveSnapshot(GetLatestSnapshot());
-	release_unpriced(table, server, arg);
+	release_unpriced(turn, table, server, arg);
 	PopActiveSnapshot();
 }
 
 /* Go on with the scan over a table's rows that wait for a price. */
 void
-abp_scan_unpriced(const UsageTable *table, const ServerOptions *server)
+abp_scan_unpriced(Turn *turn, const UsageTable *table, const ServerOptions *server)
 {
 	Position   *position = abp_position_of(table->relid);
 
@@ -479,23 +470,19 @@ abp_scan_unpriced(const UsageTable *table, const ServerOptions *server)
 		return;
 	if (position->unpriced_at > GetCurrentTimestamp())
 	{
-		abp_due_at(position->unpriced_at);
+		abp_due_at(turn, position->unpriced_at);
 		return;
 	}
 
-	/* What comes from now on is for the next scan. */
 	if (position->unpriced_cursor.id == PG_INT64_MIN)
-	{
-		position->scanned_for = abp_turn.prices_generation;
-		position->unpriced_left = false;
-	}
-	for (int i = 0; i < UNPRICED_PER_TURN && !abp_turn_is_over(); i++)
+		abp_position_begin_price_scan(position);
+	for (int i = 0; i < UNPRICED_PER_TURN && !abp_turn_is_over(turn); i++)
 	{
 		UnpricedStep step;
 
 		CHECK_FOR_INTERRUPTS();
 
-		if (abp_position_guarded(release_unpriced_at_once, table, server, &step) != GUARD_DONE)
+		if (abp_position_guarded(turn, release_unpriced_at_once, table, server, &step) != GUARD_DONE)
 		{
 			/* what is ready has its turn before */
 			position->unpriced_at = abp_in_ms(TRANSIENT_MS);
@@ -503,7 +490,7 @@ abp_scan_unpriced(const UsageTable *table, const ServerOptions *server)
 		}
 		if (!step.tidy)
 		{
-			abp_due_at(abp_in_ms(GATHER_MIN_MS));
+			abp_due_at(turn, abp_in_ms(GATHER_MIN_MS));
 			return;
 		}
 		position->unpriced_left |= !step.complete;
@@ -516,10 +503,10 @@ abp_scan_unpriced(const UsageTable *table, const ServerOptions *server)
 		else
 		{
 			position->unpriced_at = abp_in_ms(HELD_MS);
-			abp_due_at(position->unpriced_at);
+			abp_due_at(turn, position->unpriced_at);
 		}
 		if (!abp_position_wants_prices(position) || position->unpriced_left)
 			return;
 	}
-	abp_turn.more_to_build = true;
+	turn->more_to_build = true;
 }

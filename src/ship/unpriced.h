@@ -12,8 +12,9 @@
 
 #include "polar/server.h"
 #include "queue/attachment.h"
+#include "ship/turn.h"
 
-extern void abp_scan_unpriced(const UsageTable *table,
+extern void abp_scan_unpriced(Turn *turn, const UsageTable *table,
 							  const ServerOptions *server);
 
 #endif							/* ABP_UNPRICED_H */

@@ -119,7 +119,7 @@ call_function(Oid funcid, const char *option, Jsonb *whole, Datum *result,
 	GuardOutcome outcome = abp_guard(NULL, call_guarded, &call, &error);
 
 	if (outcome == GUARD_TOO_LONG)
-		ereport(ERROR, (errcode(error.sqlerrcode), errmsg_internal("%s", error.message)));
+		abp_guard_rethrow(&error);
 	if (outcome == GUARD_FAILED)
 		*reason = psprintf("%s failed: %s", option, error.message);
 	else if (outcome != GUARD_DONE)
@@ -158,8 +158,7 @@ abp_user_code_call(const ServerOptions *server, Jsonb *whole,
 			*reason = "event_name_function returned null";
 			return GUARD_FAILED;
 		}
-		overrides->event_name.data = VARDATA_ANY(DatumGetPointer(result));
-		overrides->event_name.len = VARSIZE_ANY_EXHDR(DatumGetPointer(result));
+		overrides->event_name = text_view_from_datum(result);
 	}
 	if (OidIsValid(metadata))
 	{

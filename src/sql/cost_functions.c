@@ -81,19 +81,9 @@ enum
 static TextView
 text_argument(FunctionCallInfo fcinfo, int n)
 {
-	TextView	view = {NULL, 0};
+	static const TextView null = {NULL, 0};
 
-	if (!PG_ARGISNULL(n))
-	{
-		struct varlena *value = (struct varlena *) PG_GETARG_POINTER(n);
-
-		/* the test that PG_GETARG_TEXT_PP calls a function for */
-		if (VARATT_IS_COMPRESSED(value) || VARATT_IS_EXTERNAL(value))
-			value = pg_detoast_datum_packed(value);
-		view.data = VARDATA_ANY(value);
-		view.len = VARSIZE_ANY_EXHDR(value);
-	}
-	return view;
+	return PG_ARGISNULL(n) ? null : text_view_from_datum(PG_GETARG_DATUM(n));
 }
 
 /*
@@ -252,7 +242,7 @@ text_view_value(TextView view, bool *isnull)
 {
 	*isnull = view.data == NULL;
 	return *isnull ? (Datum) 0 :
-		PointerGetDatum(cstring_to_text_with_len(view.data, view.len));
+		text_view_datum(view);
 }
 
 static Datum

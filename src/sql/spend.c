@@ -626,8 +626,7 @@ abp_sql_spend(PG_FUNCTION_ARGS)
 	check_may_select(relid);
 	table = find_usage_table(relid);
 
-	spend.customer.data = VARDATA_ANY(PG_GETARG_TEXT_PP(1));
-	spend.customer.len = VARSIZE_ANY_EXHDR(PG_GETARG_TEXT_PP(1));
+	spend.customer = text_view_from_datum(PG_GETARG_DATUM(1));
 	spend.from_day = PG_ARGISNULL(2) ? DATEVAL_NOBEGIN : abp_share_day(PG_GETARG_TIMESTAMPTZ(2));
 	spend.cents = int64_to_numeric(0);
 	abp_share_init(&spend.groups, CurrentMemoryContext);

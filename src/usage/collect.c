@@ -221,12 +221,13 @@ abp_collect_inserted(Oid usage_table, int64 id, const RowState *state)
 }
 
 /*
- * Collect a new row that is priced and not sent, to be counted.
+ * Collect a row to be counted when the transaction commits: "note" is one of
+ * OUTBOX_NOT_QUEUED, OUTBOX_SKIPPED, OUTBOX_KEPT and OUTBOX_VANISHED.
  */
 void
-abp_collect_not_queued(Oid usage_table, int64 id)
+abp_collect_note(Oid usage_table, char note, int64 id)
 {
-	RowState	state = {OUTBOX_NOT_QUEUED, DT_NOBEGIN};
+	RowState	state = {note, DT_NOBEGIN};
 
 	begin_collecting();
 	add_to_group(usage_table, id, GetCurrentTransactionNestLevel(), &state);
@@ -353,17 +354,12 @@ abp_collect_truncated(Oid usage_table)
 
 	for (Inserted *all = inserted; all != NULL; all = all->next)
 	{
+		IdWalk		walk = {0};
+
 		if (all->usage_table != usage_table)
 			continue;
-		for (int i = 0; i < all->ids.nranges; i++)
-		{
-			for (int64 id = all->ids.ranges[i].first;; id++)
-			{
-				abp_collect_changed(usage_table, id, NULL, NULL);
-				if (id == all->ids.ranges[i].last)
-					break;
-			}
-		}
+		while (abp_idset_walk(&all->ids, &walk))
+			abp_collect_changed(usage_table, walk.id, NULL, NULL);
 	}
 	if (changes == NULL)
 		return;
@@ -535,19 +531,15 @@ write_changes(Writing *writing)
 static IdSet
 unchanged(const Group *group)
 {
+	IdWalk		walk = {0};
 	IdSet		ids = {0};
 
-	for (int i = 0; i < group->ids.nranges; i++)
+	while (abp_idset_walk(&group->ids, &walk))
 	{
-		for (int64 id = group->ids.ranges[i].first;; id++)
-		{
-			CHECK_FOR_INTERRUPTS();
+		CHECK_FOR_INTERRUPTS();
 
-			if (find_change(group->usage_table, id, HASH_FIND, NULL) == NULL)
-				abp_idset_add(&ids, id, id, CurrentMemoryContext);
-			if (id == group->ids.ranges[i].last)
-				break;
-		}
+		if (find_change(group->usage_table, walk.id, HASH_FIND, NULL) == NULL)
+			abp_idset_add(&ids, walk.id, walk.id, CurrentMemoryContext);
 	}
 	return ids;
 }
@@ -569,7 +561,7 @@ flush(void)
 		CHECK_FOR_INTERRUPTS();
 
 		add_entry(&writing, group->usage_table, &group->state)->ids =
-			changes == NULL ? group->ids : unchanged(group);
+			changes == NULL || OUTBOX_IS_NOTE(group->state.state) ? group->ids : unchanged(group);
 	}
 	if (changes != NULL)
 	{

@@ -116,14 +116,6 @@ abp_fate_check(Relation rel, const UsageRow *row, const bool *nulls)
 			 errtablecolname(rel, abp_usage_columns[problem.column].name)));
 }
 
-static TextView
-view_of(const char *string)
-{
-	TextView	view = {string, strlen(string)};
-
-	return view;
-}
-
 /*
  * Can the columns of the row's table hold what its raw usage object is about
  * to fill in?  If not, says so: a provider's surprise costs no INSERT.
@@ -237,11 +229,11 @@ abp_fate_normalize(UsageRow *row, StringInfo reason, char **doubt)
 	if (*doubt != NULL && !abp_cost_consistent(&row->counts, &problem))
 		row->counts = given;
 	if (abp_price_tier_is_standard(row->service_tier) && usage.service_tier != NULL)
-		row->service_tier = view_of(usage.service_tier);
+		row->service_tier = text_view_of(usage.service_tier);
 	if (row->model.data == NULL && usage.model != NULL)
-		row->model = view_of(usage.model);
+		row->model = text_view_of(usage.model);
 	if (row->generation_id.data == NULL && usage.generation_id != NULL)
-		row->generation_id = view_of(usage.generation_id);
+		row->generation_id = text_view_of(usage.generation_id);
 	return true;
 }
 
@@ -260,6 +252,48 @@ abp_fate_price_request(const UsageRow *row)
 	};
 
 	return request;
+}
+
+/*
+ * Fill in what can be of a row, in its columns and its cost.  Returns whether its
+ * raw usage object was read; what is wrong with the row is for the outbox to say.
+ */
+bool
+abp_fate_price_if_sound(UsageRow *row, PricedCost *cost)
+{
+	RowProblem	problem;
+	CountsProblem counts_problem;
+	char	   *amount_problem;
+	bool		normalized = false;
+
+	*cost = (PricedCost)
+	{
+		COST_INCOMPLETE
+	};
+	if (!row_is_sound(row, &problem))
+		return false;
+	if (row->raw_usage != NULL)
+	{
+		StringInfoData reason;
+		char	   *doubt;
+
+		initStringInfo(&reason);
+		if (!abp_fate_normalize(row, &reason, &doubt))
+			return false;
+		normalized = true;
+	}
+	if (abp_cost_consistent(&row->counts, &counts_problem) &&
+		(row->provider_cost == NULL || abp_cost_finite(row->provider_cost, &amount_problem)))
+	{
+		PriceRequest request = abp_fate_price_request(row);
+
+		if (!abp_price_usage(&request, true, cost))
+			*cost = (PricedCost)
+		{
+			COST_INCOMPLETE
+		};
+	}
+	return normalized;
 }
 
 /*
@@ -355,27 +389,27 @@ missing_price(const UsageRow *row)
  * somebody to fix, or the lack of a price.  OUTBOX_READY if nothing does.
  */
 void
-abp_fate_by_price(const UsageRow *row, RowState *verdict)
+abp_fate_by_price(const UsageRow *row, RowState *fate)
 {
 	UsageRow	filled;
 
-	verdict->state = OUTBOX_READY;
-	verdict->not_before = DT_NOBEGIN;
-	verdict->error = NULL;
-	verdict->outcome_unknown = false;
+	fate->state = OUTBOX_READY;
+	fate->not_before = DT_NOBEGIN;
+	fate->error = NULL;
+	fate->outcome_unknown = false;
 	if (row->has_cost_nanos)
 		return;
 
-	verdict->error = find_fault(row, true, &filled);
-	if (verdict->error != NULL)
-		verdict->state = OUTBOX_REJECTED;
+	fate->error = find_fault(row, true, &filled);
+	if (fate->error != NULL)
+		fate->state = OUTBOX_REJECTED;
 	else
 	{
-		verdict->error = missing_price(&filled);
-		if (verdict->error != NULL)
-			verdict->state = OUTBOX_UNPRICED;
+		fate->error = missing_price(&filled);
+		if (fate->error != NULL)
+			fate->state = OUTBOX_UNPRICED;
 	}
-	abp_shorten(verdict->error);
+	abp_shorten(fate->error);
 }
 
 /*
@@ -400,15 +434,11 @@ abp_fate_cost(const UsageRow *row, PricedCost *cost, char **problem)
 	return true;
 }
 
-/*
- * What is to become of a row: ready, or waiting for its time, for a price,
- * for somebody to fix it.
- */
-void
-abp_fate_of(const UsageRow *row, const ServerOptions *server, RowState *verdict)
+/* Would Polar refuse the row's event?  Then says why, palloc'd; else NULL. */
+static char *
+refusal(const UsageRow *row, const ServerOptions *server)
 {
 	static StringInfoData reason = {NULL};
-	UsageRow	filled;
 
 	if (reason.data == NULL)
 	{
@@ -418,32 +448,69 @@ abp_fate_of(const UsageRow *row, const ServerOptions *server, RowState *verdict)
 		MemoryContextSwitchTo(old);
 	}
 	resetStringInfo(&reason);
+	return abp_event_check(row, &server->format, &reason) ? NULL : pstrdup(reason.data);
+}
 
-	verdict->state = OUTBOX_READY;
-	verdict->not_before = DT_NOBEGIN;
-	verdict->outcome_unknown = false;
-	verdict->error = find_fault(row, !row->has_cost_nanos, &filled);
-	if (verdict->error != NULL)
-		verdict->state = OUTBOX_REJECTED;
-	else if (!abp_event_check(row, &server->format, &reason))
+/* Which fate has a row without fault, of which Polar takes the event? */
+static void
+decide(const UsageRow *row, const UsageRow *filled, const ServerOptions *server, RowState *fate)
+{
+	if (!row->has_cost_nanos && !server->send_unpriced)
 	{
-		verdict->state = OUTBOX_REJECTED;
-		verdict->error = pstrdup(reason.data);
-	}
-	else if (!row->has_cost_nanos && !server->send_unpriced)
-	{
-		char	   *missing = missing_price(&filled);
+		char	   *missing = missing_price(filled);
 
-		verdict->state = OUTBOX_UNPRICED;
-		verdict->error = missing != NULL ? missing :
+		fate->state = OUTBOX_UNPRICED;
+		fate->error = missing != NULL ? missing :
 			pstrdup("a price has arrived; the row waits for its cost");
 	}
 	else if (row->occurred_at > GetCurrentTransactionStartTimestamp() &&
 			 row->occurred_at > GetCurrentTimestamp())
 	{
 		/* in whole seconds, so that rows share an entry */
-		verdict->state = OUTBOX_WAITING;
-		verdict->not_before = row->occurred_at - row->occurred_at % USECS_PER_SEC + USECS_PER_SEC;
+		fate->state = OUTBOX_WAITING;
+		fate->not_before = row->occurred_at - row->occurred_at % USECS_PER_SEC + USECS_PER_SEC;
 	}
-	abp_shorten(verdict->error);
+}
+
+/*
+ * What is to become of a row: ready, or waiting for its time, for a price,
+ * for somebody to fix it.  Its error is palloc'd.
+ */
+void
+abp_fate_of(const UsageRow *row, const ServerOptions *server, RowState *fate)
+{
+	UsageRow	filled;
+
+	*fate = (RowState)
+	{
+		.state = OUTBOX_READY,.not_before = DT_NOBEGIN
+	};
+	fate->error = find_fault(row, !row->has_cost_nanos, &filled);
+	if (fate->error == NULL)
+		fate->error = refusal(row, server);
+	if (fate->error != NULL)
+		fate->state = OUTBOX_REJECTED;
+	else
+		decide(row, &filled, server, fate);
+	abp_shorten(fate->error);
+}
+
+/*
+ * The same of a row whose event is encoded next if it is ready: whether Polar
+ * would refuse it is left to that.
+ */
+void
+abp_fate_before_encoding(const UsageRow *row, const ServerOptions *server, RowState *fate)
+{
+	UsageRow	filled;
+
+	*fate = (RowState)
+	{
+		.state = OUTBOX_READY,.not_before = DT_NOBEGIN
+	};
+	fate->error = find_fault(row, !row->has_cost_nanos, &filled);
+	if (fate->error == NULL)
+		decide(row, &filled, server, fate);
+	if (fate->error != NULL || fate->state != OUTBOX_READY)
+		abp_fate_of(row, server, fate);
 }

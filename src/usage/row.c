@@ -103,16 +103,9 @@ read_json(const Datum *values, const bool *nulls, UsageColumn column)
 static TextView
 view_text(const Datum *values, const bool *nulls, UsageColumn column)
 {
-	TextView	view = {NULL, 0};
+	static const TextView null = {NULL, 0};
 
-	if (!nulls[column])
-	{
-		text	   *t = DatumGetTextPP(values[column]);
-
-		view.data = VARDATA_ANY(t);
-		view.len = VARSIZE_ANY_EXHDR(t);
-	}
-	return view;
+	return nulls[column] ? null : text_view_from_datum(values[column]);
 }
 
 /* The same where an empty text says nothing, as NULL does. */

@@ -179,19 +179,13 @@ settings_for_ids(void)
 static Datum
 ids_as_array(IdSet *ids)
 {
+	IdWalk		walk = {0};
 	int64		count = abp_idset_count(ids);
 	Datum	   *elements = palloc(sizeof(Datum) * Max(1, count));
 	int64		n = 0;
 
-	for (int i = 0; i < ids->nranges; i++)
-	{
-		for (int64 id = ids->ranges[i].first;; id++)
-		{
-			elements[n++] = Int64GetDatum(id);
-			if (id == ids->ranges[i].last)
-				break;
-		}
-	}
+	while (abp_idset_walk(ids, &walk))
+		elements[n++] = Int64GetDatum(walk.id);
 	return PointerGetDatum(construct_array(elements, n, INT8OID, sizeof(int64),
 										   FLOAT8PASSBYVAL, TYPALIGN_DOUBLE));
 }

@@ -52,7 +52,6 @@ WHERE a.grantee = 0
 	AND NOT (a.privilege_type = 'SELECT'
 		AND c.relname IN ('price', 'price_source', 'service_tier_rule', 'model_alias',
 			'price_quarantine', 'usage_table', 'status', 'outbox', 'unpriced', 'delivery', 'progress'))
-			'price_quarantine', 'usage_table', 'status', 'outbox', 'unpriced', 'delivery'))
 	AND NOT (c.relname IN ('captures', 'capture_failure') AND c.relkind = 'v'
 		AND c.reloptions @> '{security_barrier=true,check_option=local}')
 ORDER BY 1, 2;

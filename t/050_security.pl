@@ -190,7 +190,8 @@ is($node->safe_psql('postgres', q{
 	FROM pg_class c, unnest('{SELECT,INSERT,UPDATE,DELETE,TRUNCATE,REFERENCES,TRIGGER}'::text[]) p
 	WHERE c.relnamespace = 'aibilling'::regnamespace AND c.relkind IN ('r', 'v', 'm', 'S', 'p')
 		AND has_table_privilege('stranger', c.oid, p)}),
-	'delivery SELECT, model_alias SELECT, outbox SELECT, price SELECT, price_quarantine SELECT, price_source SELECT, '
+	'capture_failure DELETE, capture_failure INSERT, capture_failure SELECT, capture_failure UPDATE, captures INSERT, captures SELECT, captures UPDATE, '
+	  . 'delivery SELECT, model_alias SELECT, outbox SELECT, price SELECT, price_quarantine SELECT, price_source SELECT, '
 	  . 'service_tier_rule SELECT, status SELECT, unpriced SELECT, usage_table SELECT',
 	'what PUBLIC may do with tables and views');
 is($node->safe_psql('postgres', q{

@@ -86,9 +86,14 @@ event_keys(const Delivery *delivery)
 	bytea	   *keys = palloc(VARHDRSZ + count * sizeof(uint32));
 	char	   *at = VARDATA(keys);
 
+	/* Of a delivery of an older version they are not known: none, not zeros. */
+	if (delivery->keys == NULL)
+	{
+		SET_VARSIZE(keys, VARHDRSZ);
+		return PointerGetDatum(keys);
+	}
 	SET_VARSIZE(keys, VARHDRSZ + count * sizeof(uint32));
-	if (delivery->keys != NULL &&
-		abp_idset_count(unconstify(IdSet *, &delivery->key_ids)) == count)
+	if (abp_idset_count(unconstify(IdSet *, &delivery->key_ids)) == count)
 	{
 		memcpy(at, delivery->keys, count * sizeof(uint32));
 		return PointerGetDatum(keys);
@@ -450,6 +455,28 @@ abp_ledger_has(Oid usage_table, int64 id, int64 ledger_from)
 	return found;
 }
 
+/* The ids of all deliveries that a statement finds, in the current memory context. */
+static IdSet
+ids_of(Statement *statement, Datum *values)
+{
+	IdSet		all = {0};
+	MemoryContext caller = CurrentMemoryContext;
+	uint64		n;
+	SavedUser	saved;
+
+	n = abp_statement_open(statement, values, NULL, &saved);
+	for (uint64 i = 0; i < n; i++)
+	{
+		IdSet		ids = abp_result_idset(i, 1, CurrentMemoryContext);
+
+		abp_idset_add_set(&all, &ids, caller);
+		abp_idset_free(&ids);
+	}
+	abp_statement_close(&saved);
+	abp_idset_sort(&all);
+	return all;
+}
+
 /*
  * How many transactions ago a delivery of this table changed last, 0 if it has
  * none: what is younger has come after all of them.
@@ -466,12 +493,9 @@ abp_ledger_age(Oid usage_table)
 	int32		age;
 	SavedUser	saved;
 
-	abp_become_extension_owner(&saved);
-	SPI_connect();
-	(void) abp_statement_run(&youngest, values, NULL);
+	(void) abp_statement_open(&youngest, values, NULL, &saved);
 	age = DatumGetInt32(abp_result_datum(0, 1, &isnull));
-	SPI_finish();
-	abp_restore_user(&saved);
+	abp_statement_close(&saved);
 	return age;
 }
 
@@ -488,22 +512,23 @@ abp_ledger_ids(Oid usage_table, int64 ledger_from)
 		2, {REGCLASSOID, INT8OID}
 	};
 	Datum		values[2] = {ObjectIdGetDatum(usage_table), Int64GetDatum(ledger_from)};
-	IdSet		all = {0};
-	MemoryContext caller = CurrentMemoryContext;
-	uint64		n;
-	SavedUser	saved;
 
-	n = abp_statement_open(&known, values, NULL, &saved);
-	for (uint64 i = 0; i < n; i++)
-	{
-		IdSet		ids = abp_result_idset(i, 1, CurrentMemoryContext);
+	return ids_of(&known, values);
+}
 
-		abp_idset_add_set(&all, &ids, caller);
-		abp_idset_free(&ids);
-	}
-	abp_statement_close(&saved);
-	abp_idset_sort(&all);
-	return all;
+/*
+ * All ids of a table that are in flight, in the current memory context.
+ */
+IdSet
+abp_ledger_sending_ids(Oid usage_table)
+{
+	static Statement sending = {
+		"SELECT d.usage_ids FROM aibilling.ledger d WHERE d.usage_table = $1 AND d.state = 'sending'",
+		1, {REGCLASSOID}
+	};
+	Datum		values[1] = {ObjectIdGetDatum(usage_table)};
+
+	return ids_of(&sending, values);
 }
 
 /*

@@ -194,6 +194,7 @@ abp_batch_again(Turn *turn, const UsageTable *table, const ServerOptions *server
 	IdSet		ids = delivery->ids;
 
 	abp_guard_start_clock();
+	CommandCounterIncrement();	/* what was settled in this transaction */
 	PushActiveSnapshot(GetLatestSnapshot());
 	(void) abp_fill_shipment(turn, shipment, table, server, &ids, 0);
 	PopActiveSnapshot();

@@ -27,7 +27,7 @@
 #include "ship/unpriced.h"
 #include "usage/fate.h"
 #include "usage/rows.h"
-#include "usage/triggers.h"
+#include "usage/priced.h"
 
 /* How many unpriced entries are looked at in one turn. */
 #define UNPRICED_PER_TURN 32

@@ -15,6 +15,5 @@
 
 extern bool abp_usage_row_left(Oid usage_table, int64 id, int64 ledger_from,
 							   bool *maybe_sent);
-extern IdSet abp_price_rows_again(const UsageTable *table, IdSet *ids);
 
 #endif							/* ABP_TRIGGERS_H */

@@ -516,7 +516,12 @@ TRUNCATE u;
 --
 SELECT ins('flying');
 SELECT ins('waits');
+SELECT ins('unknown');
 CALL ship('flying', 'sending');
+-- As a request without an answer leaves it, once its row is rejected.
+UPDATE aibilling.outbox_entry e SET outcome_unknown = true FROM u WHERE external_id = 'unknown' AND e.id = u.id;
+UPDATE u SET input_tokens = 1 WHERE external_id = 'unknown';
+DELETE FROM u WHERE external_id = 'unknown';
 UPDATE aibilling.price SET input = 6 WHERE provider = 'acme' AND model = 'm';
 SELECT external_id, state, action FROM aibilling.reprice('u', dry_run => false) JOIN u ON id = usage_id ORDER BY id;
 SELECT external_id, cost_nanos FROM u ORDER BY id;

@@ -15,6 +15,7 @@
 #include "base/decimal.h"
 #include "base/json_walk.h"
 #include "base/json_writer.h"
+#include "base/numeric_math.h"
 #include "base/text_view.h"
 #include "base/usage_row.h"
 #include "polar/event_format.h"
@@ -66,8 +67,7 @@ append_compact_json(StringInfo out, JsonbContainer *container)
 					abp_json_append_string(out, v.val.string.val, v.val.string.len);
 				else if (v.type == jbvNumeric)
 					appendStringInfoString(out,
-										   DatumGetCString(DirectFunctionCall1(numeric_out,
-																			   NumericGetDatum(v.val.numeric))));
+										   numeric_text(v.val.numeric));
 				else if (v.type == jbvBool)
 					appendStringInfoString(out, v.val.boolean ? "true" : "false");
 				else
@@ -134,8 +134,7 @@ amount_too_large(JsonWriter *w, const char *amount, Numeric cost_cents)
 static bool
 put_number(JsonWriter *w, Numeric number, const char *what, TextView key)
 {
-	char	   *str = DatumGetCString(DirectFunctionCall1(numeric_out,
-														  NumericGetDatum(number)));
+	char	   *str = numeric_text(number);
 	int			len = strlen(str);
 
 	if (numeric_is_nan(number) || numeric_is_inf(number) ||
@@ -517,31 +516,36 @@ abp_metadata_put_row(JsonWriter *w, const UsageRow *row, const EventFormat *form
 
 /* --- metadata of the user's own function --------------------------------- */
 
+/* The text of a number or a string; .data == NULL: it is neither. */
+static TextView
+number_or_string(const JsonbValue *value)
+{
+	TextView	view = {NULL, 0};
+
+	if (value->type == jbvNumeric)
+		view = text_view_of(numeric_text(value->val.numeric));
+	else if (value->type == jbvString)
+	{
+		view.data = value->val.string.val;
+		view.len = value->val.string.len;
+	}
+	return view;
+}
+
 /* The amount in the user's _cost: a number or a string, in cents. */
 static bool
 put_own_amount(JsonWriter *w, const JsonbValue *value)
 {
+	TextView text = number_or_string(value);
 	DecimalText decimal;
 	char	   *str;
-	int			len;
 	bool		valid;
 	bool		rounded;
 
-	if (value->type == jbvNumeric)
-	{
-		str = DatumGetCString(DirectFunctionCall1(numeric_out,
-												  NumericGetDatum(value->val.numeric)));
-		len = strlen(str);
-	}
-	else if (value->type == jbvString)
-	{
-		str = value->val.string.val;
-		len = value->val.string.len;
-	}
-	else
+	if (text.data == NULL)
 		return abp_json_refuse(w, "metadata \"_cost\" must have an amount, a number or a string");
 
-	valid = abp_decimal_read(str, len, &decimal);
+	valid = abp_decimal_read(text.data, text.len, &decimal);
 	if (valid && decimal.ndigits - decimal.point > MAX_AMOUNT_DECIMALS)
 		return abp_json_refuse(w, "metadata \"_cost\" must have an amount of at most %d decimals",
 							   MAX_AMOUNT_DECIMALS);
@@ -587,27 +591,17 @@ put_own_cost(JsonWriter *w, JsonbContainer *cost)
 static bool
 put_own_count(JsonWriter *w, const char *key, const JsonbValue *value)
 {
+	TextView text = number_or_string(value);
 	DecimalText decimal;
-	char	   *str = NULL;
-	int			len = 0;
+	char	   *str;
 	bool		valid;
 
-	if (value->type == jbvNumeric)
-	{
-		str = DatumGetCString(DirectFunctionCall1(numeric_out,
-												  NumericGetDatum(value->val.numeric)));
-		len = strlen(str);
-	}
-	else if (value->type == jbvString)
-	{
-		str = value->val.string.val;
-		len = value->val.string.len;
-	}
-
 	/* Below 10^18 is safely within Polar's 64-bit column. */
-	valid = str != NULL && memchr(str, 'e', len) == NULL &&
-		memchr(str, 'E', len) == NULL && abp_decimal_read(str, len, &decimal) &&
-		decimal.ndigits <= decimal.point && decimal.point <= 18;
+	valid = text.data != NULL && memchr(text.data, 'e', text.len) == NULL &&
+	memchr(text.data, 'E', text.len) == NULL &&
+	abp_decimal_read(text.data, text.len, &decimal) &&
+	decimal.ndigits <= decimal.point && decimal.point <= 18;
+
 	if (!valid)
 		return abp_json_refuse(w, "metadata \"_llm\" must have %s, an integer", key);
 

@@ -45,6 +45,7 @@
 #include "utils/syscache.h"
 #include "utils/varlena.h"
 
+#include "base/transaction.h"
 #include "polar/limits.h"
 #include "polar/option.h"
 #include "polar/server.h"
@@ -960,16 +961,6 @@ invalidate_servers(Datum arg, int cacheid, uint32 hash_value)
 static void
 end_of_transaction(XactEvent event, void *arg)
 {
-	switch (event)
-	{
-		case XACT_EVENT_COMMIT:
-		case XACT_EVENT_PARALLEL_COMMIT:
-		case XACT_EVENT_ABORT:
-		case XACT_EVENT_PARALLEL_ABORT:
-		case XACT_EVENT_PREPARE:
-			MemoryContextReset(retired_context);
-			break;
-		default:
-			break;
-	}
+	if (abp_transaction_ends(event))
+		MemoryContextReset(retired_context);
 }

@@ -463,22 +463,8 @@ abp_ledger_ids(Oid usage_table, int64 ledger_from)
 		2, {REGCLASSOID, INT8OID}
 	};
 	Datum		values[2] = {ObjectIdGetDatum(usage_table), Int64GetDatum(ledger_from)};
-	IdSet		all = {0};
-	MemoryContext caller = CurrentMemoryContext;
-	uint64		n;
-	SavedUser	saved;
 
-	n = abp_statement_open(&known, values, NULL, &saved);
-	for (uint64 i = 0; i < n; i++)
-	{
-		IdSet		ids = abp_result_idset(i, 1, CurrentMemoryContext);
-
-		abp_idset_add_set(&all, &ids, caller);
-		abp_idset_free(&ids);
-	}
-	abp_statement_close(&saved);
-	abp_idset_sort(&all);
-	return all;
+	return abp_statement_ids(&known, values);
 }
 
 /*

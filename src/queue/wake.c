@@ -19,6 +19,7 @@
 #include "storage/shmem.h"
 #include "utils/resowner.h"
 
+#include "base/transaction.h"
 #include "compat.h"
 #include "queue/wake.h"
 
@@ -261,8 +262,7 @@ note_outcome(XactEvent event, void *arg)
 {
 	if (event == XACT_EVENT_COMMIT)
 		wake_due = wake_pending;
-	if (event == XACT_EVENT_COMMIT || event == XACT_EVENT_ABORT ||
-		event == XACT_EVENT_PREPARE)
+	if (abp_transaction_ends(event))
 		wake_pending = false;
 }
 

@@ -31,9 +31,9 @@
 #include "utils/memutils.h"
 #include "utils/varlena.h"
 
+#include "base/extension.h"
 #include "compat.h"
 #include "config.h"
-#include "base/extension.h"
 #include "queue/outbox.h"
 #include "queue/wake.h"
 #include "ship/position.h"

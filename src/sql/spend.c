@@ -24,8 +24,8 @@
 #include "utils/syscache.h"
 #include "utils/timestamp.h"
 
-#include "compat.h"
 #include "base/extension.h"
+#include "compat.h"
 #include "polar/server.h"
 #include "queue/outbox.h"
 #include "queue/shares.h"

@@ -430,12 +430,9 @@ decide(const UsageRow *row, const UsageRow *filled, const ServerOptions *server,
 	}
 }
 
-/*
- * What is to become of a row: ready, or waiting for its time, for a price,
- * for somebody to fix it.  Its error is palloc'd.
- */
-void
-abp_fate_of(const UsageRow *row, const ServerOptions *server, RowState *fate)
+/* The fate of a row; "event": whether Polar would refuse it, too. */
+static void
+judge(const UsageRow *row, const ServerOptions *server, bool event, RowState *fate)
 {
 	UsageRow	filled;
 
@@ -444,7 +441,7 @@ abp_fate_of(const UsageRow *row, const ServerOptions *server, RowState *fate)
 		.state = OUTBOX_READY,.not_before = DT_NOBEGIN
 	};
 	fate->error = find_fault(row, !row->has_cost_nanos, &filled);
-	if (fate->error == NULL)
+	if (fate->error == NULL && event)
 		fate->error = refusal(row, server);
 	if (fate->error != NULL)
 		fate->state = OUTBOX_REJECTED;
@@ -454,21 +451,23 @@ abp_fate_of(const UsageRow *row, const ServerOptions *server, RowState *fate)
 }
 
 /*
+ * What is to become of a row: ready, or waiting for its time, for a price,
+ * for somebody to fix it.  Its error is palloc'd.
+ */
+void
+abp_fate_of(const UsageRow *row, const ServerOptions *server, RowState *fate)
+{
+	judge(row, server, true, fate);
+}
+
+/*
  * The same of a row whose event is encoded next if it is ready: whether Polar
  * would refuse it is left to that.
  */
 void
 abp_fate_before_encoding(const UsageRow *row, const ServerOptions *server, RowState *fate)
 {
-	UsageRow	filled;
-
-	*fate = (RowState)
-	{
-		.state = OUTBOX_READY,.not_before = DT_NOBEGIN
-	};
-	fate->error = find_fault(row, !row->has_cost_nanos, &filled);
-	if (fate->error == NULL)
-		decide(row, &filled, server, fate);
-	if (fate->error != NULL || fate->state != OUTBOX_READY)
-		abp_fate_of(row, server, fate);
+	judge(row, server, false, fate);
+	if (fate->state != OUTBOX_READY && fate->state != OUTBOX_REJECTED)
+		judge(row, server, true, fate);
 }

@@ -22,6 +22,7 @@
 #include "utils/syscache.h"
 
 #include "base/extension.h"
+#include "base/transaction.h"
 #include "base/usage_row.h"
 #include "polar/server.h"
 #include "queue/attachment.h"
@@ -224,7 +225,7 @@ abp_relations_forget(void)
 static void
 forget_defaults(XactEvent event, void *arg)
 {
-	if (event != XACT_EVENT_COMMIT && event != XACT_EVENT_PREPARE && event != XACT_EVENT_ABORT)
+	if (!abp_transaction_ends(event))
 		return;
 	defaults_context = NULL;
 	defaults_transaction++;

@@ -325,6 +325,28 @@ abp_rows_read(const UsageTable *table, IdSet *ids, bool whole,
 	return nrows;
 }
 
+/*
+ * Run a statement about rows, in which %s is their table and $1 their ids, as the
+ * table's owner.  Returns the number of rows; abp_statement_close ends the use of
+ * the result.
+ */
+static uint64
+select_rows(const UsageTable *table, const char *statement, IdSet *ids, bool read_only,
+			SavedUser *saved)
+{
+	Oid			argtypes[1] = {INT8ARRAYOID};
+	Datum		args[1];
+
+	abp_become_table_owner(table->owner, saved);
+	settings_for_ids();
+	SPI_connect();
+	args[0] = ids_as_array(ids);
+	if (SPI_execute_with_args(psprintf(statement, table->name), 1, argtypes, args, NULL,
+							  read_only, 0) < 0)
+		elog(ERROR, "unexpected result of looking at usage rows");
+	return SPI_processed;
+}
+
 /* Is the version of a row that we see the last, which nobody is changing? */
 static bool
 is_settled(Relation rel, ItemPointer tid)
@@ -352,18 +374,12 @@ abp_rows_settled(const UsageTable *table, IdSet *ids)
 {
 	MemoryContext caller = CurrentMemoryContext;
 	IdSet		settled = {0};
-	Oid			argtypes[1] = {INT8ARRAYOID};
-	Datum		args[1];
+	uint64		nrows;
 	SavedUser	saved;
 
-	abp_become_table_owner(table->owner, &saved);
-	settings_for_ids();
-	SPI_connect();
-	args[0] = ids_as_array(ids);
-	SPI_execute_with_args(psprintf("SELECT u.id::pg_catalog.int8, u.tableoid, u.ctid FROM %s u"
-								   " WHERE u.id OPERATOR(pg_catalog.=) ANY ($1)", table->name),
-						  1, argtypes, args, NULL, true, 0);
-	for (uint64 i = 0; i < SPI_processed; i++)
+	nrows = select_rows(table, "SELECT u.id::pg_catalog.int8, u.tableoid, u.ctid FROM %s u"
+						" WHERE u.id OPERATOR(pg_catalog.=) ANY ($1)", ids, true, &saved);
+	for (uint64 i = 0; i < nrows; i++)
 	{
 		int64		id = abp_result_int64(i, 1, 0);
 		Relation	rel = table_open(abp_result_oid(i, 2), AccessShareLock);
@@ -375,8 +391,7 @@ abp_rows_settled(const UsageTable *table, IdSet *ids)
 			abp_idset_add(&settled, id, id, caller);
 		table_close(rel, NoLock);
 	}
-	SPI_finish();
-	abp_restore_user(&saved);
+	abp_statement_close(&saved);
 	return settled;
 }
 
@@ -386,25 +401,17 @@ select_ids(const UsageTable *table, const char *statement, IdSet *ids, bool read
 {
 	MemoryContext caller = CurrentMemoryContext;
 	IdSet		found = {0};
-	Oid			argtypes[1] = {INT8ARRAYOID};
-	Datum		args[1];
+	uint64		nrows;
 	SavedUser	saved;
 
-	abp_become_table_owner(table->owner, &saved);
-	settings_for_ids();
-	SPI_connect();
-	args[0] = ids_as_array(ids);
-	if (SPI_execute_with_args(psprintf(statement, table->name), 1, argtypes, args, NULL,
-							  read_only, 0) < 0)
-		elog(ERROR, "unexpected result of looking at usage rows");
-	for (uint64 i = 0; i < SPI_processed; i++)
+	nrows = select_rows(table, statement, ids, read_only, &saved);
+	for (uint64 i = 0; i < nrows; i++)
 	{
 		int64		id = abp_result_int64(i, 1, 0);
 
 		abp_idset_add(&found, id, id, caller);
 	}
-	SPI_finish();
-	abp_restore_user(&saved);
+	abp_statement_close(&saved);
 	abp_idset_sort(&found);
 	return found;
 }

@@ -20,6 +20,7 @@
 
 #include "base/extension.h"
 #include "base/idset.h"
+#include "base/transaction.h"
 #include "base/usage_row.h"
 #include "config.h"
 #include "polar/server.h"
@@ -30,8 +31,8 @@
 #include "queue/entry.h"
 #include "queue/ledger.h"
 #include "queue/outbox.h"
-#include "queue/shares.h"
 #include "queue/place.h"
+#include "queue/shares.h"
 #include "queue/wake.h"
 #include "usage/collect.h"
 #include "usage/fate.h"
@@ -60,7 +61,7 @@ static int	repricing_level;
 static void
 on_transaction_end(XactEvent event, void *arg)
 {
-	if (event == XACT_EVENT_COMMIT || event == XACT_EVENT_PREPARE || event == XACT_EVENT_ABORT)
+	if (abp_transaction_ends(event))
 		repricing_table = InvalidOid;
 }
 

@@ -12,6 +12,7 @@
 #include "utils/rel.h"
 
 #include "base/text_view.h"
+#include "base/transaction.h"
 #include "base/usage_row.h"
 #include "price/price.h"
 #include "usage/fate.h"
@@ -50,7 +51,7 @@ may_warn(void)
 static void
 on_transaction_end(XactEvent event, void *arg)
 {
-	if (event == XACT_EVENT_COMMIT || event == XACT_EVENT_PREPARE || event == XACT_EVENT_ABORT)
+	if (abp_transaction_ends(event))
 		warned_command = InvalidCommandId;
 }
 

@@ -27,7 +27,8 @@ REGRESS_OPTS = --load-extension=$(EXTENSION) --encoding=UTF8 --no-locale
 ISOLATION = \
 	prices \
 	prices_prepared \
-	delivery
+	delivery \
+	corrections
 ISOLATION_OPTS = --load-extension=$(EXTENSION) --encoding=UTF8 --no-locale
 
 # TAP tests start servers of their own, for minutes and not as root: "make prove_installcheck" runs them,

@@ -147,8 +147,8 @@ SELECT external_id FROM u;
 SELECT pending, in_flight, delivered, words(status) AS status FROM aibilling.status;
 SELECT aibilling.detach('u');
 -- The correction that the hint asks for.
-INSERT INTO u (external_id, occurred_at, external_customer_id, provider_cost, parent_id)
-VALUES ('correction', '2026-01-03', 'c', -0.0004, 'arrived') RETURNING cost_nanos, cost_cents, cost_status;
+INSERT INTO u (external_id, occurred_at, external_customer_id, provider_cost, tags)
+VALUES ('correction', '2026-01-03', 'c', -0.0004, '{"corrects": "arrived"}') RETURNING cost_nanos, cost_cents, cost_status;
 SELECT state, jsonb_pretty(event) FROM aibilling.preview('u');
 UPDATE aibilling.delivery SET state = 'delivered' WHERE state = 'sending';
 TRUNCATE u;

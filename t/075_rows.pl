@@ -397,6 +397,23 @@ subtest '5: partitions that go and come' => sub {
 	is(at_polar('ol'), 'ol1 x1, ol2 x1, ol3 x1', 'nothing lost, nothing twice');
 };
 
+subtest '6: rows that come while their table is detached' => sub {
+	sql("SELECT aibilling.create_usage_table('off', 'polar')");
+	sql(ins('off', 'of1,of2'));
+	ok(settled('off'), 'two rows are delivered');
+	sql("SELECT aibilling.detach('off'); TRUNCATE off RESTART IDENTITY");
+	sql(ins('off', 'of3'));
+	sql(ins('off', 'of2', 'id', 2));
+	sql("SELECT aibilling.attach('off', 'polar', existing => 'send')");
+	ok(settled('off'), 'others come under their ids while it is detached');
+	is(at_polar('of'), 'of1 x1, of2 x1, of3 x1', 'those that Polar does not have are sent');
+	is(unexpected('off'), '0', 'and the other is no surprise');
+	my $deliveries = sql("SELECT count(*) FROM aibilling.delivery WHERE usage_table = 'off'::regclass");
+	sql("SELECT aibilling.detach('off'); SELECT aibilling.attach('off', 'polar', existing => 'send')");
+	ok(settled('off'), 'attached again as it was');
+	is(sql("SELECT count(*) FROM aibilling.delivery WHERE usage_table = 'off'::regclass"), $deliveries, 'nothing is sent again');
+};
+
 subtest '6: the last id' => sub {
 	pause();
 	sql(ins('cut', 'last', 'id', '9223372036854775807'));

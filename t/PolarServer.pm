@@ -423,6 +423,28 @@ sub file
 
 =pod
 
+=item $polar->change(\@external_ids, %what), $polar->meter($id, %meter)
+
+Change or remove stored events, make a meter; see polar_server.py.
+
+=cut
+
+sub change
+{
+	my ($self, $external_ids, %what) = @_;
+
+	return $self->_control(POST => 'change', { external_ids => $external_ids, %what });
+}
+
+sub meter
+{
+	my ($self, $id, %meter) = @_;
+
+	return $self->_control(POST => 'meters', { property => 'cost_nanos', %meter, id => $id });
+}
+
+=pod
+
 =item $polar->wait(%conditions)
 
 Block until all conditions hold: events, requests, arrived, hung, duplicates

@@ -3,8 +3,9 @@
 
 It answers POST /v1/events/ingest as Polar's server does: the same checks in
 the same order, the same error bodies, all or nothing, and one event for each
-external_id of an organization, for ever.  GET /v1/prices answers as Narev's
-price API.  A test drives it through /_test/, which needs no token.
+external_id of an organization, for ever.  GET /v1/events/ and GET
+/v1/meters/{id}/quantities give them back (polar_reading.py).  GET /v1/prices
+answers as Narev's price API.  A test drives it through /_test/, which needs no token.
 
     polar_server.py [--port N] [--state FILE] [--token T] [--narev-token T]
                     [--organization NAME] [--prices FILE] [--sink] [--sandbox]
@@ -45,6 +46,11 @@ POST /_test/tokens      {"token", "organization", "scopes", "status": active or
                         revoked, "kind": organization, user, anonymous, narev}
 POST /_test/customers   {"missing": [uuid], "missing_members": [uuid],
                         "known": [uuid] or null}; by default all exist
+POST /_test/change      {"external_ids": [...]} and "remove": true, or what to
+                        set: external_customer_id, customer, parent_id,
+                        metadata (merged)
+POST /_test/meters      {"id": uuid, "property": "cost_nanos", "name": event
+                        name or null, "aggregation": sum or count}
 POST /_test/rate_limit  {"limit": N or null, "window": seconds}
 POST /_test/prices      rows of Narev's price list, replacing all
 POST /_test/files       {"path": "/x.json", "body": text, "content_type": type}
@@ -96,6 +102,8 @@ import urllib.parse
 import zlib
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
+
+import polar_reading
 
 INGEST_PATH = "/v1/events/ingest"
 PRICES_PATH = "/v1/prices"
@@ -677,6 +685,7 @@ class State:
             self.by_customer = {}
             self.by_model = {}
             self.documented_limit_violations = 0
+            self.batches = 0
             if self.state_fd is not None:
                 os.ftruncate(self.state_fd, 0)
         self.requests = []
@@ -693,6 +702,7 @@ class State:
         self.missing_members = set()
         self.known_customers = None
         self.files = {}
+        self.meters = {}
         self.prices = []
         if self.options.prices:
             with open(self.options.prices, encoding="utf-8") as f:
@@ -710,7 +720,7 @@ class State:
         token = self.tokens.setdefault(given["token"], {
             "kind": "organization", "status": "active",
             "organization": self.options.organization,
-            "scopes": ["events:write"]})
+            "scopes": ["events:write", "meters:read"]})
         for key in token:
             token[key] = given.get(key, token[key])
 
@@ -733,6 +743,7 @@ class State:
                 if not line.endswith(b"\n"):
                     break
                 batch = json.loads(line)
+                self.batches += 1
                 events = load_json(batch["body"])["events"]
                 for i, variant, moment in batch["events"]:
                     self.store(batch["organization"], events[i], variant,
@@ -762,6 +773,7 @@ class State:
         self.events.append({
             "seq": len(self.events) + 1,
             "organization": organization,
+            "batch": self.batches,
             "ingested_at": ingested_at,
             "variant": variant,
             "external_id": external_id,
@@ -789,6 +801,7 @@ class State:
         duplicates).  good is a list of (event, variant, moment)."""
         with self.changed:
             ingested_at = self.now().isoformat()
+            self.batches += 1
             fresh = []
             batch = set()
             for i, (event, variant, moment) in enumerate(good):
@@ -964,11 +977,11 @@ def invalid_token():
         'error_description="%s"' % INVALID_TOKEN)
 
 
-def insufficient_scope():
+def insufficient_scope(scopes="events:write"):
     return answer(
         403, {"error": "insufficient_scope", "error_description": NO_SCOPE},
-        WWW_Authenticate='Bearer realm="polar", scope="events:write", '
-        'error="insufficient_scope", error_description="%s"' % NO_SCOPE)
+        WWW_Authenticate='Bearer realm="polar", scope="%s", '
+        'error="insufficient_scope", error_description="%s"' % (scopes, NO_SCOPE))
 
 
 def too_large():
@@ -1400,11 +1413,44 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return 307, {"Location": "%s://%s%s" % (
                 "https" if self.secure else "http",
                 self.headers.get("Host", "127.0.0.1"), INGEST_PATH)}, b""
+        if path + "/" == polar_reading.EVENTS_PATH:
+            return 307, {"Location": polar_reading.EVENTS_PATH}, b""
+        meter = polar_reading.METER_PATH.fullmatch(path)
+        if path == polar_reading.EVENTS_PATH or meter:
+            return self.read_back(meter, known)
         if path != INGEST_PATH:
             return not_found()
         if self.command != "POST":
             return answer(405, {"detail": "Method Not Allowed"}, Allow="POST")
         return self.ingest(body, known, record)
+
+    def read_back(self, meter, known):
+        """Answer a request for events, or for what a meter has counted."""
+        if self.command not in ("GET", "HEAD"):
+            return answer(405, {"detail": "Method Not Allowed"}, Allow="GET")
+        if known is None or known["kind"] == "anonymous":
+            return unauthorized()
+        scopes = ("meters:read", "meters:write") if meter else \
+            ("events:read", "events:write")
+        if not set(scopes) & set(known["scopes"]):
+            return insufficient_scope(" ".join(scopes))
+        query = urllib.parse.parse_qsl(self.path.partition("?")[2],
+                                       keep_blank_values=True)
+        with self.state.changed:
+            reader = polar_reading.Reader(self.state.events,
+                                          known["organization"])
+            try:
+                if not meter:
+                    return answer(200, reader.list(query))
+                if meter[1] not in self.state.meters:
+                    return answer(404, {"error": "ResourceNotFound",
+                                        "detail": "Not found"})
+                return answer(200, reader.quantities(
+                    self.state.meters[meter[1]], query))
+            except polar_reading.Refused as e:
+                name, kind, message = e.args
+                return schema_errors([error_detail(
+                    ("query", name), (kind, message, None), None)])
 
     def ingest(self, body, known, record):
         state = self.state
@@ -1654,6 +1700,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if "known" in given:
                 self.state.known_customers = (
                     None if given["known"] is None else set(given["known"]))
+        return 200, {}
+
+    def post_change(self, query, given):
+        with self.state.changed:
+            return 200, polar_reading.change(self.state.events, given)
+
+    def post_meters(self, query, given):
+        with self.state.changed:
+            self.state.meters[given["id"]] = given
         return 200, {}
 
     def post_rate_limit(self, query, given):

@@ -56,6 +56,9 @@ typedef struct EntryForm
 /* An entry of rows that were priced and not queued, to be counted. */
 #define OUTBOX_NOT_QUEUED 'n'
 
+/* An entry whose ids are OIDs of partitions that were attached, to be looked at. */
+#define OUTBOX_PARTITIONS 'v'
+
 /* An entry that takes its ids out of a state again has the capital letter. */
 #define OUTBOX_REMOVAL(state) ((char) ((state) - 'a' + 'A'))
 #define OUTBOX_IS_REMOVAL(state) ((state) < 'a')

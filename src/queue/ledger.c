@@ -451,6 +451,28 @@ abp_ledger_has(Oid usage_table, int64 id, int64 ledger_from)
 }
 
 /*
+ * How many transactions ago a delivery of this table changed last, 0 if it has
+ * none: what is younger has come after all of them.
+ */
+int32
+abp_ledger_age(Oid usage_table)
+{
+	static Statement youngest = {
+		"SELECT coalesce(min(pg_catalog.age(d.xmin)), 0) FROM aibilling.ledger d WHERE d.usage_table = $1",
+		1, {REGCLASSOID}
+	};
+	Datum		values[1] = {ObjectIdGetDatum(usage_table)};
+	bool		isnull;
+	int32		age;
+	SavedUser	saved;
+
+	(void) abp_statement_open(&youngest, values, NULL, &saved);
+	age = DatumGetInt32(abp_result_datum(0, 1, &isnull));
+	abp_statement_close(&saved);
+	return age;
+}
+
+/*
  * All ids of a table that are in flight or delivered since its last TRUNCATE,
  * in the current memory context.
  */

@@ -97,6 +97,21 @@ look_into_ledger(Oid usage_table, int64 id, int64 ledger_from, RowPlace *place)
 		place->where = ROW_NOT_SENT;
 }
 
+/* The same as abp_place_find, once; returns a transaction that is about to change it. */
+static TransactionId
+look(Oid usage_table, int64 id, int64 ledger_from, RowPlace *place)
+{
+	TransactionId busy = InvalidTransactionId;
+
+	memset(place, 0, sizeof(*place));
+	PushActiveSnapshot(GetLatestSnapshot());
+	look_into_outbox(usage_table, id, place, &busy);
+	if (!TransactionIdIsValid(busy))
+		look_into_ledger(usage_table, id, ledger_from, place);
+	PopActiveSnapshot();
+	return busy;
+}
+
 /*
  * Where does a row stand?  By the latest state of the tables, whatever the
  * transaction's snapshot.  What the ledger has up to "ledger_from" speaks of
@@ -111,18 +126,21 @@ abp_place_find(Oid usage_table, int64 id, int64 ledger_from, RowPlace *place)
 {
 	for (;;)
 	{
-		TransactionId busy = InvalidTransactionId;
+		TransactionId busy;
 
 		CHECK_FOR_INTERRUPTS();
-
-		memset(place, 0, sizeof(*place));
-		PushActiveSnapshot(GetLatestSnapshot());
-		look_into_outbox(usage_table, id, place, &busy);
-		if (!TransactionIdIsValid(busy))
-			look_into_ledger(usage_table, id, ledger_from, place);
-		PopActiveSnapshot();
+		busy = look(usage_table, id, ledger_from, place);
 		if (!TransactionIdIsValid(busy))
 			break;
 		XactLockTableWait(busy, NULL, NULL, XLTW_None);
 	}
+}
+
+/*
+ * The same without waiting: false if another transaction is about to change it.
+ */
+bool
+abp_place_find_at_once(Oid usage_table, int64 id, int64 ledger_from, RowPlace *place)
+{
+	return !TransactionIdIsValid(look(usage_table, id, ledger_from, place));
 }

@@ -32,5 +32,7 @@ typedef struct RowPlace
 
 extern void abp_place_find(Oid usage_table, int64 id, int64 ledger_from,
 						   RowPlace *place);
+extern bool abp_place_find_at_once(Oid usage_table, int64 id, int64 ledger_from,
+								   RowPlace *place);
 
 #endif							/* ABP_PLACE_H */

@@ -25,6 +25,7 @@
 #include "ship/position.h"
 #include "ship/shipment.h"
 #include "ship/turn.h"
+#include "usage/partitions.h"
 
 /*
  * The scan over ready entries goes on where it ended.  It starts over to find
@@ -168,6 +169,7 @@ void
 abp_batch_next(Turn *turn, const UsageTable *table, const ServerOptions *server, void *arg)
 {
 	PushActiveSnapshot(GetLatestSnapshot());
+	abp_partitions_look(table->relid, table->ledger_from);
 	if (abp_outbox_tidy(table->relid, TIDY_PER_TURN))
 	{
 		CommandCounterIncrement();
@@ -192,6 +194,7 @@ abp_batch_again(Turn *turn, const UsageTable *table, const ServerOptions *server
 	IdSet		ids = delivery->ids;
 
 	abp_guard_start_clock();
+	CommandCounterIncrement();	/* what was settled in this transaction */
 	PushActiveSnapshot(GetLatestSnapshot());
 	(void) abp_fill_shipment(turn, shipment, table, server, &ids, 0);
 	PopActiveSnapshot();

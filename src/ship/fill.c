@@ -29,6 +29,7 @@
 #include "ship/turn.h"
 #include "ship/user_code.h"
 #include "usage/fate.h"
+#include "usage/parents.h"
 #include "usage/rows.h"
 
 #define ROW_TOO_LARGE_TRIES 3	/* for our memory, before it is held */
@@ -120,6 +121,22 @@ notice_row(Filling *filling, const UsageRow *row)
 	return true;
 }
 
+/* A row goes into the request: if it names a parent, it may have to wait for that. */
+static void
+note_child(Filling *filling, const UsageRow *row)
+{
+	MemoryContext old;
+	ChildRow   *child;
+
+	if (row->parent_id.data == NULL)
+		return;
+	old = MemoryContextSwitchTo(filling->context);
+	child = abp_parents_child(row);
+	if (child != NULL)
+		filling->children = lappend(filling->children, child);
+	MemoryContextSwitchTo(old);
+}
+
 /*
  * Append one row's event to the request, or set the row aside.  Returns
  * whether there is room for more.
@@ -187,6 +204,7 @@ add_event(const UsageRow *row, Jsonb *whole, void *arg)
 					   &filling->server->format);
 		delivery->event_ids[delivery->nevents++] = row->id;
 		abp_idset_add(&filling->sent, row->id, row->id, filling->context);
+		note_child(filling, row);
 	}
 	return true;
 }
@@ -306,6 +324,7 @@ typedef struct FillingMark
 	int			nevents;
 	int64		nrows;
 	int			nexceptions;
+	int			nchildren;
 	int			put_off;
 	bool		full;
 } FillingMark;
@@ -319,6 +338,7 @@ mark_filling(const Filling *filling)
 			.nevents = filling->shipment->delivery.nevents,
 			.nrows = filling->nrows,
 			.nexceptions = list_length(filling->exceptions),
+			.nchildren = list_length(filling->children),
 			.put_off = filling->put_off,
 			.full = filling->full
 	};
@@ -335,6 +355,7 @@ unread(Filling *filling, const FillingMark *mark, IdSet *ids)
 	delivery->nevents = mark->nevents;
 	filling->nrows = mark->nrows;
 	filling->exceptions = list_truncate(filling->exceptions, mark->nexceptions);
+	filling->children = list_truncate(filling->children, mark->nchildren);
 	filling->put_off = mark->put_off;
 	filling->full = mark->full;
 	filling->seen = abp_idset_subtract(&filling->seen, ids);
@@ -552,6 +573,70 @@ rest_table(const UsageTable *table, const Filling *filling)
 }
 
 /*
+ * The rows of a request, built from these ids, that are not to be sent without
+ * their parents.  What becomes of them instead is added to *held, as
+ * OutboxEntry.
+ */
+static IdSet
+hold_children(Filling *filling, IdSet *ids, List **held)
+{
+	ChildBatch	batch = {ids, &filling->sent, filling->exceptions};
+	IdSet		without = {0};
+	ListCell   *lc;
+
+	abp_parents_judge(filling->table, filling->children, &batch);
+	foreach(lc, filling->children)
+	{
+		ChildRow   *child = lfirst(lc);
+
+		if (child->verdict.state == OUTBOX_READY)
+			continue;
+		set_aside(filling, child->id, &child->verdict);
+		*held = lappend(*held, llast(filling->exceptions));
+		abp_idset_add(&without, child->id, child->id, CurrentMemoryContext);
+	}
+	return without;
+}
+
+/*
+ * Rows that are not sent now go back to the outbox: those set aside, those that
+ * share their ids with others, and those that are left to be sent later.
+ */
+static void
+put_rest_back(Filling *filling, IdSet shared)
+{
+	Delivery   *delivery = &filling->shipment->delivery;
+	OutboxEntry *back;
+	int			nback = 0;
+	ListCell   *lc;
+
+	back = palloc0(sizeof(OutboxEntry) * (list_length(filling->exceptions) + 2));
+	foreach(lc, filling->exceptions)
+		back[nback++] = *(OutboxEntry *) lfirst(lc);
+	if (shared.nranges > 0)
+		back[nback++] = (OutboxEntry)
+	{
+		.usage_table = filling->table->relid,
+			.state = OUTBOX_REJECTED,
+			.attempts = delivery->prior_attempts,
+			.outcome_unknown = delivery->outcome_unknown,
+			.ids = shared,
+			.error = SHARED_ID
+	};
+	if (filling->left.nranges > 0)
+		back[nback++] = (OutboxEntry)
+	{
+		.usage_table = filling->table->relid,
+			.state = filling->taken_from == 0 ? OUTBOX_READY : filling->taken_from,
+			.attempts = delivery->prior_attempts,
+			.outcome_unknown = delivery->outcome_unknown,
+			.not_before = GetCurrentTimestamp(),
+			.ids = filling->left
+	};
+	abp_outbox_put(back, nback);
+}
+
+/*
  * Build a shipment's request from the rows of these ids, by the active
  * snapshot: ids taken from the outbox in a state, or with 0 ids that have been
  * sent before.  Rows that cannot be sent now go back to the outbox with their
@@ -564,15 +649,17 @@ abp_fill_shipment(Turn *turn, Shipment *shipment, const UsageTable *table,
 {
 	Delivery   *delivery = &shipment->delivery;
 	Filling		filling;
-	OutboxEntry *back;
-	int			nback = 0;
-	ListCell   *lc;
 	IdSet		unseen;
 	IdSet		shared = {0};
+	List	   *held = NIL;
 	IdSet		wanted = *ids;
 	bool		whole = server->event_name_function != NULL || server->metadata_function != NULL;
 
-	/* Ids of several rows are known by the rows: then without them. */
+	/*
+	 * Ids of several rows are known by the rows, and so are children that
+	 * have to wait for their parents: then without them.  Children that Polar
+	 * may have are sent as they were.
+	 */
 	for (;;)
 	{
 		IdSet		more;
@@ -588,9 +675,11 @@ abp_fill_shipment(Turn *turn, Shipment *shipment, const UsageTable *table,
 		/* A batch that has become full has not read all of their rows. */
 		more = filling.full && taken_from != 0 ? abp_rows_shared(table, &wanted) :
 			shared_ids(&filling);
+		abp_idset_add_set(&shared, &more, CurrentMemoryContext);
+		if (more.nranges == 0 && filling.children != NIL && !delivery->outcome_unknown)
+			more = hold_children(&filling, ids, &held);
 		if (more.nranges == 0)
 			break;
-		abp_idset_add_set(&shared, &more, CurrentMemoryContext);
 		wanted = abp_idset_subtract(&wanted, &more);
 	}
 
@@ -603,30 +692,8 @@ abp_fill_shipment(Turn *turn, Shipment *shipment, const UsageTable *table,
 		abp_idset_add_set(&delivery->vanished_ids, &unseen, shipment->context);
 	}
 
-	back = palloc0(sizeof(OutboxEntry) * (list_length(filling.exceptions) + 2));
-	foreach(lc, filling.exceptions)
-		back[nback++] = *(OutboxEntry *) lfirst(lc);
-	if (shared.nranges > 0)
-		back[nback++] = (OutboxEntry)
-	{
-		.usage_table = table->relid,
-			.state = OUTBOX_REJECTED,
-			.attempts = delivery->prior_attempts,
-			.outcome_unknown = delivery->outcome_unknown,
-			.ids = shared,
-			.error = SHARED_ID
-	};
-	if (filling.left.nranges > 0)
-		back[nback++] = (OutboxEntry)
-	{
-		.usage_table = table->relid,
-			.state = taken_from == 0 ? OUTBOX_READY : taken_from,
-			.attempts = delivery->prior_attempts,
-			.outcome_unknown = delivery->outcome_unknown,
-			.not_before = GetCurrentTimestamp(),
-			.ids = filling.left
-	};
-	abp_outbox_put(back, nback);
+	filling.exceptions = list_concat(held, filling.exceptions);
+	put_rest_back(&filling, shared);
 
 	memset(&delivery->ids, 0, sizeof(IdSet));
 	abp_idset_add_set(&delivery->ids, &filling.sent, shipment->context);

@@ -41,6 +41,7 @@ typedef struct Filling
 	bool		full;			/* there were more than fit, or time for */
 	IdSet		left;			/* to be sent later */
 	List	   *exceptions;		/* of OutboxEntry */
+	List	   *children;		/* of ChildRow: of "sent", those with a parent */
 	int			put_off;		/* of them, for a while */
 	bool		no_memory;		/* for one of these */
 	bool		warned;			/* of one of them */

@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * lane.c
- *	  Lanes: a server's pace, pauses and quota.
+ *	  Lanes: a server's pace and pauses.
  *
  *-------------------------------------------------------------------------
  */
@@ -15,18 +15,15 @@
 
 #include "polar/server.h"
 #include "queue/attachment.h"
-#include "queue/ledger.h"
 #include "ship/guard.h"
 #include "ship/lane.h"
 #include "ship/position.h"
+#include "ship/quota.h"
 #include "ship/shipment.h"
 #include "ship/turn.h"
 
 #define BACKOFF_FIRST_MS 1000
 #define BACKOFF_MAX_MS (60 * 1000)
-
-/* This share of a minute's requests may be made at once. */
-#define BURST_SHARE 10
 
 static List *lanes = NIL;
 
@@ -229,61 +226,16 @@ abp_lane_succeeded(Turn *turn, Lane *lane)
 
 /*
  * May a request be made now, by the server's limit of requests per minute?
- *
- * A bucket of tokens.  What it holds and what flows into it in a minute are
- * the limit together, so that no minute has more, wherever Polar lets its
- * minutes begin.
  */
 bool
 abp_lane_take_quota(Turn *turn, const ServerOptions *server)
 {
-	Lane	   *lane = abp_lane_of(server->name, InvalidOid);
-	int64		limit = server->requests_per_minute;
-	int64		burst = Max(limit / BURST_SHARE, 1);
-	int64		rate = Max(limit - burst, 1);	/* tokens a minute */
-	int64		us_per_token = (USECS_PER_MINUTE + rate - 1) / rate;
-	TimestampTz now = GetCurrentTimestamp();
+	TimestampTz next;
 
-	if (limit == 0)
+	if (abp_quota_take(server, &next))
 		return true;
-
-	if (lane->tokens_at == 0)
-	{
-		lane->tokens = burst - abp_ledger_recent_requests(lane->server, burst);
-		lane->tokens_at = now;
-	}
-	else if (now < lane->tokens_at) /* the clock was set back */
-		lane->tokens_at = now;
-	else
-	{
-		int64		gained = (now - lane->tokens_at) / us_per_token;
-
-		lane->tokens += gained;
-		lane->tokens_at += gained * us_per_token;
-	}
-	if (lane->tokens >= burst)
-	{
-		lane->tokens = burst;
-		lane->tokens_at = now;
-	}
-
-	if (lane->tokens < 1)
-	{
-		abp_due_at(turn, lane->tokens_at + (1 - lane->tokens) * us_per_token);
-		return false;
-	}
-	lane->tokens--;
-	return true;
-}
-
-/*
- * A request that was allowed is not made.
- */
-void
-abp_lane_give_quota_back(const ServerOptions *server)
-{
-	if (server->requests_per_minute > 0)
-		abp_lane_of(server->name, InvalidOid)->tokens++;
+	abp_due_at(turn, next);
+	return false;
 }
 
 /*
@@ -382,4 +334,5 @@ void
 abp_lanes_forget(void)
 {
 	lanes = NIL;
+	abp_quota_forget();
 }

@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * lane.h
- *	  Lanes: a server's pace, pauses and quota.
+ *	  Lanes: a server's pace and pauses.
  *
  *-------------------------------------------------------------------------
  */
@@ -39,11 +39,6 @@ struct Lane
 	char	   *reason;			/* or NULL */
 	bool		unwritten;
 	TimestampTz write_at;		/* not before this */
-
-	/* the server's request quota, with role InvalidOid only */
-	int64		tokens;
-	TimestampTz tokens_at;		/* when there were as many; 0: not read from
-								 * the ledger yet */
 };
 
 extern Lane *abp_lane_of(const char *server, Oid role);
@@ -55,7 +50,6 @@ extern void abp_lane_pause(Turn *turn, Lane *lane, const char *reason);
 extern void abp_lane_try_now(Lane *lane);
 extern void abp_lane_succeeded(Turn *turn, Lane *lane);
 extern bool abp_lane_take_quota(Turn *turn, const ServerOptions *server);
-extern void abp_lane_give_quota_back(const ServerOptions *server);
 extern bool abp_lane_is_closed(Turn *turn, Lane *lane, const UsageTable *table,
 							   const ServerOptions *server, const char *token,
 							   const char *token_problem);

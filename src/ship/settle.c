@@ -21,6 +21,7 @@
 #include "ship/http.h"
 #include "ship/lane.h"
 #include "ship/position.h"
+#include "ship/quota.h"
 #include "ship/settle.h"
 #include "ship/shipment.h"
 #include "ship/turn.h"
@@ -318,7 +319,7 @@ settle(Turn *turn, Shipment *shipment, const ServerOptions *server, int64 ledger
 				reject_shipment(turn, shipment, verdict->error);
 			break;
 		case VERDICT_RATE_LIMITED:
-			abp_lane_of(lane->server, InvalidOid)->tokens = 0;
+			abp_quota_used_up(lane->server);
 			abp_lane_back_off(turn, lane, verdict->retry_after_ms >= 0 ? verdict->retry_after_ms :
 							  RATE_LIMITED_MS, verdict->error);
 			return_or_keep(turn, shipment, verdict->error, false);

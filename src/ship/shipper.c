@@ -51,6 +51,7 @@
 #include "ship/http.h"
 #include "ship/lane.h"
 #include "ship/position.h"
+#include "ship/quota.h"
 #include "ship/settle.h"
 #include "ship/shipment.h"
 #include "ship/shipper.h"
@@ -435,7 +436,7 @@ prepare_again(Turn *turn, const UsageTable *table, const ServerOptions *server, 
 	if (delivery->nevents == 0)
 	{
 		abp_shipment_drop(turn, shipment);
-		abp_lane_give_quota_back(server);
+		abp_quota_give_back(server);
 	}
 	else if (before.ids.ranges != NULL)
 		pfree(before.ids.ranges);
@@ -471,7 +472,7 @@ prepare_waiting(Turn *turn, const UsageTable *table, const ServerOptions *server
 			turn->more_to_build |= !position->failed;
 		else if (abp_lane_has_room(lane, server) && abp_lane_take_quota(turn, server) &&
 				 !prepare_again(turn, table, server, shipment))
-			abp_lane_give_quota_back(server);
+			abp_quota_give_back(server);
 	}
 }
 
@@ -532,13 +533,13 @@ prepare_table(Turn *turn, const UsageTable *table, const ServerOptions *server, 
 		{
 			if (next.shipment != NULL)
 				abp_shipment_drop(turn, next.shipment);
-			abp_lane_give_quota_back(server);
+			abp_quota_give_back(server);
 			break;
 		}
 		if (next.found && table->blocked_reason != NULL && !position->failed)
 			abp_usage_table_unblock(table->relid, false);
 		if (next.shipment == NULL)
-			abp_lane_give_quota_back(server);
+			abp_quota_give_back(server);
 		else
 		{
 			built = true;

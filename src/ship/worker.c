@@ -37,6 +37,7 @@
 #include "queue/outbox.h"
 #include "queue/wake.h"
 #include "ship/position.h"
+#include "ship/quota.h"
 #include "ship/shipper.h"
 #include "ship/worker.h"
 
@@ -74,6 +75,7 @@ abp_worker_init(void)
 							(char *) lfirst(lc))));
 	}
 	abp_wake_init(list_length(databases));
+	abp_quota_init();
 
 	/* pg_upgrade's servers deliver nothing. */
 	if (IsBinaryUpgrade)

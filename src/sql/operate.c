@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * operate.c
- *	  SQL functions that operate delivery: preview, pause, resume, retry, arm, reprice.
+ *	  SQL functions that operate delivery: preview, pause, resume, retry, arm.
  *
  *-------------------------------------------------------------------------
  */
@@ -9,7 +9,6 @@
 
 #include "catalog/pg_type.h"
 #include "commands/dbcommands.h"
-#include "executor/spi.h"
 #include "fmgr.h"
 #include "foreign/foreign.h"
 #include "funcapi.h"
@@ -24,18 +23,15 @@
 
 #include "base/extension.h"
 #include "base/idset.h"
-#include "base/rights.h"
 #include "base/usage_row.h"
 #include "compat.h"
 #include "polar/event.h"
 #include "polar/event_format.h"
 #include "polar/server.h"
-#include "price/price.h"
 #include "queue/attachment.h"
 #include "queue/entry.h"
 #include "queue/ledger.h"
 #include "queue/outbox.h"
-#include "queue/place.h"
 #include "queue/wake.h"
 #include "ship/guard.h"
 #include "ship/user_code.h"
@@ -43,14 +39,12 @@
 #include "usage/collect.h"
 #include "usage/fate.h"
 #include "usage/rows.h"
-#include "usage/triggers.h"
 
 PG_FUNCTION_INFO_V1(abp_sql_preview);
 PG_FUNCTION_INFO_V1(abp_sql_pause);
 PG_FUNCTION_INFO_V1(abp_sql_resume);
 PG_FUNCTION_INFO_V1(abp_sql_retry);
 PG_FUNCTION_INFO_V1(abp_sql_arm);
-PG_FUNCTION_INFO_V1(abp_sql_reprice);
 
 /* --- preview ------------------------------------------------------------------ */
 
@@ -380,195 +374,4 @@ abp_sql_arm(PG_FUNCTION_ARGS)
 	abp_database_arm(false);
 	abp_wake_at_commit();
 	PG_RETURN_VOID();
-}
-
-/* --- reprice --------------------------------------------------------------------- */
-
-/* How many rows are looked at a time. */
-#define REPRICE_CHUNK 1000
-
-/* How many of the rows that cannot be repriced a warning names. */
-#define MAX_KEPT_NAMED 10
-
-typedef struct Repricing
-{
-	const UsageTable *table;
-	bool		dry_run;
-	IdSet		differing;		/* of a chunk: the cost would be another */
-	IdSet		changed;
-	int64		kept;			/* rows that cannot be repriced */
-	StringInfoData kept_names;	/* the first of them, with reasons */
-	ReturnSetInfo *result;
-	MemoryContext context;
-} Repricing;
-
-/*
- * Is the cost of a row by the prices of now another one, or not to be told?
- * Then *possible is false, and *problem says why, palloc'd.
- */
-static bool
-cost_differs(const UsageRow *row, PricedCost *cost, bool *possible, char **problem)
-{
-	*possible = abp_fate_cost(row, cost, problem);
-	return !*possible || cost->known != row->has_cost_nanos ||
-		(cost->known &&
-		 (cost->cost_nanos != row->cost_nanos || row->cost_cents == NULL ||
-		  !DatumGetBool(DirectFunctionCall2(numeric_eq, NumericGetDatum(cost->cost_cents),
-											NumericGetDatum(row->cost_cents)))));
-}
-
-static bool
-note_difference(const UsageRow *row, Jsonb *whole, void *arg)
-{
-	Repricing  *repricing = arg;
-	PricedCost	cost;
-	bool		possible;
-	char	   *problem;
-
-	if (cost_differs(row, &cost, &possible, &problem))
-		abp_idset_add(&repricing->differing, row->id, row->id, repricing->context);
-	return true;
-}
-
-static bool
-reprice_row(const UsageRow *row, Jsonb *whole, void *arg)
-{
-	Repricing  *repricing = arg;
-	PricedCost	cost;
-	RowPlace	place;
-	Datum		values[6];
-	bool		nulls[6] = {false};
-	const char *place_name;
-	bool		may_change;
-	bool		possible;
-	char	   *problem;
-
-	if (!cost_differs(row, &cost, &possible, &problem))
-		return true;
-
-	if (!abp_collect_find(repricing->table->relid, row->id, &place))
-		abp_place_find(repricing->table->relid, row->id, repricing->table->ledger_from, &place);
-	if (!possible)
-	{
-		/* The outbox tells of a row that has never had a cost. */
-		if (!row->has_cost_nanos && place.where == ROW_IN_OUTBOX && place.state == OUTBOX_REJECTED)
-			return true;
-		if (repricing->kept++ < MAX_KEPT_NAMED)
-			appendStringInfo(&repricing->kept_names, "%sRow " INT64_FORMAT ": %s.",
-							 repricing->kept > 1 ? "\n" : "", row->id, problem);
-	}
-	may_change = possible &&
-		(place.where == ROW_NOT_SENT ||
-		 (place.where == ROW_IN_OUTBOX && !place.outcome_unknown &&
-		  !abp_ledger_has(repricing->table->relid, row->id, repricing->table->ledger_from)));
-	place_name = place.where == ROW_SENDING ? "sending" :
-		place.where == ROW_DELIVERED ? "delivered" :
-		place.where == ROW_NOT_SENT ? "not_sent" :
-		place.state == OUTBOX_UNPRICED ? "unpriced" :
-		place.state == OUTBOX_REJECTED ? "rejected" : "pending";
-
-	values[0] = Int64GetDatum(row->id);
-	values[1] = CStringGetTextDatum(place_name);
-	nulls[2] = !row->has_cost_nanos;
-	values[2] = Int64GetDatum(row->cost_nanos);
-	nulls[3] = !possible || !cost.known;
-	if (!nulls[3])
-		values[3] = Int64GetDatum(cost.cost_nanos);
-	nulls[4] = nulls[2] || nulls[3];
-	if (!nulls[4])
-		values[4] = DirectFunctionCall2(numeric_sub,
-										NumericGetDatum(int64_to_numeric(cost.cost_nanos)),
-										NumericGetDatum(int64_to_numeric(row->cost_nanos)));
-	values[5] = CStringGetTextDatum(!possible ? "kept" :
-									!may_change ? "reported" :
-									repricing->dry_run ? "would change" : "changed");
-	tuplestore_putvalues(repricing->result->setResult, repricing->result->setDesc, values, nulls);
-
-	if (may_change && !repricing->dry_run)
-		abp_idset_add(&repricing->changed, row->id, row->id, repricing->context);
-	return true;
-}
-
-/*
- * aibilling.reprice(usage, from_time, to_time, dry_run): recompute costs.  A
- * row a cost that differs; delivered ones and those in flight are reported
- * only.  A row whose cost cannot be told keeps what it has, and keeps no other
- * from being repriced.
- */
-Datum
-abp_sql_reprice(PG_FUNCTION_ARGS)
-{
-	Repricing	repricing = {NULL, PG_GETARG_BOOL(3)};
-	IdSet		own;
-	Oid			argtypes[2] = {TIMESTAMPTZOID, TIMESTAMPTZOID};
-	Datum		args[2] = {PG_GETARG_DATUM(1), PG_GETARG_DATUM(2)};
-	UsageTable *table;
-	Portal		cursor;
-	SavedUser	saved;
-
-	InitMaterializedSRF(fcinfo, 0);
-	abp_check_table_owner(PG_GETARG_OID(0));
-	table = abp_attached_table(PG_GETARG_OID(0));
-	repricing.table = table;
-	repricing.result = (ReturnSetInfo *) fcinfo->resultinfo;
-	repricing.context = CurrentMemoryContext;
-	initStringInfo(&repricing.kept_names);
-
-	abp_become_table_owner(table->owner, &saved);
-	SPI_connect();
-	cursor = SPI_cursor_open_with_args(NULL,
-									   psprintf("SELECT id::pg_catalog.int8 FROM %s"
-												" WHERE occurred_at >= $1 AND occurred_at < $2",
-												table->name),
-									   2, argtypes, args, NULL, true, 0);
-	for (;;)
-	{
-		IdSet		ids = {0};
-
-		CHECK_FOR_INTERRUPTS();
-		SPI_cursor_fetch(cursor, true, REPRICE_CHUNK);
-		if (SPI_processed == 0)
-			break;
-		for (uint64 i = 0; i < SPI_processed; i++)
-		{
-			bool		isnull;
-			int64		id = DatumGetInt64(SPI_getbinval(SPI_tuptable->vals[i],
-														 SPI_tuptable->tupdesc, 1, &isnull));
-
-			abp_idset_add(&ids, id, id, CurrentMemoryContext);
-		}
-		SPI_freetuptable(SPI_tuptable);
-		if (!repricing.dry_run)
-		{
-			/* Who has a row's lock can rely on where it is: it is not sent. */
-			abp_rows_read(table, &ids, false, note_difference, &repricing);
-			if (repricing.differing.nranges == 0)
-				continue;
-			ids = abp_rows_lock(table, &repricing.differing, true);
-			abp_idset_free(&repricing.differing);
-		}
-		abp_rows_read(table, &ids, false, reprice_row, &repricing);
-	}
-	SPI_cursor_close(cursor);
-	SPI_finish();
-	abp_restore_user(&saved);
-
-	if (repricing.changed.nranges > 0)
-	{
-		abp_price_rows_again(table, &repricing.changed);
-		own = abp_collect_changes(table->relid);
-		repricing.changed = abp_idset_subtract(&repricing.changed, &own);
-		(void) abp_outbox_make_ready(table->relid, OUTBOX_UNPRICED, &repricing.changed);
-		abp_wake_at_commit();
-	}
-	if (repricing.kept > 0)
-		ereport(WARNING,
-				(errcode(ERRCODE_WARNING),
-				 errmsg_plural(INT64_FORMAT " usage row of %s cannot be repriced and stays as it is",
-							   INT64_FORMAT " usage rows of %s cannot be repriced and stay as they are",
-							   repricing.kept, repricing.kept, table->name),
-				 errdetail_internal("%s%s", repricing.kept_names.data,
-									repricing.kept > MAX_KEPT_NAMED ? "\nAnd others." : ""),
-				 errhint("Correct the prices or the rows, and call aibilling.reprice() again; such rows have the action \"kept\".")));
-	return (Datum) 0;
 }

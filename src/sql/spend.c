@@ -609,9 +609,9 @@ abp_sql_spend(PG_FUNCTION_ARGS)
 {
 	Oid			relid;
 	Spend		spend = {{NULL}};
+	ShareKey	key = {0};
 	RollupRange range = {.level = ROLLUP_DAILY,.by_customer = true,.to_day = DATEVAL_NOEND};
 	TupleDesc	desc;
-	ShareKey	customer = {0};
 	Datum		values[4];
 	bool		nulls[4] = {false};
 	UsageTable *table;
@@ -633,8 +633,8 @@ abp_sql_spend(PG_FUNCTION_ARGS)
 	read_pending(table, add_spent, &spend);
 
 	range.usage_table = relid;
-	customer.external_customer_id = spend.customer;
-	range.customer = abp_rollup_customer(&customer);
+	key.external_customer_id = spend.customer;
+	range.customer = abp_rollup_customer(&key);
 	range.from_day = spend.from_day;
 	abp_rollup_read(&range, add_spent_before, &spend);
 

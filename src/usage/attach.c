@@ -40,6 +40,7 @@
 #include "compat.h"
 #include "polar/server.h"
 #include "queue/attachment.h"
+#include "queue/corrections.h"
 #include "queue/entry.h"
 #include "queue/ledger.h"
 #include "queue/outbox.h"
@@ -47,6 +48,7 @@
 #include "queue/wake.h"
 #include "usage/attach.h"
 #include "usage/collect.h"
+#include "usage/correct.h"
 #include "usage/row.h"
 #include "usage/rows.h"
 
@@ -402,9 +404,14 @@ drop_triggers(Oid relid)
 						 qualified_name(relid)));
 }
 
-/* Enqueue the rows that are in a table already and were not delivered. */
+/*
+ * Enqueue the rows that are in a table already and were not delivered.  What the
+ * ledger has of a table that was detached meanwhile may speak of others than the
+ * rows that have come or changed since: these are sent as rows that Polar may
+ * have.
+ */
 static void
-enqueue_existing(Oid relid)
+enqueue_existing(Oid relid, bool was_attached)
 {
 	OutboxEntry priced = {.usage_table = relid,.state = OUTBOX_READY};
 	OutboxEntry unpriced = {
@@ -412,6 +419,9 @@ enqueue_existing(Oid relid)
 		.state = OUTBOX_UNPRICED,
 		.error = "was in the table before it was attached; not priced yet"
 	};
+	OutboxEntry maybe_sent = {.usage_table = relid,.state = OUTBOX_READY,.outcome_unknown = true};
+	Oid			argtypes[1] = {INT4OID};
+	Datum		args[1] = {Int32GetDatum(was_attached ? 0 : abp_ledger_age(relid))};
 	MemoryContext context = CurrentMemoryContext;
 	Portal		cursor;
 	UsageTable *table = abp_attached_table(relid);
@@ -421,9 +431,10 @@ enqueue_existing(Oid relid)
 	abp_become_table_owner(table->owner, &saved);
 	SPI_connect();
 	cursor = SPI_cursor_open_with_args(NULL,
-									   psprintf("SELECT id::pg_catalog.int8, cost_nanos IS NOT NULL FROM %s ORDER BY id",
+									   psprintf("SELECT id::pg_catalog.int8, cost_nanos IS NOT NULL,"
+												" pg_catalog.age(xmin) OPERATOR(pg_catalog.<) $1 FROM %s ORDER BY id",
 												table->name),
-									   0, NULL, NULL, NULL, true, 0);
+									   1, argtypes, args, NULL, true, 0);
 	for (;;)
 	{
 		CHECK_FOR_INTERRUPTS();
@@ -446,6 +457,9 @@ enqueue_existing(Oid relid)
 												  SPI_tuptable->tupdesc, 2, &isnull));
 
 			abp_idset_add(has_cost ? &priced.ids : &unpriced.ids, id, id, context);
+			if (DatumGetBool(SPI_getbinval(SPI_tuptable->vals[i],
+										   SPI_tuptable->tupdesc, 3, &isnull)))
+				abp_idset_add(&maybe_sent.ids, id, id, context);
 		}
 		SPI_freetuptable(SPI_tuptable);
 	}
@@ -462,10 +476,13 @@ enqueue_existing(Oid relid)
 		unpriced.ids = abp_idset_subtract(&unpriced.ids, &queued);
 	}
 	known = abp_ledger_ids(relid, table->ledger_from);
+	maybe_sent.ids = abp_idset_intersect(&maybe_sent.ids, &known);
 	priced.ids = abp_idset_subtract(&priced.ids, &known);
 	unpriced.ids = abp_idset_subtract(&unpriced.ids, &known);
 	abp_outbox_put(&priced, 1);
 	abp_outbox_put(&unpriced, 1);
+	abp_outbox_put(&maybe_sent, 1);
+	abp_correct_note_existing(table);
 }
 
 static void
@@ -477,6 +494,9 @@ attach_table(Oid relid, const char *server, const char *existing)
 	Datum		args[3];
 	int			guc_level;
 	SavedUser	saved;
+	Oid			old_server;
+	int64		ledger_from;
+	bool		was_attached;
 
 	if (strcmp(existing, "ignore") != 0 && strcmp(existing, "send") != 0)
 		ereport(ERROR,
@@ -497,6 +517,7 @@ attach_table(Oid relid, const char *server, const char *existing)
 	LockRelationOid(relid, ShareRowExclusiveLock);
 	abp_check_table_owner(relid);	/* it may have changed hands meanwhile */
 	check_usage_relation(relid);
+	was_attached = abp_usage_table_attached(relid, &old_server, &ledger_from);
 
 	guc_level = begin_safe_names();
 	SPI_connect();
@@ -524,7 +545,7 @@ attach_table(Oid relid, const char *server, const char *existing)
 
 	abp_database_arm(true);
 	if (strcmp(existing, "send") == 0)
-		enqueue_existing(relid);
+		enqueue_existing(relid, was_attached);
 	CacheInvalidateRelcacheByRelid(abp_extension_relation(abp_attachment_table()));
 	abp_wake_at_commit();
 }
@@ -641,6 +662,7 @@ abp_sql_on_sql_drop(PG_FUNCTION_ARGS)
 		int64		count;
 
 		abp_rollup_forget(relid);
+		abp_corrections_forget(relid);
 		if (!abp_usage_table_attached(relid, &serverid, &ledger_from))
 			continue;
 		count = abp_outbox_discard(relid);

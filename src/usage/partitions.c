@@ -20,6 +20,7 @@
 #include "foreign/foreign.h"
 #include "miscadmin.h"
 #include "nodes/parsenodes.h"
+#include "storage/lmgr.h"
 #include "utils/builtins.h"
 #include "utils/lsyscache.h"
 
@@ -31,9 +32,16 @@
 #include "queue/outbox.h"
 #include "queue/wake.h"
 #include "usage/lookup.h"
+#include "usage/partitions.h"
 #include "usage/triggers.h"
 
 PG_FUNCTION_INFO_V1(abp_sql_on_table_ddl);
+
+static Oid
+root_of(Oid relid)
+{
+	return get_rel_relispartition(relid) ? llast_oid(get_partition_ancestors(relid)) : relid;
+}
 
 /* --- a partition goes ------------------------------------------------------- */
 
@@ -136,17 +144,54 @@ partition_has_come(Oid usage_table, Oid partition, int64 ledger_from)
 		}
 		abp_outbox_put(&entry, 1);
 		abp_ledger_returned(delivery, &entry.ids);
-		abp_wake_at_commit();
+	}
+}
+
+/* The shipper is to look at the partition, too: see abp_partitions_look. */
+static void
+note_partition(Oid usage_table, Oid partition)
+{
+	OutboxEntry entry = {.usage_table = usage_table,.state = OUTBOX_PARTITIONS};
+
+	abp_idset_add(&entry.ids, partition, partition, CurrentMemoryContext);
+	abp_outbox_put(&entry, 1);
+	abp_wake_at_commit();
+}
+
+/*
+ * Look at partitions that were attached to a table since the last time: for the
+ * shipper, before it reads rows.  It may have missed such a row in the meantime,
+ * and noted that after the partition came; and having a lock on the table, it may
+ * not have heard of the partition.  Waiting for the partition's lock, it does.
+ */
+void
+abp_partitions_look(Oid usage_table, int64 ledger_from)
+{
+	IdSet		came = abp_outbox_peek(usage_table, OUTBOX_PARTITIONS, PG_INT64_MAX);
+
+	for (int i = 0; i < came.nranges; i++)
+	{
+		for (int64 id = came.ranges[i].first;; id++)
+		{
+			Oid			partition = (Oid) id;
+
+			/* else another ALTER TABLE has it: next time */
+			if (ConditionalLockRelationOid(partition, AccessShareLock))
+			{
+				/* in a dump that was restored it has another OID */
+				if (get_rel_relkind(partition) == '\0')
+					partition_has_come(usage_table, usage_table, ledger_from);
+				else if (root_of(partition) == usage_table)
+					partition_has_come(usage_table, partition, ledger_from);
+				abp_outbox_forget_partition(usage_table, partition);
+			}
+			if (id == came.ranges[i].last)
+				break;
+		}
 	}
 }
 
 /* --- ALTER TABLE ------------------------------------------------------------ */
-
-static Oid
-root_of(Oid relid)
-{
-	return get_rel_relispartition(relid) ? llast_oid(get_partition_ancestors(relid)) : relid;
-}
 
 /*
  * ddl_command_end of ALTER TABLE: a partition may have gone or come.
@@ -186,7 +231,10 @@ abp_sql_on_table_ddl(PG_FUNCTION_ARGS)
 		 * rows gone.
 		 */
 		if (cmd->subtype == AT_AttachPartition)
+		{
 			partition_has_come(root, partition, ledger_from);
+			note_partition(root, partition);
+		}
 		else if (!named->concurrent)
 			partition_has_gone(root, partition, serverid, ledger_from);
 	}

@@ -28,6 +28,7 @@
 #include "price/normalize.h"
 #include "price/price.h"
 #include "queue/attachment.h"
+#include "queue/corrections.h"
 #include "queue/entry.h"
 #include "queue/ledger.h"
 #include "queue/outbox.h"
@@ -35,6 +36,7 @@
 #include "queue/shares.h"
 #include "queue/wake.h"
 #include "usage/collect.h"
+#include "usage/correct.h"
 #include "usage/fate.h"
 #include "usage/lookup.h"
 #include "usage/relation.h"
@@ -157,7 +159,7 @@ refuse_change(const RowPlace *place, Relation rel, int64 id, const char *verb)
 					unknown ? "may have been delivered" :
 					place->where == ROW_SENDING ? "is being sent" : "has been delivered"),
 			 unknown ? errdetail("A request with it got no answer that says whether Polar has stored it.") : 0,
-			 errhint("%sInsert a correcting row: with its own external_id, no counts, the difference in provider_cost, and tags.corrects naming the external_id of this row.",
+			 errhint("%sCall aibilling.correct(), or insert a correcting row: with its own external_id, no counts, the difference in provider_cost, and tags.corrects naming the external_id of this row.",
 					 unknown ? "It is sent again by itself, or with aibilling.retry() if it is rejected; Polar stores it once. " : "")));
 }
 
@@ -260,6 +262,8 @@ typedef struct NewRow
 	HeapTuple	tuple;
 	Datum		values[NUM_USAGE_COLUMNS];
 	bool		nulls[NUM_USAGE_COLUMNS];
+	Datum		old_values[NUM_USAGE_COLUMNS];	/* of an UPDATE: as it was */
+	bool		old_nulls[NUM_USAGE_COLUMNS];
 } NewRow;
 
 /* Take the defaults where an explicit NULL says nothing. */
@@ -279,8 +283,8 @@ static bool
 read_updated(NewRow *row, HeapTuple old)
 {
 	TupleDesc	desc = RelationGetDescr(row->rel);
-	Datum		old_values[NUM_USAGE_COLUMNS];
-	bool		old_nulls[NUM_USAGE_COLUMNS];
+	Datum	   *old_values = row->old_values;
+	bool	   *old_nulls = row->old_nulls;
 	bool		raw_changed;
 	bool		changed;
 
@@ -397,6 +401,8 @@ abp_sql_price_usage(PG_FUNCTION_ARGS)
 		PriceRequest request = abp_fate_price_request(&row);
 
 		(void) abp_price_usage(&request, false, &cost);
+		if (!update)
+			abp_correct_price(known->usage_table, &row, &cost);
 		if (unlikely(!row.counts.given[COUNT_OUTPUT]) && !update)
 			abp_warn_no_output(&row, &request, &cost);
 	}
@@ -410,6 +416,7 @@ abp_sql_price_usage(PG_FUNCTION_ARGS)
 		row.cost_nanos = cost.cost_nanos;
 		row.cost_cents = cost.cost_cents;
 		requeue_row(known, new.rel, &row, server);
+		abp_correct_changed(known->usage_table, new.old_values, new.old_nulls, &row);
 	}
 	return PointerGetDatum(new.tuple);
 }
@@ -497,6 +504,7 @@ abp_sql_enqueue_usage(PG_FUNCTION_ARGS)
 			abp_warn_unpriced(&row, state.error);
 	}
 	abp_collect_inserted(known->usage_table, row.id, &state);
+	abp_correct_note(known->usage_table, &row);
 	return PointerGetDatum(NULL);
 }
 
@@ -606,7 +614,11 @@ abp_sql_guard_usage(PG_FUNCTION_ARGS)
 	if (!is_there && abp_lookup_exists(known->usage_table, id))
 		leave_to_other(known->usage_table, id, known->ledger_from, &place, own);
 	else if (!place.outcome_unknown)
+	{
 		abp_collect_changed(known->usage_table, id, own ? NULL : &place, NULL);
+		if (!is_there)
+			abp_correct_changed(known->usage_table, values, nulls, NULL);
+	}
 	else if (!is_there || !row.unchanged)
 		refuse_change(&place, rel, id, "delete");
 	return PointerGetDatum(NULL);
@@ -642,6 +654,7 @@ abp_sql_truncate_usage(PG_FUNCTION_ARGS)
 	count = abp_outbox_discard(known->usage_table);
 	abp_collect_truncated(known->usage_table);
 	abp_usage_table_truncated(known->usage_table);
+	abp_corrections_forget(known->usage_table);
 	abp_shares_truncated(known->usage_table);
 	if (count > 0)
 		ereport(WARNING,

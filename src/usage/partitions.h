@@ -1,0 +1,15 @@
+/*-------------------------------------------------------------------------
+ *
+ * partitions.h
+ *	  Partitions of usage tables that go and come with ALTER TABLE.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef ABP_PARTITIONS_H
+#define ABP_PARTITIONS_H
+
+#include "postgres.h"
+
+extern void abp_partitions_look(Oid usage_table, int64 ledger_from);
+
+#endif							/* ABP_PARTITIONS_H */

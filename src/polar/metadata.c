@@ -129,7 +129,7 @@ amount_too_large(JsonWriter *w, const char *amount, Numeric cost_cents)
 
 /*
  * A number as JSON, all its digits kept.  Polar parses numbers as doubles and
- * fails, for the whole request, on what is no finite one.
+ * fails, for the whole request, on one that is not finite.
  */
 static bool
 put_number(JsonWriter *w, Numeric number, const char *what, TextView key)

@@ -33,7 +33,7 @@ static char *token_from_file(const char *path, StringInfo reason);
  *		Returns the access token for a server, palloc'd, or NULL.
  *
  * It is in the server's access_token_file, or else in the user mapping of
- * usage_owner or, if he has none, of PUBLIC; InvalidOid asks for PUBLIC's only.
+ * usage_owner or, if they have none, of PUBLIC; InvalidOid asks for PUBLIC's only.
  * The file is read at each call, so a new token is used at once.
  *
  * NULL comes with words for status in *reason: what is wrong and how to fix

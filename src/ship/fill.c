@@ -273,7 +273,7 @@ pass_over(const UsageRow *row, Jsonb *whole, void *arg)
 }
 
 /*
- * Can the table be read at all?  An error that is no row's fault is raised.
+ * Can the table be read at all?  An error that is not a row's fault is raised.
  */
 void
 abp_read_no_row(const UsageTable *table, bool whole)

@@ -527,7 +527,7 @@ drive(curl_socket_t fd, int events)
 			finish((HttpRequest *) request, result);
 		}
 	}
-	/* a socket that libcurl has closed meanwhile is no failure */
+	/* a socket that libcurl has closed meanwhile is not an error */
 	if (code != CURLM_OK && code != CURLM_BAD_SOCKET)
 		give_up(code);
 	restore_signals(&saved);

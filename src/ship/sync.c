@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * sync.c
- *	  CALL aibilling.sync(): delivery at the caller's time, in his session.
+ *	  CALL aibilling.sync(): delivery at the caller's time, in their session.
  *
  *-------------------------------------------------------------------------
  */
@@ -81,7 +81,7 @@ check_call(FunctionCallInfo fcinfo)
 				 errhint("It commits as it goes; call it by itself: CALL aibilling.sync().")));
 }
 
-/* Note what waits now: in tables of the caller's, for the server he names. */
+/* Note what waits now: in tables of the caller's, for the server that is named. */
 static void
 set_goals(Sync *sync)
 {
@@ -266,8 +266,8 @@ is_done(Sync *sync, bool idle)
 
 /*
  * Take the shipper's role if it is free.  Whoever has it keeps others from
- * it, and an owner ships only his own tables: he leaves it to the worker,
- * which ships all.
+ * it, and an owner ships only their own tables: they leave it to the
+ * worker, which ships all.
  */
 static void
 take_or_leave_role(Sync *sync)

@@ -144,13 +144,13 @@ typedef struct ServerShare
 {
 	const char *server;
 	bool		whole;			/* all of it */
-	List	   *tables;			/* of UsageTable: those that he owns */
+	List	   *tables;			/* of UsageTable: those that they own */
 	List	   *owners;			/* of these tables, as OIDs */
 } ServerShare;
 
 /*
  * Whole servers are their owner's to operate.  Everybody else operates the
- * delivery of his own tables: others that share the server go on.
+ * delivery of their own tables: others that share the server go on.
  */
 static ServerShare *
 share_of(const char *server, List *tables)

@@ -76,9 +76,8 @@ on_subtransaction_end(SubXactEvent event, SubTransactionId mine,
 }
 
 /*
- * Anyone may make triggers of these functions, on tables and for events of
- * his own choice: each must be called for what it is written for, or there is
- * no row where it looks for one.
+ * Anyone may make triggers of these functions, on any table and for any event:
+ * so check event, level and timing, or there may be no row to look at.
  */
 static void
 check_trigger(FunctionCallInfo fcinfo, const char *name,

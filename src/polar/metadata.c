@@ -85,7 +85,7 @@ append_compact_json(StringInfo out, JsonbContainer *container)
  * palloc'd.  cost_cents must be finite.
  */
 char	   *
-abp_event_amount(Numeric cost_cents)
+abp_metadata_amount(Numeric cost_cents)
 {
 	char	   *str = numeric_normalize(cost_cents);
 	int			len = strlen(str);
@@ -105,7 +105,7 @@ abp_event_amount(Numeric cost_cents)
 }
 
 /*
- * Is an amount, as abp_event_amount has made it of this cost, too large?  Then
+ * Is an amount, as abp_metadata_amount has made it of this cost, too large?  Then
  * it says so, and returns true.
  */
 static bool
@@ -425,7 +425,7 @@ put_cost(JsonWriter *w, const UsageRow *row)
 
 	if (numeric_is_nan(row->cost_cents) || numeric_is_inf(row->cost_cents))
 		return abp_json_refuse(w, "cost_cents must be finite");
-	amount = abp_event_amount(row->cost_cents);
+	amount = abp_metadata_amount(row->cost_cents);
 	if (amount_too_large(w, amount, row->cost_cents))
 		return false;
 	abp_json_put_literal(w, ",\"_cost\":{\"amount\":\"");

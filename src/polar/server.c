@@ -190,7 +190,7 @@ aibilling_polar_fdw_validator(PG_FUNCTION_ARGS)
 		if (catalog == UserMappingRelationId)
 		{
 			const char *token = defGetString(def);
-			const char *fault = abp_token_fault(token, strlen(token));
+			const char *fault = abp_option_token_fault(token, strlen(token));
 
 			if (fault != NULL)
 				abp_option_refuse(def->defname, NULL,

@@ -358,7 +358,7 @@ abp_price_hint(const PriceRequest *request)
 
 /* The status as cost_status says it. */
 const char *
-abp_cost_status_name(CostStatus status)
+abp_price_status_name(CostStatus status)
 {
 	switch (status)
 	{
@@ -487,7 +487,7 @@ abp_price_find_model(TextView *provider, TextView *model)
  * false.  cost_cents and missing are palloc'd in the current memory context.
  */
 bool
-abp_price_usage(const PriceRequest *request, bool noerror, PricedCost *cost)
+abp_price_compute(const PriceRequest *request, bool noerror, PricedCost *cost)
 {
 	MemoryContext caller_context = CurrentMemoryContext;
 	ExactCost	exact;

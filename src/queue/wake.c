@@ -154,7 +154,7 @@ abp_wake_register(void)
  * its name.
  */
 void
-abp_worker_ends(const char *error, bool no_database)
+abp_wake_worker_ends(const char *error, bool no_database)
 {
 	if (my_slot == NULL || error == NULL)
 		return;
@@ -169,7 +169,7 @@ abp_worker_ends(const char *error, bool no_database)
  * without one since: a copy in the current memory context, or NULL.
  */
 char	   *
-abp_worker_error(const char *database)
+abp_wake_worker_error(const char *database)
 {
 	char		error[MAX_WORKER_ERROR] = "";
 
@@ -189,7 +189,7 @@ abp_worker_error(const char *database)
  * Did this worker's last run end since there is no database of its name?
  */
 bool
-abp_worker_had_no_database(void)
+abp_wake_had_no_database(void)
 {
 	bool		had_none;
 
@@ -203,7 +203,7 @@ abp_worker_had_no_database(void)
  * There is a database of this worker's name now: its next run may connect.
  */
 void
-abp_worker_has_database(void)
+abp_wake_has_database(void)
 {
 	LWLockAcquire(state->lock, LW_EXCLUSIVE);
 	my_slot->no_database = false;
@@ -312,7 +312,7 @@ abp_wake_worker(void)
  * The process id of this database's worker, 0 if none runs.
  */
 int
-abp_worker_pid(void)
+abp_wake_worker_pid(void)
 {
 	return signal_worker(false);
 }
@@ -335,7 +335,7 @@ abp_wake_listen(void)
  * The worker has had a turn without an error, and no price is left to look for.
  */
 void
-abp_worker_has_looked(void)
+abp_wake_has_looked(void)
 {
 	if (my_slot == NULL)
 		return;
@@ -349,7 +349,7 @@ abp_worker_has_looked(void)
  * How many such turns has this database's worker had?  0 without one.
  */
 uint64
-abp_worker_look_count(void)
+abp_wake_look_count(void)
 {
 	uint64		looks = 0;
 

@@ -72,7 +72,7 @@ static void
 put_off(Filling *filling, int64 id, char *reason)
 {
 	int			attempts = filling->shipment->delivery.prior_attempts;
-	RowState	fate = {OUTBOX_WAITING, abp_in_ms(HOLD_MS << Min(attempts, MAX_HOLDS)), reason};
+	RowState	fate = {OUTBOX_WAITING, abp_turn_in_ms(HOLD_MS << Min(attempts, MAX_HOLDS)), reason};
 
 	if (attempts >= MAX_HOLDS)
 		fate.state = OUTBOX_REJECTED;
@@ -276,7 +276,7 @@ pass_over(const UsageRow *row, Jsonb *whole, void *arg)
  * Can the table be read at all?  An error that is not a row's fault is raised.
  */
 void
-abp_read_no_row(const UsageTable *table, bool whole)
+abp_fill_read_no_row(const UsageTable *table, bool whole)
 {
 	IdSet		none = {0};
 
@@ -293,7 +293,7 @@ set_failed_aside(Filling *filling, int64 id, bool whole, GuardOutcome outcome,
 				 const GuardError *error)
 {
 	if (filling->seen.nranges == 0)
-		abp_read_no_row(filling->table, whole);
+		abp_fill_read_no_row(filling->table, whole);
 	if (outcome == GUARD_PASSES)
 	{
 		if (filling->seen.nranges == 0)
@@ -560,7 +560,7 @@ rest_table(const UsageTable *table, const Filling *filling)
 {
 	Position   *position = abp_position_of(table->relid);
 	const char *reason = ((OutboxEntry *) llast(filling->exceptions))->error;
-	TimestampTz until = abp_in_ms(HOLD_MS << position->rests);
+	TimestampTz until = abp_turn_in_ms(HOLD_MS << position->rests);
 
 	if (table->blocked_reason == NULL && !filling->warned)
 		ereport(WARNING,

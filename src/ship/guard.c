@@ -121,7 +121,7 @@ block_who_ended_us(int code, Datum arg)
 	ereport(WARNING,
 			(errcode(ERRCODE_QUERY_CANCELED),
 			 errmsg("usage rows of %s cannot be delivered: %s", table_at_work->name, reason)));
-	(void) abp_usage_table_block(table_at_work->relid, reason, until);
+	(void) abp_attachment_block(table_at_work->relid, reason, until);
 	PopActiveSnapshot();
 	CommitTransactionCommand();
 }

@@ -29,7 +29,7 @@ struct Lane
 	int			failures;		/* in a row */
 	TimestampTz not_before;
 	bool		paused_by_answer;
-	uint32		refused_token;	/* hash of the token that was refused, 0: none */
+	uint32		last_token;		/* hash of the token last looked at, 0: none */
 	bool		lacks_token;	/* is paused for want of one */
 	TimestampTz last_success;
 	int			batch_size;		/* adapted to slow answers; 0: as configured */

@@ -200,7 +200,7 @@ settle_refused(Turn *turn, Shipment *shipment, const Verdict *verdict)
 		abp_idset_add(&refused, id, id, CurrentMemoryContext);
 		if (event->clock_skew)
 			put_back(shipment, one, OUTBOX_WAITING,
-					 abp_in_ms(SKEW_MS * Min(12, 1 + delivery->prior_attempts)),
+					 abp_turn_in_ms(SKEW_MS * Min(12, 1 + delivery->prior_attempts)),
 					 event->reason, true);
 		else
 		{
@@ -252,7 +252,7 @@ settle_server_error(Turn *turn, Shipment *shipment, const Verdict *verdict)
 
 		if (!others_pass)
 			abp_lane_back_off(turn, lane, ms, verdict->error);
-		keep_for_retry(shipment, abp_in_ms(ms), verdict->error);
+		keep_for_retry(shipment, abp_turn_in_ms(ms), verdict->error);
 	}
 }
 

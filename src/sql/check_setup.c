@@ -374,7 +374,7 @@ check_worker(Setup *setup)
 	List	   *names = NIL;
 	int			wanted;
 
-	if (abp_worker_pid() != 0)
+	if (abp_wake_worker_pid() != 0)
 	{
 		put(setup, item, RIGHT, NULL, NULL);
 		return;
@@ -389,7 +389,7 @@ check_worker(Setup *setup)
 		put(setup, item, UNKNOWN, "this server is a standby: the worker runs on the primary", NULL);
 		return;
 	}
-	error = abp_worker_error(get_database_name(MyDatabaseId));
+	error = abp_wake_worker_error(get_database_name(MyDatabaseId));
 	if (error != NULL)
 	{
 		put(setup, item, WRONG, psprintf("it has ended with an error and starts again every second; the server's log has more: %s", error), NULL);
@@ -493,7 +493,7 @@ check_servers(Setup *setup)
 static const char *
 mapping_of(const ServerOptions *server, Oid role)
 {
-	const char *whose = OidIsValid(role) && abp_server_is_mapped(server->serverid, role) ?
+	const char *whose = OidIsValid(role) && abp_token_is_mapped(server->serverid, role) ?
 	quote_identifier(GetUserNameFromId(role, false)) : "PUBLIC";
 
 	return psprintf("USER MAPPING FOR %s SERVER %s", whose, quote_identifier(server->name));
@@ -502,8 +502,8 @@ mapping_of(const ServerOptions *server, Oid role)
 static bool
 is_mapped(const ServerOptions *server, Oid role)
 {
-	return abp_server_is_mapped(server->serverid, InvalidOid) ||
-		(OidIsValid(role) && abp_server_is_mapped(server->serverid, role));
+	return abp_token_is_mapped(server->serverid, InvalidOid) ||
+		(OidIsValid(role) && abp_token_is_mapped(server->serverid, role));
 }
 
 /* What lets the server read a token that it cannot read. */
@@ -635,7 +635,7 @@ check_token(Setup *setup, const ServerOptions *server, Oid role)
 	}
 
 	initStringInfo(&reason);
-	token = abp_server_token(server, role, &reason);
+	token = abp_token_read(server, role, &reason);
 	if (token == NULL)
 	{
 		char	   *fix = fix_of_token(server, role);
@@ -652,7 +652,7 @@ check_token(Setup *setup, const ServerOptions *server, Oid role)
 	}
 	PG_FINALLY();
 	{
-		abp_forget_token(token);
+		abp_token_forget(token);
 	}
 	PG_END_TRY();
 }
@@ -678,7 +678,7 @@ check_tokens(Setup *setup)
 		}
 		/* nothing is attached yet: the one who will attach something */
 		if (roles == NIL)
-			roles = list_make1_oid(abp_server_is_mapped(server->serverid, GetUserId()) ?
+			roles = list_make1_oid(abp_token_is_mapped(server->serverid, GetUserId()) ?
 								   GetUserId() : InvalidOid);
 		foreach(other, roles)
 			check_token(setup, server, lfirst_oid(other));
@@ -726,7 +726,7 @@ check_table(Setup *setup, const UsageTable *table)
 {
 	char	   *item = psprintf("usage table %s: nothing stops its delivery", table->name);
 	char	   *resume = psprintf("SELECT aibilling.resume(%s);", quote_literal_cstr(table->server));
-	char	   *faults = abp_usage_columns_faults(table->relid);
+	char	   *faults = abp_row_columns_faults(table->relid);
 
 	if (!OidIsValid(table->serverid))
 		put(setup, item, WRONG, psprintf("its server \"%s\" does not exist any more", table->server),
@@ -811,7 +811,7 @@ abp_sql_check_setup(PG_FUNCTION_ARGS)
 	abp_extension_check_version();
 	InitMaterializedSRF(fcinfo, 0);
 
-	all = abp_usage_tables(&setup.armed);
+	all = abp_attachments(&setup.armed);
 	foreach(lc, all)
 	{
 		UsageTable *table = lfirst(lc);

@@ -201,7 +201,7 @@ abp_sql_polar_cost(PG_FUNCTION_ARGS)
 		cents = abp_cost_cents_exact(&cost);
 
 	json = psprintf("{\"amount\": \"%s\", \"currency\": \"usd\"}",
-					abp_event_amount(cents));
+					abp_metadata_amount(cents));
 	PG_RETURN_DATUM(DirectFunctionCall1(jsonb_in, CStringGetDatum(json)));
 }
 
@@ -232,7 +232,7 @@ abp_sql_cost(PG_FUNCTION_ARGS)
 		values[2] = NumericGetDatum(abp_cost_cents(&cost));
 		nulls[0] = nulls[1] = nulls[2] = false;
 	}
-	values[3] = CStringGetTextDatum(abp_cost_status_name(status));
+	values[3] = CStringGetTextDatum(abp_price_status_name(status));
 
 	PG_RETURN_DATUM(HeapTupleGetDatum(heap_form_tuple(tupdesc, values, nulls)));
 }
@@ -416,7 +416,7 @@ get_usage_request(uint64 row, PriceRequest *request, UsageCounts *counts, UsageR
 	request->at = isnull ? GetCurrentTransactionStartTimestamp() :
 		DatumGetTimestampTz(datum);
 	datum = SPI_getbinval(tuple, tupdesc, 5, &isnull);
-	counts->units = isnull ? NULL : abp_usage_json(datum);
+	counts->units = isnull ? NULL : abp_row_json(datum);
 	datum = SPI_getbinval(tuple, tupdesc, 6, &isnull);
 	request->provider_cost = isnull ? NULL : DatumGetNumeric(datum);
 	for (int i = 0; i < NUM_USAGE_COUNTS; i++)
@@ -930,7 +930,7 @@ abp_sql_fetch_prices(PG_FUNCTION_ARGS)
 	InitMaterializedSRF(fcinfo, 0);
 
 	initStringInfo(&problem);
-	token = abp_server_token(server, GetUserId(), &problem);
+	token = abp_token_read(server, GetUserId(), &problem);
 	if (token == NULL && problem.len > 0)
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_AUTHORIZATION_SPECIFICATION),
@@ -943,7 +943,7 @@ abp_sql_fetch_prices(PG_FUNCTION_ARGS)
 	PG_FINALLY();
 	{
 		abp_http_cancel_all();
-		abp_forget_token(token);
+		abp_token_forget(token);
 	}
 	PG_END_TRY();
 

@@ -202,7 +202,7 @@ for_servers(FunctionCallInfo fcinfo, void (*action) (const ServerShare *share))
 {
 	const char *wanted = PG_ARGISNULL(0) ? NULL : NameStr(*PG_GETARG_NAME(0));
 	bool		armed;
-	List	   *tables = abp_usage_tables(&armed);
+	List	   *tables = abp_attachments(&armed);
 	List	   *done = NIL;
 	bool		acted = false;
 	ListCell   *lc;
@@ -264,9 +264,9 @@ resume_server(const ServerShare *share)
 	foreach(lc, share->owners)
 		abp_server_resume(share->server, lfirst_oid(lc), true);
 	foreach(lc, share->tables)
-		abp_usage_table_unblock(((UsageTable *) lfirst(lc))->relid, true);
+		abp_attachment_unblock(((UsageTable *) lfirst(lc))->relid, true);
 
-	foreach(lc, abp_usage_tables(&armed))
+	foreach(lc, abp_attachments(&armed))
 	{
 		UsageTable *table = lfirst(lc);
 

@@ -92,12 +92,12 @@ partition_has_gone(Oid usage_table, Oid partition, Oid serverid, int64 ledger_fr
 
 	while (abp_idset_walk(&ids, &walk))
 	{
-		bool		maybe_sent;
+		bool		outcome_unknown;
 
 		CHECK_FOR_INTERRUPTS();
 
-		if (abp_usage_row_left(usage_table, walk.id, ledger_from, &maybe_sent))
-			abp_idset_add(maybe_sent ? &unknown : &unsent, walk.id, walk.id, CurrentMemoryContext);
+		if (abp_trigger_row_left(usage_table, walk.id, ledger_from, &outcome_unknown))
+			abp_idset_add(outcome_unknown ? &unknown : &unsent, walk.id, walk.id, CurrentMemoryContext);
 	}
 	note_vanished(usage_table, serverid, &unsent, false);
 	note_vanished(usage_table, serverid, &unknown, true);
@@ -223,7 +223,7 @@ abp_sql_on_table_ddl(PG_FUNCTION_ARGS)
 			continue;
 		root = root_of(RangeVarGetRelid(((const AlterTableStmt *) command)->relation, NoLock, true));
 		partition = RangeVarGetRelid(named->name, NoLock, true);
-		if (!OidIsValid(partition) || !abp_usage_table_attached(root, &serverid, &ledger_from))
+		if (!OidIsValid(partition) || !abp_attachment_find(root, &serverid, &ledger_from))
 			continue;
 
 		/*

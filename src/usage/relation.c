@@ -256,7 +256,7 @@ find_usage_table(Relation rel, Oid *serverid, int64 *ledger_from)
 
 	foreach(lc, candidates)
 	{
-		if (abp_usage_table_attached(lfirst_oid(lc), serverid, ledger_from))
+		if (abp_attachment_find(lfirst_oid(lc), serverid, ledger_from))
 			return lfirst_oid(lc);
 	}
 	return InvalidOid;
@@ -309,7 +309,7 @@ abp_relation_know(Relation rel)
 	}
 
 	known->defaults = NULL;
-	if (!abp_usage_columns_find(rel, &known->columns, &problem))
+	if (!abp_row_columns_find(rel, &known->columns, &problem))
 		ereport(ERROR,
 				(errcode(ERRCODE_DATATYPE_MISMATCH),
 				 errmsg("table \"%s\" lacks columns of a usage table",
@@ -349,7 +349,7 @@ abp_relation_read(const UsageRelation *known, HeapTuple tuple, TupleDesc desc,
 	for (int i = 0; i < NUM_USAGE_COLUMNS; i++)
 	{
 		if (!known->columns.plain[i] && !nulls[i])
-			values[i] = abp_usage_value_read(&known->columns, i, values[i]);
+			values[i] = abp_row_value_read(&known->columns, i, values[i]);
 	}
 }
 

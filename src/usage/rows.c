@@ -143,8 +143,8 @@ prepare_read(const UsageTable *table, ReadKind kind, bool by_range)
 	initStringInfo(&sql);
 	appendStringInfoString(&sql, "SELECT ");
 	for (int i = 0; i < NUM_USAGE_COLUMNS; i++)
-		appendStringInfo(&sql, "%su.%s::%s", i > 0 ? ", " : "", abp_usage_columns[i].name,
-						 format_type_be_qualified(abp_usage_columns[i].type));
+		appendStringInfo(&sql, "%su.%s::%s", i > 0 ? ", " : "", abp_row_columns[i].name,
+						 format_type_be_qualified(abp_row_columns[i].type));
 	if (kind != READ_COLUMNS)
 		appendStringInfoString(&sql, ", u.xmax");
 	if (kind == READ_WHOLE)
@@ -279,7 +279,7 @@ abp_rows_read(const UsageTable *table, IdSet *ids, bool whole,
 
 	/* What the statement casts must be what we know how to write, too. */
 	rel = table_open(table->relid, NoLock);
-	if (!abp_usage_columns_find(rel, &columns, &problem))
+	if (!abp_row_columns_find(rel, &columns, &problem))
 		ereport(ERROR,
 				(errcode(ERRCODE_DATATYPE_MISMATCH),
 				 errmsg("usage table %s: %s", table->name, problem),
@@ -307,7 +307,7 @@ abp_rows_read(const UsageTable *table, IdSet *ids, bool whole,
 			if (by_range && ids->nranges > 1 &&
 				!abp_idset_contains(ids, DatumGetInt64(values[COL_ID])))
 				continue;
-			abp_usage_row_read(values, nulls, &row);
+			abp_row_read(values, nulls, &row);
 			row.columns = &columns;
 			row.maybe_changing = may_be_changing(plans, rows->vals[i], kind != READ_COLUMNS,
 												 values[NUM_USAGE_COLUMNS]);
@@ -455,7 +455,7 @@ abp_rows_shared(const UsageTable *table, IdSet *ids)
  * costs (triggers.c).  Returns the ids of the rows that there are.
  */
 IdSet
-abp_rows_reprice(const UsageTable *table, IdSet *ids)
+abp_rows_update_prices(const UsageTable *table, IdSet *ids)
 {
 	return select_ids(table, "UPDATE %s u SET cost_status = u.cost_status"
 					  " WHERE u.id OPERATOR(pg_catalog.=) ANY ($1) RETURNING u.id::pg_catalog.int8", ids, false);

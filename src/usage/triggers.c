@@ -114,7 +114,7 @@ priced_tuple(UsageRelation *known, TupleDesc desc, const UsageRow *row,
 		if (!nulls[att_]) \
 			values[att_] = (datum); \
 		if (unlikely(!known->columns.plain[column])) \
-			values[att_] = abp_usage_value_write(&known->columns, column, \
+			values[att_] = abp_row_value_write(&known->columns, column, \
 												 values[att_], nulls[att_]); \
 	} while (0)
 
@@ -140,7 +140,7 @@ priced_tuple(UsageRelation *known, TupleDesc desc, const UsageRow *row,
 	SET_COLUMN(COL_COST_NANOS, !cost->known, Int64GetDatum(cost->cost_nanos));
 	SET_COLUMN(COL_COST_CENTS, !cost->known, NumericGetDatum(cost->cost_cents));
 	SET_COLUMN(COL_COST_STATUS, false,
-			   CStringGetTextDatum(abp_cost_status_name(cost->status)));
+			   CStringGetTextDatum(abp_price_status_name(cost->status)));
 #undef SET_COLUMN
 
 	return heap_form_tuple(desc, values, nulls);
@@ -380,7 +380,7 @@ abp_sql_price_usage(PG_FUNCTION_ARGS)
 		return PointerGetDatum(new.tuple);
 
 	known = new.known;
-	abp_usage_row_read(new.values, new.nulls, &row);
+	abp_row_read(new.values, new.nulls, &row);
 	row.columns = &known->columns;
 	abp_fate_check(new.rel, &row, new.nulls);
 	if (OidIsValid(known->serverid))
@@ -399,7 +399,7 @@ abp_sql_price_usage(PG_FUNCTION_ARGS)
 	{
 		PriceRequest request = abp_fate_price_request(&row);
 
-		(void) abp_price_usage(&request, false, &cost);
+		(void) abp_price_compute(&request, false, &cost);
 		if (!update)
 			abp_correct_price(known->usage_table, &row, &cost);
 		if (unlikely(!row.counts.given[COUNT_OUTPUT]) && !update)
@@ -469,7 +469,7 @@ abp_sql_enqueue_usage(PG_FUNCTION_ARGS)
 		return PointerGetDatum(NULL);
 
 	abp_relation_read(known, trigdata->tg_trigtuple, RelationGetDescr(rel), values, nulls);
-	abp_usage_row_read(values, nulls, &row);
+	abp_row_read(values, nulls, &row);
 	row.columns = &known->columns;
 	if (OidIsValid(known->serverid))
 		server = abp_server_options(known->serverid);
@@ -528,7 +528,7 @@ leave_to_other(Oid usage_table, int64 id, int64 ledger_from, const RowPlace *pla
  * waits, and whether Polar may have it.
  */
 bool
-abp_usage_row_left(Oid usage_table, int64 id, int64 ledger_from, bool *maybe_sent)
+abp_trigger_row_left(Oid usage_table, int64 id, int64 ledger_from, bool *outcome_unknown)
 {
 	RowPlace	place;
 	bool		own = abp_collect_find(usage_table, id, &place);
@@ -538,7 +538,7 @@ abp_usage_row_left(Oid usage_table, int64 id, int64 ledger_from, bool *maybe_sen
 	if (place.state == 0)
 		return false;
 
-	*maybe_sent = place.outcome_unknown || place.where == ROW_SENDING ||
+	*outcome_unknown = place.outcome_unknown || place.where == ROW_SENDING ||
 		abp_ledger_has(usage_table, id, ledger_from);
 	if (place.where == ROW_SENDING)
 		return true;
@@ -652,7 +652,7 @@ abp_sql_truncate_usage(PG_FUNCTION_ARGS)
 				 errhint("Pause its server with aibilling.pause(), wait until aibilling.status shows none in flight, and truncate then.")));
 	count = abp_outbox_discard(known->usage_table);
 	abp_collect_truncated(known->usage_table);
-	abp_usage_table_truncated(known->usage_table);
+	abp_attachment_truncated(known->usage_table);
 	abp_corrections_forget(known->usage_table);
 	abp_shares_truncated(known->usage_table);
 	if (count > 0)
@@ -668,7 +668,7 @@ abp_sql_truncate_usage(PG_FUNCTION_ARGS)
  * that there still are.
  */
 IdSet
-abp_price_rows_again(const UsageTable *table, IdSet *ids)
+abp_trigger_reprice(const UsageTable *table, IdSet *ids)
 {
 	static bool registered = false;
 	IdSet		updated;
@@ -682,7 +682,7 @@ abp_price_rows_again(const UsageTable *table, IdSet *ids)
 	repricing_table = table->relid;
 	repricing_ids = ids;
 	repricing_level = GetCurrentTransactionNestLevel();
-	updated = abp_rows_reprice(table, ids);
+	updated = abp_rows_update_prices(table, ids);
 	repricing_table = InvalidOid;
 	return updated;
 }

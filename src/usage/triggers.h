@@ -13,8 +13,8 @@
 #include "base/idset.h"
 #include "queue/attachment.h"
 
-extern bool abp_usage_row_left(Oid usage_table, int64 id, int64 ledger_from,
-							   bool *maybe_sent);
-extern IdSet abp_price_rows_again(const UsageTable *table, IdSet *ids);
+extern bool abp_trigger_row_left(Oid usage_table, int64 id, int64 ledger_from,
+								 bool *outcome_unknown);
+extern IdSet abp_trigger_reprice(const UsageTable *table, IdSet *ids);
 
 #endif							/* ABP_TRIGGERS_H */

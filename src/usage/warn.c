@@ -166,7 +166,7 @@ abp_warn_no_output(const UsageRow *row, const PriceRequest *request, const Price
 	counts.given[COUNT_OUTPUT] = true;
 	counts.value[COUNT_OUTPUT] = 1000;
 	with_output.counts = &counts;
-	if (!abp_price_usage(&with_output, true, &other) || !other.known ||
+	if (!abp_price_compute(&with_output, true, &other) || !other.known ||
 		DatumGetBool(DirectFunctionCall2(numeric_eq, NumericGetDatum(other.cost_cents),
 										 NumericGetDatum(cost->cost_cents))))
 		return;

@@ -41,7 +41,7 @@ endif
 EXTVERSION = $(shell sed -n "s/^default_version = '\(.*\)'/\1/p" $(srcdir)/$(EXTENSION).control)
 
 PG_CPPFLAGS = -I$(srcdir)/src -DABP_VERSION='"$(EXTVERSION)"' $(shell pkg-config --cflags libcurl)
-PG_CFLAGS = -Wall -Wextra -Wno-unused-parameter -Wno-sign-compare -Wno-missing-field-initializers
+PG_CFLAGS = -Wall -Wextra -Werror=implicit-function-declaration -Wno-unused-parameter -Wno-sign-compare -Wno-missing-field-initializers
 SHLIB_LINK = $(shell pkg-config --libs libcurl)
 
 EXTRA_CLEAN = tmp_check output_iso $(EXTENSION)-*.tar.gz $(EXTENSION)-*.zip

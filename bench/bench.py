@@ -44,7 +44,13 @@ SETTINGS = {
     "synchronous_commit": "on",
     "shared_preload_libraries": "'aibilling_polar'",
     "aibilling_polar.databases": f"'{DATABASE}'",
+    "max_worker_processes": "16",
+    "max_logical_replication_workers": "8",
 }
+# A server without the extension that publishes its usage table.
+PUBLISHER_SETTINGS = {name: value for name, value in SETTINGS.items() if not name.startswith(("aibilling", "shared"))} \
+    | {"wal_level": "logical", "shared_buffers": "'256MB'"}
+PUBLISHERS = 3
 
 
 def say(text):
@@ -125,7 +131,7 @@ class Sink:
 
 
 class Server:
-    def __init__(self, bindir, work):
+    def __init__(self, bindir, work, settings=None):
         self.bindir = bindir
         self.data = work / "data"
         self.environment = {**os.environ, "PGHOST": str(work), "PGUSER": "postgres", "PGPORT": "5432",
@@ -133,7 +139,7 @@ class Server:
         self.run("initdb", "-D", self.data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C.UTF-8")
         with open(self.data / "postgresql.conf", "a", encoding="utf-8") as conf:
             conf.write(f"unix_socket_directories = '{work}'\n")
-            conf.writelines(f"{name} = {value}\n" for name, value in SETTINGS.items())
+            conf.writelines(f"{name} = {value}\n" for name, value in (settings or SETTINGS).items())
         self.run("pg_ctl", "-D", self.data, "-l", work / "log", "-w", "start")
         self.postmaster = int((self.data / "postmaster.pid").read_text().split()[0])
 
@@ -171,6 +177,19 @@ class Server:
                                            " WHERE backend_type = 'aibilling_polar worker'"), "the worker")
 
 
+def source_ddl(rows):
+    """What creates the rows that are inserted, in a table of that name."""
+    models = ", ".join(f"({i}, '{p}', '{m}')" for i, (p, m) in enumerate(MODELS))
+    return f"""CREATE UNLOGGED TABLE source AS
+    SELECT m.provider, m.model, 'customer_' || n * 7919 % 5000 AS external_customer_id,
+        'chatcmpl-' || md5(n::text) AS generation_id, 200 + n * 31 % 20000 AS input_tokens,
+        CASE WHEN n % 3 = 0 THEN n * 31 % 20000 / 2 END AS cache_read_tokens,
+        n * 17 % 3000 AS output_tokens, CASE WHEN n % 4 = 0 THEN n * 17 % 3000 / 2 END AS reasoning_tokens,
+        jsonb_build_object('org_name', 'Acme ' || n % 97, 'feature', 'chat') AS tags
+    FROM generate_series(1::bigint, {rows}) n
+    JOIN (VALUES {models}) m (i, provider, model) ON m.i = n % {len(MODELS)} ORDER BY n"""
+
+
 # --- the sections --------------------------------------------------------------
 
 class Bench:
@@ -186,7 +205,6 @@ class Bench:
         """The extension, the tables and the rows that all sections use."""
         say("== preparing")
         self.sql(f"CREATE DATABASE {DATABASE}", database="postgres")
-        models = ", ".join(f"({i}, '{p}', '{m}')" for i, (p, m) in enumerate(MODELS))
         self.sql(
             "CREATE EXTENSION aibilling_polar",
             "SELECT aibilling.load_bundled_prices()",
@@ -199,14 +217,7 @@ class Bench:
             "ALTER TABLE peer ADD delivered_at timestamptz",
             "CREATE INDEX ON peer (id) WHERE delivered_at IS NULL",
             # The source, in the order of the usage table's columns; then with what the triggers fill in.
-            f"""CREATE UNLOGGED TABLE source AS
-                SELECT m.provider, m.model, 'customer_' || n * 7919 % 5000 AS external_customer_id,
-                    'chatcmpl-' || md5(n::text) AS generation_id, 200 + n * 31 % 20000 AS input_tokens,
-                    CASE WHEN n % 3 = 0 THEN n * 31 % 20000 / 2 END AS cache_read_tokens,
-                    n * 17 % 3000 AS output_tokens, CASE WHEN n % 4 = 0 THEN n * 17 % 3000 / 2 END AS reasoning_tokens,
-                    jsonb_build_object('org_name', 'Acme ' || n % 97, 'feature', 'chat') AS tags
-                FROM generate_series(1::bigint, {self.options.rows}) n
-                JOIN (VALUES {models}) m (i, provider, model) ON m.i = n % {len(MODELS)} ORDER BY n""",
+            source_ddl(self.options.rows),
             "SET aibilling_polar.enqueue = off; "
             f"INSERT INTO usage ({GIVEN}) SELECT {GIVEN} FROM source",
             f"CREATE UNLOGGED TABLE filled AS SELECT {FILLED} FROM usage ORDER BY id",
@@ -471,26 +482,72 @@ class Bench:
         self.use(self.sink, 1000)
         self.empty("usage")
         self.sql("SELECT aibilling.resume('polar')")
+        self.write_one()
+        return self.rounds(lambda: {"commit to arrival": self.single_rows(self.server, 1000)})
+
+    def write_one(self, table="usage"):
         (self.work / "one.pgbench").write_text(
-            "INSERT INTO usage (provider, model, external_customer_id, input_tokens, output_tokens)"
+            f"INSERT INTO {table} (provider, model, external_customer_id, input_tokens, output_tokens)"
             " VALUES ('openai', 'gpt-5', 'customer_42', 1200, 250);\n", encoding="utf-8")
 
+    def single_rows(self, writer, batch_size):
+        """Milliseconds from a row's commit at a server to its arrival."""
+        arrivals = self.work / "arrivals"
+        sink = Sink(self.options.port + 2, 0, str(arrivals))
+        self.use(sink, batch_size)
+        log = self.work / "latency"
+        writer.run("pgbench", "-n", "-c", "1", "-R", "20", "-T", str(self.options.seconds), "-M", "prepared",
+                   "-l", f"--log-prefix={log}", "-f", self.work / "one.pgbench")
+        (path,) = self.work.glob("latency.*")
+        commits = [int(f[4]) * 1000000 + int(f[5]) for f in (line.split() for line in path.read_text().splitlines())]
+        wait_until(lambda: sink.count()["events"] >= len(commits), "the events")
+        arrived = [int(line) for line in arrivals.read_text().split()]
+        path.unlink()
+        sink.stop()
+        waits = sorted((there - here) / 1000 for here, there in zip(commits, arrived))
+        return {"p50": waits[len(waits) // 2], "p99": waits[int(len(waits) * 0.99)]}
+
+    def fan_in(self):
+        """Servers without the extension feed one table."""
+        self.use(self.sink, 1000)
+        self.write_one("usage_in")
+        self.sql("SELECT aibilling.create_usage_table('usage_in', server => 'polar', replicated => true)")
+        each = self.options.rows // PUBLISHERS
+        publishers = []
+        for number in range(PUBLISHERS):
+            work = self.work / f"publisher{number}"
+            work.mkdir()
+            publisher = Server(self.server.bindir, work, PUBLISHER_SETTINGS)
+            publishers.append(publisher)
+            publisher.sql(f"CREATE DATABASE {DATABASE}", database="postgres")
+            publisher.sql(source_ddl(each))
+            for statement in self.sql("SELECT aibilling.usage_table_ddl('usage_in')").split(";\n"):
+                publisher.sql(statement)
+            self.sql(f"""CREATE SUBSCRIPTION publisher{number} CONNECTION 'host={work} dbname={DATABASE} user=postgres'
+                PUBLICATION aibilling_usage_in""")
+
         def measure():
-            arrivals = self.work / "arrivals"
-            sink = Sink(self.options.port + 2, 0, str(arrivals))
-            self.use(sink, 1000)
-            log = self.work / "latency"
-            self.server.run("pgbench", "-n", "-c", "1", "-R", "20", "-T", str(self.options.seconds), "-M", "prepared",
-                            "-l", f"--log-prefix={log}", "-f", self.work / "one.pgbench")
-            (path,) = self.work.glob("latency.*")
-            commits = [int(f[4]) * 1000000 + int(f[5]) for f in (line.split() for line in path.read_text().splitlines())]
-            wait_until(lambda: sink.count()["events"] >= len(commits), "the events")
-            arrived = [int(line) for line in arrivals.read_text().split()]
-            path.unlink()
-            sink.stop()
-            waits = sorted((there - here) / 1000 for here, there in zip(commits, arrived))
-            return {"commit to arrival": {"p50": waits[len(waits) // 2], "p99": waits[int(len(waits) * 0.99)]}}
-        return self.rounds(measure)
+            for number, publisher in enumerate(publishers):
+                self.sql(f"ALTER SUBSCRIPTION publisher{number} DISABLE")
+                publisher.sql(f"INSERT INTO usage_in ({GIVEN}) SELECT {GIVEN} FROM source")
+            self.sql("SELECT aibilling.resume('polar')")
+            before, started = self.sink.count()["events"], time.monotonic()
+            for number in range(PUBLISHERS):
+                self.sql(f"ALTER SUBSCRIPTION publisher{number} ENABLE")
+            wait_until(lambda: self.sink.count()["events"] - before >= each * PUBLISHERS, "the events")
+            seconds = time.monotonic() - started
+            single = self.single_rows(publishers[0], 1000)
+            self.use(self.sink, 1000)
+            return {"backlog": {"seconds": seconds, "rate": each * PUBLISHERS / seconds},
+                    "commit there to arrival": single}
+        wait_until(lambda: self.sql("SELECT bool_and(srsubstate = 'r') FROM pg_subscription_rel") == "t", "the subscriptions")
+        result = self.rounds(measure)
+        for number, publisher in enumerate(publishers):
+            self.sql(f"DROP SUBSCRIPTION publisher{number}")
+            publisher.stop()
+        self.empty("usage_in")
+        self.sql("DROP TABLE usage_in")
+        return result
 
     # 5
     def growth(self):
@@ -627,8 +684,53 @@ class Bench:
                          "seconds": self.options.idle, "poll": self.options.poll}}
 
 
-SECTIONS = ["costing", "bulk", "raw", "single", "slow_sink", "peers", "latency", "growth", "backlog", "idle",
-            "partitioned"]
+    def spend(self):
+        """What customers cost: a year of rows of 100,000 customers, delivered and in the rollup, and 1,000 rows that wait."""
+        rows = self.options.backlog
+        self.pause()
+        self.sql("SELECT aibilling.create_usage_table('spender', server => 'polar')",
+                 f"""INSERT INTO spender (occurred_at, provider, model, external_customer_id, input_tokens, output_tokens)
+                     SELECT date_trunc('month', now()) - n % 365 * interval '1 day', m.provider, m.model,
+                         'customer_' || n * 7919 % 100000, n * 31 % 20000, n * 17 % 3000
+                     FROM generate_series(1::bigint, {rows}) n
+                     JOIN (VALUES {", ".join(f"({i}, '{p}', '{m}')" for i, (p, m) in enumerate(MODELS))}) m (i, provider, model)
+                     ON m.i = n % 10""")
+        delivered = self.deliver(self.sink, rows)
+        started = time.monotonic()
+        self.sql("SELECT aibilling.resume('polar')")
+        wait_until(lambda: self.sql("SELECT NOT EXISTS (SELECT FROM aibilling.share)") == "t", "the rollup", 3600)
+        folded = time.monotonic() - started
+        self.pause()
+        self.sql("INSERT INTO spender (provider, model, external_customer_id, input_tokens)"
+                 " SELECT 'openai', 'gpt-5', 'customer_' || n * 7919 % 100000, 100 FROM generate_series(1, 1000) n",
+                 "VACUUM ANALYZE aibilling.rollup", "CHECKPOINT")
+        # each call by itself, of customers in no order
+        calls = """CREATE TEMP TABLE taken (ms float8); DO $$ DECLARE began timestamptz; s record; BEGIN FOR n IN 1 .. 5000 LOOP
+            began := clock_timestamp(); SELECT * INTO s FROM aibilling.spend('spender', 'customer_' || n * 104729 % 100000, SINCE);
+            INSERT INTO taken VALUES (extract(epoch FROM clock_timestamp() - began) * 1000); END LOOP; END $$;
+            SELECT percentile_cont('{0.5,0.99}'::float8[]) WITHIN GROUP (ORDER BY ms) FROM taken"""
+
+        def measure():
+            taken = {}
+            for case, since in (("spend of a month", "date_trunc('month', now(), 'UTC')"), ("spend of a year", "now() - interval '1 year'")):
+                p50, p99 = self.sql(calls.replace("SINCE", since)).strip("{}").split(",")
+                taken[case] = {"p50": float(p50), "p99": float(p99)}
+            for case, query in (("a year by model", "SELECT provider, model, sum(cost_cents) FROM aibilling.usage_by('spender', 'model',"
+                                 " current_date - 365, current_date) GROUP BY 1, 2"),
+                                ("a year by customer", "SELECT * FROM aibilling.usage_by('spender', 'customer', current_date - 365,"
+                                 " current_date) ORDER BY cost_cents DESC LIMIT 10"),
+                                ("a month, usage_daily", "SELECT count(*) FROM aibilling.usage_daily('spender', current_date - 30, current_date)"),
+                                ("report of a year", "SELECT length(aibilling.report('spender', current_date - 365, current_date))")):
+                taken[case] = {"ms": self.server.timed(query, query)["seconds"] * 1000}
+            return taken
+        result = self.rounds(measure)
+        result["filling"] = {"delivery rate": delivered["rate"], "fold seconds": folded, "rows": rows}
+        self.sql("DROP TABLE spender", "SELECT aibilling.resume('polar')")
+        return result
+
+
+SECTIONS = ["costing", "bulk", "raw", "single", "slow_sink", "peers", "latency", "fan_in", "growth", "backlog", "idle",
+            "partitioned", "spend"]
 
 
 # --- the report ----------------------------------------------------------------
@@ -694,6 +796,11 @@ def lines_of(results):
         waits = r["latency"]["commit to arrival"]
         yield line("4 commit to arrival, p50", waits["p50"], "≤ 5 ms", 5, unit=" ms")
         yield line("4 commit to arrival, p99", waits["p99"], "≤ 25 ms", 25, unit=" ms")
+    if "fan_in" in r:
+        f = r["fan_in"]
+        yield line(f"4 rows/s of {PUBLISHERS} publishers' backlogs, by subscriptions to one hub, to arrival", f["backlog"]["rate"], unit="")
+        yield line("4 commit at a publisher to arrival, p50", f["commit there to arrival"]["p50"], unit=" ms")
+        yield line("4 commit at a publisher to arrival, p99", f["commit there to arrival"]["p99"], unit=" ms")
     if "growth" in r:
         g = r["growth"]
         yield line("5 worker's CPU per event: large backlog against 10,000", g["backlog, of 10,000"]["cpu"],
@@ -722,6 +829,11 @@ def lines_of(results):
         yield line("7 partitioned: INSERT's WAL ratio against the plain table's", insert["wal"], "≤ 1.1 ×", 1.1)
         yield line("7 partitioned: delivery's time against the plain table's",
                    p["deliver, of the plain table's"]["seconds"], "≤ 1.1 ×", 1.1)
+    if "spend" in r:
+        s = r["spend"]
+        yield line("8 spend() of a customer's month, p99", s["spend of a month"]["p99"], "≤ 1 ms", 1, unit=" ms")
+        yield line("8 a year by model", s["a year by model"]["ms"], "≤ 100 ms", 100, unit=" ms")
+        yield line("8 report() of a year", s["report of a year"]["ms"], "≤ 2,000 ms", 2000, unit=" ms")
 
 
 def report(results):
@@ -805,7 +917,7 @@ def main():
             results[name] = {
                 "when": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
                 "settings": f"PostgreSQL {version}, Node.js {node}, {options.runs} rounds, {options.rows:,} rows"
-                            + (f", backlog {options.backlog:,}" if name == "growth" else ""),
+                            + (f", backlog {options.backlog:,}" if name in ("growth", "spend") else ""),
                 "machine": machine(server.postmaster), "load": load, "numbers": numbers}
             results = {key: results[key] for key in SECTIONS if key in results}
             kept.write_text(json.dumps(results, indent=1))

@@ -274,3 +274,31 @@ remove_work_directory() {
 	rm -rf "$work"
 	exit "$status"
 }
+
+# Chromium for pictures and for t/082_report.pl: installs Debian's package where it is missing.
+need_chromium() {
+	command -v chromium >/dev/null && return
+	command -v apt-get >/dev/null || die "missing: chromium"
+	refresh_packages
+	say "== installing chromium"
+	as_admin env DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends -o Dpkg::Use-Pty=0 \
+		install chromium fonts-dejavu-core >/dev/null
+}
+
+# Prometheus' promtool and the exporter, for t/083_monitoring.pl.
+need_monitoring() {
+	command -v promtool >/dev/null && command -v prometheus-postgres-exporter >/dev/null && return
+	command -v apt-get >/dev/null || die "missing: prometheus, prometheus-postgres-exporter"
+	refresh_packages
+	say "== installing prometheus-postgres-exporter and promtool"
+	as_admin env DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends -o Dpkg::Use-Pty=0 \
+		install prometheus prometheus-postgres-exporter >/dev/null
+}
+
+# chromium_headless OPTION...: without a screen, a network or a profile that stays.
+chromium_headless() {
+	local log=$work/chromium.log
+
+	as_server env HOME="$work" timeout 120 chromium --headless --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run \
+		--user-data-dir="$work/chromium" --timeout=20000 "$@" >"$log" 2>&1 || { tail -n 20 "$log" >&2; die "chromium failed"; }
+}

@@ -99,7 +99,7 @@ COMMENT ON TABLE aibilling.outbox_entry IS
 'Private: how aibilling.outbox is stored, ids of a block of 1,024 in one state. Its form may change in any version';
 COMMENT ON COLUMN aibilling.outbox_entry.usage_table IS 'The attached table';
 COMMENT ON COLUMN aibilling.outbox_entry.state IS
-'p: to be sent; w: to be sent, but not before not_before; u: waits for a price; r: rejected, waits for an UPDATE or aibilling.retry(). A capital letter: the ids are no longer in that state. n: priced and not queued, to be counted. v: id and ids are OIDs of partitions that were attached, to be looked at';
+'p: to be sent; w: to be sent, but not before not_before; u: waits for a price; r: rejected, waits for an UPDATE or aibilling.retry(). A capital letter: the ids are no longer in that state. To be counted only: n (not queued), s (skipped), k (change not taken over), v (deleted in flight). a: ids are OIDs of partitions that were attached, to be looked at';
 COMMENT ON COLUMN aibilling.outbox_entry.attempts IS 'How often the rows have been sent in vain';
 COMMENT ON COLUMN aibilling.outbox_entry.outcome_unknown IS
 'Whether an earlier request may have stored the rows: duplicates of them are expected, and they cannot be changed';
@@ -1858,10 +1858,472 @@ LANGUAGE c STABLE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'abp_sql_spend';
 COMMENT ON FUNCTION aibilling.spend(regclass, text, timestamptz) IS
 'What a customer (as sent) has cost since a day, that of "since" in UTC: cost_cents of all rows that are delivered, in flight or queued, pending_cents of those that are not delivered yet, unpriced the number of rows without a cost. What the calling transaction has inserted counts. Needs SELECT on the table';
 
+CREATE FUNCTION aibilling.close_check(
+	usage regclass,
+	period_end timestamptz DEFAULT date_trunc('month', now(), 'UTC'),
+	OUT state text,
+	OUT rows bigint,
+	OUT cents numeric,
+	OUT oldest timestamptz)
+RETURNS SETOF record
+LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'abp_sql_close_check';
+COMMENT ON FUNCTION aibilling.close_check(regclass, timestamptz) IS
+'The rows of before period_end (default: of before this month, UTC) that are not delivered, by state as in aibilling.usage_status(): how many, their known cost in cents, the time of the oldest. For the table''s owner and pg_monitor';
+
+CREATE FUNCTION aibilling.close_warning(usage regclass, at timestamptz DEFAULT clock_timestamp()) RETURNS text
+LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'abp_sql_close_warning';
+COMMENT ON FUNCTION aibilling.close_warning(regclass, timestamptz) IS
+'What aibilling.status says, from six hours before the end of a month (UTC) to a day after it, of rows that would miss its invoice; NULL: nothing. Looks at 10,000 rows of each state at most';
+
+-- The report: a page that shows itself, from no more than the sums above.  What
+-- comes from rows goes through escape_html, everything else is written here.
+
+CREATE FUNCTION aibilling.escape_html(value text) RETURNS text
+LANGUAGE sql IMMUTABLE PARALLEL SAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+	SELECT replace(replace(replace(replace(replace(
+		regexp_replace(value, '[\x01-\x08\x0b\x0c\x0e-\x1f\x7f]', '?', 'g'),
+		'&', '&amp;'), '<', '&lt;'), '>', '&gt;'), '"', '&quot;'), '''', '&#39;')
+$$;
+COMMENT ON FUNCTION aibilling.escape_html(text) IS 'Text for HTML, in an element or in an attribute';
+
+CREATE FUNCTION aibilling.usd_text(cents numeric) RETURNS text
+LANGUAGE sql IMMUTABLE PARALLEL SAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+	SELECT CASE WHEN cents < 0 THEN '−' ELSE '' END || '$' || CASE
+		WHEN cents = 0 OR abs(cents) >= 1 THEN to_char(abs(cents) / 100, 'FM999,999,999,999,990.00')
+		WHEN abs(cents) >= 0.01 THEN to_char(abs(cents) / 100, 'FM0.0000')
+		ELSE '0.0001' END
+		|| CASE WHEN cents <> 0 AND abs(cents) < 0.01 THEN ' or less' ELSE '' END
+$$;
+COMMENT ON FUNCTION aibilling.usd_text(numeric) IS 'An amount in cents as dollars, rounded to be read';
+
+CREATE FUNCTION aibilling.short_number(value numeric) RETURNS text
+LANGUAGE sql IMMUTABLE PARALLEL SAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+	SELECT CASE
+		WHEN abs(value) >= 1e12 THEN to_char(value / 1e12, 'FM999,999,990.0') || ' T'
+		WHEN abs(value) >= 1e9 THEN to_char(value / 1e9, 'FM990.0') || ' B'
+		WHEN abs(value) >= 1e6 THEN to_char(value / 1e6, 'FM990.0') || ' M'
+		WHEN abs(value) >= 1e4 THEN to_char(value / 1e3, 'FM990.0') || ' k'
+		ELSE to_char(value, 'FM999,990') END
+$$;
+COMMENT ON FUNCTION aibilling.short_number(numeric) IS 'A number rounded to be read';
+
+CREATE FUNCTION aibilling.percent_text(part numeric, whole numeric) RETURNS text
+LANGUAGE sql IMMUTABLE PARALLEL SAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+	SELECT CASE WHEN whole = 0 THEN '–' ELSE to_char(100 * part / whole, 'FM999,990.0') || ' %' END
+$$;
+COMMENT ON FUNCTION aibilling.percent_text(numeric, numeric) IS 'A share to be read';
+
+CREATE FUNCTION aibilling.axis_top(value numeric) RETURNS numeric
+LANGUAGE sql IMMUTABLE PARALLEL SAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+	SELECT CASE WHEN value <= 0 THEN 1 ELSE (
+		SELECT min(step * p.power) FROM unnest('{1.2,1.6,2,2.4,3.2,4,6,8,10}'::numeric[]) step WHERE step * p.power >= value) END
+	FROM (SELECT CASE WHEN value <= 0 THEN 1 ELSE 10::numeric ^ floor(log(value)) END AS power) p
+$$;
+COMMENT ON FUNCTION aibilling.axis_top(numeric) IS 'Where an axis ends that is to hold a value: a round number';
+
+CREATE FUNCTION aibilling.cache_savings(
+	usage regclass,
+	from_day date,
+	to_day date,
+	OUT provider text,
+	OUT model text,
+	OUT saved_cents numeric,
+	OUT cache_read_tokens numeric)
+RETURNS SETOF record
+LANGUAGE sql STABLE PARALLEL UNSAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+	SELECT m.provider, m.model,
+		sum(m.cache_read_tokens * (fresh.cents - cached.cents) - m.cache_write_tokens * (written.cents - fresh.cents)) / 1000,
+		sum(m.cache_read_tokens)
+	FROM (
+		SELECT d.day, d.provider, d.model, d.cache_read_tokens, d.cache_write_tokens
+		FROM aibilling.usage_by(usage, 'model', from_day, to_day) d
+		WHERE d.cache_read_tokens > 0 OR d.cache_write_tokens > 0
+		OFFSET 0
+	) AS m,
+	LATERAL (SELECT m.day::timestamp AT TIME ZONE 'UTC' + interval '12 hours' AS at) AS t,
+	LATERAL (SELECT aibilling.cost_cents(m.provider, m.model, 1000, request_count => 0, at => t.at) AS cents) AS fresh,
+	LATERAL (SELECT aibilling.cost_cents(m.provider, m.model, 1000, cache_read_tokens => 1000, request_count => 0, at => t.at) AS cents) AS cached,
+	LATERAL (SELECT CASE WHEN m.cache_write_tokens = 0 THEN fresh.cents ELSE
+		aibilling.cost_cents(m.provider, m.model, 1000, cache_write_tokens => 1000, request_count => 0, at => t.at) END AS cents) AS written
+	WHERE fresh.cents IS NOT NULL AND cached.cents IS NOT NULL AND written.cents IS NOT NULL
+	GROUP BY m.provider, m.model
+$$;
+COMMENT ON FUNCTION aibilling.cache_savings(regclass, date, date) IS
+'What prompt caches saved, by model: what the tokens read from them would have cost as fresh ones at the standard prices of the day, less what writing them cost more. Models without such prices are left out';
+
+CREATE FUNCTION aibilling.report_style() RETURNS text
+LANGUAGE sql IMMUTABLE PARALLEL SAFE
+SET search_path = pg_catalog, pg_temp
+AS $style$
+	SELECT $css$
+:root { color-scheme: light dark; --page: #f6f7f9; --card: #ffffff; --ink: #16191d; --soft: #59636e; --line: #e1e5ea;
+	--c1: #3451c6; --c2: #0b7285; --c3: #c2410c; --c4: #862e9c; --c5: #2b6a2f; --c6: #6b7280; --good: #1f6f3a }
+@media (prefers-color-scheme: dark) { :root { --page: #0f1216; --card: #181c22; --ink: #eceff3; --soft: #a4adb8; --line: #2b313a;
+	--c1: #8ea4ff; --c2: #4cc9dc; --c3: #ff9a5c; --c4: #d9a2f0; --c5: #7fd88a; --c6: #a4adb8; --good: #7fd88a } }
+* { box-sizing: border-box }
+body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
+	font-variant-numeric: tabular-nums; -webkit-print-color-adjust: exact; print-color-adjust: exact }
+main { max-width: 1080px; margin: 0 auto; padding: 40px 28px 56px }
+header { margin-bottom: 26px }
+h1 { font-size: 30px; line-height: 1.2; letter-spacing: -0.02em; margin: 0 0 4px; overflow-wrap: anywhere }
+h2 { font-size: 17px; letter-spacing: -0.01em; margin: 0 0 2px }
+p { margin: 0 } .soft { color: var(--soft) } .small { font-size: 13px }
+.cards { display: grid; grid-template-columns: repeat(4, 1fr); gap: 14px; margin-bottom: 18px }
+section, .card { background: var(--card); border: 1px solid var(--line); border-radius: 14px }
+section { padding: 22px 24px; margin-bottom: 18px; break-inside: avoid }
+.card { padding: 16px 18px } .card b { display: block; font-size: 27px; line-height: 1.25; letter-spacing: -0.02em; font-weight: 650 }
+.two { display: grid; grid-template-columns: 1fr 1fr; gap: 18px } .two section { margin-bottom: 0 } .two { margin-bottom: 18px }
+.good { color: var(--good) } .ink { color: var(--ink); font-weight: 550 }
+svg { display: block; width: 100%; height: auto; overflow: visible } svg text { fill: var(--soft); font-size: 12px }
+svg .grid { stroke: var(--line) } .trend { margin-top: 14px }
+.f1 { fill: var(--c1); background: var(--c1) } .f2 { fill: var(--c2); background: var(--c2) } .f3 { fill: var(--c3); background: var(--c3) }
+.f4 { fill: var(--c4); background: var(--c4) } .f5 { fill: var(--c5); background: var(--c5) } .f6 { fill: var(--c6); background: var(--c6) }
+.legend { display: flex; flex-wrap: wrap; gap: 6px 18px; margin: 10px 0 0; padding: 0; list-style: none; font-size: 13px; color: var(--soft) }
+.legend i { display: inline-block; width: 10px; height: 10px; border-radius: 3px; margin-right: 7px }
+.legend li { max-width: 100%; overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
+table { width: 100%; border-collapse: collapse; margin-top: 12px; table-layout: fixed }
+th { font-weight: 500; font-size: 12px; color: var(--soft); text-align: right; padding: 4px 0 6px 10px }
+td { padding: 6px 0 6px 10px; border-top: 1px solid var(--line); text-align: right; vertical-align: middle }
+th:first-child, td:first-child { text-align: left; padding-left: 0 }
+td.name { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; font-weight: 500 }
+td.words { text-align: left; overflow-wrap: anywhere } th.words { text-align: left }
+td svg { height: 10px; border-radius: 3px } .wide { width: 26% } .narrow { width: 17% }
+dl { display: grid; grid-template-columns: 1fr auto; gap: 7px 16px; margin: 14px 0 0 } dt { color: var(--soft) } dd { margin: 0; text-align: right; font-weight: 550 }
+details { margin-top: 12px; font-size: 13px } summary { cursor: pointer; color: var(--soft) } details table { font-size: 13px }
+footer { color: var(--soft); font-size: 12.5px; margin-top: 26px }
+@media (max-width: 760px) { .cards { grid-template-columns: 1fr 1fr } .two { grid-template-columns: 1fr } main { padding: 24px 14px } }
+@page { size: A4; margin: 13mm }
+@media print { :root { color-scheme: light; --page: #fff; --card: #fff; --ink: #16191d; --soft: #59636e; --line: #d5dae0; --c1: #3451c6; --c2: #0b7285;
+	--c3: #c2410c; --c4: #862e9c; --c5: #2b6a2f; --c6: #6b7280; --good: #1f6f3a }
+	body { font-size: 11.5px } main { max-width: none; padding: 0 } .cards, .two { gap: 10px } .card b { font-size: 20px } section { padding: 14px 16px; border-radius: 8px }
+	details:not([open]) { display: none } h1 { font-size: 22px } }
+$css$
+$style$;
+COMMENT ON FUNCTION aibilling.report_style() IS 'How aibilling.report() looks';
+
+CREATE FUNCTION aibilling.report_trend(sums jsonb, from_day date, to_day date) RETURNS text
+LANGUAGE plpgsql STABLE PARALLEL SAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+	unit text := CASE WHEN to_day - from_day <= 62 THEN 'day' WHEN to_day - from_day <= 400 THEN 'week' ELSE 'month' END;
+	top numeric;
+	n integer;
+	pitch numeric;
+	bars text;
+	grid text;
+	labels text;
+	legend text;
+	numbers text;
+BEGIN
+	-- The five models that cost most have colours of their own.
+	WITH cost AS (
+		SELECT (s ->> 'day')::date AS day, coalesce(s ->> 'model', '(none)') AS model, (s ->> 'cost_cents')::numeric AS cents
+		FROM jsonb_array_elements(sums) s
+	), ranked AS (
+		SELECT model, least(row_number() OVER (ORDER BY sum(cents) DESC, model), 6) AS colour, sum(cents) AS cents
+		FROM cost GROUP BY model
+	), spans AS (
+		SELECT row_number() OVER (ORDER BY b) - 1 AS x, b::date AS span
+		FROM generate_series(date_trunc(unit, from_day::timestamp), to_day::timestamp, ('1 ' || unit)::interval) b
+	), cells AS (
+		SELECT p.x, p.span, r.colour, CASE WHEN r.colour = 6 THEN 'others' ELSE r.model END AS model, sum(c.cents) AS cents
+		FROM spans p
+		JOIN cost c ON date_trunc(unit, c.day::timestamp)::date = p.span
+		JOIN ranked r USING (model)
+		GROUP BY p.x, p.span, r.colour, CASE WHEN r.colour = 6 THEN 'others' ELSE r.model END
+	), totals AS (
+		SELECT x, sum(cents) AS cents FROM cells GROUP BY x
+	), scale AS (
+		SELECT aibilling.axis_top((SELECT max(positive) FROM (SELECT sum(cents) AS positive FROM cells WHERE cents > 0 GROUP BY x) t)) AS top,
+			(SELECT count(*) FROM spans) AS n
+	), stacked AS (
+		SELECT c.*, coalesce(sum(greatest(cents, 0)) OVER (PARTITION BY x ORDER BY colour ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0) AS below
+		FROM cells c
+	)
+	SELECT s.top, s.n, 900.0 / s.n,
+		(SELECT string_agg(format('<rect class="f%s" x="%s" y="%s" width="%s" height="%s" data-span="%s" data-model="%s" data-cents="%s"><title>%s, %s: %s</title></rect>',
+				k.colour, round(60 + k.x * 900.0 / s.n + 900.0 / s.n * 0.14, 2), round(220 - 200 * (k.below + k.cents) / s.top, 2),
+				round(900.0 / s.n * 0.72, 2), round(200 * k.cents / s.top, 2), k.span, aibilling.escape_html(k.model), k.cents,
+				k.span, aibilling.escape_html(k.model), aibilling.usd_text(k.cents)), E'\n' ORDER BY k.x, k.colour)
+			FROM stacked k WHERE k.cents > 0),
+		(SELECT string_agg(format('<line class="grid" x1="60" x2="960" y1="%1$s" y2="%1$s"/><text x="52" y="%2$s" text-anchor="end">%3$s</text>',
+				220 - 50 * g, 224 - 50 * g, '$' || trim_scale(round(s.top * g / 400, 6))), E'\n') FROM generate_series(0, 4) g),
+		(SELECT string_agg(format('<text x="%s" y="240" text-anchor="middle">%s</text>', round(60 + (p.x + 0.5) * 900.0 / s.n, 1),
+				to_char(p.span, CASE unit WHEN 'month' THEN 'Mon YYYY' ELSE 'FMDD Mon' END)), E'\n')
+			FROM spans p WHERE p.x % greatest(1, ceil(s.n / 12.0)::integer) = 0),
+		(SELECT string_agg(format('<li><i class="f%s"></i>%s</li>', r.colour, aibilling.escape_html(r.model)), E'\n' ORDER BY r.colour)
+			FROM (SELECT colour, CASE WHEN colour = 6 THEN 'others' ELSE min(model) END AS model FROM ranked GROUP BY colour) r),
+		(SELECT string_agg(format('<tr><td>%s</td><td>%s</td></tr>', p.span, aibilling.usd_text(coalesce(t.cents, 0))), E'\n' ORDER BY p.x)
+			FROM spans p LEFT JOIN totals t USING (x))
+	INTO top, n, pitch, bars, grid, labels, legend, numbers
+	FROM scale s;
+	RETURN format('<section aria-labelledby="trend"><h2 id="trend">Cost per %1$s</h2><p class="soft small">Stacked by model; the five that cost most, and all others together.</p>
+<svg class="trend" viewBox="0 0 960 250" role="img" aria-labelledby="trend-title trend-text"><title id="trend-title">Cost per %1$s, by model</title>
+<desc id="trend-text">A bar for each %1$s from %2$s to %3$s. The axis ends at %4$s. All numbers are in the table that follows.</desc>
+%5$s
+%6$s
+%7$s</svg>
+<ul class="legend">%8$s</ul>
+<details><summary>Numbers</summary><table><thead><tr><th>%9$s</th><th>cost</th></tr></thead><tbody>%10$s</tbody></table></details></section>',
+		unit, from_day, to_day, aibilling.usd_text(top), coalesce(grid, ''), coalesce(bars, ''), coalesce(labels, ''), coalesce(legend, ''),
+		unit || CASE unit WHEN 'day' THEN '' ELSE ' from' END, numbers);
+END
+$$;
+COMMENT ON FUNCTION aibilling.report_trend(jsonb, date, date) IS 'A part of aibilling.report(): cost over time, from rows of usage_by() by model';
+
+CREATE FUNCTION aibilling.report_bars(title text, about text, head text, names text[], cents numeric[], calls numeric[]) RETURNS text
+LANGUAGE sql STABLE PARALLEL SAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+	SELECT format('<section><h2>%s</h2><p class="soft small">%s</p><table><thead><tr><th>%s</th><th class="wide"><span class="soft">share</span></th>'
+		'<th class="narrow">cost</th><th class="narrow">calls</th></tr></thead><tbody>%s</tbody></table></section>',
+		title, about, head, coalesce(string_agg(format(
+			'<tr><td class="name" title="%1$s">%1$s</td><td><svg viewBox="0 0 100 4" preserveAspectRatio="none" role="img" aria-label="%4$s of the cost">'
+			'<rect width="100" height="4" fill="currentColor" opacity="0.09"/><rect class="f1" width="%2$s" height="4" data-name="%1$s" data-cents="%5$s"/></svg></td><td>%3$s</td><td>%6$s</td></tr>',
+			aibilling.escape_html(u.name), round(100 * greatest(u.cents, 0) / nullif(m.top, 0), 2), aibilling.usd_text(u.cents),
+			aibilling.percent_text(u.cents, m.total), u.cents, aibilling.short_number(u.calls)), E'\n' ORDER BY u.n),
+			'<tr><td class="soft" colspan="4">Nothing in these days.</td></tr>'))
+	FROM unnest(names, cents, calls) WITH ORDINALITY AS u (name, cents, calls, n),
+		(SELECT greatest(max(c), 0) AS top, sum(c) AS total FROM unnest(report_bars.cents) c) AS m
+$$;
+COMMENT ON FUNCTION aibilling.report_bars(text, text, text, text[], numeric[], numeric[]) IS 'A part of aibilling.report(): a table with bars';
+
+CREATE FUNCTION aibilling.report_waiting(usage regclass) RETURNS text
+LANGUAGE plpgsql STABLE PARALLEL UNSAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+	body text;
+BEGIN
+	IF NOT aibilling.may_see(usage) THEN
+		RETURN '<section><h2>What waits</h2><p class="soft">Shown to the owner of the table and to pg_monitor.</p></section>';
+	END IF;
+	SELECT string_agg(format('<tr><td class="name">%s</td><td class="words">%s</td><td>%s</td></tr>', w.state,
+			coalesce(aibilling.escape_html(w.error), '<span class="soft">its turn</span>'), CASE WHEN w.n >= 20000 THEN 'about ' ELSE '' END || aibilling.short_number(w.n)),
+			E'\n' ORDER BY w.state <> 'rejected', w.n DESC)
+	INTO body
+	FROM (
+		SELECT o.state, o.error, count(*) AS n, row_number() OVER (PARTITION BY o.state ORDER BY count(*) DESC) AS place
+		FROM (SELECT e.state, e.error FROM aibilling.outbox e WHERE e.usage_table = usage LIMIT 20000) o
+		GROUP BY o.state, o.error
+	) AS w
+	WHERE w.place <= 6;
+	RETURN format('<section><h2>What waits, and what was rejected</h2><p class="soft small">Rows that Polar does not have, now, and why.</p>%s</section>',
+		CASE WHEN body IS NULL THEN '<p class="good" style="margin-top:12px">Nothing: every row is delivered or on its way.</p>' ELSE
+		format('<table><thead><tr><th class="narrow">state</th><th class="words">reason</th><th class="narrow">rows</th></tr></thead><tbody>%s</tbody></table>', body) END);
+END
+$$;
+COMMENT ON FUNCTION aibilling.report_waiting(regclass) IS 'A part of aibilling.report(): what is not delivered, and why';
+
+CREATE FUNCTION aibilling.report_delivery(usage regclass) RETURNS text
+LANGUAGE plpgsql STABLE PARALLEL UNSAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+	body text;
+BEGIN
+	IF NOT aibilling.may_see(usage) THEN
+		RETURN '<section><h2>Delivery</h2><p class="soft">Shown to the owner of the table and to pg_monitor.</p></section>';
+	END IF;
+	SELECT format('<dl><dt>now</dt><dd>%s</dd><dt>events delivered, in all</dt><dd>%s</dd><dt>requests answered at the first attempt</dt><dd>%s</dd>'
+			'<dt>time to an answer, median and 95 %%</dt><dd>%s</dd><dt>events that Polar had before, unexpected</dt><dd>%s</dd><dt>last delivery</dt><dd>%s</dd></dl>',
+			aibilling.escape_html(split_part(split_part(s.status, ';', 1), ':', 1)), aibilling.short_number(s.delivered),
+			aibilling.percent_text(l.first_attempt, l.n),
+			CASE WHEN l.n = 0 THEN '–' ELSE format('%s ms, %s ms', round((1000 * l.p50)::numeric), round((1000 * l.p95)::numeric)) END,
+			s.unexpected_duplicates, coalesce(to_char(s.last_delivery AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI "UTC"'), 'none'))
+	INTO body
+	FROM aibilling.status s, (
+		SELECT count(*) AS n, count(*) FILTER (WHERE d.attempts = 1) AS first_attempt,
+			percentile_cont(0.5) WITHIN GROUP (ORDER BY extract(epoch FROM d.finished_at - d.started_at)::double precision) AS p50,
+			percentile_cont(0.95) WITHIN GROUP (ORDER BY extract(epoch FROM d.finished_at - d.started_at)::double precision) AS p95
+		FROM (
+			SELECT e.attempts, e.started_at, e.finished_at FROM aibilling.delivery e
+			WHERE e.usage_table = usage AND e.state = 'delivered' ORDER BY e.id DESC LIMIT 2000
+		) AS d
+	) AS l
+	WHERE s.usage_table = usage;
+	RETURN format('<section><h2>Delivery</h2><p class="soft small">The way to Polar; times are of the last 2,000 requests.</p>%s</section>',
+		coalesce(body, '<p class="soft" style="margin-top:12px">The table is not attached.</p>'));
+END
+$$;
+COMMENT ON FUNCTION aibilling.report_delivery(regclass) IS 'A part of aibilling.report(): how delivery is doing';
+
+CREATE FUNCTION aibilling.report(usage regclass, from_day date DEFAULT NULL, to_day date DEFAULT NULL) RETURNS text
+LANGUAGE plpgsql STABLE PARALLEL UNSAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+	last_day date := coalesce(report.to_day, (now() AT TIME ZONE 'UTC')::date);
+	first_day date := coalesce(report.from_day, date_trunc('month', last_day::timestamp)::date);
+	sums jsonb;
+	before numeric;
+	all_sums record;
+	saved numeric;
+	models text;
+	customers text;
+	ncustomers bigint;
+	title text;
+	compared text;
+BEGIN
+	IF report.usage IS NULL THEN
+		RAISE EXCEPTION 'the usage table must not be NULL' USING ERRCODE = 'null_value_not_allowed';
+	ELSIF first_day > last_day THEN
+		RAISE EXCEPTION 'from_day (%) must not be after to_day (%)', first_day, last_day USING ERRCODE = 'invalid_parameter_value';
+	ELSIF NOT isfinite(first_day) OR NOT isfinite(last_day) OR last_day - first_day > 3700 THEN
+		RAISE EXCEPTION 'a report is of ten years at most' USING ERRCODE = 'invalid_parameter_value';
+	END IF;
+	SELECT coalesce(jsonb_agg(to_jsonb(u)), '[]') INTO sums FROM aibilling.usage_by(usage, 'model', first_day, last_day) u;
+	SELECT coalesce(sum(u.cost_cents), 0) INTO before
+	FROM aibilling.usage_by(usage, 'model', first_day - (last_day - first_day + 1), first_day - 1) u;
+	SELECT coalesce(sum((s ->> 'cost_cents')::numeric), 0) AS cents, coalesce(sum((s ->> 'usage_rows')::numeric), 0) AS calls,
+		coalesce(sum((s ->> 'unpriced')::numeric), 0) AS unpriced, coalesce(sum((s ->> 'input_tokens')::numeric), 0) AS input,
+		coalesce(sum((s ->> 'cache_read_tokens')::numeric), 0) AS cached, coalesce(sum((s ->> 'output_tokens')::numeric), 0) AS output,
+		coalesce(sum((s ->> 'reasoning_tokens')::numeric), 0) AS reasoning
+	INTO all_sums FROM jsonb_array_elements(sums) s;
+	SELECT coalesce(sum(c.saved_cents), 0) INTO saved FROM aibilling.cache_savings(usage, first_day, last_day) c;
+
+	SELECT aibilling.report_bars('Cost by model', 'The ten that cost most.', 'model', array_agg(m.name ORDER BY m.place),
+			array_agg(m.cents ORDER BY m.place), array_agg(m.calls ORDER BY m.place))
+	INTO models
+	FROM (
+		SELECT least(place, 11) AS place, CASE WHEN place > 10 THEN 'all others' ELSE min(name) END AS name, sum(cents) AS cents, sum(calls) AS calls
+		FROM (
+			SELECT coalesce(s ->> 'model', '(none)') AS name, sum((s ->> 'cost_cents')::numeric) AS cents,
+				sum((s ->> 'usage_rows')::numeric) AS calls, row_number() OVER (ORDER BY sum((s ->> 'cost_cents')::numeric) DESC) AS place
+			FROM jsonb_array_elements(sums) s GROUP BY s ->> 'model'
+		) AS r
+		GROUP BY least(place, 11), place > 10
+	) AS m;
+	SELECT aibilling.report_bars('Cost by customer', format('The ten that cost most, of %s.', aibilling.short_number(max(c.n))), 'customer',
+			array_agg(c.name ORDER BY c.place), array_agg(c.cents ORDER BY c.place), array_agg(c.calls ORDER BY c.place)), coalesce(max(c.n), 0)
+	INTO customers, ncustomers
+	FROM (
+		SELECT least(place, 11) AS place, CASE WHEN place > 10 THEN 'all others' ELSE min(name) END AS name, sum(cents) AS cents, sum(calls) AS calls, max(n) AS n
+		FROM (
+			SELECT coalesce(u.external_customer_id, u.customer_id::text, '(no customer)') AS name, u.cost_cents AS cents, u.usage_rows::numeric AS calls,
+				row_number() OVER (ORDER BY u.cost_cents DESC) AS place, count(*) OVER () AS n
+			FROM aibilling.usage_by(usage, 'customer', first_day, last_day) u
+		) AS r
+		GROUP BY least(place, 11), place > 10
+	) AS c;
+
+	title := aibilling.escape_html(regexp_replace(usage::text, '^public\.', ''));
+	compared := CASE WHEN before = 0 THEN format('none in the %s days before', last_day - first_day + 1)
+		ELSE format('<span class="ink">%s %s %%</span> against the %s days before',
+			CASE WHEN all_sums.cents >= before THEN '▲' ELSE '▼' END,
+			to_char(abs(100 * (all_sums.cents - before) / before), 'FM999,999,990.0'), last_day - first_day + 1) END;
+	RETURN format($page$<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<title>AI usage of %1$s, %2$s to %3$s</title><link rel="icon" href="data:,"><style>%4$s</style></head>
+<body><main>
+<header><h1>AI usage: %1$s</h1><p class="soft">%2$s to %3$s (UTC), as of %5$s</p></header>
+<div class="cards">
+<div class="card"><span class="soft small">Cost</span><b id="total" data-cents="%6$s">%7$s</b><span class="small soft">%8$s</span></div>
+<div class="card"><span class="soft small">Calls</span><b id="calls" data-calls="%9$s">%10$s</b><span class="small soft">%11$s customers%12$s</span></div>
+<div class="card"><span class="soft small">Saved by prompt caches</span><b id="saved" data-cents="%13$s">%14$s</b><span class="small soft">%15$s of the prompt tokens were cached</span></div>
+<div class="card"><span class="soft small">Reasoning</span><b id="reasoning">%16$s</b><span class="small soft">of %17$s output tokens</span></div>
+</div>
+%18$s
+<div class="two">%19$s%20$s</div>
+<div class="two">%21$s%22$s</div>
+<footer>Costs are what the rows cost when they came in, in US dollars, summed exactly and rounded only here. They are of rows that are delivered, in flight or queued.
+What caches saved is by the standard prices of each day, less what writing to them cost more. Made by aibilling_polar.</footer>
+</main></body></html>
+$page$, title, first_day, last_day, aibilling.report_style(), to_char(now() AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI "UTC"'),
+		all_sums.cents, aibilling.usd_text(all_sums.cents), compared, all_sums.calls, aibilling.short_number(all_sums.calls),
+		aibilling.short_number(ncustomers), CASE WHEN all_sums.unpriced > 0 THEN format('; %s without a price yet', aibilling.short_number(all_sums.unpriced)) ELSE '' END,
+		saved, aibilling.usd_text(saved), aibilling.percent_text(all_sums.cached, all_sums.input),
+		aibilling.percent_text(all_sums.reasoning, all_sums.output), aibilling.short_number(all_sums.output),
+		aibilling.report_trend(sums, first_day, last_day), models, customers, aibilling.report_waiting(usage), aibilling.report_delivery(usage));
+END
+$$;
+COMMENT ON FUNCTION aibilling.report(regclass, date, date) IS
+'A page of HTML that needs nothing else: what a usage table''s rows cost from from_day to to_day (UTC, both inclusive; default: this month so far), by time, model and customer, what caches saved, what waits and how delivery is doing. For psql -At -o report.html. Needs SELECT on the table; what waits and how delivery is doing is shown to its owner and to pg_monitor';
+
+CREATE FUNCTION aibilling.chart(
+	usage regclass,
+	by text DEFAULT 'day',
+	days integer DEFAULT 30,
+	OUT name text,
+	OUT usd numeric,
+	OUT calls bigint,
+	OUT chart text)
+RETURNS SETOF record
+LANGUAGE plpgsql STABLE PARALLEL UNSAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+#variable_conflict use_column
+DECLARE
+	last_day date := (now() AT TIME ZONE 'UTC')::date;
+	first_day date := last_day - (chart.days - 1);
+	eighths text[] := CASE getdatabaseencoding() WHEN 'UTF8' THEN '{"",▏,▎,▍,▌,▋,▊,▉}'::text[] END;
+BEGIN
+	IF chart.by IS NULL OR chart.by NOT IN ('day', 'model', 'provider', 'customer') THEN
+		RAISE EXCEPTION 'invalid value for parameter "by": "%"', chart.by
+			USING ERRCODE = 'invalid_parameter_value', HINT = 'Use ''day'', ''model'', ''provider'' or ''customer''.';
+	ELSIF chart.days IS NULL OR chart.days NOT BETWEEN 1 AND 3700 THEN
+		RAISE EXCEPTION 'days must be between 1 and 3700'
+			USING ERRCODE = 'invalid_parameter_value';
+	END IF;
+	RETURN QUERY
+	WITH sums AS (
+		SELECT d::date::text AS name, 0::numeric AS cents, 0::bigint AS calls
+		FROM generate_series(first_day::timestamp, last_day::timestamp, interval '1 day') d WHERE chart.by = 'day'
+		UNION ALL
+		SELECT CASE chart.by WHEN 'day' THEN u.day::text WHEN 'model' THEN coalesce(u.model, '(none)') ELSE coalesce(u.provider, '(none)') END,
+			u.cost_cents, u.usage_rows
+		FROM aibilling.usage_by(usage, 'model', first_day, last_day) u WHERE chart.by <> 'customer'
+		UNION ALL
+		SELECT coalesce(u.external_customer_id, u.customer_id::text, '(no customer)'), u.cost_cents, u.usage_rows
+		FROM aibilling.usage_by(usage, 'customer', first_day, last_day) u WHERE chart.by = 'customer'
+	), grouped AS (
+		SELECT s.name, sum(s.cents) AS cents, sum(s.calls)::bigint AS calls FROM sums s GROUP BY s.name
+	), sized AS (
+		SELECT g.*, CASE WHEN g.cents > 0 THEN round(320 * g.cents / max(g.cents) OVER ())::integer ELSE 0 END AS len FROM grouped g
+	)
+	SELECT left(regexp_replace(s.name, '[\x01-\x1f\x7f]', '?', 'g'), 60), round(s.cents / 100, 4), s.calls,
+		CASE WHEN eighths IS NULL THEN repeat('#', s.len / 8) ELSE repeat('█', s.len / 8) || eighths[s.len % 8 + 1] END
+	FROM sized s
+	ORDER BY CASE WHEN chart.by = 'day' THEN s.name END, s.cents DESC, s.name
+	LIMIT CASE WHEN chart.by = 'day' THEN NULL ELSE 40 END;
+END
+$$;
+COMMENT ON FUNCTION aibilling.chart(regclass, text, integer) IS
+'What rows of the last days (UTC, today included) cost, with bars for psql: by day, or the forty models, providers or customers that cost most. Needs SELECT on the table';
+
 GRANT EXECUTE ON FUNCTION
 	aibilling.usage_daily(regclass, date, date),
 	aibilling.usage_by(regclass, text, date, date),
-	aibilling.spend(regclass, text, timestamptz)
+	aibilling.spend(regclass, text, timestamptz),
+	aibilling.close_check(regclass, timestamptz),
+	aibilling.close_warning(regclass, timestamptz),
+	aibilling.escape_html(text),
+	aibilling.usd_text(numeric),
+	aibilling.short_number(numeric),
+	aibilling.percent_text(numeric, numeric),
+	aibilling.axis_top(numeric),
+	aibilling.cache_savings(regclass, date, date),
+	aibilling.report_style(),
+	aibilling.report_trend(jsonb, date, date),
+	aibilling.report_bars(text, text, text, text[], numeric[], numeric[]),
+	aibilling.report_waiting(regclass),
+	aibilling.report_delivery(regclass),
+	aibilling.report(regclass, date, date),
+	aibilling.chart(regclass, text, integer)
 TO PUBLIC;
 
 -- ---------------------------------------------------------------------------
@@ -1948,3 +2410,1037 @@ GRANT EXECUTE ON FUNCTION
 	aibilling.reconcile(regclass, timestamptz, timestamptz, uuid),
 	aibilling.reconcile_rows(regclass, timestamptz, timestamptz, uuid)
 TO PUBLIC;
+
+-- ---------------------------------------------------------------------------
+-- Other people's servers: usage tables that a subscription feeds
+-- ---------------------------------------------------------------------------
+
+ALTER TABLE aibilling.usage_table
+	ADD COLUMN replicated boolean NOT NULL DEFAULT false,
+	ADD COLUMN skipped bigint NOT NULL DEFAULT 0,
+	ADD COLUMN kept bigint NOT NULL DEFAULT 0;
+COMMENT ON COLUMN aibilling.usage_table.replicated IS
+'Whether a subscription feeds it: then its triggers fire for what comes by replication, and no row is refused';
+COMMENT ON COLUMN aibilling.usage_table.skipped IS
+'Rows that were not stored, since one of their external_id was there already; shown by aibilling.status';
+COMMENT ON COLUMN aibilling.usage_table.kept IS
+'Rows whose change at the publisher was not taken over, since they were in flight or delivered; shown by aibilling.status';
+
+-- The new functions take the place of the old ones, and their grants.
+
+CREATE FUNCTION aibilling.create_usage_table(name text, server name, replicated boolean DEFAULT false) RETURNS regclass
+LANGUAGE c VOLATILE STRICT AS 'MODULE_PATHNAME', 'abp_sql_create_usage_table';
+COMMENT ON FUNCTION aibilling.create_usage_table(text, name, boolean) IS
+'Creates a usage table owned by the caller and attaches it to the foreign server. name: as one writes a table''s name, quoted and with a schema if need be; replicated: as in aibilling.attach(). Returns the table. Needs CREATE in the schema and USAGE on the server';
+
+CREATE FUNCTION aibilling.attach(usage regclass, server name, existing text DEFAULT 'ignore', replicated boolean DEFAULT false) RETURNS void
+LANGUAGE c VOLATILE STRICT AS 'MODULE_PATHNAME', 'abp_sql_attach';
+COMMENT ON FUNCTION aibilling.attach(regclass, name, text, boolean) IS
+'Makes a table a usage table whose rows are delivered to the foreign server; again for another server. existing: ignore (rows already there are never sent) or send (those without a delivery are). replicated: a subscription feeds the table: its triggers fire for what comes by it, external_id becomes the replica identity, and no row is refused (what an INSERT elsewhere refuses is stored and rejected, a second row of an external_id is skipped, a change of what was sent is not taken over; all is counted in aibilling.status). Raises undefined_column naming what the table lacks. Needs ownership of the table and USAGE on the server';
+
+REVOKE ALL ON FUNCTION aibilling.create_usage_table(text, name, boolean),
+	aibilling.attach(regclass, name, text, boolean) FROM PUBLIC;
+DO $$
+DECLARE
+	g record;
+BEGIN
+	FOR g IN
+		SELECT f.new, CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END AS grantee,
+			CASE WHEN a.is_grantable THEN ' WITH GRANT OPTION' ELSE '' END AS option
+		FROM (VALUES
+			('aibilling.create_usage_table(text, name)'::regprocedure, 'aibilling.create_usage_table(text, name, boolean)'::regprocedure),
+			('aibilling.attach(regclass, name, text)', 'aibilling.attach(regclass, name, text, boolean)')
+		) AS f (old, new)
+		JOIN pg_proc p ON p.oid = f.old
+		CROSS JOIN LATERAL aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a
+		WHERE a.grantee <> p.proowner
+	LOOP
+		EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %s%s', g.new, g.grantee, g.option);
+	END LOOP;
+END
+$$;
+DROP FUNCTION aibilling.create_usage_table(text, name), aibilling.attach(regclass, name, text);
+
+CREATE FUNCTION aibilling.usage_table_ddl(name text) RETURNS text
+LANGUAGE c STABLE STRICT AS 'MODULE_PATHNAME', 'abp_sql_usage_table_ddl';
+COMMENT ON FUNCTION aibilling.usage_table_ddl(text) IS
+'The statements that create a usage table, and a publication of it, on a server of PostgreSQL 15 or later that does not have this extension. name: the table''s, as in aibilling.create_usage_table(); a subscription looks for a table of the same schema and name. Cost columns are not in it, id is not published, external_id is the replica identity, and INSERT and UPDATE are published: what is deleted there stays here';
+REVOKE ALL ON FUNCTION aibilling.usage_table_ddl(text) FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION aibilling.usage_table_ddl(text) TO PUBLIC;
+
+-- What a subscription's worker has told of itself: for the view below, with the rights of whoever owns it.
+CREATE VIEW aibilling.feed AS
+SELECT r.srrelid::regclass AS usage_table, s.subname AS subscription, s.subenabled AS enabled,
+	r.srsubstate <> 'r' AS copying, w.pid,
+	-- A worker that has answered all it got is up to date, while it hears from the publisher, who says
+	-- something every half a minute.
+	CASE
+		WHEN w.pid IS NULL OR r.srsubstate IN ('i', 'd') THEN NULL
+		WHEN w.received_lsn <= w.latest_end_lsn AND now() - w.last_msg_receipt_time < interval '70 s' THEN interval '0'
+		ELSE greatest(clock_timestamp() - w.last_msg_send_time, interval '0')
+	END AS lag
+FROM pg_subscription_rel r
+JOIN pg_subscription s ON s.oid = r.srsubid
+-- of several workers of one subscription the first one hears from the publisher
+LEFT JOIN LATERAL (
+	SELECT * FROM pg_stat_subscription l WHERE l.subid = s.oid AND l.relid IS NULL AND l.pid IS NOT NULL
+	ORDER BY l.received_lsn DESC NULLS LAST LIMIT 1
+) AS w ON true;
+COMMENT ON VIEW aibilling.feed IS 'Private: the subscriptions that feed tables, and how far behind they are; shown by aibilling.status';
+COMMENT ON COLUMN aibilling.feed.usage_table IS 'The table';
+COMMENT ON COLUMN aibilling.feed.subscription IS 'The subscription';
+COMMENT ON COLUMN aibilling.feed.enabled IS 'Whether it is enabled';
+COMMENT ON COLUMN aibilling.feed.copying IS 'Whether it still copies the rows that were there before it';
+COMMENT ON COLUMN aibilling.feed.pid IS 'Process id of its worker; NULL: none runs';
+COMMENT ON COLUMN aibilling.feed.lag IS 'How old the last news of the publisher was that is stored here; NULL: not known';
+REVOKE ALL ON aibilling.feed FROM PUBLIC;
+
+-- ---------------------------------------------------------------------------
+-- Other people's tables: rows of a table that exists become usage rows
+-- ---------------------------------------------------------------------------
+
+CREATE FUNCTION aibilling.owns(source regclass) RETURNS boolean
+LANGUAGE sql STABLE PARALLEL SAFE
+RETURN EXISTS (SELECT FROM pg_class c WHERE c.oid = owns.source AND pg_has_role(current_user, c.relowner, 'USAGE'));
+COMMENT ON FUNCTION aibilling.owns(regclass) IS 'Whether the caller has the rights of a table''s owner';
+
+-- Private tables, as pg_dump wants them; people see and change their own rows through the views.
+CREATE TABLE aibilling.capture_definition (
+	source regclass NOT NULL,
+	usage regclass NOT NULL,
+	prefix text COLLATE "C" NOT NULL,
+	columns jsonb NOT NULL,
+	preset text,
+	only_when text NOT NULL,
+	replicated boolean NOT NULL,
+	function_name text NOT NULL,
+	key_columns text[] NOT NULL,
+	key text NOT NULL,
+	targets text NOT NULL,
+	expressions text NOT NULL,
+	changes text NOT NULL,
+	on_conflict text NOT NULL,
+	captured_at timestamptz NOT NULL DEFAULT now(),
+	released_at timestamptz,
+	PRIMARY KEY (source, usage)
+);
+CREATE VIEW aibilling.captures WITH (security_barrier) AS
+SELECT * FROM aibilling.capture_definition d WHERE aibilling.owns(d.source)
+WITH LOCAL CHECK OPTION;
+COMMENT ON TABLE aibilling.capture_definition IS 'Private: which tables'' rows become usage rows, and how; see aibilling.captures';
+COMMENT ON VIEW aibilling.captures IS
+'A row per pair of tables that aibilling.capture() was called for: source, usage table and mapping. Owners of the source see and change their own';
+COMMENT ON COLUMN aibilling.captures.source IS 'The table whose rows are captured';
+COMMENT ON COLUMN aibilling.captures.usage IS 'The usage table that they go to';
+COMMENT ON COLUMN aibilling.captures.prefix IS
+'What every external_id begins with, so that two databases'' rows of one key are two; it stays when the capture is released';
+COMMENT ON COLUMN aibilling.captures.columns IS 'The mapping as it was given';
+COMMENT ON COLUMN aibilling.captures.preset IS 'The preset, NULL: none';
+COMMENT ON COLUMN aibilling.captures.only_when IS 'The condition under which a row is complete, the preset''s included';
+COMMENT ON COLUMN aibilling.captures.replicated IS 'Whether a subscription feeds the source';
+COMMENT ON COLUMN aibilling.captures.function_name IS 'The trigger function, and the first part of its triggers'' names';
+COMMENT ON COLUMN aibilling.captures.key_columns IS 'Columns of the source''s key';
+COMMENT ON COLUMN aibilling.captures.key IS 'An expression for the key as text';
+COMMENT ON COLUMN aibilling.captures.targets IS 'Columns of the usage table that are filled';
+COMMENT ON COLUMN aibilling.captures.expressions IS 'What they are filled with';
+COMMENT ON COLUMN aibilling.captures.changes IS 'Whether a mapped row (m) differs from the usage row (u) that it became';
+COMMENT ON COLUMN aibilling.captures.on_conflict IS 'The columns that are unique with external_id; '''': none are';
+COMMENT ON COLUMN aibilling.captures.captured_at IS 'When it was captured last';
+COMMENT ON COLUMN aibilling.captures.released_at IS 'When it was released; NULL: it is captured';
+
+CREATE TABLE aibilling.capture_error (
+	source regclass NOT NULL,
+	usage regclass NOT NULL,
+	key text NOT NULL,
+	"row" jsonb,
+	error text NOT NULL,
+	at timestamptz NOT NULL DEFAULT now(),
+	PRIMARY KEY (source, usage, key)
+);
+CREATE VIEW aibilling.capture_failure WITH (security_barrier) AS
+SELECT e.source, e.usage, e.key, e."row", e.error, e.at FROM aibilling.capture_error e WHERE aibilling.owns(e.source)
+WITH LOCAL CHECK OPTION;
+COMMENT ON TABLE aibilling.capture_error IS 'Private: rows that could not be captured; see aibilling.capture_failure';
+COMMENT ON VIEW aibilling.capture_failure IS
+'Rows of captured tables that did not become usage rows, or have changed after they did (error: changed after capture). Tried again by aibilling.capture_retry(); deleted by the owner of the source, who sees their own, when they are dealt with';
+COMMENT ON COLUMN aibilling.capture_failure.source IS 'The table of the row';
+COMMENT ON COLUMN aibilling.capture_failure.usage IS 'The usage table that it was to go to';
+COMMENT ON COLUMN aibilling.capture_failure.key IS 'Its key, as text';
+COMMENT ON COLUMN aibilling.capture_failure."row" IS 'The row; NULL: it cannot be had as jsonb';
+COMMENT ON COLUMN aibilling.capture_failure.error IS 'What went wrong';
+COMMENT ON COLUMN aibilling.capture_failure.at IS 'When';
+COMMENT ON COLUMN aibilling.capture_definition.source IS 'As aibilling.captures.source';
+COMMENT ON COLUMN aibilling.capture_definition.usage IS 'As aibilling.captures.usage';
+COMMENT ON COLUMN aibilling.capture_definition.prefix IS 'As aibilling.captures.prefix';
+COMMENT ON COLUMN aibilling.capture_definition.columns IS 'As aibilling.captures.columns';
+COMMENT ON COLUMN aibilling.capture_definition.preset IS 'As aibilling.captures.preset';
+COMMENT ON COLUMN aibilling.capture_definition.only_when IS 'As aibilling.captures.only_when';
+COMMENT ON COLUMN aibilling.capture_definition.replicated IS 'As aibilling.captures.replicated';
+COMMENT ON COLUMN aibilling.capture_definition.function_name IS 'As aibilling.captures.function_name';
+COMMENT ON COLUMN aibilling.capture_definition.key_columns IS 'As aibilling.captures.key_columns';
+COMMENT ON COLUMN aibilling.capture_definition.key IS 'As aibilling.captures.key';
+COMMENT ON COLUMN aibilling.capture_definition.targets IS 'As aibilling.captures.targets';
+COMMENT ON COLUMN aibilling.capture_definition.expressions IS 'As aibilling.captures.expressions';
+COMMENT ON COLUMN aibilling.capture_definition.changes IS 'As aibilling.captures.changes';
+COMMENT ON COLUMN aibilling.capture_definition.on_conflict IS 'As aibilling.captures.on_conflict';
+COMMENT ON COLUMN aibilling.capture_definition.captured_at IS 'As aibilling.captures.captured_at';
+COMMENT ON COLUMN aibilling.capture_definition.released_at IS 'As aibilling.captures.released_at';
+COMMENT ON COLUMN aibilling.capture_error.source IS 'As aibilling.capture_failure.source';
+COMMENT ON COLUMN aibilling.capture_error.usage IS 'As aibilling.capture_failure.usage';
+COMMENT ON COLUMN aibilling.capture_error.key IS 'As aibilling.capture_failure.key';
+COMMENT ON COLUMN aibilling.capture_error."row" IS 'As aibilling.capture_failure.row';
+COMMENT ON COLUMN aibilling.capture_error.error IS 'As aibilling.capture_failure.error';
+COMMENT ON COLUMN aibilling.capture_error.at IS 'As aibilling.capture_failure.at';
+SELECT pg_extension_config_dump('aibilling.capture_definition', '');
+SELECT pg_extension_config_dump('aibilling.capture_error', '');
+
+CREATE FUNCTION aibilling.check_expression(source regclass, expression text, type regtype) RETURNS void
+LANGUAGE c STABLE STRICT AS 'MODULE_PATHNAME', 'abp_sql_check_expression';
+COMMENT ON FUNCTION aibilling.check_expression(regclass, text, regtype) IS
+'Raises an error unless the text is one SQL expression over a row of the table that can be cast to the type';
+
+CREATE FUNCTION aibilling.closest_word(word text, words text[]) RETURNS text
+LANGUAGE c IMMUTABLE STRICT AS 'MODULE_PATHNAME', 'abp_sql_closest_word';
+COMMENT ON FUNCTION aibilling.closest_word(text, text[]) IS 'The word among those that was likely meant; NULL: none';
+
+CREATE FUNCTION aibilling.provider_of_model(model text) RETURNS text
+LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
+RETURN CASE
+	WHEN model ~* '^(gpt|chatgpt|o[1-9]|text-embedding-|dall-e|whisper|tts-|codex)' THEN 'openai'
+	WHEN model ~* '^claude' THEN 'anthropic'
+	WHEN model ~* '^(gemini|gemma|imagen|veo)' THEN 'google'
+	WHEN model ~* '^(mistral|ministral|codestral|magistral|pixtral|devstral|open-mi[sx]tral)' THEN 'mistral'
+	WHEN model ~* '^deepseek' THEN 'deepseek'
+	WHEN model ~* '^grok' THEN 'xai'
+	WHEN model ~* '^(command|c4ai|rerank|embed-)' THEN 'cohere'
+	WHEN model ~* '^sonar' THEN 'perplexity'
+	WHEN model ~ '^[^/]+/' THEN split_part(model, '/', 1)
+END;
+COMMENT ON FUNCTION aibilling.provider_of_model(text) IS
+'The provider that a model''s name tells, for tables that have no column of it; NULL: it does not tell';
+
+-- What the presets map; a column that a version of the other software does not have is left out.
+CREATE FUNCTION aibilling.capture_preset(preset text, source regclass)
+RETURNS TABLE (target text, expression text)
+LANGUAGE plpgsql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $$
+#variable_conflict use_column
+DECLARE
+	has jsonb := (SELECT jsonb_object_agg(a.attname, true) FROM pg_attribute a
+		WHERE a.attrelid = source AND a.attnum > 0 AND NOT a.attisdropped);
+	needed text[] := CASE preset
+		WHEN 'litellm' THEN '{request_id,startTime,model,prompt_tokens,completion_tokens,metadata,spend}'::text[]
+		WHEN 'langfuse' THEN '{id,trace_id,type,start_time,end_time,model,prompt_tokens,completion_tokens,unit}'::text[]
+		WHEN 'open_webui' THEN '{id,role,done,user_id,model_id,usage,created_at}'::text[]
+		END;
+	missing text;
+	schema name;
+	alias text;
+	object text;
+	traces text;
+BEGIN
+	IF needed IS NULL THEN
+		RAISE EXCEPTION 'unknown preset "%"', preset
+			USING ERRCODE = 'invalid_parameter_value',
+				HINT = coalesce(format('Perhaps you meant "%s". ', aibilling.closest_word(preset, '{litellm,langfuse,open_webui}')), '')
+					|| 'Presets are litellm, langfuse and open_webui.';
+	END IF;
+	SELECT string_agg(format('"%s"', n), ', ') INTO missing FROM unnest(needed) n WHERE NOT has ? n;
+	IF missing IS NOT NULL THEN
+		RAISE EXCEPTION 'preset "%" is not for table %', preset, source
+			USING ERRCODE = 'undefined_column', DETAIL = format('It lacks %s.', missing),
+				HINT = CASE preset WHEN 'litellm' THEN 'It is for LiteLLM''s table "LiteLLM_SpendLogs".'
+					WHEN 'langfuse' THEN 'It is for the table "observations" of Langfuse 2.'
+					ELSE 'It is for the table "chat_message" of Open WebUI.' END;
+	END IF;
+	SELECT n.nspname, quote_ident(c.relname) INTO schema, alias
+	FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = source;
+
+	CASE preset
+	WHEN 'litellm' THEN
+		object := $x$coalesce(metadata->'usage_object', metadata->'additional_usage_values')$x$;
+		RETURN QUERY
+		SELECT v.target, v.expression FROM (VALUES
+			('only_when', concat_ws(' AND ', 'true',
+				CASE WHEN has ? 'status' THEN 'status IS DISTINCT FROM ''failure''' END,
+				CASE WHEN has ? 'cache_hit' THEN 'cache_hit IS DISTINCT FROM ''True''' END)),
+			('occurred_at', '"startTime" AT TIME ZONE ''UTC'''),
+			('external_customer_id', format('coalesce(%s)', concat_ws(', ',
+				CASE WHEN has ? 'end_user' THEN 'nullif(end_user, '''')' END,
+				CASE WHEN has ? 'user' THEN 'nullif("user", '''')' END,
+				CASE WHEN has ? 'team_id' THEN 'nullif(team_id, '''')' END,
+				CASE WHEN has ? 'organization_id' THEN 'nullif(organization_id, '''')' END, 'NULL'))),
+			('provider', CASE WHEN has ? 'custom_llm_provider'
+				THEN 'coalesce(nullif(custom_llm_provider, ''''), aibilling.provider_of_model(model))'
+				ELSE 'aibilling.provider_of_model(model)' END),
+			('model', 'nullif(model, '''')'),
+			('generation_id', 'request_id'),
+			-- with both kinds of cached tokens in it; some versions have left them out
+			('input_tokens', format('greatest(prompt_tokens, coalesce((%1$s #>> ''{prompt_tokens_details,cached_tokens}'')::bigint, (%1$s ->> ''cache_read_input_tokens'')::bigint, 0)
+		+ coalesce((%1$s #>> ''{prompt_tokens_details,cache_creation_tokens}'')::bigint, (%1$s ->> ''cache_creation_input_tokens'')::bigint, 0))', object)),
+			('cache_read_tokens', format('coalesce((%1$s #>> ''{prompt_tokens_details,cached_tokens}'')::bigint, (%1$s ->> ''cache_read_input_tokens'')::bigint)', object)),
+			('cache_write_tokens', format('coalesce((%1$s #>> ''{prompt_tokens_details,cache_creation_tokens}'')::bigint, (%1$s ->> ''cache_creation_input_tokens'')::bigint)
+		- coalesce((%1$s #>> ''{prompt_tokens_details,cache_creation_token_details,ephemeral_1h_input_tokens}'')::bigint, (%1$s #>> ''{cache_creation_token_details,ephemeral_1h_input_tokens}'')::bigint, 0)', object)),
+			('cache_write_1h_tokens', format('coalesce((%1$s #>> ''{prompt_tokens_details,cache_creation_token_details,ephemeral_1h_input_tokens}'')::bigint, (%1$s #>> ''{cache_creation_token_details,ephemeral_1h_input_tokens}'')::bigint)', object)),
+			('output_tokens', 'completion_tokens'),
+			('reasoning_tokens', format('(%s #>> ''{completion_tokens_details,reasoning_tokens}'')::bigint', object)),
+			('web_search_count', format('(%s #>> ''{server_tool_use,web_search_requests}'')::bigint', object)),
+			-- 0 is what LiteLLM has where it knows no price
+			('provider_cost', 'nullif(spend::numeric, 0)')
+		) AS v (target, expression);
+	WHEN 'langfuse' THEN
+		SELECT format('(SELECT t.user_id FROM %s t WHERE t.id = %s.trace_id)', c.oid::regclass, alias) INTO traces
+		FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+		WHERE n.nspname = schema AND c.relname = 'traces';
+		RETURN QUERY
+		SELECT v.target, v.expression FROM (VALUES
+			('only_when', 'type = ''GENERATION'' AND coalesce(unit, ''TOKENS'') = ''TOKENS'' AND end_time IS NOT NULL'),
+			('occurred_at', 'start_time AT TIME ZONE ''UTC'''),
+			('external_customer_id', traces),
+			('provider', 'aibilling.provider_of_model(model)'),
+			('model', 'model'),
+			('generation_id', 'id'),
+			('input_tokens', 'prompt_tokens'),
+			('output_tokens', 'completion_tokens'),
+			('provider_cost', CASE WHEN has ?& '{total_cost,calculated_total_cost}'::text[]
+				THEN 'nullif(coalesce(total_cost, calculated_total_cost), 0)' END),
+			('tags', format('jsonb_strip_nulls(jsonb_build_object(%s))', concat_ws(', ', '''trace_id'', trace_id',
+				CASE WHEN has ? 'project_id' THEN '''project_id'', project_id' END)))
+		) AS v (target, expression)
+		WHERE v.expression IS NOT NULL;
+	ELSE
+		RETURN QUERY
+		SELECT v.target, v.expression FROM (VALUES
+			('only_when', 'role = ''assistant'' AND done AND json_typeof(usage::json) = ''object'''),
+			('occurred_at', 'to_timestamp(created_at / CASE WHEN created_at > 10000000000 THEN 1000.0 ELSE 1 END)'),
+			('external_customer_id', 'user_id'),
+			('provider', 'CASE WHEN model_id LIKE ''openrouter.%'' THEN ''openrouter'' ELSE aibilling.provider_of_model(model_id) END'),
+			('model', 'regexp_replace(model_id, ''^openrouter\.'', '''')'),
+			('generation_id', 'id'),
+			('input_tokens', 'coalesce(usage ->> ''input_tokens'', usage ->> ''prompt_tokens'', usage ->> ''prompt_eval_count'', usage ->> ''prompt_n'')'),
+			('cache_read_tokens', 'usage #>> ''{prompt_tokens_details,cached_tokens}'''),
+			('output_tokens', 'coalesce(usage ->> ''output_tokens'', usage ->> ''completion_tokens'', usage ->> ''eval_count'', usage ->> ''predicted_n'')'),
+			('reasoning_tokens', 'usage #>> ''{completion_tokens_details,reasoning_tokens}'''),
+			('provider_cost', 'nullif((usage ->> ''cost'')::numeric, 0)'),
+			('tags', CASE WHEN has ? 'chat_id' THEN 'jsonb_strip_nulls(jsonb_build_object(''chat_id'', chat_id))' END)
+		) AS v (target, expression)
+		WHERE v.expression IS NOT NULL;
+	END CASE;
+END
+$$;
+COMMENT ON FUNCTION aibilling.capture_preset(text, regclass) IS
+'What a preset maps to the columns of a usage table, and as only_when the condition under which a row is complete. Raises undefined_column where the table is another one than it is for';
+
+-- By their names: well-known ones first, as people have them.
+CREATE FUNCTION aibilling.capture_by_name(source regclass)
+RETURNS TABLE (target text, expression text)
+LANGUAGE plpgsql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $$
+#variable_conflict use_column
+BEGIN
+	RETURN QUERY
+	SELECT DISTINCT ON (n.target) n.target,
+		CASE
+			WHEN n.target = 'occurred_at' AND a.atttypid = 'timestamp'::regtype THEN format('%I AT TIME ZONE ''UTC''', a.attname)
+			WHEN n.target = 'occurred_at' AND a.atttypid IN ('bigint'::regtype, 'integer'::regtype)
+				THEN format('to_timestamp(%1$I / CASE WHEN %1$I > 10000000000 THEN 1000.0 ELSE 1 END)', a.attname)
+			ELSE quote_ident(a.attname)
+		END
+	FROM (VALUES
+		('occurred_at', '{occurred_at,created_at,createdAt,timestamp,start_time,startTime,time,ts,inserted_at,date}'::text[]),
+		('external_customer_id', '{external_customer_id,externalCustomerId,customer_external_id,customer_id,customerId,user_id,userId,tenant_id,tenantId,account_id,accountId,organization_id,organizationId,org_id,end_user}'),
+		('provider', '{provider,model_provider,modelProvider,llm_provider,vendor}'),
+		('model', '{model,model_id,modelId,model_name,modelName}'),
+		('generation_id', '{generation_id,generationId,response_id,responseId,request_id,requestId,completion_id}'),
+		('input_tokens', '{input_tokens,inputTokens,prompt_tokens,promptTokens,tokens_in,input_token_count}'),
+		('cache_read_tokens', '{cache_read_tokens,cacheReadTokens,cached_tokens,cachedTokens,cached_input_tokens,cachedInputTokens}'),
+		('cache_write_tokens', '{cache_write_tokens,cacheWriteTokens}'),
+		('cache_write_1h_tokens', '{cache_write_1h_tokens}'),
+		('output_tokens', '{output_tokens,outputTokens,completion_tokens,completionTokens,tokens_out,output_token_count}'),
+		('reasoning_tokens', '{reasoning_tokens,reasoningTokens}'),
+		('request_count', '{request_count}'), ('web_search_count', '{web_search_count}'),
+		('service_tier', '{service_tier,serviceTier}'), ('sub_provider', '{sub_provider}'),
+		('external_member_id', '{external_member_id}'),
+		('units', '{units}'), ('raw_usage', '{raw_usage}'), ('usage_format', '{usage_format}'), ('tags', '{tags}')
+	) AS n (target, names)
+	CROSS JOIN LATERAL unnest(n.names) WITH ORDINALITY AS w (name, rank)
+	JOIN pg_attribute a ON a.attrelid = source AND a.attname = w.name AND a.attnum > 0 AND NOT a.attisdropped
+	WHERE n.target NOT IN ('tags', 'units', 'raw_usage') OR a.atttypid IN ('json'::regtype, 'jsonb'::regtype)
+	ORDER BY n.target, w.rank;
+END
+$$;
+COMMENT ON FUNCTION aibilling.capture_by_name(regclass) IS
+'What the columns of a table say by their names, for the columns of a usage table; its id and costs never';
+
+CREATE FUNCTION aibilling.capture_plan(source regclass, usage regclass, columns jsonb, preset text, only_when text, replicated boolean)
+RETURNS aibilling.captures
+LANGUAGE plpgsql STABLE
+SET search_path = pg_catalog, pg_temp
+SET timezone = 'UTC'
+AS $$
+#variable_conflict use_variable
+DECLARE
+	plan aibilling.captures;
+	relation pg_class;
+	known aibilling.captures;
+	m record;
+	word text;
+	hint text;
+	given jsonb := coalesce(columns, '{}');
+	mapped jsonb := '{}';
+	conditions text[] := '{}';
+	problem text;
+	has_raw boolean;
+BEGIN
+	SELECT c.* INTO relation FROM pg_class c WHERE c.oid = source;
+	IF source IS NULL OR relation.oid IS NULL OR usage IS NULL THEN
+		RAISE EXCEPTION 'source and usage table must be given' USING ERRCODE = 'null_value_not_allowed';
+	ELSIF relation.relkind NOT IN ('r', 'p') OR relation.relpersistence = 't' THEN
+		RAISE EXCEPTION '% is not a table that can be captured', source
+			USING ERRCODE = 'wrong_object_type', HINT = 'Views, foreign and temporary tables have no triggers of this kind: capture the tables below.';
+	ELSIF relation.relispartition THEN
+		RAISE EXCEPTION '% is a partition', source
+			USING ERRCODE = 'wrong_object_type', HINT = 'Capture the partitioned table.';
+	ELSIF source = usage THEN
+		RAISE EXCEPTION '% is the usage table itself', source USING ERRCODE = 'invalid_parameter_value';
+	ELSIF NOT aibilling.owns(source) OR NOT aibilling.owns(usage) THEN
+		RAISE EXCEPTION 'must be owner of table %', CASE WHEN aibilling.owns(source) THEN usage ELSE source END
+			USING ERRCODE = 'insufficient_privilege', DETAIL = 'The trigger that captures rows acts for the owner of both tables.';
+	ELSIF NOT EXISTS (SELECT FROM pg_class c WHERE c.oid = usage AND pg_has_role(relation.relowner, c.relowner, 'USAGE')) THEN
+		RAISE EXCEPTION 'tables % and % belong to different roles', source, usage
+			USING ERRCODE = 'insufficient_privilege', DETAIL = 'The trigger that captures rows acts for the owner of both tables.';
+	ELSIF NOT EXISTS (SELECT FROM aibilling.usage_table t WHERE t.usage = capture_plan.usage) THEN
+		RAISE EXCEPTION 'table % is not attached', usage
+			USING ERRCODE = 'object_not_in_prerequisite_state', HINT = format('Attach it with SELECT aibilling.attach(%L, server => ''...'').', usage);
+	ELSIF replicated AND NOT EXISTS (SELECT FROM aibilling.usage_table t WHERE t.usage = capture_plan.usage AND t.replicated) THEN
+		RAISE EXCEPTION 'the triggers of usage table % do not fire for what a subscription brings', usage
+			USING ERRCODE = 'object_not_in_prerequisite_state',
+				HINT = format('Attach it again with SELECT aibilling.attach(%L, server => ''...'', replicated => true).', usage);
+	ELSIF jsonb_typeof(given) <> 'object' THEN
+		RAISE EXCEPTION 'columns must be a JSON object that maps columns of the usage table to SQL expressions'
+			USING ERRCODE = 'invalid_parameter_value';
+	END IF;
+	SELECT c.* INTO known FROM aibilling.captures c WHERE c.source = capture_plan.source AND c.usage = capture_plan.usage;
+	IF known.source IS NOT NULL AND known.released_at IS NULL THEN
+		RAISE EXCEPTION 'rows of % are captured for % already', source, usage
+			USING ERRCODE = 'duplicate_object', HINT = format('Release them first with SELECT aibilling.release(%L, %L).', source, usage);
+	END IF;
+	IF EXISTS (
+		WITH RECURSIVE fed (source, usage) AS (
+			SELECT c.source, c.usage FROM aibilling.captures c WHERE c.source = capture_plan.usage AND c.released_at IS NULL
+			UNION SELECT c.source, c.usage FROM aibilling.captures c JOIN fed ON c.source = fed.usage WHERE c.released_at IS NULL)
+		SELECT FROM fed WHERE fed.usage = capture_plan.source) THEN
+		RAISE EXCEPTION 'rows of % are captured for %: they would go round in a circle', usage, source
+			USING ERRCODE = 'invalid_parameter_value';
+	END IF;
+
+	-- the key
+	SELECT array_agg(a.attname ORDER BY k.ordinality),
+		CASE WHEN count(*) = 1 THEN format('%I::text', min(a.attname))
+			ELSE format('jsonb_build_array(%s)::text', string_agg(quote_ident(a.attname), ', ' ORDER BY k.ordinality)) END
+	INTO plan.key_columns, plan.key
+	FROM (
+		SELECT i.indexrelid, i.indkey, i.indnkeyatts FROM pg_index i
+		WHERE i.indrelid = source AND i.indisunique AND i.indisvalid AND i.indimmediate AND i.indpred IS NULL
+			AND i.indexprs IS NULL
+			AND NOT EXISTS (SELECT FROM unnest(i.indkey::smallint[]) WITH ORDINALITY AS c (attnum, n)
+				JOIN pg_attribute a ON a.attrelid = source AND a.attnum = c.attnum WHERE c.n <= i.indnkeyatts AND NOT a.attnotnull)
+		ORDER BY i.indisprimary DESC, i.indnkeyatts, i.indexrelid LIMIT 1
+	) AS i
+	CROSS JOIN LATERAL unnest(i.indkey::smallint[]) WITH ORDINALITY AS k (attnum, ordinality)
+	JOIN pg_attribute a ON a.attrelid = source AND a.attnum = k.attnum
+	WHERE k.ordinality <= i.indnkeyatts;
+	IF plan.key_columns IS NULL THEN
+		RAISE EXCEPTION 'table % has no key', source
+			USING ERRCODE = 'object_not_in_prerequisite_state', DETAIL = 'Without one it cannot be told whether a row was captured before.',
+				HINT = 'Add a primary key, or a UNIQUE index on columns that are NOT NULL.';
+	END IF;
+
+	plan.source := source;
+	plan.usage := usage;
+	plan.columns := given;
+	plan.preset := preset;
+	plan.replicated := coalesce(replicated, false);
+	plan.captured_at := now();
+	plan.prefix := coalesce(known.prefix, left(replace(gen_random_uuid()::text, '-', ''), 12));
+	plan.function_name := format('aibilling_capture_%s%s',
+		CASE WHEN octet_length(relation.relname) <= 24 THEN relation.relname || '_' END, plan.prefix);
+
+	-- what is given, of the preset, by name
+	FOR m IN SELECT e.key, e.value FROM jsonb_each(given) e LOOP
+		IF m.key ~ '^(id|cost_(nanos|cents|status))$' THEN
+			RAISE EXCEPTION 'column "%" of a usage table is filled by the extension', m.key USING ERRCODE = 'invalid_parameter_value';
+		ELSIF NOT EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = usage AND a.attname = m.key AND a.attnum > 0 AND NOT a.attisdropped) THEN
+			word := aibilling.closest_word(m.key, ARRAY(SELECT a.attname::text FROM pg_attribute a
+				WHERE a.attrelid = usage AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum));
+			hint := CASE WHEN word IS NULL THEN 'The keys of columns are names of the usage table''s columns.' ELSE format('Perhaps you meant "%s".', word) END;
+			RAISE EXCEPTION 'usage table % has no column "%"', usage, m.key USING ERRCODE = 'undefined_column', HINT = hint;
+		ELSIF jsonb_typeof(m.value) NOT IN ('string', 'number', 'null') THEN
+			RAISE EXCEPTION 'the mapping of "%" is no SQL expression: %', m.key, m.value
+				USING ERRCODE = 'invalid_parameter_value', HINT = 'Give it as a JSON string, or null to leave the column empty.';
+		END IF;
+	END LOOP;
+	IF preset IS NOT NULL THEN
+		FOR m IN SELECT p.target, p.expression FROM aibilling.capture_preset(preset, source) p LOOP
+			IF m.target = 'only_when' THEN
+				conditions := conditions || m.expression;
+			ELSE
+				mapped := mapped || jsonb_build_object(m.target, m.expression);
+			END IF;
+		END LOOP;
+	ELSE
+		FOR m IN SELECT p.target, p.expression FROM aibilling.capture_by_name(source) p WHERE NOT given ? p.target LOOP
+			BEGIN
+				PERFORM aibilling.check_expression(source, m.expression, (SELECT a.atttypid::regtype FROM pg_attribute a
+					WHERE a.attrelid = usage AND a.attname = m.target AND a.attnum > 0 AND NOT a.attisdropped));
+				mapped := mapped || jsonb_build_object(m.target, m.expression);
+			EXCEPTION WHEN cannot_coerce OR datatype_mismatch OR indeterminate_datatype THEN
+				NULL;
+			END;
+		END LOOP;
+		-- Anthropic's own count leaves cached tokens out of input_tokens, LiteLLM's has them in it.
+		SELECT string_agg(format('"%s"', a.attname), ' and ' ORDER BY a.attnum) INTO word FROM pg_attribute a
+		WHERE a.attrelid = source AND a.attname IN ('cache_read_input_tokens', 'cache_creation_input_tokens', 'cacheReadInputTokens', 'cacheCreationInputTokens')
+			AND NOT a.attisdropped;
+		IF word IS NOT NULL AND NOT given ?| '{cache_read_tokens,raw_usage}' THEN
+			RAISE EXCEPTION 'it cannot be told whether the input tokens of % contain those of %', source, word
+				USING ERRCODE = 'ambiguous_column',
+					HINT = 'Map input_tokens (all of them, cached ones included), cache_read_tokens and cache_write_tokens by columns.';
+		END IF;
+		IF mapped ? 'model' AND NOT mapped ? 'provider' AND NOT given ? 'provider' THEN
+			mapped := mapped || jsonb_build_object('provider', format('aibilling.provider_of_model((%s)::text)', mapped ->> 'model'));
+		ELSIF given ? 'model' AND NOT mapped ? 'provider' AND NOT given ? 'provider' THEN
+			mapped := mapped || jsonb_build_object('provider', format('aibilling.provider_of_model((%s)::text)', given ->> 'model'));
+		END IF;
+	END IF;
+	mapped := jsonb_build_object('external_id', format('%L || CASE WHEN octet_length(%2$s) <= 240 THEN %2$s ELSE encode(sha256(convert_to(%2$s, ''UTF8'')), ''hex'') END',
+		plan.prefix || ':', plan.key)) || mapped || given;
+	IF trim(coalesce(only_when, 'true')) <> 'true' OR conditions = '{}' THEN
+		conditions := conditions || coalesce(only_when, 'true');
+	END IF;
+	plan.only_when := array_to_string(ARRAY(SELECT format(E'(%s\n)', c) FROM unnest(conditions) c), ' AND ');
+
+	-- each of them must be one
+	FOR m IN
+		SELECT a.attname AS target, a.atttypid::regtype AS type, mapped ->> a.attname AS expression
+		FROM pg_attribute a WHERE a.attrelid = usage AND a.attnum > 0 AND NOT a.attisdropped AND mapped ->> a.attname IS NOT NULL
+		UNION ALL
+		SELECT 'only_when', 'boolean', c FROM unnest(conditions) c
+	LOOP
+		BEGIN
+			PERFORM aibilling.check_expression(source, m.expression, m.type);
+		EXCEPTION WHEN OTHERS THEN
+			GET STACKED DIAGNOSTICS problem = MESSAGE_TEXT, hint = PG_EXCEPTION_HINT;
+			RAISE EXCEPTION 'cannot map % of %: %', m.target, usage, problem
+				USING ERRCODE = SQLSTATE, DETAIL = format('Its expression over %s is: %s', source, m.expression),
+					HINT = CASE WHEN hint <> '' THEN hint WHEN SQLSTATE = '42883' THEN 'Functions and operators outside of pg_catalog need their schema.' ELSE '' END;
+		END;
+	END LOOP;
+	SELECT string_agg(quote_ident(a.attname), ', ' ORDER BY a.attnum),
+		string_agg(format(E'\t(%s\n)::%s AS %I', mapped ->> a.attname, format_type(a.atttypid, NULL), a.attname), E',\n' ORDER BY a.attnum)
+	INTO plan.targets, plan.expressions
+	FROM pg_attribute a
+	WHERE a.attrelid = usage AND a.attnum > 0 AND NOT a.attisdropped AND mapped ->> a.attname IS NOT NULL;
+	-- What its raw usage object or a default may have filled in is no change.
+	has_raw := mapped ->> 'raw_usage' IS NOT NULL;
+	SELECT coalesce(string_agg(format(CASE
+			WHEN a.attname = 'raw_usage' THEN '(m.%1$I <> u.%1$I)'
+			WHEN has_raw OR a.attname IN ('tags', 'service_tier', 'occurred_at', 'request_count') THEN '(m.%1$I IS NOT NULL AND m.%1$I IS DISTINCT FROM u.%1$I)'
+			ELSE '(m.%1$I IS DISTINCT FROM u.%1$I)' END, a.attname), ' OR ' ORDER BY a.attnum), 'false')
+	INTO plan.changes
+	FROM pg_attribute a
+	WHERE a.attrelid = usage AND a.attnum > 0 AND NOT a.attisdropped AND mapped ->> a.attname IS NOT NULL
+		AND a.attname <> 'external_id' AND a.atttypid <> 'json'::regtype
+		AND NOT (has_raw AND a.attname IN ('service_tier', 'units'));
+	SELECT coalesce((
+		SELECT (SELECT format('(%s)', string_agg(quote_ident(a.attname), ', '))
+			FROM pg_attribute a WHERE a.attrelid = usage AND a.attnum = ANY (i.indkey::smallint[]))
+		FROM pg_index i
+		WHERE i.indrelid = usage AND i.indisunique AND i.indisvalid AND i.indimmediate AND i.indpred IS NULL AND i.indexprs IS NULL
+			AND (SELECT a.attnum FROM pg_attribute a WHERE a.attrelid = usage AND a.attname = 'external_id') = ANY (i.indkey::smallint[])
+		ORDER BY i.indnkeyatts LIMIT 1), '')
+	INTO plan.on_conflict;
+	RETURN plan;
+END
+$$;
+COMMENT ON FUNCTION aibilling.capture_plan(regclass, regclass, jsonb, text, text, boolean) IS
+'How the rows of a table become usage rows, checked; what aibilling.capture_sql() is made from';
+
+CREATE FUNCTION aibilling.capture_sql(source regclass, usage regclass, columns jsonb DEFAULT '{}', preset text DEFAULT NULL,
+	only_when text DEFAULT 'true', existing text DEFAULT 'ignore', replicated boolean DEFAULT false) RETURNS text
+LANGUAGE plpgsql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $capture_sql$
+#variable_conflict use_variable
+DECLARE
+	plan aibilling.captures;
+	relation pg_class;
+	schema name;
+	sql text;
+	word text;
+	by_statement boolean;
+	by_row boolean;
+	flag text;
+	level text;
+	rows text;
+	branches text := '';
+	fallbacks text := '';
+BEGIN
+	IF existing IS NULL OR existing NOT IN ('ignore', 'send', 'load') THEN
+		word := aibilling.closest_word(existing, '{ignore,send,load}');
+		RAISE EXCEPTION 'invalid value for parameter "existing": "%"', existing
+			USING ERRCODE = 'invalid_parameter_value', HINT = coalesce(format('Perhaps you meant ''%s''. ', word), '') || 'Use ''ignore'', ''send'' or ''load''.';
+	END IF;
+	plan := aibilling.capture_plan(source, usage, columns, preset, only_when, replicated);
+	SELECT c.* INTO relation FROM pg_class c WHERE c.oid = source;
+	schema := relation.relnamespace::regnamespace::text;
+	-- A statement has all its rows at once; a subscription has single rows, and so has what inserts
+	-- into a partition, which fires no trigger of the table's statements.
+	by_statement := NOT plan.replicated;
+	by_row := plan.replicated OR relation.relkind = 'p';
+	flag := 'aibilling_capture.p' || plan.prefix;
+	FOR level, rows IN
+		SELECT * FROM (VALUES ('STATEMENT', 'new_rows'), ('ROW', '(SELECT (NEW).*)')) AS v (level, rows)
+		WHERE CASE v.level WHEN 'ROW' THEN by_row ELSE by_statement END
+	LOOP
+		branches := branches || format(E'\tELSIF TG_LEVEL = %L THEN\n%s\t\tINSERT INTO %s (%s)\n\t\tSELECT\n%s\n\t\tFROM %s AS %I\n\t\tWHERE %s;\n',
+			level, CASE WHEN by_row AND level = 'STATEMENT' THEN format(E'\t\tPERFORM set_config(%L, '''', true);\n', flag) END,
+			usage, plan.targets, plan.expressions, rows, relation.relname, plan.only_when);
+		fallbacks := fallbacks || format(E'\t\t\tIF TG_LEVEL = %L THEN\n\t\t\t\tPERFORM aibilling.capture_rows(%L, ARRAY(SELECT to_jsonb(r) FROM %s AS r), SQLSTATE, SQLERRM);\n\t\t\tEND IF;\n',
+			level, plan.function_name, rows);
+	END LOOP;
+
+	sql := format($sql$-- Rows of %1$s become rows of %2$s.
+CREATE FUNCTION %3$s.%4$I() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+SET timezone = 'UTC'
+SET datestyle = 'ISO'
+AS $capture$
+#variable_conflict use_column
+BEGIN
+	IF TG_OP = 'UPDATE' THEN
+		PERFORM aibilling.capture_changed(%4$L, to_jsonb(OLD), to_jsonb(NEW));
+%5$s%6$s	END IF;
+	RETURN NULL;
+EXCEPTION
+	WHEN serialization_failure OR deadlock_detected THEN
+		RAISE;
+	WHEN OTHERS THEN
+		-- one by one; what cannot be captured is in aibilling.capture_failure
+		BEGIN
+%7$s			RETURN NULL;
+		EXCEPTION
+			WHEN serialization_failure OR deadlock_detected THEN
+				RAISE;
+			WHEN OTHERS THEN
+				RAISE WARNING 'rows of %% are not captured: %%', TG_RELID::regclass, SQLERRM;
+				RETURN NULL;
+		END;
+END
+$capture$;
+REVOKE ALL ON FUNCTION %3$s.%4$I() FROM PUBLIC;
+$sql$, source, usage, schema, plan.function_name,
+		-- the depth tells this statement from others that its triggers run
+		CASE WHEN by_statement AND by_row THEN format(E'\tELSIF TG_WHEN = ''BEFORE'' THEN\n\t\tPERFORM set_config(%L, (pg_trigger_depth() - 1)::text, true);\n', flag) END,
+		branches, fallbacks);
+	IF relation.relowner <> current_user::regrole THEN
+		sql := sql || format(E'ALTER FUNCTION %s.%I() OWNER TO %s;\n', schema, plan.function_name, relation.relowner::regrole);
+	END IF;
+	IF by_statement AND by_row THEN
+		sql := sql || format(E'CREATE TRIGGER %I BEFORE INSERT ON %s FOR EACH STATEMENT EXECUTE FUNCTION %s.%I();\n',
+			plan.function_name || '_begin', source, schema, plan.function_name);
+	END IF;
+	IF by_statement THEN
+		sql := sql || format(E'CREATE TRIGGER %I AFTER INSERT ON %s REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION %s.%I();\n',
+			plan.function_name || '_insert', source, schema, plan.function_name);
+	END IF;
+	IF by_row THEN
+		sql := sql || format(E'CREATE TRIGGER %I AFTER INSERT ON %s FOR EACH ROW %sEXECUTE FUNCTION %s.%I();\n', plan.function_name || '_row', source,
+			CASE WHEN by_statement THEN format('WHEN (current_setting(%L, true) IS DISTINCT FROM pg_trigger_depth()::text) ', flag) END,
+			schema, plan.function_name);
+	END IF;
+	sql := sql || format(E'CREATE TRIGGER %I AFTER UPDATE ON %s FOR EACH ROW WHEN (OLD.* OPERATOR(pg_catalog.*<>) NEW.*) EXECUTE FUNCTION %s.%I();\n',
+		plan.function_name || '_update', source, schema, plan.function_name);
+	IF plan.replicated THEN
+		sql := sql || format(E'ALTER TABLE %s ENABLE ALWAYS TRIGGER %I, ENABLE ALWAYS TRIGGER %I;\n', source,
+			plan.function_name || '_row', plan.function_name || '_update');
+	END IF;
+	sql := sql || format(E'INSERT INTO aibilling.captures SELECT (jsonb_populate_record(NULL::aibilling.captures, %L)).*\n\tON CONFLICT (source, usage) DO UPDATE SET (%s) = ROW (%s);\n',
+		to_jsonb(plan),
+		(SELECT string_agg(quote_ident(a.attname), ', ' ORDER BY a.attnum) FROM pg_attribute a WHERE a.attrelid = 'aibilling.captures'::regclass AND a.attnum > 0),
+		(SELECT string_agg('excluded.' || quote_ident(a.attname), ', ' ORDER BY a.attnum) FROM pg_attribute a WHERE a.attrelid = 'aibilling.captures'::regclass AND a.attnum > 0));
+	IF existing <> 'ignore' THEN
+		sql := sql || format(E'SELECT aibilling.capture_history(%L, %L, %L);\n', source::text, usage::text, existing);
+	END IF;
+	RETURN sql;
+END
+$capture_sql$;
+COMMENT ON FUNCTION aibilling.capture_sql(regclass, regclass, jsonb, text, text, text, boolean) IS
+'The statements that aibilling.capture() runs with the same arguments; does nothing. The prefix of external_id is drawn anew each time, until the capture has one';
+
+CREATE FUNCTION aibilling.capture(source regclass, usage regclass, columns jsonb DEFAULT '{}', preset text DEFAULT NULL,
+	only_when text DEFAULT 'true', existing text DEFAULT 'ignore', replicated boolean DEFAULT false) RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+	IF coalesce(existing, 'ignore') <> 'ignore' AND current_setting('transaction_isolation') NOT LIKE 'read%' THEN
+		RAISE EXCEPTION 'rows that are there cannot be captured in a transaction of isolation level %', current_setting('transaction_isolation')
+			USING ERRCODE = 'invalid_transaction_state', DETAIL = 'It would not see those that others have committed meanwhile.';
+	END IF;
+	EXECUTE aibilling.capture_sql(source, usage, columns, preset, only_when, existing, replicated);
+	IF NOT coalesce(replicated, false) AND EXISTS (SELECT FROM pg_subscription_rel r WHERE r.srrelid = source) THEN
+		RAISE WARNING 'a subscription feeds %: its rows are not captured', source
+			USING HINT = 'Release the capture, and call it with replicated => true.';
+	END IF;
+END
+$$;
+COMMENT ON FUNCTION aibilling.capture(regclass, regclass, jsonb, text, text, text, boolean) IS
+'Has the rows of a table become rows of a usage table, by triggers that belong to the owner of both. columns: SQL expressions over the source''s row by columns of the usage table, null to leave one empty; preset: litellm, langfuse or open_webui; without one, what columns leaves out is matched by name. external_id is a random prefix and the source''s key. only_when: the condition under which a row is complete; an UPDATE that makes it so captures it. existing: ignore, send or load (priced, not sent) the rows that are there. replicated: a subscription feeds the source. The source''s statements never fail because of it: see aibilling.capture_failure. aibilling.capture_sql() shows what will run';
+
+CREATE FUNCTION aibilling.release(source regclass, usage regclass) RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+	d aibilling.captures;
+	schema text;
+	word text;
+BEGIN
+	IF NOT aibilling.owns(source) THEN
+		RAISE EXCEPTION 'must be owner of table %', source USING ERRCODE = 'insufficient_privilege';
+	END IF;
+	SELECT c.* INTO d FROM aibilling.captures c WHERE c.source = release.source AND c.usage = release.usage AND c.released_at IS NULL;
+	IF NOT FOUND THEN
+		RAISE EXCEPTION 'rows of % are not captured for %', source, usage USING ERRCODE = 'undefined_object';
+	END IF;
+	SELECT c.relnamespace::regnamespace::text INTO schema FROM pg_class c WHERE c.oid = source;
+	FOREACH word IN ARRAY '{begin,insert,row,update}'::text[] LOOP
+		EXECUTE format('DROP TRIGGER IF EXISTS %I ON %s', d.function_name || '_' || word, source);
+	END LOOP;
+	EXECUTE format('DROP FUNCTION IF EXISTS %s.%I()', schema, d.function_name);
+	UPDATE aibilling.captures c SET released_at = now() WHERE c.source = release.source AND c.usage = release.usage;
+END
+$$;
+COMMENT ON FUNCTION aibilling.release(regclass, regclass) IS
+'Ends what aibilling.capture() began: drops its triggers and their function. Usage rows and failures stay, and the prefix of external_id, so that what is captured again is the same. Needs ownership of the source';
+
+-- Rows as their source has them, by the stored definition.
+CREATE FUNCTION aibilling.capture_row(d aibilling.captures, source_row jsonb, error text DEFAULT NULL) RETURNS boolean
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+SET timezone = 'UTC'
+SET datestyle = 'ISO'
+AS $$
+DECLARE
+	mapped text;
+	source_key text;
+	changed boolean;
+	n bigint;
+BEGIN
+	mapped := format(E'SELECT\n%s\nFROM jsonb_populate_record(NULL::%s, $1) AS %I WHERE %s', d.expressions, d.source,
+		(SELECT c.relname FROM pg_class c WHERE c.oid = d.source), d.only_when);
+	IF error IS NULL THEN
+		BEGIN
+			EXECUTE format('INSERT INTO %1$s (%2$s) SELECT m.* FROM (%3$s) AS m WHERE NOT EXISTS (SELECT FROM %1$s u WHERE u.external_id = m.external_id)%4$s',
+				d.usage, d.targets, mapped, CASE WHEN d.on_conflict <> '' THEN format(' ON CONFLICT %s DO NOTHING', d.on_conflict) END)
+			USING source_row;
+			GET DIAGNOSTICS n = ROW_COUNT;
+			IF n = 0 THEN
+				EXECUTE format('SELECT EXISTS (SELECT FROM (%s) AS m JOIN %s u ON u.external_id = m.external_id WHERE %s)', mapped, d.usage, d.changes)
+				INTO changed USING source_row;
+				error := CASE WHEN changed THEN 'changed after capture' END;
+			END IF;
+		EXCEPTION
+			WHEN serialization_failure OR deadlock_detected THEN
+				RAISE;
+			WHEN OTHERS THEN
+				error := SQLERRM;
+		END;
+	END IF;
+	EXECUTE format('SELECT %s FROM jsonb_populate_record(NULL::%s, $1) AS r', d.key, d.source) INTO source_key USING source_row;
+	IF error IS NULL THEN
+		DELETE FROM aibilling.capture_failure f WHERE f.source = d.source AND f.usage = d.usage AND f.key = source_key;
+		RETURN true;
+	END IF;
+	INSERT INTO aibilling.capture_failure AS f (source, usage, key, "row", error, at)
+	VALUES (d.source, d.usage, source_key, source_row, error, now())
+	ON CONFLICT (source, usage, key) DO UPDATE SET "row" = excluded."row", error = excluded.error, at = excluded.at;
+	RETURN false;
+END
+$$;
+COMMENT ON FUNCTION aibilling.capture_row(aibilling.captures, jsonb, text) IS
+'Captures a row, given as jsonb, unless it was before; with an error only notes it. What goes wrong is put into aibilling.capture_failure. Returns whether nothing did';
+
+-- A tenth at a time, until the rows that cannot be captured are found.
+CREATE FUNCTION aibilling.capture_together(d aibilling.captures, source_rows jsonb[]) RETURNS bigint
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+SET timezone = 'UTC'
+SET datestyle = 'ISO'
+SET enable_hashjoin = off
+SET enable_mergejoin = off
+SET enable_seqscan = off
+AS $$
+DECLARE
+	n integer := cardinality(source_rows);
+	part integer := (n + 9) / 10;
+	relname name := (SELECT c.relname FROM pg_class c WHERE c.oid = d.source);
+	mapped text;
+	captured bigint;
+BEGIN
+	IF n <= 1 THEN
+		RETURN (SELECT count(*) FILTER (WHERE aibilling.capture_row(d, r)) FROM unnest(source_rows) r);
+	END IF;
+	mapped := format(E'SELECT\n%s, %s AS "source key", "the row" FROM unnest($1) AS "the row", LATERAL jsonb_populate_record(NULL::%s, "the row") AS %I WHERE %s',
+		d.expressions, d.key, d.source, relname, d.only_when);
+	BEGIN
+		EXECUTE format('INSERT INTO aibilling.capture_failure (source, usage, key, "row", error, at)'
+			' SELECT $2, $3, m."source key", m."the row", ''changed after capture'', now() FROM (%s) AS m JOIN %s u ON u.external_id = m.external_id WHERE %s'
+			' ON CONFLICT (source, usage, key) DO UPDATE SET "row" = excluded."row", error = excluded.error, at = excluded.at',
+			mapped, d.usage, d.changes) USING source_rows, d.source, d.usage;
+		EXECUTE format('INSERT INTO %1$s (%2$s) SELECT %2$s FROM (%3$s) AS m WHERE NOT EXISTS (SELECT FROM %1$s u WHERE u.external_id = m.external_id)%4$s',
+			d.usage, d.targets, mapped, CASE WHEN d.on_conflict <> '' THEN format(' ON CONFLICT %s DO NOTHING', d.on_conflict) END)
+		USING source_rows;
+		GET DIAGNOSTICS captured = ROW_COUNT;
+		RETURN captured;
+	EXCEPTION
+		WHEN serialization_failure OR deadlock_detected THEN
+			RAISE;
+		WHEN OTHERS THEN
+			captured := 0;
+	END;
+	FOR i IN 0 .. (n - 1) / part LOOP
+		captured := captured + aibilling.capture_together(d, source_rows[i * part + 1 : (i + 1) * part]);
+	END LOOP;
+	RETURN captured;
+END
+$$;
+COMMENT ON FUNCTION aibilling.capture_together(aibilling.captures, jsonb[]) IS
+'Captures rows, given as jsonb, that were not before. What goes wrong is put into aibilling.capture_failure. Returns how many are captured';
+
+CREATE FUNCTION aibilling.capture_rows(capture text, source_rows jsonb[], state text, error text) RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+	d aibilling.captures;
+BEGIN
+	SELECT c.* INTO d FROM aibilling.captures c WHERE c.function_name = capture AND c.released_at IS NULL;
+	IF NOT FOUND THEN
+		RAISE EXCEPTION 'there is no capture "%"', capture USING ERRCODE = 'undefined_object';
+	END IF;
+	-- of the statement or the server, not of one of its rows: all would fail alike
+	IF left(state, 2) IN ('42', '53', '55', '0A', '3F') THEN
+		PERFORM aibilling.capture_row(d, r, error) FROM unnest(source_rows) r;
+	ELSE
+		PERFORM aibilling.capture_together(d, source_rows);
+	END IF;
+END
+$$;
+COMMENT ON FUNCTION aibilling.capture_rows(text, jsonb[], text, text) IS
+'Captures rows that could not be captured by their statement''s trigger, because of this error. For the triggers of aibilling.capture()';
+
+CREATE FUNCTION aibilling.capture_changed(capture text, old_row jsonb, new_row jsonb) RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+SET timezone = 'UTC'
+SET datestyle = 'ISO'
+AS $$
+DECLARE
+	d aibilling.captures;
+	relname name;
+	was record;
+	is_now record;
+	captured boolean;
+	query text;
+BEGIN
+	SELECT c.* INTO d FROM aibilling.captures c WHERE c.function_name = capture AND c.released_at IS NULL;
+	IF NOT FOUND THEN
+		RAISE EXCEPTION 'there is no capture "%"', capture USING ERRCODE = 'undefined_object';
+	END IF;
+	SELECT c.relname INTO relname FROM pg_class c WHERE c.oid = d.source;
+	query := format(E'SELECT coalesce(%s, false) AS complete, %s AS key FROM jsonb_populate_record(NULL::%s, $1) AS %I', d.only_when, d.key, d.source, relname);
+	EXECUTE query INTO was USING old_row;
+	EXECUTE query INTO is_now USING new_row;
+	IF NOT was.complete AND NOT is_now.complete THEN
+		RETURN;
+	END IF;
+	-- As far as it was complete: what its columns are mapped to may not be computed before.
+	IF was.complete THEN
+		EXECUTE format(E'SELECT EXISTS (SELECT FROM %s u WHERE u.external_id = (SELECT m.external_id FROM (SELECT\n%s\nFROM jsonb_populate_record(NULL::%s, $1) AS %I) m))',
+			d.usage, d.expressions, d.source, relname) INTO captured USING old_row;
+		IF captured AND (was.key <> is_now.key OR NOT is_now.complete) THEN
+			PERFORM aibilling.capture_row(d, new_row, 'changed after capture');
+			RETURN;
+		ELSIF NOT captured AND NOT EXISTS (SELECT FROM aibilling.capture_failure f
+			WHERE f.source = d.source AND f.usage = d.usage AND f.key = was.key) THEN
+			RETURN;				-- it was there before
+		END IF;
+	END IF;
+	IF is_now.complete THEN
+		PERFORM aibilling.capture_row(d, new_row);
+	END IF;
+END
+$$;
+COMMENT ON FUNCTION aibilling.capture_changed(text, jsonb, jsonb) IS
+'Captures a row that an UPDATE has made complete, and notes a captured one that it has changed. For the triggers of aibilling.capture()';
+
+CREATE FUNCTION aibilling.capture_history(source regclass, usage regclass, existing text) RETURNS bigint
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+SET timezone = 'UTC'
+SET datestyle = 'ISO'
+SET enable_hashjoin = off
+SET enable_mergejoin = off
+SET enable_seqscan = off
+AS $$
+DECLARE
+	d aibilling.captures;
+	relname name;
+	enqueue text := current_setting('aibilling_polar.enqueue');
+	key_list text;
+	last_key text;
+	next_key text;
+	range text;
+	n bigint;
+	captured bigint := 0;
+	seen bigint := 0;
+BEGIN
+	SELECT c.* INTO d FROM aibilling.captures c
+	WHERE c.source = capture_history.source AND c.usage = capture_history.usage AND c.released_at IS NULL;
+	IF NOT FOUND THEN
+		RAISE EXCEPTION 'rows of % are not captured for %', source, usage USING ERRCODE = 'undefined_object';
+	END IF;
+	SELECT c.relname INTO relname FROM pg_class c WHERE c.oid = source;
+	SELECT string_agg(quote_ident(k), ', ') INTO key_list FROM unnest(d.key_columns) k;
+	PERFORM set_config('aibilling_polar.enqueue', CASE existing WHEN 'load' THEN 'off' ELSE 'on' END, true);
+	LOOP
+		-- the last of the next ten thousand, as (literal, ...)
+		EXECUTE format('SELECT %s FROM (SELECT %s FROM %s%s ORDER BY %2$s OFFSET 9999 LIMIT 1) AS k',
+			(SELECT format('format(%L, %s)', '(' || string_agg(format('%%L::%s', format_type(a.atttypid, a.atttypmod)), ', ' ORDER BY k.ordinality) || ')',
+				string_agg(quote_ident(k.name), ', ' ORDER BY k.ordinality))
+			 FROM unnest(d.key_columns) WITH ORDINALITY AS k (name, ordinality)
+			 JOIN pg_attribute a ON a.attrelid = source AND a.attname = k.name),
+			key_list, source, ' WHERE (' || key_list || ') > ' || last_key)
+		INTO next_key;
+		range := concat_ws(' AND ', '(' || key_list || ') > ' || last_key, '(' || key_list || ') <= ' || next_key, 'true');
+		BEGIN
+			EXECUTE format(E'INSERT INTO %s (%s) SELECT m.* FROM (SELECT\n%s\nFROM (SELECT * FROM %s WHERE %s) AS %I WHERE %s) AS m'
+				' WHERE NOT EXISTS (SELECT FROM %1$s u WHERE u.external_id = m.external_id)',
+				usage, d.targets, d.expressions, source, range, relname, d.only_when);
+			GET DIAGNOSTICS n = ROW_COUNT;
+		EXCEPTION
+			WHEN serialization_failure OR deadlock_detected THEN
+				RAISE;
+			WHEN OTHERS THEN
+				EXECUTE format('SELECT aibilling.capture_together($1, array_agg(to_jsonb(r))) FROM %s AS r WHERE %s', source, range)
+				INTO n USING d;
+		END;
+		captured := captured + n;
+		EXIT WHEN next_key IS NULL;
+		last_key := next_key;
+		seen := seen + 10000;
+		IF seen % 100000 = 0 THEN
+			RAISE NOTICE '% rows of % are read, % of them captured', seen, source, captured;
+		END IF;
+	END LOOP;
+	PERFORM set_config('aibilling_polar.enqueue', enqueue, true);
+	RAISE NOTICE '% rows of % that were there are captured%', captured, source, CASE existing WHEN 'load' THEN ', and not sent' ELSE '' END;
+	RETURN captured;
+END
+$$;
+COMMENT ON FUNCTION aibilling.capture_history(regclass, regclass, text) IS
+'Captures the rows of a captured table that are there and were not yet. existing: send, or load (priced, not sent). Returns how many; a NOTICE tells every 100,000 rows. For aibilling.capture(), and to be called again where it was not to the end';
+
+CREATE FUNCTION aibilling.capture_retry(source regclass) RETURNS bigint
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+	f record;
+	n bigint := 0;
+BEGIN
+	IF NOT aibilling.owns(source) THEN
+		RAISE EXCEPTION 'must be owner of table %', source USING ERRCODE = 'insufficient_privilege';
+	END IF;
+	FOR f IN
+		SELECT c AS d, e."row" FROM aibilling.capture_failure e JOIN aibilling.captures c ON (c.source, c.usage) = (e.source, e.usage)
+		WHERE e.source = capture_retry.source AND c.released_at IS NULL AND e.error <> 'changed after capture' AND e."row" IS NOT NULL
+		ORDER BY e.at, e.key
+	LOOP
+		n := n + aibilling.capture_row(f.d, f."row")::integer;
+	END LOOP;
+	RETURN n;
+END
+$$;
+COMMENT ON FUNCTION aibilling.capture_retry(regclass) IS
+'Tries the rows in aibilling.capture_failure of a table again, but for those that have changed after they were captured. Returns how many are captured now. Needs ownership of the table';
+
+REVOKE ALL ON aibilling.capture_definition, aibilling.captures, aibilling.capture_error, aibilling.capture_failure FROM PUBLIC;
+GRANT SELECT, INSERT, UPDATE ON aibilling.captures TO PUBLIC;
+GRANT SELECT, INSERT, UPDATE, DELETE ON aibilling.capture_failure TO PUBLIC;
+REVOKE ALL ON FUNCTION aibilling.owns(regclass), aibilling.check_expression(regclass, text, regtype), aibilling.closest_word(text, text[]),
+	aibilling.provider_of_model(text), aibilling.capture_preset(text, regclass), aibilling.capture_by_name(regclass),
+	aibilling.capture_plan(regclass, regclass, jsonb, text, text, boolean),
+	aibilling.capture_sql(regclass, regclass, jsonb, text, text, text, boolean),
+	aibilling.capture(regclass, regclass, jsonb, text, text, text, boolean), aibilling.release(regclass, regclass),
+	aibilling.capture_row(aibilling.captures, jsonb, text), aibilling.capture_together(aibilling.captures, jsonb[]), aibilling.capture_rows(text, jsonb[], text, text),
+	aibilling.capture_changed(text, jsonb, jsonb), aibilling.capture_history(regclass, regclass, text),
+	aibilling.capture_retry(regclass) FROM PUBLIC;
+-- With the rights of whoever calls.
+GRANT EXECUTE ON FUNCTION aibilling.owns(regclass), aibilling.check_expression(regclass, text, regtype), aibilling.closest_word(text, text[]),
+	aibilling.provider_of_model(text), aibilling.capture_preset(text, regclass), aibilling.capture_by_name(regclass),
+	aibilling.capture_plan(regclass, regclass, jsonb, text, text, boolean),
+	aibilling.capture_sql(regclass, regclass, jsonb, text, text, text, boolean),
+	aibilling.capture(regclass, regclass, jsonb, text, text, text, boolean), aibilling.release(regclass, regclass),
+	aibilling.capture_row(aibilling.captures, jsonb, text), aibilling.capture_together(aibilling.captures, jsonb[]), aibilling.capture_rows(text, jsonb[], text, text),
+	aibilling.capture_changed(text, jsonb, jsonb), aibilling.capture_history(regclass, regclass, text),
+	aibilling.capture_retry(regclass) TO PUBLIC;
+
+CREATE OR REPLACE VIEW aibilling.status AS
+SELECT r.usage_table, r.server, r.pending, r.pending_estimated, r.unpriced, r.rejected, r.in_flight, r.oldest,
+	r.last_delivery, r.last_error, r.deliveries, r.delivered, r.duplicates, r.unexpected_duplicates, r.vanished,
+	r.worker_pid,
+	-- (names, which are of another collation, are among these words)
+	concat_ws('; ', r.status, f.words,
+		CASE WHEN c.skipped > 0 THEN format('%s rows came again and were skipped', c.skipped) END,
+		CASE WHEN c.kept > 0 THEN format('warning: %s rows were changed at their publisher after they had been sent, which changed nothing', c.kept) END,
+		CASE WHEN e.rows > 0 THEN format('warning: %s rows that were to be captured need a look (aibilling.capture_failure)', e.rows) END) COLLATE "default" AS status,
+	f.lag, c.skipped, c.kept
+FROM aibilling.status_rows() r
+LEFT JOIN LATERAL (
+	SELECT a.skipped + coalesce(sum(n.rows) FILTER (WHERE n.state = 's'), 0)::bigint AS skipped,
+		a.kept + coalesce(sum(n.rows) FILTER (WHERE n.state = 'k'), 0)::bigint AS kept
+	FROM aibilling.attachment a
+	LEFT JOIN LATERAL (
+		SELECT e.state, coalesce((SELECT sum(coalesce(upper(r), 9223372036854775807) - lower(r)) FROM unnest(e.ids) r), 1) AS rows
+		FROM aibilling.outbox_entry e
+		WHERE e.usage_table = a.usage AND e.state IN ('s', 'k') AND e.not_before = '-infinity'
+	) AS n ON true
+	WHERE a.usage = r.usage_table
+	GROUP BY a.skipped, a.kept
+) AS c ON true
+LEFT JOIN LATERAL (
+	SELECT CASE WHEN count(*) = count(f.lag) THEN max(f.lag) END AS lag,
+		string_agg(CASE
+			WHEN NOT f.enabled THEN format('warning: subscription "%s" is disabled, and what its publisher writes waits there', f.subscription)
+			WHEN f.pid IS NULL THEN format('warning: subscription "%s" does not run, and what its publisher writes waits there; see the server log', f.subscription)
+			WHEN f.copying THEN format('subscription "%s" copies the rows that were there before it', f.subscription)
+			WHEN f.lag > interval '1 minute' THEN format('subscription "%s" is %s behind', f.subscription, date_trunc('second', f.lag))
+			END, '; ' ORDER BY f.subscription) AS words
+	FROM aibilling.feed f
+	WHERE f.usage_table = r.usage_table
+) AS f ON true
+LEFT JOIN LATERAL (SELECT count(*) AS rows FROM aibilling.capture_error e WHERE e.usage = r.usage_table) AS e ON true;
+COMMENT ON COLUMN aibilling.status.lag IS
+'How far the slowest subscription that feeds the table is behind its publisher, by the clocks of both; NULL: none does, or one does not run or copies what was there before it, which status says';
+COMMENT ON COLUMN aibilling.status.skipped IS
+'Rows that came by a subscription and were not stored, since one of their external_id was there already';
+COMMENT ON COLUMN aibilling.status.kept IS
+'Rows whose change at their publisher was not taken over, since they had been sent';
+COMMENT ON COLUMN aibilling.status.vanished IS
+'Rows that were gone when they were to be sent or, where a subscription feeds the table, deleted while they were in flight';

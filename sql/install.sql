@@ -25,7 +25,7 @@ WHERE a.grantee = 0 AND a.privilege_type = 'EXECUTE'
 	AND p.prorettype <> 'trigger'::regtype
 	AND p.proname NOT IN ('cost', 'cost_nanos', 'cost_cents', 'polar_cost', 'explain_cost', 'convert_cost',
 		'normalize_usage',
-		'create_usage_table', 'attach', 'detach', 'usage_status', 'preview', 'sync', 'pause', 'resume',
+		'create_usage_table', 'usage_table_ddl', 'attach', 'detach', 'usage_status', 'preview', 'sync', 'pause', 'resume',
 		'retry', 'reprice', 'correct', 'arm', 'may_see', 'status_rows', 'waiting_ids',
 		'polar_events', 'polar_meter', 'reconcile', 'reconcile_rows',
 		'import_prices', 'load_bundled_prices', 'fetch_prices', 'release_price', 'register_price_source',
@@ -34,10 +34,17 @@ WHERE a.grantee = 0 AND a.privilege_type = 'EXECUTE'
 		'read_openrouter', 'read_narev', 'catalogue_units', 'image_price_is_by_token', 'complete_prices',
 		'correct_genai_prices', 'genai_names', 'put_aliases', 'priced_model', 'card_in_force', 'note_without',
 		'changed_price', 'price_in_tier', 'set_price', 'price_hint', 'check_setup', 'usage_daily',
-		'usage_by', 'spend')
+		'usage_by', 'spend',
+		'owns', 'check_expression', 'closest_word', 'provider_of_model', 'capture_preset', 'capture_by_name', 'capture_plan',
+		'capture_sql', 'capture', 'release', 'capture_row', 'capture_together', 'capture_rows', 'capture_changed',
+		'capture_history', 'capture_retry',
+		'close_check', 'close_warning', 'escape_html', 'usd_text',
+		'short_number', 'percent_text', 'axis_top', 'cache_savings', 'report_style', 'report_trend', 'report_bars', 'report_waiting',
+		'report_delivery', 'report', 'chart')
 ORDER BY 1;
 
--- Tables and views that anyone may write, or may read without being meant to.
+-- Tables and views that anyone may write, or may read without being meant to; what one sees and
+-- changes by two of these views is one's own (WITH CHECK OPTION).
 SELECT c.relname COLLATE "C" AS open_to_public, a.privilege_type
 FROM member m
 JOIN pg_class c ON m.classid = 'pg_class'::regclass AND m.objid = c.oid
@@ -46,6 +53,8 @@ WHERE a.grantee = 0
 	AND NOT (a.privilege_type = 'SELECT'
 		AND c.relname IN ('price', 'price_source', 'service_tier_rule', 'model_alias',
 			'price_quarantine', 'usage_table', 'status', 'outbox', 'unpriced', 'delivery'))
+	AND NOT (c.relname IN ('captures', 'capture_failure') AND c.relkind = 'v'
+		AND c.reloptions @> '{security_barrier=true,check_option=local}')
 ORDER BY 1, 2;
 
 -- Functions whose names another's search_path could capture.

@@ -16,7 +16,7 @@ use Test::More;
 plan skip_all => 'python3 is not on PATH' unless PolarServer->python;
 
 my $polar = PolarServer->new;
-my $node = AibillingNode->new('main', databases => 'postgres, restored, older, old_dump');
+my $node = AibillingNode->new('main', databases => 'postgres, restored, older');
 my $columns = 'input_tokens, cache_read_tokens, cache_write_tokens, output_tokens, reasoning_tokens, cost_nanos, cost_cents';
 
 # What differs between usage_daily() and the rows, with those of "gone" (delivered, and deleted since).
@@ -423,8 +423,7 @@ same('what is deleted from now on stays counted', 'usage', db => 'older', gone =
 $node->safe_psql('postgres', 'CREATE DATABASE old_dump');
 $node->safe_psql('old_dump', 'CREATE EXTENSION aibilling_polar');
 IPC::Run::run([ 'pg_restore', '-d', $node->connstr('old_dump'), "$dump.1.1" ], '2>', \my $err);
-like($err, qr/already exists/, 'a dump of 1.1 is restored where 1.2 is') if $err ne '';
-same('its deliveries count', 'usage', db => 'old_dump', where => 'id < 301 OR id IN (SELECT usage_id FROM aibilling.outbox) OR id < 305');
+same('deliveries of a dump of 1.1, restored where 1.2 is, count', 'usage', db => 'old_dump', where => 'id < 305');
 
 $node->stop;
 done_testing();

@@ -15,6 +15,8 @@
  */
 #include "postgres.h"
 
+#include <ctype.h>
+
 #include "catalog/pg_type.h"
 #include "executor/spi.h"
 #include "lib/stringinfo.h"
@@ -33,6 +35,9 @@
 
 /* Names longer than this are not compared letter by letter. */
 #define MAX_COMPARED 255
+
+/* As many words of them are. */
+#define MAX_WORDS 32
 
 /*
  * The names that catalogues (genai-prices first, LiteLLM, models.dev), client
@@ -601,16 +606,56 @@ abp_find_name(ModelKey key, Snapshot snapshot, TryName try_name, void *arg)
 
 /* --- names that are near -------------------------------------------------- */
 
+static int
+compare_words(const void *a, const void *b)
+{
+	return strcmp(*(char *const *) a, *(char *const *) b);
+}
+
+/* The words and numbers of a name in the order of the alphabet, palloc'd. */
+static char *
+sorted_words(TextView name)
+{
+	char	   *words[MAX_WORDS];
+	int			nwords = 0;
+	char	   *copy = pnstrdup(name.data, name.len);
+	bool		in_word = false;
+	StringInfoData sorted;
+
+	for (char *p = copy; *p != '\0'; p++)
+	{
+		if (!isalnum((unsigned char) *p) && !IS_HIGHBIT_SET(*p))
+		{
+			*p = '\0';
+			in_word = false;
+		}
+		else if (!in_word && nwords < MAX_WORDS)
+		{
+			words[nwords++] = p;
+			in_word = true;
+		}
+	}
+	qsort(words, nwords, sizeof(char *), compare_words);
+
+	initStringInfo(&sorted);
+	for (int i = 0; i < nwords; i++)
+		appendStringInfo(&sorted, "%s-", words[i]);
+	pfree(copy);
+	return sorted.data;
+}
+
 /*
- * The nearest name of those in the current SPI result, or data == NULL.  A
- * third of its letters may differ, two that are swapped in a short one, and
- * four at most.
+ * The nearest name of those in the current SPI result, or data == NULL.  One
+ * of the same words in another order is: claude-4.5-sonnet.  Else a third of
+ * its letters may differ, two that are swapped in a short one, and four at
+ * most.
  */
 static TextView
 closest_name(TextView name)
 {
 	TextView	closest = {NULL, 0};
 	TextView	folded = abp_fold_name(name);
+	char	   *words = sorted_words(folded);
 	int			limit = Min(4, (folded.len + 1) / 3);
 
 	if (folded.len > MAX_COMPARED)
@@ -626,6 +671,8 @@ closest_name(TextView name)
 		if (candidate.len > MAX_COMPARED || abs(candidate.len - folded.len) > 4 * limit)
 			continue;
 		other = abp_fold_name(candidate);
+		if (other.len == folded.len && strcmp(sorted_words(other), words) == 0)
+			return candidate;
 		distance = varstr_levenshtein_less_equal(folded.data, folded.len, other.data, other.len,
 												 1, 1, 1, limit, true);
 		if (distance > limit)

@@ -53,11 +53,15 @@ typedef struct EntryForm
 #define OUTBOX_REJECTED 'r'		/* waits for an UPDATE or retry() */
 #define NUM_OUTBOX_STATES 4
 
-/* An entry of rows that were priced and not queued, to be counted. */
-#define OUTBOX_NOT_QUEUED 'n'
+/* Entries of rows that are only to be counted. */
+#define OUTBOX_NOT_QUEUED 'n'	/* priced and not queued */
+#define OUTBOX_SKIPPED 's'		/* a second one of its external_id */
+#define OUTBOX_KEPT 'k'			/* not changed, since it was sent */
+#define OUTBOX_VANISHED 'v'		/* deleted while it was in flight */
+#define OUTBOX_IS_NOTE(state) (strchr("anskv", (state)) != NULL)
 
-/* An entry whose ids are OIDs of partitions that were attached, to be looked at. */
-#define OUTBOX_PARTITIONS 'v'
+/* A note whose ids are OIDs of partitions that were attached, to be looked at. */
+#define OUTBOX_PARTITIONS 'a'
 
 /* An entry that takes its ids out of a state again has the capital letter. */
 #define OUTBOX_REMOVAL(state) ((char) ((state) - 'a' + 'A'))

@@ -86,9 +86,14 @@ event_keys(const Delivery *delivery)
 	bytea	   *keys = palloc(VARHDRSZ + count * sizeof(uint32));
 	char	   *at = VARDATA(keys);
 
+	/* Of a delivery of an older version they are not known: none, not zeros. */
+	if (delivery->keys == NULL)
+	{
+		SET_VARSIZE(keys, VARHDRSZ);
+		return PointerGetDatum(keys);
+	}
 	SET_VARSIZE(keys, VARHDRSZ + count * sizeof(uint32));
-	if (delivery->keys != NULL &&
-		abp_idset_count(unconstify(IdSet *, &delivery->key_ids)) == count)
+	if (abp_idset_count(unconstify(IdSet *, &delivery->key_ids)) == count)
 	{
 		memcpy(at, delivery->keys, count * sizeof(uint32));
 		return PointerGetDatum(keys);
@@ -487,6 +492,21 @@ abp_ledger_ids(Oid usage_table, int64 ledger_from)
 	Datum		values[2] = {ObjectIdGetDatum(usage_table), Int64GetDatum(ledger_from)};
 
 	return abp_statement_ids(&known, values);
+}
+
+/*
+ * All ids of a table that are in flight, in the current memory context.
+ */
+IdSet
+abp_ledger_sending_ids(Oid usage_table)
+{
+	static Statement sending = {
+		"SELECT d.usage_ids FROM aibilling.ledger d WHERE d.usage_table = $1 AND d.state = 'sending'",
+		1, {REGCLASSOID}
+	};
+	Datum		values[1] = {ObjectIdGetDatum(usage_table)};
+
+	return abp_statement_ids(&sending, values);
 }
 
 /*

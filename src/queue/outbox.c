@@ -24,6 +24,7 @@
 #include "base/statement.h"
 #include "base/table_scan.h"
 #include "queue/entry.h"
+#include "queue/feed.h"
 #include "queue/outbox.h"
 
 /* How far, in ids, a scan goes back when it continues. */
@@ -255,7 +256,7 @@ void
 abp_outbox_forget_partition(Oid usage_table, Oid partition)
 {
 	static Statement forget = {
-		"DELETE FROM aibilling.outbox_entry WHERE usage_table = $1 AND state = 'v'"
+		"DELETE FROM aibilling.outbox_entry WHERE usage_table = $1 AND state = 'a'"
 		" AND not_before = '-infinity' AND coalesce(ids, int8multirange(int8range(id, id, '[]'))) @> $2",
 		2, {REGCLASSOID, INT8OID}
 	};
@@ -282,6 +283,7 @@ abp_outbox_tidy(Oid usage_table, int max_removals)
 	int64		first = 0;
 
 	sum_up_not_queued(usage_table);
+	abp_feed_sum_up(usage_table);
 	ScanKeyInit(&keys[0], Anum_entry_usage_table, BTEqualStrategyNumber,
 				F_OIDEQ, ObjectIdGetDatum(usage_table));
 	ScanKeyInit(&keys[1], Anum_entry_state, BTLessStrategyNumber,
@@ -470,7 +472,7 @@ counted_ids(HeapTuple tuple, TupleDesc desc)
 
 	CHECK_FOR_INTERRUPTS();
 	abp_idset_free(&ids);
-	return state == OUTBOX_NOT_QUEUED || state == OUTBOX_PARTITIONS ? 0 : OUTBOX_IS_REMOVAL(state) ? -count : count;
+	return OUTBOX_IS_NOTE(state) ? 0 : OUTBOX_IS_REMOVAL(state) ? -count : count;
 }
 
 /*

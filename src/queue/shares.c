@@ -126,10 +126,10 @@ abp_share_load_counted(int64 delivery, IdSet *counted)
 	SavedUser	saved;
 
 	known = abp_statement_open(&load, values, NULL, &saved) > 0;
-	*counted = known ? abp_result_idset(0, 1, caller) : (IdSet)
-	{
-		0
-	};
+	if (known)
+		*counted = abp_result_idset(0, 1, caller);
+	else
+		memset(counted, 0, sizeof(IdSet));
 	abp_statement_close(&saved);
 	return known;
 }

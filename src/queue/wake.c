@@ -57,6 +57,8 @@ static WakeState *state = NULL;
 static WorkerSlot *my_slot = NULL;
 static bool wake_pending = false;	/* if the transaction commits */
 static bool wake_due = false;	/* it has committed */
+static bool has_prepared = false;	/* this process has prepared rows: their
+									 * commit is one of its next */
 static shmem_request_hook_type next_shmem_request_hook = NULL;
 static shmem_startup_hook_type next_shmem_startup_hook = NULL;
 
@@ -261,7 +263,9 @@ static void
 note_outcome(XactEvent event, void *arg)
 {
 	if (event == XACT_EVENT_COMMIT)
-		wake_due = wake_pending;
+		wake_due = wake_pending || has_prepared;
+	if (event == XACT_EVENT_PREPARE && wake_pending)
+		has_prepared = true;
 	if (abp_transaction_ends(event))
 		wake_pending = false;
 }
@@ -283,7 +287,9 @@ wake_after_commit(ResourceReleasePhase phase, bool commit, bool top_level, void 
 
 /*
  * Wake the worker of this database when, and if, the current transaction
- * commits.  A prepared transaction's rows are found by the worker's poll.
+ * commits.  What this process prepares it is likely to commit, too, as a
+ * subscription's worker does: each of its next commits wakes then.  What another
+ * process commits is found by the worker's poll.
  */
 void
 abp_wake_at_commit(void)

@@ -699,7 +699,7 @@ abp_fill_shipment(Turn *turn, Shipment *shipment, const UsageTable *table,
 	abp_idset_add_set(&delivery->ids, &filling.sent, shipment->context);
 	abp_idset_sort(&delivery->ids);
 	add_up(&filling);
-	if (taken_from != 0)
+	if (taken_from != 0 || delivery->keys == NULL)
 		keep_keys(&filling);
 	if (filling.changing.nranges > 0)
 		abp_position_hold_rows(turn, table, &filling.changing);

@@ -186,6 +186,7 @@ sum_up_some(List *tables)
 			return true;
 		unknown_from = share->delivery + 1;
 		may_have_shares = true;
+		fold_from = Min(fold_from, share->delivery);
 		if (!sum_up(tables, share))
 			unknown_failed = true;
 	}

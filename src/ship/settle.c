@@ -14,6 +14,7 @@
 #include "polar/verdict.h"
 #include "queue/attachment.h"
 #include "queue/entry.h"
+#include "queue/feed.h"
 #include "queue/ledger.h"
 #include "queue/outbox.h"
 #include "queue/shares.h"
@@ -53,6 +54,24 @@ put_back(Shipment *shipment, IdSet ids, char state, TimestampTz not_before,
 	abp_outbox_put(&entry, 1);
 	if (state == OUTBOX_READY)
 		abp_position_of(entry.usage_table)->cursor = PG_INT64_MIN;
+}
+
+/*
+ * A limit was reached, in Polar's words.  If it was not our own, there are others
+ * who send to the same organization: say what to do, palloc'd.
+ */
+static char *
+rate_limit_words(const Lane *lane, const ServerOptions *server, char *error)
+{
+	int			recent;
+
+	if (server == NULL || server->requests_per_minute == 0)
+		return error;
+	recent = abp_ledger_recent_requests(lane->server, server->requests_per_minute);
+	if (recent >= server->requests_per_minute)
+		return error;
+	return psprintf("%s, although only %d of the %d requests were made in the last minute that requests_per_minute of server \"%s\" allows: other databases send to the same organization, whose limit is for all together; lower requests_per_minute in each so that their sum stays below it",
+					error, recent, server->requests_per_minute, lane->server);
 }
 
 /* Settle a delivery without success: its rows go back to be sent anew. */
@@ -164,6 +183,7 @@ settle_delivered(Turn *turn, Shipment *shipment, const Verdict *verdict, double 
 				 errhint("Another producer, or a copy of this database, sends the same external ids.")));
 	}
 	abp_ledger_finish(delivery, "delivered", NULL);
+	abp_feed_settled(delivery);
 	abp_fold_delivered();
 	turn->delivered += delivery->nevents;
 	abp_lane_succeeded(turn, lane);
@@ -320,6 +340,7 @@ settle(Turn *turn, Shipment *shipment, const ServerOptions *server, int64 ledger
 			break;
 		case VERDICT_RATE_LIMITED:
 			abp_quota_used_up(lane->server);
+			verdict->error = rate_limit_words(lane, server, verdict->error);
 			abp_lane_back_off(turn, lane, verdict->retry_after_ms >= 0 ? verdict->retry_after_ms :
 							  RATE_LIMITED_MS, verdict->error);
 			return_or_keep(turn, shipment, verdict->error, false);

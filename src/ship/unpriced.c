@@ -27,7 +27,7 @@
 #include "ship/unpriced.h"
 #include "usage/fate.h"
 #include "usage/rows.h"
-#include "usage/triggers.h"
+#include "usage/priced.h"
 
 /* How many unpriced entries are looked at in one turn. */
 #define UNPRICED_PER_TURN 32
@@ -185,7 +185,7 @@ price_rows(void *arg)
 	if (!look->server->send_unpriced)
 	{
 		fire_deferred_at_once();
-		(void) abp_trigger_reprice(look->table, &look->priced);
+		(void) abp_priced_reprice(look->table, &look->priced);
 		CommandCounterIncrement();
 	}
 	PushActiveSnapshot(GetLatestSnapshot());
@@ -206,7 +206,7 @@ price_no_row(void *arg)
 	PriceLook  *look = arg;
 	IdSet		none = {0};
 
-	(void) abp_trigger_reprice(look->table, &none);
+	(void) abp_priced_reprice(look->table, &none);
 }
 
 /* All rows that are looked at go on waiting, with this reason. */

@@ -236,6 +236,23 @@ names_library(const char *libraries)
 	return false;
 }
 
+/* Does a list of databases name this one? */
+static bool
+names_database(const char *databases)
+{
+	List	   *names;
+	ListCell   *lc;
+
+	if (databases == NULL || !SplitIdentifierString(pstrdup(databases), ',', &names))
+		return false;
+	foreach(lc, names)
+	{
+		if (strcmp(lfirst(lc), get_database_name(MyDatabaseId)) == 0)
+			return true;
+	}
+	return false;
+}
+
 static void
 check_library(Setup *setup)
 {
@@ -258,8 +275,12 @@ check_library(Setup *setup)
 	libraries = setting_in_files("shared_preload_libraries");
 	if (names_library(libraries))
 	{
-		put(setup, item, WRONG, "shared_preload_libraries names it, and the server has not been restarted since",
-			restart_command());
+		/* one restart is enough for both */
+		if (names_database(setting_in_files("aibilling_polar.databases")))
+			put(setup, item, WRONG, "shared_preload_libraries names it, and the server has not been restarted since",
+				restart_command());
+		else
+			put(setup, item, UNKNOWN, "shared_preload_libraries names it: restart the server once the next thing is right", NULL);
 		return;
 	}
 	if (is_from_command_line("shared_preload_libraries"))
@@ -299,23 +320,6 @@ list_with_this_database(const char *databases)
 	}
 	appendStringInfoString(&list, quote_identifier(mine));
 	return list.data;
-}
-
-/* Does a list of databases name this one? */
-static bool
-names_database(const char *databases)
-{
-	List	   *names;
-	ListCell   *lc;
-
-	if (databases == NULL || !SplitIdentifierString(pstrdup(databases), ',', &names))
-		return false;
-	foreach(lc, names)
-	{
-		if (strcmp(lfirst(lc), get_database_name(MyDatabaseId)) == 0)
-			return true;
-	}
-	return false;
 }
 
 static void
@@ -584,8 +588,12 @@ try_token(const ServerOptions *server, const char *token, char **error, long *st
 
 /* What to do where a server is not reached, or is not Polar. */
 static char *
-fix_of_address(const ServerOptions *server)
+fix_of_address(const ServerOptions *server, const char *error)
 {
+	const char *host = strstr(server->url, "://");
+
+	if (host != NULL && error != NULL && strstr(error, "name look-up") != NULL)
+		return psprintf("getent hosts %s", shell_word(pnstrdup(host + 3, strcspn(host + 3, ":/"))));
 	return psprintf("curl -v %s%s", shell_word(server->url), POLAR_INGEST_PATH);
 }
 
@@ -598,8 +606,8 @@ check_answer(Setup *setup, const ServerOptions *server, Oid role, const char *to
 
 	if (verdict == NULL)
 		put(setup, item, WRONG,
-			psprintf("%s was not reached: %s; the command shows more, and if it needs a proxy, the server needs its option proxy, too",
-					 server->url, error), fix_of_address(server));
+			psprintf("%s was not reached: %s; see whether the command does better on this machine; if it is a proxy that is needed, ALTER SERVER ... OPTIONS (ADD proxy ...)",
+					 server->url, error), fix_of_address(server, error));
 	else if (verdict->kind == VERDICT_DELIVERED)
 		put(setup, item, RIGHT, NULL, NULL);
 	else if (verdict->kind == VERDICT_RATE_LIMITED)
@@ -609,7 +617,7 @@ check_answer(Setup *setup, const ServerOptions *server, Oid role, const char *to
 										 server->access_token_file != NULL ? PASTE_TOKEN : ""),
 			fix_of_refusal(server, role));
 	else
-		put(setup, item, WRONG, verdict->error, fix_of_address(server));
+		put(setup, item, WRONG, verdict->error, fix_of_address(server, NULL));
 }
 
 /*

@@ -31,6 +31,7 @@
 #include "usage/collect.h"
 #include "usage/correct.h"
 #include "usage/fate.h"
+#include "usage/priced.h"
 #include "usage/rows.h"
 #include "usage/triggers.h"
 
@@ -457,7 +458,7 @@ abp_sql_reprice(PG_FUNCTION_ARGS)
 		check_corrections(&repricing, max_total);
 	if (repricing.changed.nranges > 0)
 	{
-		abp_trigger_reprice(table, &repricing.changed);
+		abp_priced_reprice(table, &repricing.changed);
 		own = abp_collect_changes(table->relid);
 		repricing.changed = abp_idset_subtract(&repricing.changed, &own);
 		(void) abp_outbox_make_ready(table->relid, OUTBOX_UNPRICED, &repricing.changed);

@@ -40,6 +40,7 @@
 #include "queue/wake.h"
 #include "ship/guard.h"
 #include "ship/shipper.h"
+#include "sql/close.h"
 #include "sql/status.h"
 #include "usage/attach.h"
 #include "usage/lookup.h"
@@ -295,6 +296,7 @@ status_words(const UsageTable *table, bool armed, int worker_pid, int shipper,
 	StringInfoData words;
 	char	   *error;
 	char	   *faults;
+	char	   *close_words;
 
 	initStringInfo(&words);
 	if (!armed && abp_database_standing() == DATABASE_SUBSCRIBER)
@@ -336,6 +338,9 @@ status_words(const UsageTable *table, bool armed, int worker_pid, int shipper,
 		append_missing_prices(&words, table);
 	}
 	append_held_prices(&words);
+	close_words = abp_close_words(table, GetCurrentTimestamp());
+	if (close_words != NULL)
+		appendStringInfo(&words, "; %s", close_words);
 	if (rejected > 0)
 		appendStringInfo(&words, "; %s" INT64_FORMAT " rows are rejected (aibilling.outbox)",
 						 rejected_estimated ? "about " : "", rejected);

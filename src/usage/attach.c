@@ -32,6 +32,7 @@
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
 #include "utils/rel.h"
+#include "utils/syscache.h"
 #include "utils/varlena.h"
 
 #include "base/extension.h"
@@ -211,7 +212,14 @@ static const char *const usage_column_comments[][2] = {
 	{"cost_status", "priced, free, reported, unpriced or incomplete; set by the extension"}
 };
 
-static void attach_table(Oid relid, const char *server, const char *existing);
+static void attach_table(Oid relid, const char *server, const char *existing, bool replicated);
+
+/* The argument of this number; an extension of an older version does not have it. */
+static bool
+is_replicated(FunctionCallInfo fcinfo, int argument)
+{
+	return PG_NARGS() > argument && PG_GETARG_BOOL(argument);
+}
 
 /*
  * Read the name of a table to be created.  It is an identifier in SQL, which
@@ -239,8 +247,8 @@ read_table_name(text *given)
 }
 
 /*
- * aibilling.create_usage_table(name, server): create a usage table, owned by
- * the caller, and attach it.
+ * aibilling.create_usage_table(name, server, replicated): create a usage table,
+ * owned by the caller, and attach it.
  */
 Datum
 abp_sql_create_usage_table(PG_FUNCTION_ARGS)
@@ -274,7 +282,7 @@ abp_sql_create_usage_table(PG_FUNCTION_ARGS)
 	AtEOXact_GUC(false, guc_level);
 
 	relid = get_relname_relid(name->relname, namespace);
-	attach_table(relid, NameStr(*server), "ignore");
+	attach_table(relid, NameStr(*server), "ignore", is_replicated(fcinfo, 2));
 	PG_RETURN_OID(relid);
 }
 
@@ -318,29 +326,31 @@ check_usage_relation(Oid relid)
 }
 
 /*
- * Has a table a valid index on "id"?  Unique: one on exactly that column, so
- * that no two of its rows can have the same id.  Takes no lock on the table.
+ * A valid index of a table that begins with a column, InvalidOid if there is none.
+ * Unique: one on exactly that column, so that no two of its rows can have the same
+ * value.  Takes no lock on the table.
  */
-static bool
-has_id_index(Oid relid, bool unique)
+static Oid
+index_on(Oid relid, const char *column, bool unique)
 {
-	AttrNumber	id = get_attnum(relid, "id");
+	AttrNumber	attnum = get_attnum(relid, column);
 	Relation	catalogue = table_open(IndexRelationId, AccessShareLock);
 	ScanKeyData key;
 	SysScanDesc scan;
 	HeapTuple	tuple;
-	bool		found = false;
+	Oid			found = InvalidOid;
 
 	ScanKeyInit(&key, Anum_pg_index_indrelid, BTEqualStrategyNumber, F_OIDEQ,
 				ObjectIdGetDatum(relid));
 	scan = systable_beginscan(catalogue, IndexIndrelidIndexId, true, NULL, 1, &key);
-	while (!found && (tuple = systable_getnext(scan)) != NULL)
+	while (!OidIsValid(found) && (tuple = systable_getnext(scan)) != NULL)
 	{
 		Form_pg_index index = (Form_pg_index) GETSTRUCT(tuple);
 
-		found = index->indisvalid && index->indkey.values[0] == id &&
+		if (index->indisvalid && index->indkey.values[0] == attnum &&
 			heap_attisnull(tuple, Anum_pg_index_indpred, NULL) &&
-			(!unique || (index->indisunique && index->indimmediate && index->indnkeyatts == 1));
+			(!unique || (index->indisunique && index->indimmediate && index->indnkeyatts == 1)))
+			found = index->indexrelid;
 	}
 	systable_endscan(scan);
 	table_close(catalogue, AccessShareLock);
@@ -354,7 +364,7 @@ has_id_index(Oid relid, bool unique)
 bool
 abp_ids_may_repeat(Oid relid)
 {
-	return get_rel_relkind(relid) == RELKIND_RELATION && !has_id_index(relid, true);
+	return get_rel_relkind(relid) == RELKIND_RELATION && !OidIsValid(index_on(relid, "id", true));
 }
 
 /*
@@ -371,7 +381,7 @@ check_id_index(Oid relid)
 						get_rel_name(relid)),
 				 errdetail("Deliveries are recorded by id: no two rows may have the same."),
 				 errhint("Add a primary key or a valid, not deferrable UNIQUE index on (id).")));
-	if (!has_id_index(relid, false))
+	if (!OidIsValid(index_on(relid, "id", false)))
 		ereport(ERROR,
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 				 errmsg("table \"%s\" has no index that begins with column \"id\"",
@@ -402,6 +412,78 @@ drop_triggers(Oid relid)
 	for (int i = 0; i < lengthof(trigger_names); i++)
 		run_ddl(psprintf("DROP TRIGGER IF EXISTS %s ON %s", trigger_names[i],
 						 qualified_name(relid)));
+}
+
+static bool
+has_default(Oid relid, const char *column)
+{
+	HeapTuple	tuple = SearchSysCacheAttName(relid, column);
+	Form_pg_attribute att = (Form_pg_attribute) GETSTRUCT(tuple);
+	bool		found = att->atthasdef || att->attidentity != '\0';
+
+	ReleaseSysCache(tuple);
+	return found;
+}
+
+/*
+ * Have a subscription's rows found by their external_id, and the triggers fire
+ * for them.  Inside SPI_connect.
+ */
+static void
+prepare_for_subscription(Oid relid)
+{
+	static const char *const filled[] = {"id", "external_id", "occurred_at"};
+	Oid			index = index_on(relid, "external_id", true);
+	HeapTuple	tuple;
+	bool		not_null;
+
+	if (get_rel_relkind(relid) != RELKIND_RELATION)
+		ereport(ERROR,
+				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+				 errmsg("partitioned table \"%s\" cannot be fed by a subscription", get_rel_name(relid)),
+				 errdetail("No unique index on external_id alone tells that a row has come before."),
+				 errhint("Use a table without partitions, and delete delivered rows from it.")));
+	tuple = SearchSysCacheAttName(relid, "external_id");
+	not_null = ((Form_pg_attribute) GETSTRUCT(tuple))->attnotnull;
+	ReleaseSysCache(tuple);
+	if (!OidIsValid(index) || !not_null)
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("table \"%s\" has no unique index on column \"external_id\", or it may be null",
+						get_rel_name(relid)),
+				 errdetail("A subscription's rows are found by it."),
+				 errhint("Make it NOT NULL with a valid, not deferrable UNIQUE index on (external_id).")));
+	for (int i = 0; i < lengthof(filled); i++)
+	{
+		if (!has_default(relid, filled[i]))
+			ereport(ERROR,
+					(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+					 errmsg("column \"%s\" of table \"%s\" has no default", filled[i], get_rel_name(relid)),
+					 errdetail("A row that comes without it would stop the subscription."),
+					 errhint("Give it one with ALTER TABLE ... ALTER COLUMN ... SET DEFAULT, or ADD GENERATED BY DEFAULT AS IDENTITY.")));
+	}
+	run_ddl(psprintf("ALTER TABLE %s REPLICA IDENTITY USING INDEX %s", qualified_name(relid),
+					 quote_identifier(get_rel_name(index))));
+	for (int i = 0; i < lengthof(trigger_names); i++)
+		run_ddl(psprintf("ALTER TABLE %s ENABLE ALWAYS TRIGGER %s", qualified_name(relid),
+						 trigger_names[i]));
+}
+
+/* Warn of a subscription whose rows pass the triggers by.  Inside SPI_connect. */
+static void
+warn_of_subscription(Oid relid)
+{
+	Oid			argtypes[1] = {OIDOID};
+	Datum		args[1] = {ObjectIdGetDatum(relid)};
+
+	SPI_execute_with_args("SELECT FROM pg_catalog.pg_subscription_rel WHERE srrelid = $1",
+						  1, argtypes, args, NULL, true, 1);
+	if (SPI_processed > 0)
+		ereport(WARNING,
+				(errcode(ERRCODE_WARNING),
+				 errmsg("a subscription feeds table \"%s\": its rows are neither priced nor sent",
+						get_rel_name(relid)),
+				 errhint("Attach the table with replicated => true, unless they are billed elsewhere.")));
 }
 
 /*
@@ -486,11 +568,12 @@ enqueue_existing(Oid relid, bool was_attached)
 }
 
 static void
-attach_table(Oid relid, const char *server, const char *existing)
+attach_table(Oid relid, const char *server, const char *existing, bool replicated)
 {
 	ForeignServer *foreign;
 	AclResult	may_use;
 	Oid			argtypes[3] = {REGCLASSOID, NAMEOID, OIDOID};
+	Oid			feed_argtypes[2] = {REGCLASSOID, BOOLOID};
 	Datum		args[3];
 	int			guc_level;
 	SavedUser	saved;
@@ -525,6 +608,10 @@ attach_table(Oid relid, const char *server, const char *existing)
 	drop_triggers(relid);
 	for (int i = 0; i < lengthof(trigger_ddl); i++)
 		run_ddl(psprintf(trigger_ddl[i], qualified_name(relid)));
+	if (replicated)
+		prepare_for_subscription(relid);
+	else
+		warn_of_subscription(relid);
 	SPI_finish();
 	AtEOXact_GUC(false, guc_level);
 
@@ -540,6 +627,12 @@ attach_table(Oid relid, const char *server, const char *existing)
 								   " blocked_until = NULL, blocked_reason = NULL",
 								   abp_attachment_table()),
 						  3, argtypes, args, NULL, false, 0);
+	if (get_attnum(abp_extension_relation(abp_attachment_table()), "replicated") != InvalidAttrNumber)
+	{
+		args[1] = BoolGetDatum(replicated);
+		SPI_execute_with_args("UPDATE aibilling.attachment SET replicated = $2 WHERE usage = $1 AND replicated <> $2",
+							  2, feed_argtypes, args, NULL, false, 0);
+	}
 	SPI_finish();
 	abp_restore_user(&saved);
 
@@ -551,13 +644,14 @@ attach_table(Oid relid, const char *server, const char *existing)
 }
 
 /*
- * aibilling.attach(usage, server, existing): make a table a usage table.
+ * aibilling.attach(usage, server, existing, replicated): make a table a usage
+ * table.
  */
 Datum
 abp_sql_attach(PG_FUNCTION_ARGS)
 {
 	attach_table(PG_GETARG_OID(0), NameStr(*PG_GETARG_NAME(1)),
-				 text_to_cstring(PG_GETARG_TEXT_PP(2)));
+				 text_to_cstring(PG_GETARG_TEXT_PP(2)), is_replicated(fcinfo, 3));
 	PG_RETURN_VOID();
 }
 

@@ -221,12 +221,13 @@ abp_collect_inserted(Oid usage_table, int64 id, const RowState *state)
 }
 
 /*
- * Collect a new row that is priced and not sent, to be counted.
+ * Collect a row to be counted when the transaction commits: "note" is one of
+ * OUTBOX_NOT_QUEUED, OUTBOX_SKIPPED, OUTBOX_KEPT and OUTBOX_VANISHED.
  */
 void
-abp_collect_not_queued(Oid usage_table, int64 id)
+abp_collect_note(Oid usage_table, char note, int64 id)
 {
-	RowState	state = {OUTBOX_NOT_QUEUED, DT_NOBEGIN};
+	RowState	state = {note, DT_NOBEGIN};
 
 	begin_collecting();
 	add_to_group(usage_table, id, GetCurrentTransactionNestLevel(), &state);
@@ -560,7 +561,7 @@ flush(void)
 		CHECK_FOR_INTERRUPTS();
 
 		add_entry(&writing, group->usage_table, &group->state)->ids =
-			changes == NULL ? group->ids : unchanged(group);
+			changes == NULL || OUTBOX_IS_NOTE(group->state.state) ? group->ids : unchanged(group);
 	}
 	if (changes != NULL)
 	{

@@ -14,7 +14,7 @@
 #include "queue/place.h"
 
 extern void abp_collect_inserted(Oid usage_table, int64 id, const RowState *state);
-extern void abp_collect_not_queued(Oid usage_table, int64 id);
+extern void abp_collect_note(Oid usage_table, char note, int64 id);
 extern void abp_collect_truncated(Oid usage_table);
 extern void abp_collect_changed(Oid usage_table, int64 id, const RowPlace *place,
 								const RowState *state);

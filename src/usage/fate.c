@@ -255,6 +255,48 @@ abp_fate_price_request(const UsageRow *row)
 }
 
 /*
+ * Fill in what can be of a row, in its columns and its cost.  Returns whether its
+ * raw usage object was read; what is wrong with the row is for the outbox to say.
+ */
+bool
+abp_fate_price_if_sound(UsageRow *row, PricedCost *cost)
+{
+	RowProblem	problem;
+	CountsProblem counts_problem;
+	char	   *amount_problem;
+	bool		normalized = false;
+
+	*cost = (PricedCost)
+	{
+		COST_INCOMPLETE
+	};
+	if (!row_is_sound(row, &problem))
+		return false;
+	if (row->raw_usage != NULL)
+	{
+		StringInfoData reason;
+		char	   *doubt;
+
+		initStringInfo(&reason);
+		if (!abp_fate_normalize(row, &reason, &doubt))
+			return false;
+		normalized = true;
+	}
+	if (abp_cost_consistent(&row->counts, &counts_problem) &&
+		(row->provider_cost == NULL || abp_cost_finite(row->provider_cost, &amount_problem)))
+	{
+		PriceRequest request = abp_fate_price_request(row);
+
+		if (!abp_price_compute(&request, true, cost))
+			*cost = (PricedCost)
+		{
+			COST_INCOMPLETE
+		};
+	}
+	return normalized;
+}
+
+/*
  * What keeps a stored row from being billed whatever the prices are, in the
  * words of its outbox entry, palloc'd; NULL if nothing does.  With read_raw,
  * *filled is the row with the columns of its raw usage object filled in;

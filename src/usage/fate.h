@@ -21,6 +21,7 @@ extern void abp_fate_check(Relation rel, const UsageRow *row,
 						   const bool *nulls);
 extern bool abp_fate_normalize(UsageRow *row, StringInfo reason, char **doubt);
 extern PriceRequest abp_fate_price_request(const UsageRow *row);
+extern bool abp_fate_price_if_sound(UsageRow *row, PricedCost *cost);
 extern char *abp_fate_doubt(const UsageRow *row);
 extern void abp_fate_by_price(const UsageRow *row, RowState *fate);
 extern bool abp_fate_cost(const UsageRow *row, PricedCost *cost,

@@ -27,15 +27,15 @@
 #include "usage/relation.h"
 #include "usage/row.h"
 
-static bool same_value(UsageColumn column, Datum a, Datum b);
-
 /* The partition in which a row was found last: the next is likely there, too. */
 static Oid	last_partition = InvalidOid;
 static Oid	last_root = InvalidOid;
 
-/* An index that finds rows by their id. */
-static Oid
-id_index(Relation rel, AttrNumber id)
+/*
+ * An index that finds rows by this column, InvalidOid if there is none.
+ */
+Oid
+abp_lookup_index(Relation rel, AttrNumber column)
 {
 	List	   *indexes = RelationGetIndexList(rel);
 	Oid			found = InvalidOid;
@@ -46,7 +46,7 @@ id_index(Relation rel, AttrNumber id)
 		Relation	index = index_open(lfirst_oid(lc), AccessShareLock);
 
 		if (index->rd_index->indisvalid && index->rd_rel->relam == BTREE_AM_OID &&
-			index->rd_index->indkey.values[0] == id &&
+			index->rd_index->indkey.values[0] == column &&
 			heap_attisnull(index->rd_indextuple, Anum_pg_index_indpred, NULL))
 			found = lfirst_oid(lc);
 		index_close(index, NoLock);
@@ -81,7 +81,7 @@ look_in_leaf(Relation rel, int64 id, Snapshot snapshot, RowLook look, void *arg)
 	bool		found = false;
 
 	if (!OidIsValid(known->id_index))
-		known->id_index = id_index(rel, known->columns.attnums[COL_ID]);
+		known->id_index = abp_lookup_index(rel, known->columns.attnums[COL_ID]);
 	index = known->id_index;
 	init_id_key(&key, known, id);
 	scan = systable_beginscan(rel, index, OidIsValid(index), snapshot, 1, &key);
@@ -163,7 +163,7 @@ abp_lookup_same_row(UsageRelation *known, Relation rel, HeapTuple tuple, void *a
 
 	abp_relation_read(known, tuple, RelationGetDescr(rel), values, nulls);
 	if (nulls[COL_EXTERNAL_ID] || row->nulls[COL_EXTERNAL_ID] ||
-		!same_value(COL_EXTERNAL_ID, values[COL_EXTERNAL_ID], row->values[COL_EXTERNAL_ID]))
+		!abp_same_value(COL_EXTERNAL_ID, values[COL_EXTERNAL_ID], row->values[COL_EXTERNAL_ID]))
 		return false;
 	row->unchanged = !abp_billed_columns_changed(values, nulls, row->values, row->nulls, &ignored);
 	return true;
@@ -206,8 +206,8 @@ abp_lookup_existing(Oid usage_table, const IdSet *ids)
  * Are two values of a column, not NULL, the same?  Numbers are if they are
  * equal, whatever zeros they end in, and JSON with such numbers, too.
  */
-static bool
-same_value(UsageColumn column, Datum a, Datum b)
+bool
+abp_same_value(UsageColumn column, Datum a, Datum b)
 {
 	switch (abp_row_columns[column].type)
 	{
@@ -239,7 +239,7 @@ abp_billed_columns_changed(const Datum *old_values, const bool *old_nulls,
 	for (int i = 0; i < NUM_USAGE_COLUMNS; i++)
 	{
 		if (old_nulls[i] == new_nulls[i] &&
-			(old_nulls[i] || same_value(i, old_values[i], new_values[i])))
+			(old_nulls[i] || abp_same_value(i, old_values[i], new_values[i])))
 			continue;
 		if (abp_row_columns[i].billed)
 			changed = true;

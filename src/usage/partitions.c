@@ -167,26 +167,22 @@ note_partition(Oid usage_table, Oid partition)
 void
 abp_partitions_look(Oid usage_table, int64 ledger_from)
 {
+	IdWalk		walk = {0};
 	IdSet		came = abp_outbox_peek(usage_table, OUTBOX_PARTITIONS, PG_INT64_MAX);
 
-	for (int i = 0; i < came.nranges; i++)
+	while (abp_idset_walk(&came, &walk))
 	{
-		for (int64 id = came.ranges[i].first;; id++)
-		{
-			Oid			partition = (Oid) id;
+		Oid			partition = (Oid) walk.id;
 
-			/* else another ALTER TABLE has it: next time */
-			if (ConditionalLockRelationOid(partition, AccessShareLock))
-			{
-				/* in a dump that was restored it has another OID */
-				if (get_rel_relkind(partition) == '\0')
-					partition_has_come(usage_table, usage_table, ledger_from);
-				else if (root_of(partition) == usage_table)
-					partition_has_come(usage_table, partition, ledger_from);
-				abp_outbox_forget_partition(usage_table, partition);
-			}
-			if (id == came.ranges[i].last)
-				break;
+		/* else another ALTER TABLE has it: next time */
+		if (ConditionalLockRelationOid(partition, AccessShareLock))
+		{
+			/* in a dump that was restored it has another OID */
+			if (get_rel_relkind(partition) == '\0')
+				partition_has_come(usage_table, usage_table, ledger_from);
+			else if (root_of(partition) == usage_table)
+				partition_has_come(usage_table, partition, ledger_from);
+			abp_outbox_forget_partition(usage_table, partition);
 		}
 	}
 }

@@ -26,6 +26,7 @@
 #include "base/usage_row.h"
 #include "polar/server.h"
 #include "queue/attachment.h"
+#include "queue/feed.h"
 #include "usage/relation.h"
 #include "usage/row.h"
 
@@ -84,27 +85,43 @@ abp_relation_lacks_kept(const bool *nulls, const bool *old_nulls)
 	return false;
 }
 
-/* The new tuple of an UPDATE, with the old values where it empties them. */
+/*
+ * The new tuple of an UPDATE, with the old values of these columns.
+ */
 HeapTuple
-abp_relation_keep(const UsageRelation *known, TupleDesc desc, HeapTuple tuple, HeapTuple old,
-				  const bool *nulls)
+abp_relation_take_old(const UsageRelation *known, TupleDesc desc, HeapTuple tuple, HeapTuple old,
+					  const bool *take)
 {
-	int			replace[lengthof(kept_columns)];
-	Datum		values[lengthof(kept_columns)];
-	bool		isnull[lengthof(kept_columns)];
+	int			replace[NUM_USAGE_COLUMNS];
+	Datum		values[NUM_USAGE_COLUMNS];
+	bool		isnull[NUM_USAGE_COLUMNS];
 	int			n = 0;
 
-	for (int i = 0; i < lengthof(kept_columns); i++)
+	for (int i = 0; i < NUM_USAGE_COLUMNS; i++)
 	{
-		AttrNumber	attnum = known->columns.attnums[kept_columns[i]];
+		AttrNumber	attnum = known->columns.attnums[i];
 
-		if (!nulls[kept_columns[i]])
+		if (!take[i])
 			continue;
 		replace[n] = attnum;
 		values[n] = heap_getattr(old, attnum, desc, &isnull[n]);
 		n++;
 	}
-	return heap_modify_tuple_by_cols(tuple, desc, n, replace, values, isnull);
+	return n == 0 ? tuple : heap_modify_tuple_by_cols(tuple, desc, n, replace, values, isnull);
+}
+
+/*
+ * The same where it empties columns that it cannot.
+ */
+HeapTuple
+abp_relation_keep(const UsageRelation *known, TupleDesc desc, HeapTuple tuple, HeapTuple old,
+				  const bool *nulls)
+{
+	bool		take[NUM_USAGE_COLUMNS] = {false};
+
+	for (int i = 0; i < lengthof(kept_columns); i++)
+		take[kept_columns[i]] = nulls[kept_columns[i]];
+	return abp_relation_take_old(known, desc, tuple, old, take);
 }
 
 /*
@@ -152,6 +169,29 @@ default_of(UsageRelation *known, Relation rel, UsageColumn column)
 	}
 	MemoryContextSwitchTo(old);
 	return known->defaults[column];
+}
+
+/*
+ * The tuple with another id, the next of the table's own, and this id; without a
+ * default of the column it is as it was.
+ */
+HeapTuple
+abp_relation_renumber(UsageRelation *known, Relation rel, HeapTuple tuple, int64 *id)
+{
+	int			attnum = known->columns.attnums[COL_ID];
+	ExprContext *econtext;
+	Datum		value;
+	bool		isnull;
+
+	if (!known->has_default[COL_ID])
+		return tuple;
+	econtext = CreateStandaloneExprContext();
+	value = ExecEvalExpr(default_of(known, rel, COL_ID), econtext, &isnull);
+	tuple = heap_modify_tuple_by_cols(tuple, RelationGetDescr(rel), 1, &attnum, &value, &isnull);
+	FreeExprContext(econtext, true);
+	if (!isnull)
+		*id = DatumGetInt64(abp_row_value_read(&known->columns, COL_ID, value));
+	return tuple;
 }
 
 /*
@@ -289,6 +329,7 @@ abp_relation_know(Relation rel)
 		known->values = NULL;
 		known->nulls = NULL;
 		known->natts = 0;
+		known->warned_skipped = false;
 	}
 	known->valid = false;
 	known->warned = false;
@@ -324,8 +365,10 @@ abp_relation_know(Relation rel)
 	/* Looking the server up may let in news of a change: then look again. */
 	known->valid = true;
 	known->id_index = InvalidOid;
+	known->external_id_index = InvalidOid;
 	known->counts_not_queued = OidIsValid(abp_extension_relation("ledger"));
 	known->usage_table = find_usage_table(rel, &serverid, &ledger_from);
+	known->replicated = OidIsValid(known->usage_table) && abp_feed_replicated(known->usage_table);
 	known->serverid = serverid;
 	known->ledger_from = ledger_from;
 	return known;

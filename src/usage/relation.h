@@ -29,7 +29,10 @@ typedef struct UsageRelation
 	Oid			serverid;
 	int64		ledger_from;	/* its last delivery before a TRUNCATE */
 	Oid			id_index;		/* InvalidOid: not looked for, or none */
+	Oid			external_id_index;	/* likewise */
 	bool		counts_not_queued;	/* since the extension's 1.2 */
+	bool		replicated;		/* fed by a subscription */
+	bool		warned_skipped; /* of a second row of an external_id */
 	int			natts;
 	UsageColumns columns;
 	Datum	   *values;			/* scratch: one tuple's columns */
@@ -44,6 +47,11 @@ extern bool abp_relation_lacks_kept(const bool *nulls, const bool *old_nulls);
 extern HeapTuple abp_relation_keep(const UsageRelation *known, TupleDesc desc,
 								   HeapTuple tuple, HeapTuple old,
 								   const bool *nulls);
+extern HeapTuple abp_relation_take_old(const UsageRelation *known,
+									   TupleDesc desc, HeapTuple tuple,
+									   HeapTuple old, const bool *take);
+extern HeapTuple abp_relation_renumber(UsageRelation *known, Relation rel,
+									   HeapTuple tuple, int64 *id);
 extern bool abp_relation_lacks_defaults(const UsageRelation *known,
 										const bool *nulls);
 extern void abp_relations_forget(void);

@@ -126,8 +126,8 @@ abp_is_owned_by_caller(Oid usage_table)
  * its statement began it was visible, or Polar has it and it is its owner who
  * brings it back.
  */
-bool
-abp_returning_kind(UsageRelation *known, RowColumns *row, int64 id, ReturnKind *kind)
+static bool
+returning_kind(UsageRelation *known, RowColumns *row, int64 id, ReturnKind *kind)
 {
 	if (ActiveSnapshotSet() &&
 		abp_lookup_rows(known->usage_table, id, GetActiveSnapshot(), abp_lookup_same_row, row))
@@ -141,5 +141,25 @@ abp_returning_kind(UsageRelation *known, RowColumns *row, int64 id, ReturnKind *
 		*kind = RETURN_DELIVERED;
 		return true;
 	}
+	return false;
+}
+
+/*
+ * Is a row that is inserted none that is new, and keeps its cost?  The AFTER
+ * trigger is told what it is; an ordinary row has no cost and costs no look.
+ */
+bool
+abp_returning_remains(UsageRelation *known, const Datum *values, const bool *nulls)
+{
+	int64		id = DatumGetInt64(values[COL_ID]);
+	RowColumns	row = {values, nulls};
+	ReturnKind	kind;
+
+	if (!nulls[COL_COST_STATUS] && returning_kind(known, &row, id, &kind))
+	{
+		abp_returning_remember(known->usage_table, id, kind);
+		return kind != RETURN_CHANGED;
+	}
+	(void) abp_returning_find(known->usage_table, id, HASH_REMOVE);
 	return false;
 }

@@ -190,19 +190,19 @@ write_groups(Oid usage_table, const ShareGroups *daily)
 	{
 		const ShareGroup *group = &daily->groups[i];
 		ShareKey	key;
-		ShareKey	model = {0};
-		ShareKey	customer = {0};
+		ShareKey	of_model = {0};
+		ShareKey	of_customer = {0};
 		pg_uuid_t	customer_id;
 
 		abp_share_key_read(group->key, group->keylen, &key, &customer_id);
-		model.day = key.day;
-		model.provider = key.provider;
-		model.model = key.model;
-		customer.day = first_of_month(key.day);
-		customer.external_customer_id = key.external_customer_id;
-		customer.customer_id = key.customer_id;
-		add_to_wider(&by_model, &model, &group->sums);
-		add_to_wider(&by_customer, &customer, &group->sums);
+		of_model.day = key.day;
+		of_model.provider = key.provider;
+		of_model.model = key.model;
+		add_to_wider(&by_model, &of_model, &group->sums);
+		of_customer.day = first_of_month(key.day);
+		of_customer.external_customer_id = key.external_customer_id;
+		of_customer.customer_id = key.customer_id;
+		add_to_wider(&by_customer, &of_customer, &group->sums);
 	}
 
 	max = daily->ngroups + by_model.ngroups + by_customer.ngroups;

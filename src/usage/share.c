@@ -107,22 +107,21 @@ get_signed(ByteReader *reader)
 {
 	uint128		value = get_unsigned(reader);
 
-	return (value & 1) ? (int128) ~ (value >> 1) : (int128) (value >> 1);
+	return (int128) ((value >> 1) ^ -(value & 1));
 }
 
 /* --- keys -------------------------------------------------------------------- */
 
 static void
-put_text(StringInfo to, TextView text)
+put_text(StringInfo to, TextView view)
 {
 	const char *utf8;
 	int			len;
 
-	if (text.data == NULL)
+	if (view.data == NULL)
 		return;
-	utf8 = pg_server_to_any(text.data, text.len, PG_UTF8);
-	len = utf8 == text.data ? text.len : strlen(utf8);
-
+	utf8 = pg_server_to_any(view.data, view.len, PG_UTF8);
+	len = utf8 == view.data ? view.len : strlen(utf8);
 	put_unsigned(to, len);
 	appendBinaryStringInfo(to, utf8, len);
 }
@@ -154,20 +153,19 @@ abp_share_key_write(StringInfo to, const ShareKey *key)
 static TextView
 get_text(ByteReader *reader, bool present)
 {
-	TextView text = {NULL, 0};
+	TextView	view = {NULL, 0};
 	uint64		len;
 	const char *utf8;
 	char	   *ours;
 
 	if (!present)
-		return text;
-
+		return view;
 	len = (uint64) get_unsigned(reader);
 	utf8 = get_bytes(reader, len);
 	ours = pg_any_to_server(utf8, len, PG_UTF8);
-	text.		data = ours;
-	text.		len = ours == utf8 ? len : strlen(ours);
-	return text;
+	view.data = ours;
+	view.len = ours == utf8 ? len : strlen(ours);
+	return view;
 }
 
 /*

@@ -39,7 +39,9 @@
 #include "usage/correct.h"
 #include "usage/fate.h"
 #include "usage/lookup.h"
+#include "usage/priced.h"
 #include "usage/relation.h"
+#include "usage/replicated.h"
 #include "usage/returning.h"
 #include "usage/row.h"
 #include "usage/rows.h"
@@ -50,30 +52,6 @@ PG_FUNCTION_INFO_V1(abp_sql_price_usage);
 PG_FUNCTION_INFO_V1(abp_sql_enqueue_usage);
 PG_FUNCTION_INFO_V1(abp_sql_guard_usage);
 PG_FUNCTION_INFO_V1(abp_sql_truncate_usage);
-
-/*
- * The table whose rows are being priced again, and at which nesting level:
- * its UPDATE may fire triggers of its owner's, which may update other tables
- * and fail in subtransactions of their own.
- */
-static Oid	repricing_table = InvalidOid;
-static IdSet *repricing_ids;
-static int	repricing_level;
-
-static void
-on_transaction_end(XactEvent event, void *arg)
-{
-	if (abp_transaction_ends(event))
-		repricing_table = InvalidOid;
-}
-
-static void
-on_subtransaction_end(SubXactEvent event, SubTransactionId mine,
-					  SubTransactionId parent, void *arg)
-{
-	if (event == SUBXACT_EVENT_ABORT_SUB && GetCurrentTransactionNestLevel() <= repricing_level)
-		repricing_table = InvalidOid;
-}
 
 /*
  * Anyone may make triggers of these functions, on any table and for any event:
@@ -99,53 +77,6 @@ check_trigger(FunctionCallInfo fcinfo, const char *name,
 				 errhint("Let aibilling.attach() create the triggers.")));
 }
 
-/* The new row with its columns filled in and its cost. */
-static HeapTuple
-priced_tuple(UsageRelation *known, TupleDesc desc, const UsageRow *row,
-			 bool normalized, bool stripped, const PricedCost *cost)
-{
-	Datum	   *values = known->values;
-	bool	   *nulls = known->nulls;
-
-#define SET_COLUMN(column, isnull, datum) \
-	do { \
-		AttrNumber	att_ = known->columns.attnums[column] - 1; \
-		nulls[att_] = (isnull); \
-		if (!nulls[att_]) \
-			values[att_] = (datum); \
-		if (unlikely(!known->columns.plain[column])) \
-			values[att_] = abp_row_value_write(&known->columns, column, \
-												 values[att_], nulls[att_]); \
-	} while (0)
-
-	if (normalized)
-	{
-		for (int i = 0; i < NUM_USAGE_COUNTS; i++)
-			SET_COLUMN(COL_FIRST_COUNT + i, !row->counts.given[i],
-					   Int64GetDatum(row->counts.value[i]));
-		SET_COLUMN(COL_UNITS, row->counts.units == NULL, JsonbPGetDatum(row->counts.units));
-		SET_COLUMN(COL_PROVIDER_COST, row->provider_cost == NULL,
-				   NumericGetDatum(row->provider_cost));
-		SET_COLUMN(COL_SERVICE_TIER, row->service_tier.data == NULL,
-				   text_view_datum(row->service_tier));
-		SET_COLUMN(COL_MODEL, row->model.data == NULL,
-				   text_view_datum(row->model));
-		SET_COLUMN(COL_GENERATION_ID, row->generation_id.data == NULL,
-				   text_view_datum(row->generation_id));
-	}
-	if (stripped)
-		SET_COLUMN(COL_RAW_USAGE, row->raw_usage == NULL, JsonbPGetDatum(row->raw_usage));
-	if (row->tags_are_null && !nulls[known->columns.attnums[COL_TAGS] - 1])
-		SET_COLUMN(COL_TAGS, false, JsonbPGetDatum(row->tags));
-	SET_COLUMN(COL_COST_NANOS, !cost->known, Int64GetDatum(cost->cost_nanos));
-	SET_COLUMN(COL_COST_CENTS, !cost->known, NumericGetDatum(cost->cost_cents));
-	SET_COLUMN(COL_COST_STATUS, false,
-			   CStringGetTextDatum(abp_price_status_name(cost->status)));
-#undef SET_COLUMN
-
-	return heap_form_tuple(desc, values, nulls);
-}
-
 static void
 refuse_change(const RowPlace *place, Relation rel, int64 id, const char *verb)
 {
@@ -162,14 +93,6 @@ refuse_change(const RowPlace *place, Relation rel, int64 id, const char *verb)
 					 unknown ? "It is sent again by itself, or with aibilling.retry() if it is rejected; Polar stores it once. " : "")));
 }
 
-/* Is this UPDATE, of a row of this table, ours? */
-static bool
-is_repriced(const UsageRelation *known, int64 id)
-{
-	return OidIsValid(repricing_table) && known->usage_table == repricing_table &&
-		abp_idset_contains(repricing_ids, id);
-}
-
 /*
  * Something that is billed has changed in a row: the outbox is to say what the
  * new row deserves.  Raises an error if Polar has the row, or may have it.
@@ -179,10 +102,9 @@ requeue_row(UsageRelation *known, Relation rel, const UsageRow *row,
 			const ServerOptions *server)
 {
 	RowPlace	place;
-	RowState	state;
 	bool		own;
 
-	if (is_repriced(known, row->id))
+	if (abp_is_repriced(known, row->id))
 		return;					/* whoever reprices moves the ids themselves */
 
 	own = abp_collect_find(known->usage_table, row->id, &place);
@@ -204,38 +126,7 @@ requeue_row(UsageRelation *known, Relation rel, const UsageRow *row,
 		refuse_change(&place, rel, row->id, "update");
 	}
 
-	abp_fate_of(row, server, &state);
-	if (state.state == OUTBOX_REJECTED)
-		abp_warn_rejected(rel, row->id, state.error);
-
-	/*
-	 * A ready row stays where it is: the shipper reads it as updated, and may
-	 * have passed it over while it was locked.
-	 */
-	if (!own && place.state == OUTBOX_READY && state.state == OUTBOX_READY)
-		abp_wake_at_commit();
-	else
-		abp_collect_changed(known->usage_table, row->id, own ? NULL : &place, &state);
-}
-
-/*
- * Is a row that is inserted none that is new, and keeps its cost?  The AFTER
- * trigger is told what it is; an ordinary row has no cost and costs no look.
- */
-static bool
-remains_as_it_is(UsageRelation *known, const Datum *values, const bool *nulls)
-{
-	int64		id = DatumGetInt64(values[COL_ID]);
-	RowColumns	row = {values, nulls};
-	ReturnKind	kind;
-
-	if (!nulls[COL_COST_STATUS] && abp_returning_kind(known, &row, id, &kind))
-	{
-		abp_returning_remember(known->usage_table, id, kind);
-		return kind != RETURN_CHANGED;
-	}
-	(void) abp_returning_find(known->usage_table, id, HASH_REMOVE);
-	return false;
+	abp_requeue(known, rel, row, server, own ? NULL : &place);
 }
 
 /* Tell, once a session, of triggers on a table that is not attached. */
@@ -297,7 +188,7 @@ read_updated(NewRow *row, HeapTuple old)
 	fill_in_defaults(row);
 	changed = abp_billed_columns_changed(old_values, old_nulls, row->values, row->nulls,
 										 &raw_changed);
-	if (!changed && !is_repriced(row->known, DatumGetInt64(old_values[COL_ID])) &&
+	if (!changed && !abp_is_repriced(row->known, DatumGetInt64(old_values[COL_ID])) &&
 		(!raw_changed || row->nulls[COL_RAW_USAGE]))
 		return false;
 	if (!row->nulls[COL_ID] && !old_nulls[COL_ID] &&
@@ -322,7 +213,7 @@ read_inserted(NewRow *row)
 	if (unlikely(row->nulls[COL_ID]))
 		fill_in_defaults(row);
 	if (OidIsValid(row->known->usage_table) && !row->nulls[COL_ID] &&
-		remains_as_it_is(row->known, row->values, row->nulls))
+		abp_returning_remains(row->known, row->values, row->nulls))
 		return false;
 	/* the look at other rows has used the relation's scratch */
 	if (unlikely(!row->nulls[COL_COST_STATUS]))
@@ -376,6 +267,9 @@ abp_sql_price_usage(PG_FUNCTION_ARGS)
 	new.known = abp_relation_know(new.rel);
 	new.tuple = update ? trigdata->tg_newtuple : trigdata->tg_trigtuple;
 	warn_not_attached(new.known, new.rel);
+	if (new.known->replicated)
+		return PointerGetDatum(update ? abp_replicated_update(new.known, new.rel, trigdata->tg_trigtuple, new.tuple) :
+							   abp_replicated_insert(new.known, new.rel, new.tuple));
 	if (update ? !read_updated(&new, trigdata->tg_trigtuple) : !read_inserted(&new))
 		return PointerGetDatum(new.tuple);
 
@@ -407,7 +301,7 @@ abp_sql_price_usage(PG_FUNCTION_ARGS)
 	}
 	if (unlikely(strips))
 		row.raw_usage = kept;
-	new.tuple = priced_tuple(known, RelationGetDescr(new.rel), &row, normalized, strips, &cost);
+	new.tuple = abp_priced_tuple(known, RelationGetDescr(new.rel), &row, normalized, strips, &cost);
 
 	if (update && OidIsValid(known->usage_table) && server != NULL)
 	{
@@ -489,13 +383,13 @@ abp_sql_enqueue_usage(PG_FUNCTION_ARGS)
 	if (enqueue_is_off(known->usage_table))
 	{
 		if (known->counts_not_queued)
-			abp_collect_not_queued(known->usage_table, row.id);
+			abp_collect_note(known->usage_table, OUTBOX_NOT_QUEUED, row.id);
 		return PointerGetDatum(NULL);
 	}
 
 	if (server != NULL)
 	{
-		abp_fate_of(&row, server, &state);
+		abp_deserved(known, &row, server, &state);
 		state.outcome_unknown = was_there != NULL;
 		if (state.state == OUTBOX_REJECTED)
 			abp_warn_rejected(rel, row.id, state.error);
@@ -589,6 +483,11 @@ abp_sql_guard_usage(PG_FUNCTION_ARGS)
 		abp_place_find(known->usage_table, id, known->ledger_from, &place);
 	if (place.where == ROW_NOT_SENT || place.where == ROW_DELIVERED)
 		return PointerGetDatum(NULL);
+	if (known->replicated)
+	{
+		abp_replicated_delete(known, id, own ? NULL : &place);
+		return PointerGetDatum(NULL);
+	}
 
 	row = (RowColumns)
 	{
@@ -644,7 +543,9 @@ abp_sql_truncate_usage(PG_FUNCTION_ARGS)
 	if (!OidIsValid(known->usage_table))
 		return PointerGetDatum(NULL);
 
-	if (abp_ledger_sending(known->usage_table))
+	if (known->replicated)
+		abp_replicated_truncate(known->usage_table);
+	else if (abp_ledger_sending(known->usage_table))
 		ereport(ERROR,
 				(errcode(ERRCODE_OBJECT_IN_USE),
 				 errmsg("cannot truncate \"%s\": rows of it are being sent",
@@ -661,28 +562,4 @@ abp_sql_truncate_usage(PG_FUNCTION_ARGS)
 				 errmsg("truncating \"%s\" drops " INT64_FORMAT " usage rows that were not delivered",
 						RelationGetRelationName(rel), count)));
 	return PointerGetDatum(NULL);
-}
-
-/*
- * Price held rows again, as their table's owner.  Returns the ids of the rows
- * that there still are.
- */
-IdSet
-abp_trigger_reprice(const UsageTable *table, IdSet *ids)
-{
-	static bool registered = false;
-	IdSet		updated;
-
-	if (!registered)
-	{
-		RegisterXactCallback(on_transaction_end, NULL);
-		RegisterSubXactCallback(on_subtransaction_end, NULL);
-		registered = true;
-	}
-	repricing_table = table->relid;
-	repricing_ids = ids;
-	repricing_level = GetCurrentTransactionNestLevel();
-	updated = abp_rows_update_prices(table, ids);
-	repricing_table = InvalidOid;
-	return updated;
 }

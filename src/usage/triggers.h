@@ -15,6 +15,5 @@
 
 extern bool abp_trigger_row_left(Oid usage_table, int64 id, int64 ledger_from,
 								 bool *outcome_unknown);
-extern IdSet abp_trigger_reprice(const UsageTable *table, IdSet *ids);
 
 #endif							/* ABP_TRIGGERS_H */

@@ -8,8 +8,10 @@
 #include "postgres.h"
 
 #include "access/xact.h"
+#include "replication/logicalworker.h"
 #include "utils/hsearch.h"
 #include "utils/rel.h"
+#include "utils/timestamp.h"
 
 #include "base/text_view.h"
 #include "base/transaction.h"
@@ -40,7 +42,15 @@ static TimestampTz noted_statement = 0;
 static bool
 may_warn(void)
 {
-	if (warned_statement != GetCurrentStatementStartTimestamp())
+	if (IsLogicalWorker())
+	{
+		if (TimestampDifferenceExceeds(warned_statement, GetCurrentTimestamp(), ABP_WORKER_WARNINGS_MS))
+		{
+			warned_statement = GetCurrentTimestamp();
+			statement_warnings = 0;
+		}
+	}
+	else if (warned_statement != GetCurrentStatementStartTimestamp())
 	{
 		warned_statement = GetCurrentStatementStartTimestamp();
 		statement_warnings = 0;
@@ -136,7 +146,9 @@ abp_warn_unpriced(const UsageRow *row, const char *reason)
 		ereport(WARNING,
 				(errcode(ERRCODE_WARNING),
 				 errmsg("usage is held until it can be priced: %s", reason),
-				 errhint("%s", hint ? hint : "What is held is listed in aibilling.unpriced.")));
+				 errhint("%s", hint ? hint :
+						 abp_cost_counted(&row->counts) ? "What is held is listed in aibilling.unpriced." :
+						 "UPDATE the row: set its counts, such as input_tokens and output_tokens, its units or its provider_cost. What is held is listed in aibilling.unpriced.")));
 	}
 }
 

@@ -289,6 +289,7 @@ close_object(JsonWriter *w, int start)
 	abp_json_put_literal(w, "}");
 }
 
+/* Are there no more keys than Polar takes? */
 static bool
 check_key_count(JsonWriter *w)
 {
@@ -360,6 +361,7 @@ put_column_as_tag(JsonWriter *w, const char *prefix, const char *column, TextVie
 	return put_entry(w, prefix, strlen(prefix), key, &tag, "column", false);
 }
 
+/* Put the columns that become tags, and note which. */
 static bool
 put_columns_as_tags(JsonWriter *w, const UsageRow *row, const char *prefix,
 					const Identity *identity, TagColumns *columns)
@@ -388,6 +390,7 @@ put_columns_as_tags(JsonWriter *w, const UsageRow *row, const char *prefix,
 	return true;
 }
 
+/* Put the tags that no column or key of ours has taken the place of. */
 static bool
 put_tags(JsonWriter *w, Jsonb *tags, const char *prefix, const TagColumns *columns)
 {
@@ -568,6 +571,7 @@ put_own_amount(JsonWriter *w, const JsonbValue *value)
 	return true;
 }
 
+/* The user's own _cost. */
 static bool
 put_own_cost(JsonWriter *w, JsonbContainer *cost)
 {
@@ -615,6 +619,7 @@ put_own_count(JsonWriter *w, const char *key, const JsonbValue *value)
 	return true;
 }
 
+/* The user's own _llm. */
 static bool
 put_own_llm(JsonWriter *w, JsonbContainer *llm)
 {

@@ -253,6 +253,7 @@ reset_cache(void)
 		price_table_oids[i] = get_relname_relid(price_tables[i], schema);
 }
 
+/* Open one of the tables that prices are read from. */
 static Relation
 open_price_table(int table)
 {
@@ -853,6 +854,7 @@ begin_reading(SavedReader *saved)
 	return RegisterSnapshot(price_snapshot());
 }
 
+/* End what begin_reading has begun. */
 static void
 end_reading(const SavedReader *saved, Snapshot snapshot)
 {

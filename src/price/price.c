@@ -39,6 +39,7 @@ init_price(void)
 
 /* --- the card in force ---------------------------------------------------- */
 
+/* Does a daily window hold a time? */
 static bool
 window_contains(const PriceWindow *window, TimestampTz at)
 {
@@ -190,6 +191,7 @@ rate_in_force(const PriceRequest *request, RateInForce *result)
 	}
 }
 
+/* Why a request has no price, in words, palloc'd. */
 static char *
 unpriced_reason(const PriceRequest *request, PriceModel *model, const char *what)
 {

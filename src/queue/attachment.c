@@ -179,6 +179,7 @@ new_column(HeapTuple tuple, AttrNumber column, TupleDesc desc)
 	return column > desc->natts ? 0 : DatumGetInt64(abp_column_or(tuple, column, desc, 0));
 }
 
+/* Begin a scan over attachments, by the active snapshot. */
 static void
 begin_attachment_scan(OrderedScan *scan, int nkeys, ScanKey keys)
 {
@@ -217,6 +218,9 @@ read_server_states(bool by_role)
 	return list;
 }
 
+/*
+ * The state of a server, for one role or InvalidOid; NULL if none is kept.
+ */
 static const ServerState *
 find_server_state(List *states, const char *server, Oid role)
 {
@@ -248,6 +252,7 @@ describe_table(UsageTable *table)
 	ReleaseSysCache(tuple);
 }
 
+/* Is a server paused by "operator" or "answer"? */
 static bool
 paused_by(const ServerState *state, const char *whom)
 {

@@ -351,6 +351,7 @@ abp_ledger_sending(Oid usage_table)
 	return found;
 }
 
+/* Does a delivery's tuple hold an id? */
 static bool
 delivery_holds(HeapTuple tuple, TupleDesc desc, int64 id)
 {

@@ -102,6 +102,7 @@ write_share(const Delivery *delivery)
 	abp_share_write(delivery->id, delivery->usage_table, delivery->share, &delivery->counted);
 }
 
+/* Take ids, fill a request with their rows, and enter it in the ledger. */
 static void
 prepare_next(Turn *turn, const UsageTable *table, const ServerOptions *server, void *arg)
 {

@@ -34,6 +34,7 @@
 
 #define ROW_TOO_LARGE_TRIES 3	/* for our memory, before it is held */
 
+/* A row does not go with this batch: its fate says where it goes. */
 static void
 set_aside(Filling *filling, int64 id, const RowState *fate)
 {
@@ -56,6 +57,7 @@ set_aside(Filling *filling, int64 id, const RowState *fate)
 	MemoryContextSwitchTo(old);
 }
 
+/* Set a row aside until somebody fixes it. */
 static void
 reject(Filling *filling, int64 id, char *reason)
 {
@@ -258,6 +260,7 @@ add_in_time(const UsageRow *row, Jsonb *whole, void *arg)
 	return !filling->full;
 }
 
+/* Under guard: read the rows, and append their events. */
 static void
 read_guarded(void *arg)
 {
@@ -329,6 +332,7 @@ typedef struct FillingMark
 	bool		full;
 } FillingMark;
 
+/* What has been read so far. */
 static FillingMark
 mark_filling(const Filling *filling)
 {

@@ -73,6 +73,7 @@ lane_name(const Lane *lane)
 		psprintf("server \"%s\" by the user mapping for %s", lane->server, quote_identifier(role));
 }
 
+/* Under guard: what is in a lane is written down. */
 static void
 write_lane(void *arg)
 {
@@ -107,6 +108,7 @@ write_down(Turn *turn, Lane *lane)
 	abp_turn_due_at(turn, lane->write_at);
 }
 
+/* Write down how a lane does, and why; NULL: it is open. */
 static void
 save_lane(Turn *turn, Lane *lane, const char *reason)
 {

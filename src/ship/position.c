@@ -140,6 +140,7 @@ typedef struct GuardedTableWork
 	void	   *arg;
 } GuardedTableWork;
 
+/* Under guard: the work itself. */
 static void
 do_table_work(void *arg)
 {

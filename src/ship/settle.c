@@ -36,6 +36,9 @@
 #define ERRORS_BEFORE_REJECTING 5
 #define TIMEOUTS_BEFORE_HALVING 3
 
+/*
+ * Put ids of a delivery back into the outbox, in this state and with this reason.
+ */
 static void
 put_back(Shipment *shipment, IdSet ids, char state, TimestampTz not_before,
 		 const char *error, bool burn_attempt)
@@ -144,6 +147,7 @@ abp_settle_by_halves(Shipment *shipment, const char *error)
 	keep_for_retry(shipment, DT_NOBEGIN, error);
 }
 
+/* Settle a delivery of which no row can be sent: somebody must fix them. */
 static void
 reject_shipment(Turn *turn, Shipment *shipment, const char *error)
 {
@@ -152,6 +156,7 @@ reject_shipment(Turn *turn, Shipment *shipment, const char *error)
 	abp_shipment_drop(turn, shipment);
 }
 
+/* Polar has the events of a delivery. */
 static void
 settle_delivered(Turn *turn, Shipment *shipment, const Verdict *verdict, double elapsed_ms,
 				 const ServerOptions *server, int64 ledger_from)

@@ -222,6 +222,7 @@ on_server_change(Datum arg, int cacheid, uint32 hashvalue)
 	tables_stale = true;
 }
 
+/* Get ready to ship, once per process. */
 static void
 init_ship(void)
 {
@@ -815,6 +816,7 @@ settle_and_prepare(Turn *turn, const ShipScope *scope)
 	return departures;
 }
 
+/* Make the requests that the turn has committed. */
 static void
 depart(List *departures)
 {
@@ -833,6 +835,7 @@ depart(List *departures)
 	}
 }
 
+/* Note which requests have ended: the next turn settles them. */
 static void
 collect_answers(void)
 {

@@ -82,6 +82,7 @@ move_to(PriceLook *look, int64 id, char state, TimestampTz not_before, const cha
 	MemoryContextSwitchTo(old);
 }
 
+/* Several rows leave their entry. */
 static void
 move_all(PriceLook *look, const IdSet *ids, char state, const char *error)
 {
@@ -91,6 +92,7 @@ move_all(PriceLook *look, const IdSet *ids, char state, const char *error)
 		move_to(look, walk.id, state, DT_NOBEGIN, error);
 }
 
+/* Has a row that waits a price by now, or another reason to wait? */
 static bool
 look_for_price(const UsageRow *row, Jsonb *whole, void *arg)
 {
@@ -157,6 +159,7 @@ reject_shared(PriceLook *look)
 	move_all(look, &shared, OUTBOX_REJECTED, SHARED_ID);
 }
 
+/* Under guard: what has become of the rows? */
 static void
 look_at_rows(void *arg)
 {

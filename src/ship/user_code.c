@@ -76,6 +76,7 @@ typedef struct FunctionCall
 	Datum		result;			/* (Datum) 0: NULL */
 } FunctionCall;
 
+/* Under guard: call a function, as its owner. */
 static void
 call_guarded(void *arg)
 {

@@ -156,6 +156,7 @@ abp_sql_price_changed(PG_FUNCTION_ARGS)
 	return PointerGetDatum(NULL);
 }
 
+/* aibilling.cost_nanos: USD x 10^9; NULL if it is not known. */
 Datum
 abp_sql_cost_nanos(PG_FUNCTION_ARGS)
 {
@@ -167,6 +168,9 @@ abp_sql_cost_nanos(PG_FUNCTION_ARGS)
 	PG_RETURN_INT64(abp_cost_nanos(&cost));
 }
 
+/*
+ * aibilling.cost_cents: exact cents, to 12 decimals; NULL if they are not known.
+ */
 Datum
 abp_sql_cost_cents(PG_FUNCTION_ARGS)
 {
@@ -205,6 +209,9 @@ abp_sql_polar_cost(PG_FUNCTION_ARGS)
 	PG_RETURN_DATUM(DirectFunctionCall1(jsonb_in, CStringGetDatum(json)));
 }
 
+/*
+ * aibilling.cost: the exact cost, in all units, and what kind of cost it is.
+ */
 Datum
 abp_sql_cost(PG_FUNCTION_ARGS)
 {
@@ -312,6 +319,7 @@ put_explanation(ReturnSetInfo *rsinfo, const PriceRequest *request, Numeric stor
 	}
 }
 
+/* aibilling.explain_cost: a row for each thing that costs. */
 Datum
 abp_sql_explain_cost(PG_FUNCTION_ARGS)
 {
@@ -533,6 +541,7 @@ abp_sql_priced_model(PG_FUNCTION_ARGS)
 	PG_RETURN_DATUM(HeapTupleGetDatum(heap_form_tuple(BlessTupleDesc(tupdesc), values, nulls)));
 }
 
+/* aibilling.convert_cost: an amount in another unit, exact. */
 Datum
 abp_sql_convert_cost(PG_FUNCTION_ARGS)
 {

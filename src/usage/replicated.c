@@ -32,6 +32,7 @@
 #include "queue/entry.h"
 #include "queue/feed.h"
 #include "usage/collect.h"
+#include "usage/correct.h"
 #include "usage/fate.h"
 #include "usage/lookup.h"
 #include "usage/priced.h"
@@ -139,6 +140,7 @@ price_row(UsageRelation *known, TupleDesc desc, UsageRow *row, PricedCost *cost)
 	normalized = abp_fate_price_if_sound(row, cost);
 	if (strips)
 		row->raw_usage = kept;
+	abp_correct_price(known->usage_table, row, cost);
 	return abp_priced_tuple(known, desc, row, normalized, strips, cost);
 }
 
@@ -344,6 +346,7 @@ abp_replicated_update(UsageRelation *known, Relation rel, HeapTuple old, HeapTup
 		row.has_cost_nanos = cost.known;
 		row.cost_nanos = cost.cost_nanos;
 		row.cost_cents = cost.cost_cents;
+		abp_correct_changed(known->usage_table, old_values, old_nulls, &row);
 		abp_requeue(known, rel, &row, server, own ? NULL : &place);
 	}
 	return priced;

@@ -486,6 +486,8 @@ abp_sql_guard_usage(PG_FUNCTION_ARGS)
 	if (known->replicated)
 	{
 		abp_replicated_delete(known, id, own ? NULL : &place);
+		if (place.where != ROW_SENDING)
+			abp_correct_changed(known->usage_table, values, nulls, NULL);
 		return PointerGetDatum(NULL);
 	}
 

@@ -36,7 +36,7 @@ WHERE a.grantee = 0 AND a.privilege_type = 'EXECUTE'
 		'changed_price', 'price_in_tier', 'set_price', 'price_hint', 'check_setup', 'usage_daily',
 		'usage_by', 'spend',
 		'owns', 'check_expression', 'closest_word', 'provider_of_model', 'capture_preset', 'capture_by_name', 'capture_plan',
-		'capture_sql', 'capture', 'release', 'capture_row', 'capture_together', 'capture_rows', 'capture_changed',
+		'capture_sql', 'capture', 'release', 'capture_row', 'capture_together', 'capture_keys', 'capture_rows', 'capture_changed',
 		'capture_history', 'capture_retry',
 		'close_check', 'close_warning', 'escape_html', 'usd_text',
 		'short_number', 'percent_text', 'axis_top', 'cache_savings', 'report_style', 'report_trend', 'report_bars', 'report_waiting',

@@ -2305,6 +2305,42 @@ $$;
 COMMENT ON FUNCTION aibilling.chart(regclass, text, integer) IS
 'What rows of the last days (UTC, today included) cost, with bars for psql: by day, or the forty models, providers or customers that cost most. Needs SELECT on the table';
 
+CREATE VIEW aibilling.progress WITH (security_barrier) AS
+SELECT CASE WHEN s.unknown THEN 'adding up what an older version has delivered' ELSE 'adding deliveries to the rollup' END AS work,
+	s.usage_table, NULL::integer AS pid, NULL::timestamptz AS started_at,
+	greatest(coalesce(t.deliveries, 0) - s.n, 0) AS done, greatest(coalesce(t.deliveries, 0), s.n) AS total, 'deliveries' AS unit
+FROM (
+	SELECT o.usage_table, o.sums IS NULL AS unknown, count(*) AS n
+	FROM aibilling.share o
+	WHERE NOT EXISTS (SELECT FROM aibilling.ledger l WHERE l.id = o.delivery AND l.state = 'sending')
+	GROUP BY o.usage_table, o.sums IS NULL
+) AS s
+LEFT JOIN aibilling.delivery_total t ON t.usage_table = s.usage_table
+WHERE aibilling.may_see(s.usage_table)
+UNION ALL
+SELECT 'sync', NULL, a.pid, a.query_start, d.events, d.events + w.rows, 'rows'
+FROM pg_stat_activity a,
+	LATERAL (SELECT coalesce(sum(l.events), 0)::bigint AS events FROM aibilling.ledger l
+		WHERE l.state = 'delivered' AND l.finished_at >= a.query_start AND aibilling.may_see(l.usage_table)) AS d,
+	LATERAL (SELECT coalesce(sum(r.pending + r.in_flight), 0)::bigint AS rows FROM aibilling.status_rows() r) AS w
+WHERE a.datname = current_database() AND a.state = 'active' AND a.query ~* '^\s*call\s+aibilling\.sync\M'
+UNION ALL
+SELECT substring(a.query FROM 'aibilling\.(import_prices|load_bundled_prices|fetch_prices|reconcile|reconcile_rows|reprice|capture|capture_retry|attach)\M'),
+	NULL, a.pid, a.query_start, NULL, NULL, NULL
+FROM pg_stat_activity a
+WHERE a.datname = current_database() AND a.state = 'active' AND a.pid <> pg_backend_pid()
+	AND a.query ~ 'aibilling\.(import_prices|load_bundled_prices|fetch_prices|reconcile|reconcile_rows|reprice|capture|capture_retry|attach)\M';
+COMMENT ON VIEW aibilling.progress IS
+'Long work that is under way: of the worker, for tables that the caller owns (pg_monitor: all), and of sessions, as far as the caller may see their queries in pg_stat_activity';
+COMMENT ON COLUMN aibilling.progress.work IS 'What is being done: by the worker, or the function that a session runs';
+COMMENT ON COLUMN aibilling.progress.usage_table IS 'For this usage table; NULL: not told';
+COMMENT ON COLUMN aibilling.progress.pid IS 'The session; NULL: the worker';
+COMMENT ON COLUMN aibilling.progress.started_at IS 'Since when; NULL: not told';
+COMMENT ON COLUMN aibilling.progress.done IS 'How much is done; NULL: not told';
+COMMENT ON COLUMN aibilling.progress.total IS 'Of how much, as far as is known by now';
+COMMENT ON COLUMN aibilling.progress.unit IS 'Of what: deliveries or rows';
+GRANT SELECT ON aibilling.progress TO PUBLIC;
+
 GRANT EXECUTE ON FUNCTION
 	aibilling.usage_daily(regclass, date, date),
 	aibilling.usage_by(regclass, text, date, date),

@@ -471,11 +471,57 @@ SELECT blocks * 1024 AS rows, b.* FROM unnest('{98,200}'::int[]) blocks, backlog
 DROP FUNCTION backlog;
 
 --
+-- What an UPDATE or DELETE reads does not depend on what else waits or has been delivered, whatever the plans
+--
+CREATE FUNCTION tuples_read(name regclass) RETURNS bigint LANGUAGE sql AS
+$$SELECT sum(pg_stat_get_xact_tuples_returned(r) + pg_stat_get_xact_tuples_fetched(r))
+	FROM (SELECT name::oid AS r UNION ALL SELECT indexrelid FROM pg_index WHERE indrelid = name) t$$;
+CREATE FUNCTION reads(statement text, OUT entries bigint, OUT deliveries bigint) LANGUAGE plpgsql AS $$
+BEGIN
+	entries := -tuples_read('aibilling.outbox_entry');
+	deliveries := -tuples_read('aibilling.ledger');
+	EXECUTE statement;
+	entries := entries + tuples_read('aibilling.outbox_entry');
+	deliveries := deliveries + tuples_read('aibilling.ledger');
+END $$;
+SELECT ins('sent');
+SELECT ins('pending', 'deleted');
+SELECT ins('rejected', 'unnamed');
+CALL ship('sent', 'delivered');
+SET client_min_messages = error;
+UPDATE u SET external_customer_id = '' WHERE external_id IN ('rejected', 'unnamed');
+INSERT INTO aibilling.outbox_entry (usage_table, state, attempts, outcome_unknown, not_before, id, ids)
+SELECT 'u', state, 0, false, '-infinity', i * 1024, int8multirange(int8range(i * 1024, i * 1024 + 1024))
+FROM generate_series(1001, 2000) i, unnest('{p,r,u}'::"char"[]) state;
+INSERT INTO aibilling.delivery (server, usage_table, usage_ids, events, bytes, state, attempts, started_at, finished_at)
+SELECT 'polar', 'u', int8multirange(int8range(i * 1024, i * 1024 + 1024)), 1024, 100, 'delivered', 1, now(), now()
+FROM generate_series(3001, 4000) i;
+BEGIN;
+SELECT set_config('plan_cache_mode', mode, true), statement, entries <= 20 AS few_entries, deliveries <= 20 AS few_deliveries
+FROM unnest('{force_custom_plan,force_generic_plan}'::text[]) mode,
+	unnest(ARRAY[$$UPDATE u SET input_tokens = input_tokens + 1 WHERE external_id = 'pending'$$,
+		$$UPDATE u SET external_customer_id = 'c' || input_tokens WHERE external_id = 'rejected'$$]) statement, reads(statement);
+SELECT statement, entries <= 20 AS few_entries, deliveries <= 20 AS few_deliveries
+FROM unnest(ARRAY[$$DELETE FROM u WHERE external_id = 'sent'$$, $$DELETE FROM u WHERE external_id = 'deleted'$$,
+	$$DELETE FROM u WHERE external_id = 'unnamed'$$, $$SELECT ins('another')$$]) statement, reads(statement);
+ROLLBACK;
+RESET client_min_messages;
+DELETE FROM aibilling.outbox_entry WHERE usage_table = 'u'::regclass;
+DELETE FROM aibilling.delivery WHERE usage_table = 'u'::regclass;
+DROP FUNCTION reads, tuples_read;
+TRUNCATE u;
+
+--
 -- Rows in flight stay what they are
 --
 SELECT ins('flying');
 SELECT ins('waits');
+SELECT ins('unknown');
 CALL ship('flying', 'sending');
+-- As a request without an answer leaves it, once its row is rejected.
+UPDATE aibilling.outbox_entry e SET outcome_unknown = true FROM u WHERE external_id = 'unknown' AND e.id = u.id;
+UPDATE u SET input_tokens = 1 WHERE external_id = 'unknown';
+DELETE FROM u WHERE external_id = 'unknown';
 UPDATE aibilling.price SET input = 6 WHERE provider = 'acme' AND model = 'm';
 SELECT external_id, state, action FROM aibilling.reprice('u', dry_run => false) JOIN u ON id = usage_id ORDER BY id;
 SELECT external_id, cost_nanos FROM u ORDER BY id;

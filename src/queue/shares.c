@@ -125,10 +125,9 @@ abp_share_load_counted(int64 delivery, IdSet *counted)
 	SavedUser	saved;
 
 	known = abp_statement_open(&load, values, NULL, &saved) > 0;
+	memset(counted, 0, sizeof(IdSet));
 	if (known)
 		*counted = abp_result_idset(0, 1, caller);
-	else
-		memset(counted, 0, sizeof(IdSet));
 	abp_statement_close(&saved);
 	return known;
 }

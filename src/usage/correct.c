@@ -427,6 +427,8 @@ abp_correct_insert(const UsageTable *table, CorrectionToMake *corrections, int n
 	SavedUser	saved;
 
 	abp_become_table_owner(table->owner, &saved);
+	abp_set_locally("aibilling_polar.enqueue", "on");	/* it corrects what
+														 * Polar has */
 	SPI_connect();
 	PG_TRY();
 	{

@@ -480,7 +480,7 @@ abp_ledger_age(Oid usage_table)
 
 /*
  * All ids of a table that are in flight or delivered since its last TRUNCATE,
- * in the current memory context.
+ * by the active snapshot, in the current memory context.
  */
 IdSet
 abp_ledger_ids(Oid usage_table, int64 ledger_from)
@@ -488,7 +488,7 @@ abp_ledger_ids(Oid usage_table, int64 ledger_from)
 	static Statement known = {
 		"SELECT d.usage_ids FROM aibilling.ledger d WHERE d.usage_table = $1"
 		" AND (d.state = 'sending' OR d.state = 'delivered' AND d.id > $2)",
-		2, {REGCLASSOID, INT8OID}
+		2, {REGCLASSOID, INT8OID}, true
 	};
 	Datum		values[2] = {ObjectIdGetDatum(usage_table), Int64GetDatum(ledger_from)};
 
@@ -496,14 +496,15 @@ abp_ledger_ids(Oid usage_table, int64 ledger_from)
 }
 
 /*
- * All ids of a table that are in flight, in the current memory context.
+ * All ids of a table that are in flight, by the active snapshot, in the current
+ * memory context.
  */
 IdSet
 abp_ledger_sending_ids(Oid usage_table)
 {
 	static Statement sending = {
 		"SELECT d.usage_ids FROM aibilling.ledger d WHERE d.usage_table = $1 AND d.state = 'sending'",
-		1, {REGCLASSOID}
+		1, {REGCLASSOID}, true
 	};
 	Datum		values[1] = {ObjectIdGetDatum(usage_table)};
 

@@ -589,6 +589,21 @@ abp_outbox_ids(Oid usage_table, IdSet *sure, IdSet *unsure)
 }
 
 /*
+ * The same, together.
+ */
+IdSet
+abp_outbox_all_ids(Oid usage_table)
+{
+	IdSet		sure = {0};
+	IdSet		unsure = {0};
+
+	abp_outbox_ids(usage_table, &sure, &unsure);
+	abp_idset_add_set(&sure, &unsure, CurrentMemoryContext);
+	abp_idset_sort(&sure);
+	return sure;
+}
+
+/*
  * Up to max_ids ids of a table in one state, left where they are.
  */
 IdSet

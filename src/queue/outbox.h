@@ -56,6 +56,7 @@ extern int64 abp_outbox_count(Oid usage_table, char state, int64 exact_limit,
 extern int64 abp_outbox_count_all(void);
 extern int64 abp_outbox_discard(Oid usage_table);
 extern void abp_outbox_ids(Oid usage_table, IdSet *sure, IdSet *unsure);
+extern IdSet abp_outbox_all_ids(Oid usage_table);
 extern IdSet abp_outbox_peek(Oid usage_table, char state, int64 max_ids);
 extern int64 abp_outbox_make_ready(Oid usage_table, char state, IdSet *only);
 extern bool abp_outbox_bounds(Oid usage_table, char state, int64 *first,

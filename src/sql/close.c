@@ -16,6 +16,7 @@
 #include "utils/builtins.h"
 #include "utils/datetime.h"
 #include "utils/lsyscache.h"
+#include "utils/snapmgr.h"
 #include "utils/timestamp.h"
 
 #include "compat.h"
@@ -92,7 +93,12 @@ ids_in_state(Oid relid, CloseState state, int64 max_ids)
 	IdSet		waiting;
 
 	if (state == CLOSE_SENDING)
-		return abp_ledger_sending_ids(relid);
+	{
+		PushActiveSnapshot(GetLatestSnapshot());
+		ids = abp_ledger_sending_ids(relid);
+		PopActiveSnapshot();
+		return ids;
+	}
 	if (state != CLOSE_PENDING)
 		return abp_outbox_peek(relid, state == CLOSE_UNPRICED ? OUTBOX_UNPRICED : OUTBOX_REJECTED, max_ids);
 	ids = abp_outbox_peek(relid, OUTBOX_READY, max_ids);

@@ -706,40 +706,6 @@ compare_events(Reader *reader, void *arg)
 
 /* --- by a meter ------------------------------------------------------------------------------ */
 
-/* Ids of rows in the outbox. */
-static IdSet
-waiting_ids(const UsageTable *table)
-{
-	IdSet		waiting = {0};
-
-	for (int i = 0; i < NUM_OUTBOX_STATES; i++)
-	{
-		IdSet		ids = abp_outbox_peek(table->relid, abp_outbox_states[i], PG_INT64_MAX);
-
-		abp_idset_add_set(&waiting, &ids, CurrentMemoryContext);
-	}
-	abp_idset_sort(&waiting);
-	return waiting;
-}
-
-/* Ids of rows in flight. */
-static IdSet
-flying_ids(const UsageTable *table)
-{
-	IdSet		flying = {0};
-	ListCell   *lc;
-
-	foreach(lc, abp_ledger_unsettled())
-	{
-		Delivery   *delivery = lfirst(lc);
-
-		if (delivery->usage_table == table->relid)
-			abp_idset_add_set(&flying, &delivery->ids, CurrentMemoryContext);
-	}
-	abp_idset_sort(&flying);
-	return flying;
-}
-
 /* What rows say that Polar has or is to get, day by day. */
 static void
 add_up_rows(Reconciling *work)
@@ -752,10 +718,12 @@ add_up_rows(Reconciling *work)
 	Portal		cursor;
 	SavedUser	saved;
 
-	/* in this order: a row may move from one to the next meanwhile */
-	waiting = waiting_ids(work->table);
-	flying = flying_ids(work->table);
+	/* at one moment: rows come and go between these */
+	PushActiveSnapshot(GetLatestSnapshot());
+	waiting = abp_outbox_all_ids(work->table->relid);
+	flying = abp_ledger_sending_ids(work->table->relid);
 	known = abp_ledger_ids(work->table->relid, work->table->ledger_from);
+	PopActiveSnapshot();
 
 	abp_become_table_owner(work->table->owner, &saved);
 	SPI_connect();

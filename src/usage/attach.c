@@ -32,6 +32,7 @@
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
 #include "utils/rel.h"
+#include "utils/snapmgr.h"
 #include "utils/syscache.h"
 #include "utils/varlena.h"
 
@@ -507,6 +508,7 @@ enqueue_existing(Oid relid, bool was_attached)
 	MemoryContext context = CurrentMemoryContext;
 	Portal		cursor;
 	UsageTable *table = abp_attached_table(relid);
+	IdSet		queued;
 	IdSet		known;
 	SavedUser	saved;
 
@@ -549,15 +551,16 @@ enqueue_existing(Oid relid, bool was_attached)
 	SPI_finish();
 	abp_restore_user(&saved);
 
-	/* Without those that the outbox or the ledger knows. */
-	for (int i = 0; i < NUM_OUTBOX_STATES; i++)
-	{
-		IdSet		queued = abp_outbox_peek(relid, abp_outbox_states[i], PG_INT64_MAX);
-
-		priced.ids = abp_idset_subtract(&priced.ids, &queued);
-		unpriced.ids = abp_idset_subtract(&unpriced.ids, &queued);
-	}
+	/*
+	 * Without those that the outbox or the ledger knows, at one moment: rows
+	 * come and go between the two.
+	 */
+	PushActiveSnapshot(GetLatestSnapshot());
+	queued = abp_outbox_all_ids(relid);
 	known = abp_ledger_ids(relid, table->ledger_from);
+	PopActiveSnapshot();
+	priced.ids = abp_idset_subtract(&priced.ids, &queued);
+	unpriced.ids = abp_idset_subtract(&unpriced.ids, &queued);
 	outcome_unknown.ids = abp_idset_intersect(&outcome_unknown.ids, &known);
 	priced.ids = abp_idset_subtract(&priced.ids, &known);
 	unpriced.ids = abp_idset_subtract(&unpriced.ids, &known);

@@ -23,6 +23,7 @@
 #include "storage/lmgr.h"
 #include "utils/builtins.h"
 #include "utils/lsyscache.h"
+#include "utils/snapmgr.h"
 
 #include "base/extension.h"
 #include "base/idset.h"
@@ -44,23 +45,6 @@ root_of(Oid relid)
 }
 
 /* --- a partition goes ------------------------------------------------------- */
-
-/* The ids of a usage table that are in the outbox, in any state. */
-static IdSet
-waiting_ids(Oid usage_table)
-{
-	IdSet		all = {0};
-
-	for (int i = 0; i < NUM_OUTBOX_STATES; i++)
-	{
-		IdSet		ids = abp_outbox_peek(usage_table, abp_outbox_states[i], PG_INT64_MAX);
-
-		abp_idset_add_set(&all, &ids, CurrentMemoryContext);
-		abp_idset_free(&ids);
-	}
-	abp_idset_sort(&all);
-	return all;
-}
 
 /* Note in the ledger that rows were gone before they were sent. */
 static void
@@ -84,12 +68,16 @@ static void
 partition_has_gone(Oid usage_table, Oid partition, Oid serverid, int64 ledger_from)
 {
 	IdWalk		walk = {0};
-	IdSet		waiting = waiting_ids(usage_table);
-	IdSet		ids = abp_lookup_existing(partition, &waiting);
+	IdSet		waiting;
+	IdSet		ids;
 	IdSet		unsent = {0};
 	IdSet		unknown = {0};
 	int64		count;
 
+	PushActiveSnapshot(GetLatestSnapshot());
+	waiting = abp_outbox_all_ids(usage_table);
+	PopActiveSnapshot();
+	ids = abp_lookup_existing(partition, &waiting);
 	while (abp_idset_walk(&ids, &walk))
 	{
 		bool		outcome_unknown;

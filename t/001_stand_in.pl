@@ -904,6 +904,48 @@ SKIP:
 	$polar->stop;
 }
 
+# What it gives back, with what surprises a reader.
+{
+	my $polar = PolarServer->new;
+	my $read = sub {
+		my ($path) = @_;
+		return $polar->request('GET', $path, undef, { Authorization => 'Bearer ' . $polar->token });
+	};
+	my $names = sub {
+		my $answer = $read->('/v1/events/?limit=1000&sorting=timestamp&' . ($_[0] // ''));
+		return join ' ', map { $_->{metadata}{external_id} } @{ $answer->{json}{items} };
+	};
+	my $meter = '11111111-2222-4333-8444-555555555555';
+
+	$polar->ingest([
+		map {
+			{
+				name => 'n', external_id => $_->[0], external_customer_id => 'c', timestamp => "2026-01-01T00:00:00.$_->[1]Z", parent_id => $_->[2],
+				metadata => { external_id => $_->[0], cost_nanos => 10, _cost => { amount => '0.000000000001', currency => 'usd' } }
+			}
+		} [ 'a', '001000' ], [ 'b', '001999' ], [ 'c', '002000' ], [ 'd', '003000', 'nobody' ], [ 'e', '004000', 'e' ], [ 'f', '005000', 'later' ] ]);
+	is($names->(), 'a b c', 'events whose parents are unknown, or themselves, are not shown');
+	$polar->ingest([ { name => 'n', external_id => 'later', external_customer_id => 'c', timestamp => '2026-01-01T00:00:01Z', metadata => { external_id => 'later' } } ]);
+	is($names->(), 'a b c f later', 'once the parent has come, they are');
+	is($read->('/v1/events/')->{json}{pagination}{total_count}, 6, 'and count twice');
+	my ($item) = grep { $_->{metadata}{external_id} eq 'a' } @{ $read->('/v1/events/?limit=100')->{json}{items} };
+	ok(!exists $item->{external_id}, 'an event has no external_id of its own');
+	is($item->{metadata}{_cost}{amount}, '1E-12', 'and its amount is a string');
+	is($names->('start_timestamp=2026-01-01T00:00:00.001Z&end_timestamp=2026-01-01T00:00:00.005Z'), 'c', 'both bounds are exclusive, in milliseconds');
+	is($names->('metadata%5Bexternal_id%5D=a&metadata%5Bexternal_id%5D=c'), 'a c', 'any of several values of a key');
+	is($read->("/v1/meters/$meter/quantities?start_timestamp=2026-01-01T00:00:00Z&end_timestamp=2026-01-02T00:00:00Z&interval=day")->{status}, 404, 'no meter');
+	$polar->meter($meter);
+	is($read->("/v1/meters/$meter/quantities?start_timestamp=2026-01-01T00:00:00Z&end_timestamp=2026-01-01T23:59:59.999Z&interval=day")->{json}{total}, 60,
+		'a meter counts all, whatever their parents');
+	is($read->("/v1/meters/$meter/quantities?start_timestamp=2022-12-31T00:00:00Z&end_timestamp=2026-01-02T00:00:00Z&interval=day")->{status}, 422, 'none before 2023');
+	$polar->tokens(token => $polar->token, scopes => ['events:read']);
+	is($read->('/v1/events/')->{status}, 200, 'a scope for events');
+	is($read->("/v1/meters/$meter/quantities")->{status}, 403, 'is none for meters');
+	$polar->change([ 'a', 'c' ], remove => \1);
+	is($names->(), 'b f later', 'what is removed is gone');
+	$polar->stop;
+}
+
 $polar = PolarServer->new(sink => 1);
 $polar->ingest('{"events":[{"external_id":"1"},{"external_id":"1"},{}]}');
 is(stored(), 2, 'a sink only counts');

@@ -1414,7 +1414,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return 307, {"Location": "%s://%s%s" % (
                 "https" if self.secure else "http",
                 self.headers.get("Host", "127.0.0.1"), INGEST_PATH)}, b""
-        if path + "/" == polar_reading.EVENTS_PATH:
+        if path + "/" == polar_reading.EVENTS_PATH and self.command == "GET":
             return 307, {"Location": polar_reading.EVENTS_PATH}, b""
         meter = polar_reading.METER_PATH.fullmatch(path)
         if path == polar_reading.EVENTS_PATH or meter:

@@ -84,7 +84,7 @@ check_table(Setup *setup, const UsageTable *table)
 {
 	char	   *item = psprintf("usage table %s: nothing stops its delivery", table->name);
 	char	   *resume = psprintf("SELECT aibilling.resume(%s);", quote_literal_cstr(table->server));
-	char	   *faults = abp_usage_columns_faults(table->relid);
+	char	   *faults = abp_row_columns_faults(table->relid);
 
 	if (!OidIsValid(table->serverid))
 		abp_setup_put(setup, item, SETUP_WRONG, psprintf("its server \"%s\" does not exist any more", table->server),
@@ -169,7 +169,7 @@ abp_sql_check_setup(PG_FUNCTION_ARGS)
 	abp_extension_check_version();
 	InitMaterializedSRF(fcinfo, 0);
 
-	all = abp_usage_tables(&setup.armed);
+	all = abp_attachments(&setup.armed);
 	foreach(lc, all)
 	{
 		UsageTable *table = lfirst(lc);

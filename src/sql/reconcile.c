@@ -29,15 +29,15 @@
 #include "utils/snapmgr.h"
 #include "utils/timestamp.h"
 
-#include "compat.h"
 #include "base/rights.h"
+#include "compat.h"
 #include "polar/event.h"
 #include "queue/corrections.h"
 #include "queue/ledger.h"
 #include "queue/outbox.h"
 #include "queue/place.h"
-#include "ship/polar_events.h"
 #include "ship/guard.h"
+#include "ship/polar_events.h"
 #include "ship/user_code.h"
 #include "usage/attach.h"
 #include "usage/rows.h"
@@ -483,7 +483,7 @@ find_known(Reconciling *work)
 
 	/* rows that have come since this call began are known, too */
 	PushActiveSnapshot(GetLatestSnapshot());
-	foreach(lc, abp_usage_tables(&armed))
+	foreach(lc, abp_attachments(&armed))
 	{
 		UsageTable *table = lfirst(lc);
 		SavedUser	saved;

@@ -113,7 +113,7 @@ check_some_server(Setup *setup)
 static const char *
 mapping_of(const ServerOptions *server, Oid role)
 {
-	const char *whose = OidIsValid(role) && abp_server_is_mapped(server->serverid, role) ?
+	const char *whose = OidIsValid(role) && abp_token_is_mapped(server->serverid, role) ?
 	quote_identifier(GetUserNameFromId(role, false)) : "PUBLIC";
 
 	return psprintf("USER MAPPING FOR %s SERVER %s", whose, quote_identifier(server->name));
@@ -122,8 +122,8 @@ mapping_of(const ServerOptions *server, Oid role)
 static bool
 is_mapped(const ServerOptions *server, Oid role)
 {
-	return abp_server_is_mapped(server->serverid, InvalidOid) ||
-		(OidIsValid(role) && abp_server_is_mapped(server->serverid, role));
+	return abp_token_is_mapped(server->serverid, InvalidOid) ||
+		(OidIsValid(role) && abp_token_is_mapped(server->serverid, role));
 }
 
 /* What lets the server read a token that it cannot read. */
@@ -259,7 +259,7 @@ check_token(Setup *setup, const ServerOptions *server, Oid role)
 	}
 
 	initStringInfo(&reason);
-	token = abp_server_token(server, role, &reason);
+	token = abp_token_read(server, role, &reason);
 	if (token == NULL)
 	{
 		char	   *fix = fix_of_token(server, role);
@@ -276,7 +276,7 @@ check_token(Setup *setup, const ServerOptions *server, Oid role)
 	}
 	PG_FINALLY();
 	{
-		abp_forget_token(token);
+		abp_token_forget(token);
 	}
 	PG_END_TRY();
 }
@@ -302,7 +302,7 @@ check_tokens(Setup *setup)
 		}
 		/* nothing is attached yet: the one who will attach something */
 		if (roles == NIL)
-			roles = list_make1_oid(abp_server_is_mapped(server->serverid, GetUserId()) ?
+			roles = list_make1_oid(abp_token_is_mapped(server->serverid, GetUserId()) ?
 								   GetUserId() : InvalidOid);
 		foreach(other, roles)
 			check_token(setup, server, lfirst_oid(other));

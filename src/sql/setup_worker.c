@@ -238,7 +238,7 @@ check_worker(Setup *setup)
 	List	   *names = NIL;
 	int			wanted;
 
-	if (abp_worker_pid() != 0)
+	if (abp_wake_worker_pid() != 0)
 	{
 		abp_setup_put(setup, item, SETUP_RIGHT, NULL, NULL);
 		return;
@@ -253,7 +253,7 @@ check_worker(Setup *setup)
 		abp_setup_put(setup, item, SETUP_UNKNOWN, "this server is a standby: the worker runs on the primary", NULL);
 		return;
 	}
-	error = abp_worker_error(get_database_name(MyDatabaseId));
+	error = abp_wake_worker_error(get_database_name(MyDatabaseId));
 	if (error != NULL)
 	{
 		abp_setup_put(setup, item, SETUP_WRONG, psprintf("it has ended with an error and starts again every second; the server's log has more: %s", error), NULL);

@@ -130,6 +130,13 @@
 #define ABP_JSON_GO_ON
 #endif
 
+/* What never returns says so before its type from 18 on. */
+#if PG_VERSION_NUM >= 180000
+#define ABP_NORETURN pg_noreturn
+#else
+#define ABP_NORETURN pg_attribute_noreturn()
+#endif
+
 /* 19 lets the postmaster end a worker that blocks CREATE/DROP DATABASE. */
 #ifndef BGWORKER_INTERRUPTIBLE
 #define BGWORKER_INTERRUPTIBLE 0

@@ -192,7 +192,7 @@ is($node->safe_psql('postgres', q{
 		AND has_table_privilege('stranger', c.oid, p)}),
 	'capture_failure DELETE, capture_failure INSERT, capture_failure SELECT, capture_failure UPDATE, captures INSERT, captures SELECT, captures UPDATE, '
 	  . 'delivery SELECT, model_alias SELECT, outbox SELECT, price SELECT, price_quarantine SELECT, price_source SELECT, '
-	  . 'service_tier_rule SELECT, status SELECT, unpriced SELECT, usage_table SELECT',
+	  . 'progress SELECT, service_tier_rule SELECT, status SELECT, unpriced SELECT, usage_table SELECT',
 	'what PUBLIC may do with tables and views');
 is($node->safe_psql('postgres', q{
 	SELECT count(*) FROM pg_proc WHERE pronamespace = 'aibilling'::regnamespace AND prosecdef}),

@@ -10,6 +10,7 @@
 
 #include "postgres.h"
 
+#include "compat.h"
 #include "queue/attachment.h"
 
 /* What became of guarded work. */
@@ -34,7 +35,7 @@ typedef void (*GuardedWork) (void *arg);
 
 extern GuardOutcome abp_guard(const UsageTable *table, GuardedWork work, void *arg,
 							  GuardError *error);
-extern void abp_guard_rethrow(const GuardError *error) pg_attribute_noreturn();
+ABP_NORETURN extern void abp_guard_rethrow(const GuardError *error);
 extern void abp_guard_start_clock(void);
 extern int64 abp_guard_elapsed_ms(void);
 

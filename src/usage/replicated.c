@@ -184,11 +184,14 @@ abp_replicated_insert(UsageRelation *known, Relation rel, HeapTuple tuple)
 	}
 	if (known->has_default[COL_ID] && abp_lookup_exists(known->usage_table, row.id))
 	{
+		int64		given;
+
 		do
 		{
 			CHECK_FOR_INTERRUPTS();
+			given = row.id;
 			tuple = abp_relation_renumber(known, rel, tuple, &row.id);
-		} while (abp_lookup_exists(known->usage_table, row.id));
+		} while (row.id != given && abp_lookup_exists(known->usage_table, row.id));
 		abp_relation_read(known, tuple, desc, values, nulls);
 		abp_row_read(values, nulls, &row);
 	}

@@ -108,7 +108,7 @@ CREATE TABLE regress_usage (id bigint, occurred_at timestamptz, provider text, m
 	provider_cost numeric);
 INSERT INTO regress_usage (id, occurred_at, provider, model, service_tier, input_tokens, output_tokens, provider_cost) VALUES
 	(1, '2026-06-15', 'p', 'text', 'batch', 1000, 100, NULL), (2, '2026-06-15', 'p', 'text', NULL, 1000, 100, 0.0040),
-	(3, '2026-06-15', 'p', 'text', 'standard', 1000, 100, -0.0000000005), (4, '2026-06-15', 'p', 'text', '', 1, 1, 'NaN'),
+	(3, '2026-06-15', 'p', 'text', 'standard', 1000, 100, -0.0000000005), (4, '2026-06-15', 'p', 'text', '', 1, 1, 'NaN'), (7, '2026-06-15', 'p', 'text', '', 1, 1, '-Infinity'),
 	(5, NULL, NULL, NULL, NULL, NULL, NULL, NULL);
 \x
 SELECT * FROM aibilling.explain_cost('regress_usage', 1);
@@ -116,6 +116,7 @@ SELECT * FROM aibilling.explain_cost('regress_usage', 1);
 SELECT id, bucket, quantity, price, amount_usd, note
 FROM regress_usage u, LATERAL aibilling.explain_cost('regress_usage'::regclass, u.id) WHERE id IN (2, 3, 5);
 SELECT * FROM aibilling.explain_cost('regress_usage', 4);
+SELECT * FROM aibilling.explain_cost('regress_usage', 7);
 SELECT * FROM aibilling.explain_cost('regress_usage', 6);
 SELECT * FROM aibilling.explain_cost(0, 1);
 CREATE ROLE regress_cost_reader;
@@ -152,6 +153,22 @@ INSERT INTO aibilling.price (provider, model, input, output, discount, multiplie
 VALUES ('p', 'factors', 1000, 0, 0.123456789, 999999999.999999999), ('p', 'half', 1000, 0, 0.5, 999999999.999999999);
 SELECT model, input, cost_usd, cost_usd = input * 0.001 * 999999999.999999999 * (1 - CASE model WHEN 'half' THEN 0.5 ELSE 0.123456789 END) AS exact
 FROM unnest('{factors,half}'::text[]) model, unnest('{1,1000,9999}'::bigint[]) input, aibilling.cost('p', model, input);
+INSERT INTO aibilling.price (provider, model, input) VALUES ('p', 'dear', 999999999);
+INSERT INTO aibilling.service_tier_rule (provider, service_tier, multiplier) VALUES ('p', 'third', 0.333333333);
+SELECT * FROM aibilling.cost('p', 'dear', 9000000000000000000, service_tier => 'third');
+ROLLBACK;
+
+-- With units, as without them: a tier's rule is for tokens alone, the nearest step's price of a unit holds, and what
+-- counts nothing is not free of charge, but costs 0.
+BEGIN;
+INSERT INTO aibilling.price (provider, model, context_above, input, request, web_search, units) VALUES
+	('p', 'steps', 0, 1, 0.5, 0.25, '{"image": 1, "page": 3}'), ('p', 'steps', 1000, 2, NULL, NULL, '{"image": 2, "second": 5}');
+SELECT input, tier, bucket, quantity, price, factor, amount_usd FROM unnest('{1000,1001}'::bigint[]) input, unnest('{standard,batch}'::text[]) tier,
+	aibilling.explain_cost('p', 'steps', input, web_search_count => 1, units => '{"image": 1, "page": 1, "second": 0}', service_tier => tier)
+ORDER BY input, tier, bucket COLLATE "C";
+SELECT input, tier, cost_usd FROM unnest('{1000,1001}'::bigint[]) input, unnest('{standard,batch}'::text[]) tier,
+	aibilling.cost('p', 'steps', input, web_search_count => 1, units => '{"image": 1, "page": 1}', service_tier => tier) ORDER BY 1, 2;
+SELECT units, cost_usd, status FROM unnest(ARRAY['{"image": 0}', '{"page": 0, "query": 0}']::jsonb[]) units, aibilling.cost('p', 'steps', 0, request_count => 0, units => units);
 ROLLBACK;
 
 -- Between units of money, exact.

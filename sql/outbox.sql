@@ -58,6 +58,23 @@ BEGIN
 END $$;
 SELECT keys();
 
+-- All in a savepoint; what is changed in one and undone stays as it was.
+BEGIN;
+SAVEPOINT s;
+SELECT ins('only here');
+RELEASE s;
+COMMIT;
+BEGIN;
+SAVEPOINT s;
+DELETE FROM u WHERE external_id = 'only here';
+ROLLBACK TO s;
+SAVEPOINT t;
+UPDATE u SET external_customer_id = NULL WHERE external_id = 'f';
+ROLLBACK TO t;
+COMMIT;
+SELECT keys();
+DELETE FROM u WHERE external_id = 'only here';
+
 -- Changed and deleted within the same transaction.
 BEGIN;
 SELECT ins('h', 'i', 'j');
@@ -471,11 +488,114 @@ SELECT blocks * 1024 AS rows, b.* FROM unnest('{98,200}'::int[]) blocks, backlog
 DROP FUNCTION backlog;
 
 --
+-- What an UPDATE or DELETE reads does not depend on what else waits or has been delivered, whatever the plans
+--
+CREATE FUNCTION tuples_read(name regclass) RETURNS bigint LANGUAGE sql AS
+$$SELECT sum(pg_stat_get_xact_tuples_returned(r) + pg_stat_get_xact_tuples_fetched(r))
+	FROM (SELECT name::oid AS r UNION ALL SELECT indexrelid FROM pg_index WHERE indrelid = name) t$$;
+CREATE FUNCTION reads(statement text, OUT entries bigint, OUT deliveries bigint) LANGUAGE plpgsql AS $$
+BEGIN
+	entries := -tuples_read('aibilling.outbox_entry');
+	deliveries := -tuples_read('aibilling.ledger');
+	EXECUTE statement;
+	entries := entries + tuples_read('aibilling.outbox_entry');
+	deliveries := deliveries + tuples_read('aibilling.ledger');
+END $$;
+SELECT ins('sent');
+SELECT ins('pending', 'deleted');
+SELECT ins('rejected', 'unnamed');
+CALL ship('sent', 'delivered');
+SET client_min_messages = error;
+UPDATE u SET external_customer_id = '' WHERE external_id IN ('rejected', 'unnamed');
+INSERT INTO aibilling.outbox_entry (usage_table, state, attempts, outcome_unknown, not_before, id, ids)
+SELECT 'u', state, 0, false, '-infinity', i * 1024, int8multirange(int8range(i * 1024, i * 1024 + 1024))
+FROM generate_series(1001, 2000) i, unnest('{p,r,u}'::"char"[]) state;
+INSERT INTO aibilling.delivery (server, usage_table, usage_ids, events, bytes, state, attempts, started_at, finished_at)
+SELECT 'polar', 'u', int8multirange(int8range(i * 1024, i * 1024 + 1024)), 1024, 100, 'delivered', 1, now(), now()
+FROM generate_series(3001, 4000) i;
+BEGIN;
+SELECT set_config('plan_cache_mode', mode, true), statement, entries <= 20 AS few_entries, deliveries <= 20 AS few_deliveries
+FROM unnest('{force_custom_plan,force_generic_plan}'::text[]) mode,
+	unnest(ARRAY[$$UPDATE u SET input_tokens = input_tokens + 1 WHERE external_id = 'pending'$$,
+		$$UPDATE u SET external_customer_id = 'c' || input_tokens WHERE external_id = 'rejected'$$]) statement, reads(statement);
+SELECT statement, entries <= 20 AS few_entries, deliveries <= 20 AS few_deliveries
+FROM unnest(ARRAY[$$DELETE FROM u WHERE external_id = 'sent'$$, $$DELETE FROM u WHERE external_id = 'deleted'$$,
+	$$DELETE FROM u WHERE external_id = 'unnamed'$$, $$SELECT ins('another')$$]) statement, reads(statement);
+ROLLBACK;
+RESET client_min_messages;
+DELETE FROM aibilling.outbox_entry WHERE usage_table = 'u'::regclass;
+DELETE FROM aibilling.delivery WHERE usage_table = 'u'::regclass;
+DROP FUNCTION reads, tuples_read;
+TRUNCATE u;
+
+--
+-- One rejected row is released, the others stay; all that waits can be looked at
+--
+SET client_min_messages = error;
+INSERT INTO u (external_id, occurred_at, provider, model, external_customer_id, input_tokens) VALUES
+	('ready', '2026-01-02', 'acme', 'm', 'c', 1), ('no price', '2026-01-02', 'acme', 'nowhere', 'c', 1),
+	('no customer', '2026-01-02', 'acme', 'm', NULL, 1), ('nor here', '2026-01-02', 'acme', 'm', NULL, 1);
+SELECT external_id FROM aibilling.preview('u') JOIN u ON id = usage_id ORDER BY id;
+SELECT aibilling.retry('u', ARRAY(SELECT id FROM u WHERE external_id = 'nor here'));
+SELECT external_id, w.state FROM u JOIN waiting w ON usage_id = id ORDER BY id;
+UPDATE u SET external_customer_id = NULL WHERE external_id = 'ready';
+SELECT external_id, w.state FROM u JOIN waiting w ON usage_id = id ORDER BY id;
+-- The cost of a row whose price is gone would be unknown.
+BEGIN;
+DELETE FROM aibilling.price WHERE provider = 'acme' AND model = 'm';
+SELECT external_id, old_cost_nanos, new_cost_nanos, action FROM aibilling.reprice('u') JOIN u ON id = usage_id ORDER BY id;
+ROLLBACK;
+TRUNCATE u;
+-- A row that comes back keeps its cost, and is queued as one that Polar may have.
+SELECT ins('returns');
+CALL ship('returns', 'delivered');
+CREATE TEMP TABLE archive AS SELECT * FROM u;
+DELETE FROM u;
+UPDATE aibilling.price SET input = 4 WHERE provider = 'acme' AND model = 'm';
+-- But if somebody else brings it.
+BEGIN;
+CREATE ROLE regress_outbox_app;
+GRANT SELECT, INSERT ON u, archive TO regress_outbox_app;
+SET LOCAL ROLE regress_outbox_app;
+INSERT INTO u SELECT * FROM archive RETURNING external_id, cost_nanos;
+ROLLBACK;
+INSERT INTO u SELECT * FROM archive;
+SELECT external_id, cost_nanos, state, outcome_unknown FROM u JOIN aibilling.outbox_entry e ON e.usage_table = 'u'::regclass AND e.id = u.id;
+UPDATE aibilling.price SET input = 3 WHERE provider = 'acme' AND model = 'm';
+DROP TABLE archive;
+TRUNCATE u;
+-- Ids in any order, with gaps; times that differ; a delivered row beside new ones of the same transaction.
+INSERT INTO u (id, external_id, occurred_at, provider, model, external_customer_id, input_tokens)
+SELECT 100000 + n, 'row ' || n, CASE WHEN n > 90 THEN '2998-01-01'::timestamptz + make_interval(days => n) ELSE '2026-01-02' END, 'acme', 'm', 'c', 1
+FROM unnest('{9,3,7,5,1,11,12,91,93,92}'::int[]) n;
+SELECT external_id, state, not_before, usage_id FROM waiting LEFT JOIN u ON id = usage_id ORDER BY usage_id;
+TRUNCATE u;
+SELECT ins('delivered');
+CALL ship('delivered', 'delivered');
+BEGIN;
+SELECT ins('new');
+UPDATE u SET input_tokens = 1 WHERE external_id = 'delivered';
+ROLLBACK;
+TRUNCATE u;
+-- What its owner has loaded without sending is counted.
+SET aibilling_polar.enqueue = off;
+SELECT ins('history', 'more history');
+RESET aibilling_polar.enqueue;
+SELECT substring(status FROM '[0-9]+ rows were priced and not queued[^;]*') FROM aibilling.status WHERE usage_table = 'u'::regclass;
+TRUNCATE u;
+RESET client_min_messages;
+
+--
 -- Rows in flight stay what they are
 --
 SELECT ins('flying');
 SELECT ins('waits');
+SELECT ins('unknown');
 CALL ship('flying', 'sending');
+-- As a request without an answer leaves it, once its row is rejected.
+UPDATE aibilling.outbox_entry e SET outcome_unknown = true FROM u WHERE external_id = 'unknown' AND e.id = u.id;
+UPDATE u SET input_tokens = 1 WHERE external_id = 'unknown';
+DELETE FROM u WHERE external_id = 'unknown';
 UPDATE aibilling.price SET input = 6 WHERE provider = 'acme' AND model = 'm';
 SELECT external_id, state, action FROM aibilling.reprice('u', dry_run => false) JOIN u ON id = usage_id ORDER BY id;
 SELECT external_id, cost_nanos FROM u ORDER BY id;
@@ -513,6 +633,13 @@ CREATE VIEW parted_outbox AS
 	SELECT usage_id, state, external_id FROM aibilling.outbox LEFT JOIN parted ON id = usage_id
 	WHERE usage_table = 'parted'::regclass ORDER BY usage_id;
 SELECT put(n, 'a', 'row ' || n) FROM generate_series(1, 3) n;
+-- A move that changes what is billed is priced anew, another keeps its cost.
+BEGIN;
+UPDATE aibilling.price SET input = 4 WHERE provider = 'acme' AND model = 'm';
+UPDATE parted SET region = 'b' WHERE id = 1;
+UPDATE parted SET region = 'b', input_tokens = 2000 WHERE id = 2;
+SELECT id, tableoid::regclass, input_tokens, cost_nanos FROM parted ORDER BY id;
+ROLLBACK;
 BEGIN;
 UPDATE parted SET tags = '{"a": 1}' WHERE id = 1;
 DELETE FROM parted WHERE id = 1;

@@ -70,6 +70,15 @@ SELECT status FROM aibilling.cost('p', 'm', 1, 1, at => '2026-01-15');
 SELECT status FROM aibilling.cost('p', 'm', 1, 1, at => '2026-02-15');
 ROLLBACK;
 
+-- That goes for the hours of the day, too: then the next source has its say, and without one nobody.
+BEGIN;
+INSERT INTO aibilling.price (provider, model, valid_from, daily_from, daily_to, input) VALUES
+	('p', 'm', '2026-01-01', NULL, NULL, 1), ('p', 'm', '2026-02-01', '10:00', '14:00', 2);
+SELECT at, pg_temp.cost_of('p', 'm', at => at) FROM unnest('{2026-01-15 08:00+00,2026-02-15 08:00+00,2026-02-15 12:00+00}'::timestamptz[]) at;
+INSERT INTO aibilling.price (provider, model, source, valid_from, input) VALUES ('p', 'm', 'import', '2026-01-01', 3);
+SELECT at, pg_temp.cost_of('p', 'm', at => at) FROM unnest('{2026-01-15 08:00+00,2026-02-15 08:00+00,2026-02-15 12:00+00}'::timestamptz[]) at;
+ROLLBACK;
+
 -- Daily windows: UTC, inclusive, exclusive, past midnight.
 BEGIN;
 INSERT INTO aibilling.price (provider, model, daily_from, daily_to, input, output) VALUES

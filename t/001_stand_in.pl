@@ -828,6 +828,7 @@ my $calls = 0;
 ok($polar->wait_for(sub { ++$calls > 2 }, 'the third call'), 'wait_for');
 {
 	local $ENV{PG_TEST_TIMEOUT_DEFAULT} = 0.2;
+	local $PolarServer::is_test = 0;
 	ok(!eval { $polar->wait_for(sub { 0 }, 'nothing'); 1 },
 		'wait_for ends at the timeout');
 	ok(!eval { $polar->wait(events => 1_000_000); 1 }, 'and so does wait');

@@ -208,16 +208,11 @@ is(stored('replica_') . stored('history_'), '', 'nor after an UPDATE');
 $node->safe_psql(
 	'postgres', q{CREATE ROLE app LOGIN; GRANT INSERT, SELECT ON usage TO app;
 GRANT USAGE ON SEQUENCE usage_id_seq TO app});
-my ($rc, $out, $err) = $node->psql('postgres',
-	'SET SESSION AUTHORIZATION app; SET aibilling_polar.enqueue = off; '
+$node->safe_psql('postgres',
+	'SET SESSION AUTHORIZATION app; SET aibilling_polar.enqueue = off; SET client_min_messages = error; '
 	  . $node->rows_sql(2, prefix => 'evasion_'));
 delivered_marker();
-ok($rc != 0 && stored('evasion_') eq '' || stored('evasion_') eq 'evasion_1 evasion_2',
-	'a role that does not own the table cannot keep rows from being sent')
-  || diag("rc $rc, $err");
-is( $node->safe_psql('postgres', "SELECT count(*) FROM usage WHERE external_id LIKE 'evasion%'"),
-	scalar(() = stored('evasion_') =~ /\S+/g),
-	'no row is there without having been sent');
+is(stored('evasion_'), 'evasion_1 evasion_2', 'a role that does not own the table cannot keep rows from being sent');
 
 # Partitions.
 
@@ -259,9 +254,8 @@ my $parts = 'part_copied part_joined part_later part_leaf part_root part_sub par
 $polar->wait_for(sub { stored('part_') eq $parts }, 'partitions');
 pass('rows inserted into partitions are delivered');
 $node->wait_settled;
-my ($moved) = $node->psql('postgres',
-	"UPDATE parts SET occurred_at = '2026-03-20' WHERE external_id = 'part_leaf'");
-isnt($moved, 0, 'a delivered row cannot be moved: its time was billed');
+like(($node->psql('postgres', "UPDATE parts SET occurred_at = '2026-03-20' WHERE external_id = 'part_leaf'"))[2],
+	qr/ERROR:  cannot update usage row \d+ of "part_a": it has been delivered/, 'a delivered row cannot be moved: its time was billed');
 
 # A pending row that moves is sent once, with its new time.
 $node->safe_psql('postgres', 'SELECT aibilling.pause()');

@@ -124,8 +124,7 @@ $polar->wait(hung => 1);
 is($polar->summary->{inserted}, 30, 'stored, not answered');
 kill 'KILL', $pid;
 $node->poll_query_until('postgres',
-	"SELECT state = 'delivered' FROM aibilling.delivery ORDER BY id DESC LIMIT 1")
-  or diag($node->diagnosis);
+	"SELECT state = 'delivered' FROM aibilling.delivery ORDER BY id DESC LIMIT 1");
 is($polar->summary->{inserted}, 30, 'killed before the answer: none is stored twice');
 is( $node->ledger(
 		"state || ' ' || inserted || ' ' || duplicates || ' ' || unexpected_duplicates || ' ' || attempts",
@@ -143,14 +142,12 @@ my $locker = $node->background_psql('postgres', on_error_stop => 0);
 $locker->query_safe('BEGIN; LOCK TABLE aibilling.delivery IN SHARE ROW EXCLUSIVE MODE;');
 $polar->release;
 $node->poll_query_until('postgres',
-	"SELECT count(*) > 0 FROM pg_locks WHERE pid = $pid AND NOT granted")
-  or diag($node->diagnosis);
+	"SELECT count(*) > 0 FROM pg_locks WHERE pid = $pid AND NOT granted");
 is($polar->summary->{inserted}, 60, 'stored and answered');
 kill 'KILL', $pid;
 eval { $locker->quit };
 $node->poll_query_until('postgres',
-	"SELECT state = 'delivered' FROM aibilling.delivery ORDER BY id DESC LIMIT 1")
-  or diag($node->diagnosis);
+	"SELECT state = 'delivered' FROM aibilling.delivery ORDER BY id DESC LIMIT 1");
 is($polar->summary->{inserted}, 60, 'killed before it settled: none is stored twice');
 is( $node->ledger(
 		"state || ' ' || inserted || ' ' || duplicates || ' ' || unexpected_duplicates",
@@ -178,8 +175,7 @@ $node->insert_rows(10, prefix => 'both_');
 $polar->wait(hung => 1);
 my $sync = start_statement($node, 'CALL aibilling.sync()');
 $node->poll_query_until('postgres',
-	"SELECT wait_event_type = 'Extension' FROM pg_stat_activity WHERE pid = $sync->{abp_pid}")
-  or diag('sync() does not wait');
+	"SELECT wait_event_type = 'Extension' FROM pg_stat_activity WHERE pid = $sync->{abp_pid}");
 is($node->safe_psql('postgres', $ships), "{$pid}", 'the worker still is the shipper');
 $node->insert_rows(10, prefix => 'both_', from => 11);
 $polar->release;

@@ -47,8 +47,7 @@ sub wait_newest
 	$table //= 'usage';
 	return $node->poll_query_until('postgres',
 		"SELECT coalesce((SELECT $condition FROM aibilling.delivery WHERE usage_table = '$table'::regclass "
-		  . "ORDER BY id DESC LIMIT 1), false)")
-	  || diag($node->diagnosis) && 0;
+		  . "ORDER BY id DESC LIMIT 1), false)");
 }
 
 # What the outbox holds of a table.
@@ -69,8 +68,7 @@ sub resume_and_settle
 	$node->poll_query_until(
 		'postgres', q{SELECT NOT EXISTS (SELECT FROM aibilling.outbox
 	WHERE usage_table = 'usage'::regclass AND state = 'pending')
-AND NOT EXISTS (SELECT FROM aibilling.delivery WHERE usage_table = 'usage'::regclass AND state = 'sending')})
-	  or diag($node->diagnosis);
+AND NOT EXISTS (SELECT FROM aibilling.delivery WHERE usage_table = 'usage'::regclass AND state = 'sending')});
 	return;
 }
 
@@ -154,14 +152,14 @@ round_of($_, { kind => $_ },
   foreach qw(500 502 503 504);
 round_of('503 with Retry-After',
 	{ kind => 'status', status => 503, headers => { 'Retry-After' => '1077' }, body => 'later' },
-	error => '.', ledger => 'sending 503', status => qr/^waiting until .* after 1 failures/,
+	error => '503: the server failed', ledger => 'sending 503', status => qr/^waiting until .* after 1 failures/,
 	meanwhile => sub { is(held_for(1077), 't', '503: Retry-After is obeyed') });
 round_of('a connection closed before the request was read', { kind => 'drop_before_read' },
-	error => '.', ledger => 'sending 0', failure => qr/^1 ./);
+	error => 'the connection was closed', ledger => 'sending 0', failure => qr/^1 ./);
 round_of('a connection closed after storing', { kind => 'drop_after_store' },
-	error => '.', ledger => 'sending 0', failure => qr/^1 ./, stored => 1);
+	error => 'the connection was closed', ledger => 'sending 0', failure => qr/^1 ./, stored => 1);
 round_of('an answer cut short', { kind => 'truncated' },
-	error => '.', ledger => 'sending 200', failure => qr/^1 ./, stored => 1);
+	error => 'reading the answer failed', ledger => 'sending 200', failure => qr/^1 ./, stored => 1);
 round_of("garbage: $_", { kind => 'garbage', what => $_, store => \1 },
 	error => 'not Polar', ledger => 'sending 200', failure => qr/^1 .*not Polar/, stored => 1)
   foreach qw(html text empty);
@@ -170,7 +168,7 @@ round_of('wrong counts', { kind => 'garbage', what => 'wrong_counts', store => \
 round_of('an answer of 100 MB', { kind => 'garbage', what => 'huge', store => \1 },
 	error => 'longer than', ledger => 'sending 200', failure => qr/^1 ./, stored => 1);
 round_of("status $_", { kind => 'status', status => $_ + 0, body => '{}' },
-	error => '.', ledger => "sending $_", failure => qr/^1 ./)
+	error => "HTTP $_: the (server|answer is not Polar)", ledger => "sending $_", failure => qr/^1 ./)
   foreach qw(201 204 408 599);
 
 # The counts decide, not the type that a proxy gives the answer.
@@ -196,11 +194,12 @@ round_of('429 without Retry-After', { kind => '429', retry_after => undef },
 
 # --- refused by the server as such ------------------------------------------------------
 
+my %pauses = (401 => 'access token', 403 => 'scope', 404 => 'no Events Ingest API', 405 => 'did not arrive as it was sent', 407 => 'the proxy');
 round_of($_, { kind => 'status', status => $_ + 0, body => '{"detail": "no"}' },
-	error => '.', ledger => "failed $_", outbox => '10 0', status => qr/^paused: /)
-  foreach qw(401 403 404 405 407);
+	error => "HTTP $_: .*$pauses{$_}", ledger => "failed $_", outbox => '10 0', status => qr/^paused: .*$pauses{$_}/)
+  foreach sort keys %pauses;
 round_of('a redirect', { kind => 'redirect', location => $poisoned->url },
-	error => '.', ledger => 'failed 307', outbox => '10 0', status => qr/^paused: /);
+	error => 'HTTP 307: the address redirects', ledger => 'failed 307', outbox => '10 0', status => qr/^paused: .*redirects/);
 
 # Nothing is sent while it is paused; what ends the pause.
 sub pause_by_401
@@ -286,8 +285,7 @@ $polar->fault(kind => 'poison', external_ids => ['blind_37'], status => 422, ind
 $arrived = $polar->summary->{arrived};
 $node->insert_rows(64, prefix => 'blind_');
 $node->poll_query_until('postgres',
-	"SELECT count(*) = 1 FROM aibilling.outbox WHERE usage_table = 'usage'::regclass AND state = 'rejected'")
-  or diag($node->diagnosis);
+	"SELECT count(*) = 1 FROM aibilling.outbox WHERE usage_table = 'usage'::regclass AND state = 'rejected'");
 $node->wait_status('^idle');
 is((grep { $_->{external_id} =~ /^blind_/ } $polar->events) + 0, 63,
 	'poison without an index: the others are delivered');
@@ -422,8 +420,7 @@ is($limiter->summary->{status}{429} // 0, 0, 'the limit is kept at any time: no 
 
 $node->insert_rows(20, table => 'bad', prefix => 'good_');
 $node->poll_query_until('postgres',
-	q{SELECT count(*) = 1 FROM aibilling.outbox WHERE usage_table = 'bad'::regclass AND state = 'rejected'})
-  or diag($node->diagnosis);
+	q{SELECT count(*) = 1 FROM aibilling.outbox WHERE usage_table = 'bad'::regclass AND state = 'rejected'});
 is( $node->safe_psql(
 		'postgres', q{SELECT external_id FROM bad WHERE id = (SELECT usage_id FROM aibilling.outbox WHERE usage_table = 'bad'::regclass)}),
 	'bad_3',

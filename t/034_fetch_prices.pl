@@ -145,8 +145,7 @@ $node->psql('postgres', "$usage VALUES ('waits', now() - interval '1 hour', 'acm
 is($node->safe_psql('postgres', "SELECT unpriced FROM aibilling.status"), '1', 'a row waits for its price');
 $polar->prices([ row('coming', 0.000003) ]);
 is(fetched(), 'added|2', 'which is fetched');
-$node->poll_query_until('postgres', "SELECT (aibilling.usage_status('usage', id)).state = 'delivered' FROM usage WHERE external_id = 'waits'")
-  or diag($node->diagnosis);
+$node->poll_query_until('postgres', "SELECT (aibilling.usage_status('usage', id)).state = 'delivered' FROM usage WHERE external_id = 'waits'");
 is($node->safe_psql('postgres', "SELECT cost_nanos, cost_status FROM usage WHERE external_id = 'waits'"),
 	'3000000000|priced', 'the row is priced and delivered by itself');
 
@@ -407,8 +406,7 @@ foreach my $waiting (1, 2)
 	push @both, $node->background_psql('postgres', on_error_stop => 0);
 	$both[-1]->query_until(qr/begun/, "\\echo begun\n$fetch;\n\\echo ended\n");
 	$node->poll_query_until('postgres',
-		"SELECT count(*) = $waiting FROM pg_locks WHERE relation = 'aibilling.price'::regclass AND NOT granted")
-	  or die 'no fetch waits to store its prices';
+		"SELECT count(*) = $waiting FROM pg_locks WHERE relation = 'aibilling.price'::regclass AND NOT granted");
 }
 $holder->query_safe('COMMIT;');
 is(join('', map { end_fetch($_) } @both), '', 'two at a time both succeed');
@@ -428,7 +426,7 @@ $polar->prices([ row('role', 0.000001) ]);
 my $mapped = "SELECT action, price_column FROM aibilling.fetch_prices('mapped')";
 requests_since();
 fails($mapped, qr/permission denied for foreign server mapped/, 'a stranger', extra_params => [ '-U', 'stranger' ]);
-fails("SELECT * FROM aibilling.fetch_prices('polar')", qr/server "polar" is no price service.*kind 'prices'/s, "a server of kind 'polar'");
+fails("SELECT * FROM aibilling.fetch_prices('polar')", qr/server "polar" is not a price server.*kind 'prices'/s, "a server of kind 'polar'");
 fails("SELECT * FROM aibilling.fetch_prices('nothing')", qr/server "nothing" does not exist/, 'a server that does not exist');
 is(scalar(requests_since()), 0, 'none of these asks anything');
 

@@ -50,8 +50,7 @@ sub wait_place
 	my ($db, $external_id, $state) = @_;
 
 	return $node->poll_query_until($db,
-		"SELECT state = '$state' FROM usage u, aibilling.usage_status('usage', u.id) WHERE external_id = '$external_id'")
-	  || diag($node->diagnosis);
+		"SELECT state = '$state' FROM usage u, aibilling.usage_status('usage', u.id) WHERE external_id = '$external_id'");
 }
 
 sub listed
@@ -98,7 +97,7 @@ is(listed('postgres'), $reason->('a') . '|9', 'the price of b releases b');
 is($node->safe_psql('postgres', "SELECT count(*), min(cost_nanos), max(cost_nanos), min(cost_status) FROM usage WHERE model = 'b'"),
 	'6|1000|9000|priced', 'each row at its cost');
 $node->safe_psql('postgres', "INSERT INTO aibilling.price (provider, model, input) VALUES ('acme', 'a', 2)");
-$node->poll_query_until('postgres', "SELECT delivered = 15 AND unpriced = 0 FROM aibilling.status") or diag($node->diagnosis);
+$node->poll_query_until('postgres', "SELECT delivered = 15 AND unpriced = 0 FROM aibilling.status");
 unlike($node->status, qr/wait for a price/, 'none waits any more');
 is(event('a4')->{metadata}{_cost}{amount}, '0.0008', 'the event has the cost');
 
@@ -300,7 +299,7 @@ foreach my $db ('postgres', 'plain')
 		  . "; SELECT aibilling.attach('old', 'polar', existing => 'send')");
 	$node->safe_psql($db, 'CALL aibilling.sync()') if $db eq 'plain';
 	$node->poll_query_until($db, 'SELECT delivered = 3 AND pending = 0 AND unpriced = 0 AND in_flight = 0 FROM aibilling.status WHERE usage_table = '
-		  . "'old'::regclass") or diag($node->diagnosis);
+		  . "'old'::regclass");
 	is($node->safe_psql($db, "SELECT external_id FROM old WHERE (aibilling.usage_status('old', id)).state = 'delivered' ORDER BY id"),
 		"$prefix first\n$prefix raw\n$prefix last", "$db: rows without fault are delivered");
 	is($node->safe_psql($db, "SELECT external_id, cost_nanos FROM old WHERE cost_nanos IS NOT NULL ORDER BY id"),

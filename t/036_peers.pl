@@ -35,8 +35,7 @@ sub wait_turns
 
 	for (1 .. $turns)
 	{
-		$node->poll_query_until('postgres', "SELECT state_change > '$seen' AND state = 'idle' FROM $worker")
-		  or die 'no turn of the worker';
+		$node->poll_query_until('postgres', "SELECT state_change > '$seen' AND state = 'idle' FROM $worker");
 		$seen = sql("SELECT state_change FROM $worker");
 	}
 	return;
@@ -113,8 +112,7 @@ SKIP:
 	my $refused = sub {
 		for (1 .. $_[0])
 		{
-			$node->poll_query_until('postgres', "SELECT failures > 0 FROM aibilling.server_state WHERE server = 'nobody'")
-			  or die 'no connection was refused';
+			$node->poll_query_until('postgres', "SELECT failures > 0 FROM aibilling.server_state WHERE server = 'nobody'");
 			sql("SELECT aibilling.resume('nobody')");
 		}
 		$node->poll_query_until('postgres', "SELECT failures > 0 FROM aibilling.server_state WHERE server = 'nobody'");
@@ -127,8 +125,7 @@ SKIP:
 	my $before = $refused->(5);
 	cmp_ok($refused->(40), '<=', $before, 'refused connections leave no descriptor behind');
 	is($node->worker_pid, $pid, 'nor do they end the worker');
-	$node->poll_query_until('postgres', q{SELECT aibilling.detach('unheard', 'discard')}, '')
-	  or die $node->diagnosis;
+	$node->poll_query_until('postgres', q{SELECT aibilling.detach('unheard', 'discard')}, '');
 }
 
 # --- an old snapshot that another session holds --------------------------------------------
@@ -183,8 +180,7 @@ sub wait_delivered
 {
 	my ($rows) = @_;
 
-	$node->poll_query_until('postgres', "SELECT delivered = $rows FROM aibilling.status WHERE usage_table = 'small'::regclass")
-	  or die $node->diagnosis;
+	$node->poll_query_until('postgres', "SELECT delivered = $rows FROM aibilling.status WHERE usage_table = 'small'::regclass");
 	return;
 }
 
@@ -233,7 +229,7 @@ is(sql("SELECT attempts FROM aibilling.delivery WHERE usage_table = 'told'::regc
 for my $round (1 .. 3)
 {
 	$node->restart;
-	$node->poll_query_until('postgres', "SELECT pg_terminate_backend(pid) FROM $worker") or die 'no worker';
+	$node->poll_query_until('postgres', "SELECT pg_terminate_backend(pid) FROM $worker");
 }
 sql("SELECT aibilling.pause('mute')");
 my $restarted = sql('SELECT pg_postmaster_start_time()');

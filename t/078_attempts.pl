@@ -58,8 +58,7 @@ subtest 'attempts of a batch that is halved, and of rows that go back' => sub {
 	becomes("SELECT count(*) = 2 FROM aibilling.outbox WHERE usage_table = 'halved'::regclass AND state = 'rejected'",
 		't', 'a row of either half is refused');
 	$node->poll_query_until('postgres',
-		"SELECT sum(inserted) = 8 FROM aibilling.delivery WHERE usage_table = 'halved'::regclass")
-	  or diag $node->diagnosis;
+		"SELECT sum(inserted) = 8 FROM aibilling.delivery WHERE usage_table = 'halved'::regclass");
 
 	# The first half goes on with the delivery: refused whole, refused for one row, stored.
 	is(deliveries('halved'), '4 delivered 3, 4 delivered 2', 'requests, by delivery');
@@ -177,18 +176,19 @@ SELECT aibilling.create_usage_table('bobs', 'shared')});
 		't', 'the second was not made at once');
 };
 
-subtest 'sync() and more rows without a price than one batch holds' => sub {
+subtest 'sync() and more rows without a price than may be sent at once' => sub {
+	# Two requests at once, and one every three seconds.
 	sql('CREATE DATABASE plain');
 	my $plain = sub { return $node->safe_psql('plain', shift) };
 	$plain->('CREATE EXTENSION aibilling_polar');
 	$plain->("CREATE SERVER polar FOREIGN DATA WRAPPER polar OPTIONS (url '" . $polar->url
-		  . "', event_name 'e', batch_size '2', requests_per_minute '0', access_token_file '" . $node->token_file($polar->token) . "')");
+		  . "', event_name 'e', batch_size '1', requests_per_minute '20', access_token_file '" . $node->token_file($polar->token) . "')");
 	$plain->("SELECT aibilling.create_usage_table('usage', 'polar')");
 	$plain->("SET client_min_messages = error; INSERT INTO usage (provider, model, external_customer_id, input_tokens) VALUES ('p', 'm', 'c', $_)")
-	  foreach 1 .. 5;
+	  foreach 1 .. 3;
 	$plain->("INSERT INTO aibilling.price (provider, model, input) VALUES ('p', 'm', 1)");
 	$plain->('CALL aibilling.sync()');
-	is($plain->('SELECT pending, unpriced, in_flight, delivered FROM aibilling.status'), '0|0|0|5', 'delivers all of them');
+	is($plain->('SELECT pending, unpriced, in_flight, delivered FROM aibilling.status'), '0|0|0|3', 'delivers all of them, with a pause between');
 };
 
 $node->stop;

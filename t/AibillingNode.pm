@@ -215,6 +215,36 @@ sub insert_rows
 
 =pod
 
+=item $node->poll_query_until($database, $query, $expected)
+
+As PostgreSQL::Test::Cluster's.  Where nobody looks at what it returns, running
+out of time is a failed test of its own, and the end.
+
+=cut
+
+sub poll_query_until
+{
+	my ($self, $database, $query, $expected) = @_;
+	my $done = $self->SUPER::poll_query_until($database, $query, $expected);
+
+	$self->_give_up("query: $query") if !$done && !defined wantarray;
+	return $done;
+}
+
+# What was waited for has not come: a failed test that says where, and no more of this file.
+sub _give_up
+{
+	my ($self, $what) = @_;
+	my $level = 1;
+
+	$level++ while (caller $level)[0] eq __PACKAGE__;
+	my (undef, $file, $line) = caller $level;
+	fail("wait of $file line $line ends: $what");
+	die $self->diagnosis;
+}
+
+=pod
+
 =item $node->wait_settled
 
 Block until nothing is pending or in flight (rows that are rejected or wait for
@@ -229,7 +259,7 @@ sub wait_settled
 	$self->poll_query_until($db,
 		"SELECT NOT EXISTS (SELECT FROM aibilling.outbox WHERE state = 'pending') "
 		  . "AND NOT EXISTS (SELECT FROM aibilling.delivery WHERE state = 'sending')")
-	  or croak "rows are not delivered: " . $self->diagnosis;
+	  or $self->_give_up('rows are delivered');
 	return;
 }
 
@@ -237,7 +267,8 @@ sub wait_settled
 
 =item $node->wait_status($regex, $table)
 
-Block until the status of a usage table, in words, matches.
+Block until the status of a usage table, in words, matches.  Returns whether it
+does; where nobody looks at that, running out of time is a failed test.
 
 =cut
 
@@ -247,9 +278,12 @@ sub wait_status
 	my $query = _quote($regex);
 
 	$table = _quote($table // 'usage');
-	return $self->poll_query_until($db,
-		"SELECT status ~ $query FROM aibilling.status WHERE usage_table = $table\::regclass")
-	  || diag($self->diagnosis) && 0;
+	my $matches = $self->poll_query_until($db,
+		"SELECT status ~ $query FROM aibilling.status WHERE usage_table = $table\::regclass");
+	return $matches if $matches;
+	$self->_give_up("status of $table matches $regex") if !defined wantarray;
+	diag($self->diagnosis);
+	return 0;
 }
 
 sub status
@@ -303,7 +337,7 @@ sub worker_pid
 	my ($self) = @_;
 
 	$self->poll_query_until($db, "SELECT count(*) = 1 $worker")
-	  or croak 'no worker has started';
+	  or $self->_give_up('a worker has started');
 	return $self->safe_psql($db, "SELECT pid $worker");
 }
 
@@ -315,7 +349,7 @@ sub worker_waits
 	$self->poll_query_until($db,
 		"SELECT count(*) = 1 $worker AND pid <> $other_than AND state = 'idle' "
 		  . "AND wait_event_type = 'Extension'")
-	  or croak 'the worker does not come to rest';
+	  or $self->_give_up('the worker comes to rest');
 	return $self->safe_psql($db, "SELECT pid $worker");
 }
 

@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * sync.c
- *	  CALL aibilling.sync(): delivery at the caller's time, in his session.
+ *	  CALL aibilling.sync(): delivery at the caller's time, in their session.
  *
  *-------------------------------------------------------------------------
  */
@@ -86,13 +86,13 @@ check_call(FunctionCallInfo fcinfo)
 				 errhint("It commits as it goes; call it by itself: CALL aibilling.sync().")));
 }
 
-/* Note what waits now: in tables of the caller's, for the server he names. */
+/* Note what waits now: in tables of the caller's, for the server that is named. */
 static void
 set_goals(Sync *sync)
 {
 	bool		armed;
 	bool		mine = false;
-	List	   *tables = abp_usage_tables(&armed);
+	List	   *tables = abp_attachments(&armed);
 	ListCell   *lc;
 
 	if (!armed)
@@ -142,8 +142,8 @@ set_goals(Sync *sync)
 static bool
 worker_has_looked(const Sync *sync)
 {
-	return sync->worker_pid == 0 || abp_worker_pid() != sync->worker_pid ||
-		abp_worker_look_count() >= sync->worker_looks + 2;
+	return sync->worker_pid == 0 || abp_wake_worker_pid() != sync->worker_pid ||
+		abp_wake_look_count() >= sync->worker_looks + 2;
 }
 
 /* Have the rows that waited for a price at the start been compared with today's? */
@@ -252,7 +252,7 @@ is_done(Sync *sync, bool idle)
 												 STALLED_MS))
 			return false;
 		if (tables == NIL)
-			tables = abp_usage_tables(&armed);
+			tables = abp_attachments(&armed);
 		why = obstacle(sync, goal, tables);
 		if (why == NULL)
 			return false;
@@ -260,7 +260,7 @@ is_done(Sync *sync, bool idle)
 	}
 
 	/* What is gone needs nothing any more, but was not delivered either. */
-	tables = abp_usage_tables(&armed);
+	tables = abp_attachments(&armed);
 	for (int i = 0; i < sync->ngoals && sync->gave_up == NULL; i++)
 	{
 		if (sync->goals[i].last > PG_INT64_MIN && find_table(tables, sync->goals[i].relid) == NULL)
@@ -271,13 +271,13 @@ is_done(Sync *sync, bool idle)
 
 /*
  * Take the shipper's role if it is free.  Whoever has it keeps others from
- * it, and an owner ships only his own tables: he leaves it to the worker,
- * which ships all.
+ * it, and an owner ships only their own tables: they leave it to the
+ * worker, which ships all.
  */
 static void
 take_or_leave_role(Sync *sync)
 {
-	bool		leave = OidIsValid(sync->scope.owner) && abp_worker_pid() != 0;
+	bool		leave = OidIsValid(sync->scope.owner) && abp_wake_worker_pid() != 0;
 
 	if (sync->shipper && leave)
 	{
@@ -392,8 +392,8 @@ abp_sql_sync(PG_FUNCTION_ARGS)
 													PG_GETARG_DATUM(1)));
 	sync.report_at = GetCurrentTimestamp() + PROGRESS_MS * INT64CONST(1000);
 	set_goals(&sync);
-	sync.worker_pid = abp_worker_pid();
-	sync.worker_looks = abp_worker_look_count();
+	sync.worker_pid = abp_wake_worker_pid();
+	sync.worker_looks = abp_wake_look_count();
 	SPI_commit();
 
 	PG_TRY();

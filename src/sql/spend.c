@@ -64,12 +64,16 @@ enum
 /* Is handed sums and what they are kept by, and whether they are delivered. */
 typedef void (*SumsReader) (const ShareKey *key, const ShareSums *sums, bool delivered, void *arg);
 
+/* Are sums kept by this wanted?  What is not need not be added up. */
+typedef bool (*KeyFilter) (const ShareKey *key, const void *arg);
+
 /* While rows and shares are read. */
 typedef struct Pending
 {
+	KeyFilter	wants;
 	SumsReader	reader;
 	void	   *arg;
-	ShareGroups scratch;
+	ShareGroups scratch;		/* for its memory */
 	const EventFormat *format;
 	IdSet		delivered_ids;	/* rows of deliveries without known sums */
 	bool		delivered;		/* is the share that is read? */
@@ -144,22 +148,23 @@ read_share_group(const char *key, int keylen, const ShareSums *sums, void *arg)
 	pg_uuid_t	customer_id;
 
 	abp_share_key_read(key, keylen, &parts, &customer_id);
-	pending->reader(&parts, sums, pending->delivered, pending->arg);
+	if (pending->wants(&parts, pending->arg))
+		pending->reader(&parts, sums, pending->delivered, pending->arg);
 }
 
 static bool
 read_pending_row(const UsageRow *row, Jsonb *whole, void *arg)
 {
 	Pending    *pending = arg;
-	ShareNote	note;
-	const ShareGroup *group;
-	ShareKey	parts;
-	pg_uuid_t	customer_id;
+	ShareSums	sums;
+	ShareKey	key;
+	EventCustomer customer;
 
-	abp_share_note(&pending->scratch, &note, row, pending->format);
-	group = &pending->scratch.groups[note.group];
-	abp_share_key_read(group->key, group->keylen, &parts, &customer_id);
-	pending->reader(&parts, &note.sums,
+	abp_share_key_of_row(&key, row, pending->format, &customer);
+	if (!pending->wants(&key, pending->arg))
+		return true;
+	abp_share_sums_of_row(&pending->scratch, &sums, row);
+	pending->reader(&key, &sums,
 					pending->delivered_ids.nranges > 0 &&
 					abp_idset_contains(&pending->delivered_ids, row->id), pending->arg);
 	return true;
@@ -170,10 +175,10 @@ read_pending_row(const UsageRow *row, Jsonb *whole, void *arg)
  * wait, are in flight or delivered without their sums being known.
  */
 static void
-read_pending(const UsageTable *table, SumsReader reader, void *arg)
+read_pending(const UsageTable *table, KeyFilter wants, SumsReader reader, void *arg)
 {
 	static const EventFormat plain = {.tag_prefix = ""};
-	Pending		pending = {.reader = reader,.arg = arg,.format = &plain};
+	Pending		pending = {.wants = wants,.reader = reader,.arg = arg,.format = &plain};
 	IdSet		ids = {0};
 	IdSet		unsure = {0};
 	IdSet		unknown = {0};	/* of shares without known sums */
@@ -263,6 +268,14 @@ reduced(const Daily *daily, const ShareKey *key)
 	return *key;
 }
 
+static bool
+is_in_days(const ShareKey *key, const void *arg)
+{
+	const Daily *daily = arg;
+
+	return key->day >= daily->from_day && key->day <= daily->to_day;
+}
+
 static void
 add_pending(const ShareKey *key, const ShareSums *sums, bool delivered, void *arg)
 {
@@ -270,8 +283,6 @@ add_pending(const ShareKey *key, const ShareSums *sums, bool delivered, void *ar
 	ShareGroups *groups = &daily->groups;
 	ShareKey	kept;
 
-	if (key->day < daily->from_day || key->day > daily->to_day)
-		return;
 	kept = reduced(daily, key);
 	resetStringInfo(&groups->key);
 	abp_share_key_write(&groups->key, &kept);
@@ -424,7 +435,6 @@ add_to_customer(const Datum *rollup_values, const bool *nulls, void *arg)
 	sums.unpriced = DatumGetInt64(values[ROLLUP_UNPRICED]);
 	abp_share_set_cents(&sums, DatumGetNumeric(values[ROLLUP_COST_CENTS]));
 	key = key_of_rollup(values, nulls);
-	key.day = daily->from_day;
 	add_pending(&key, &sums, true, daily);
 	return true;
 }
@@ -493,7 +503,7 @@ return_sums(FunctionCallInfo fcinfo, Oid relid, SumsBy by, DateADT from_day, Dat
 	daily.result = (ReturnSetInfo *) fcinfo->resultinfo;
 	abp_share_init(&daily.groups, CurrentMemoryContext);
 
-	read_pending(table, add_pending, &daily);
+	read_pending(table, is_in_days, add_pending, &daily);
 	if (by == BY_CUSTOMER)
 		read_customers(&daily, relid);
 	daily.done = palloc0(sizeof(bool) * Max(1, daily.groups.ngroups));
@@ -573,13 +583,19 @@ is_customer(const Spend *spend, TextView external_customer_id)
 		memcmp(external_customer_id.data, spend->customer.data, spend->customer.len) == 0;
 }
 
+static bool
+is_spent(const ShareKey *key, const void *arg)
+{
+	const Spend *spend = arg;
+
+	return key->day >= spend->from_day && is_customer(spend, key->external_customer_id);
+}
+
 static void
 add_spent(const ShareKey *key, const ShareSums *sums, bool delivered, void *arg)
 {
 	Spend	   *spend = arg;
 
-	if (key->day < spend->from_day || !is_customer(spend, key->external_customer_id))
-		return;
 	abp_share_add(&spend->groups, &spend->all, sums);
 	if (!delivered)
 		abp_share_add(&spend->groups, &spend->pending, sums);
@@ -630,7 +646,7 @@ abp_sql_spend(PG_FUNCTION_ARGS)
 	spend.from_day = PG_ARGISNULL(2) ? DATEVAL_NOBEGIN : abp_share_day(PG_GETARG_TIMESTAMPTZ(2));
 	spend.cents = int64_to_numeric(0);
 	abp_share_init(&spend.groups, CurrentMemoryContext);
-	read_pending(table, add_spent, &spend);
+	read_pending(table, is_spent, add_spent, &spend);
 
 	range.usage_table = relid;
 	key.external_customer_id = spend.customer;

@@ -400,20 +400,12 @@ abp_share_key_of_row(ShareKey *key, const UsageRow *row, const EventFormat *form
 }
 
 /*
- * Note what a row adds to which group.
+ * What a row adds to the sums of its group.
  */
 void
-abp_share_note(ShareGroups *groups, ShareNote *note, const UsageRow *row, const EventFormat *format)
+abp_share_sums_of_row(ShareGroups *groups, ShareSums *sums, const UsageRow *row)
 {
 	const int64 *count = row->counts.value;
-	ShareSums  *sums = &note->sums;
-	ShareKey	key;
-	EventCustomer customer;
-
-	abp_share_key_of_row(&key, row, format, &customer);
-	resetStringInfo(&groups->key);
-	abp_share_key_write(&groups->key, &key);
-	note->group = abp_share_group(groups, groups->key.data, groups->key.len) - groups->groups;
 
 	memset(sums, 0, sizeof(*sums));
 	sums->rows = 1;
@@ -432,6 +424,22 @@ abp_share_note(ShareGroups *groups, ShareNote *note, const UsageRow *row, const 
 		abp_share_set_cents(sums, row->cost_cents);
 		MemoryContextSwitchTo(old);
 	}
+}
+
+/*
+ * Note what a row adds to which group.
+ */
+void
+abp_share_note(ShareGroups *groups, ShareNote *note, const UsageRow *row, const EventFormat *format)
+{
+	ShareKey	key;
+	EventCustomer customer;
+
+	abp_share_key_of_row(&key, row, format, &customer);
+	resetStringInfo(&groups->key);
+	abp_share_key_write(&groups->key, &key);
+	note->group = abp_share_group(groups, groups->key.data, groups->key.len) - groups->groups;
+	abp_share_sums_of_row(groups, &note->sums, row);
 }
 
 /* --- shares as bytes -------------------------------------------------------------- */

@@ -87,6 +87,7 @@ extern ShareGroup *abp_share_group(ShareGroups *groups, const char *key, int key
 extern ShareGroup *abp_share_find(const ShareGroups *groups, const char *key, int keylen);
 extern void abp_share_key_of_row(ShareKey *key, const UsageRow *row, const EventFormat *format,
 								 EventCustomer *customer);
+extern void abp_share_sums_of_row(ShareGroups *groups, ShareSums *sums, const UsageRow *row);
 extern void abp_share_note(ShareGroups *groups, ShareNote *note, const UsageRow *row,
 						   const EventFormat *format);
 extern void abp_share_add(ShareGroups *groups, ShareSums *to, const ShareSums *sums);

@@ -34,13 +34,12 @@ WHERE a.grantee = 0 AND a.privilege_type = 'EXECUTE'
 		'read_openrouter', 'read_narev', 'catalogue_units', 'image_price_is_by_token', 'complete_prices',
 		'correct_genai_prices', 'genai_names', 'put_aliases', 'priced_model', 'card_in_force', 'note_without',
 		'changed_price', 'price_in_tier', 'set_price', 'price_hint', 'check_setup', 'usage_daily',
-		'usage_by', 'spend',
-		'owns', 'check_expression', 'closest_word', 'provider_of_model', 'capture_preset', 'capture_by_name', 'capture_plan',
-		'capture_sql', 'capture', 'release', 'capture_row', 'capture_together', 'capture_rows', 'capture_changed',
-		'capture_history', 'capture_retry',
-		'close_check', 'close_warning', 'escape_html', 'usd_text',
+		'usage_by', 'spend', 'close_check', 'close_warning', 'escape_html', 'usd_text',
 		'short_number', 'percent_text', 'axis_top', 'cache_savings', 'report_style', 'report_trend', 'report_bars', 'report_waiting',
-		'report_delivery', 'report', 'chart')
+		'report_delivery', 'report', 'chart',
+		'owns', 'check_expression', 'closest_word', 'provider_of_model', 'capture_preset', 'capture_by_name', 'capture_plan',
+		'capture_sql', 'capture', 'release', 'capture_row', 'capture_together', 'capture_keys', 'capture_rows', 'capture_changed',
+		'capture_history', 'capture_retry')
 ORDER BY 1;
 
 -- Tables and views that anyone may write, or may read without being meant to; what one sees and
@@ -52,7 +51,7 @@ CROSS JOIN aclexplode(c.relacl) a
 WHERE a.grantee = 0
 	AND NOT (a.privilege_type = 'SELECT'
 		AND c.relname IN ('price', 'price_source', 'service_tier_rule', 'model_alias',
-			'price_quarantine', 'usage_table', 'status', 'outbox', 'unpriced', 'delivery'))
+			'price_quarantine', 'usage_table', 'status', 'outbox', 'unpriced', 'delivery', 'progress'))
 	AND NOT (c.relname IN ('captures', 'capture_failure') AND c.relkind = 'v'
 		AND c.reloptions @> '{security_barrier=true,check_option=local}')
 ORDER BY 1, 2;

@@ -51,7 +51,7 @@ like($page, qr/\A<!DOCTYPE html>\n<html lang="en">/, 'a page of HTML');
 my %tags = map { $_ => 1 } qw(html head meta title link style body main header h1 h2 p div span b section svg desc rect line text ul li i
   details summary table thead tbody tr th td dl dt dd footer);
 is(join(' ', grep { !$tags{$_} } $page =~ /<\/?([^\s>!\/]+)/g), '', 'nothing from rows is HTML');
-unlike($page, qr/<[^>]*\s(?:on\w+|src|srcdoc|action)\s*=|url\(|\@import/, 'and nothing is loaded or run');
+unlike($page =~ s/"[^"]*"/""/gr, qr/<[^>]*\s(?:on\w+|src|srcdoc|action)\s*=|url\(|\@import/, 'and nothing is loaded or run');
 like($page, qr/&lt;script&gt;document\.title = &quot;taken over&quot;&lt;\/script&gt;/, 'a customer may be called <script>');
 like($page, qr/no customer: customer_id or external_customer_id must be set/, 'what was rejected, and why');
 like($page, qr/no price for this model/, 'what waits for a price');

@@ -106,6 +106,10 @@ subtest 'to the digit, again and again' => sub {
 	is(correct('a', '-0.50000000000000001'), '', 'beyond 12 decimals of a cent there is nothing');
 	deliver();
 	told_is_stored();
+	isnt(sql("SET aibilling_polar.enqueue = off; SELECT aibilling.correct('usage', id, 0.25) FROM usage WHERE external_id = 'a'"), '',
+		'also where rows are loaded without being sent');
+	deliver();
+	told_is_stored();
 
 	is( sql("SELECT external_id <> 'a', occurred_at AT TIME ZONE 'UTC', provider, sub_provider, model, event_name, external_customer_id,
 			input_tokens, parent_id, tags, cost_status FROM usage WHERE id = $id"),

@@ -109,6 +109,10 @@ is($summary->{stored}, $rows, 'every row arrived');
 is($node->safe_psql('app', "SELECT sum(cost_cents) = $summary->{cost_amount} FROM usage"),
 	't', 'and so did its cost');
 
+# The meter that doc/reconcile.md speaks of.
+$polar->meter('7f0c9ab8-6f0e-4c1a-9f53-0c6f2f1f4a10', name => 'api_call');
+run_page('doc/reconcile.md', 9);
+
 run_page('doc/prices.md', 10);
 
 # A catalogue, a price service, a role that loads prices, and a price that is held back.

@@ -7,7 +7,6 @@ unknown, an amount is a string such as "1E-12", and the count of a list counts t
 whose parent came by another request.
 """
 
-import collections
 import json
 import random
 import re
@@ -73,20 +72,29 @@ def values(query, name):
 
 
 class Reader:
-    """The events of one organization."""
+    """The events of one organization; "update" tells of new ones."""
 
-    def __init__(self, entries, organization):
-        self.entries = [e for e in entries if e["organization"] == organization and not e.get("removed")]
+    def __init__(self, organization):
+        self.organization = organization
+        self.seen = 0
+        self.all = []           # (time in milliseconds, entry)
         self.known = {}
-        for entry in self.entries:
-            self.known[polar_id(entry)] = entry
-            if entry["external_id"] is not None:
-                self.known[entry["external_id"]] = entry
-        self.children = collections.Counter(
-            parent["seq"] for parent in map(self.parent, self.entries) if parent is not None)
+        self.children = []
+
+    def update(self, entries):
+        for entry in entries[self.seen:]:
+            if entry["organization"] == self.organization:
+                self.all.append((milliseconds(moment(entry)), entry))
+                self.known[polar_id(entry)] = entry
+                if entry["external_id"] is not None:
+                    self.known[entry["external_id"]] = entry
+                if entry["event"].get("parent_id") is not None:
+                    self.children.append(entry)
+        self.seen = len(entries)
 
     def parent(self, entry):
-        return self.known.get(entry["event"].get("parent_id"))
+        parent = self.known.get(entry["event"].get("parent_id"))
+        return None if parent is None or parent.get("removed") else parent
 
     def resolved(self, entry):
         """Does the line of parents end with an event that has none?"""
@@ -120,7 +128,7 @@ class Reader:
             "customer": entry.get("customer_object"),
             "external_customer_id": event.get("external_customer_id"),
             "member_id": event.get("member_id"), "external_member_id": event.get("external_member_id"),
-            "child_count": self.children[entry["seq"]],
+            "child_count": sum(self.parent(child) is entry for child in self.children),
             "parent_id": None if parent is None else polar_id(parent),
             "label": event["name"], "name": event["name"], "source": "user", "metadata": metadata}
 
@@ -152,12 +160,14 @@ class Reader:
         sorting = (values(query, "sorting") or ["-timestamp"])[0]
         if sorting not in ("timestamp", "-timestamp"):
             raise Refused("sorting", "enum", "Input should be 'timestamp' or '-timestamp'")
-        found = [e for e in self.entries
-                 if (start is None or milliseconds(moment(e)) > milliseconds(start))
-                 and (end is None or milliseconds(moment(e)) < milliseconds(end))
-                 and self.wanted(e, query) and self.resolved(e)]
-        found.sort(key=lambda e: milliseconds(moment(e)), reverse=sorting[0] == "-")
+        first = None if start is None else milliseconds(start)
+        last = None if end is None else milliseconds(end)
+        found = [(when, e) for when, e in self.all
+                 if (first is None or when > first) and (last is None or when < last)
+                 and not e.get("removed") and self.wanted(e, query) and self.resolved(e)]
+        found.sort(key=lambda item: item[0], reverse=sorting[0] == "-")
         unsettle(found)
+        found = [e for _, e in found]
         total = len(found) + sum(map(self.counts_twice, found))
         return {"items": [self.item(e) for e in found[(page - 1) * limit:page * limit]],
                 "pagination": {"total_count": total, "max_page": -(-total // limit)}}
@@ -178,9 +188,9 @@ class Reader:
         while bucket < end:
             sums[bucket] = 0
             bucket = following(bucket, interval)
-        for entry in self.entries:
-            when = truncate(moment(entry), interval)
-            if when not in sums or not self.wanted(entry, query) or \
+        for when, entry in self.all:
+            when = truncate(when, interval)
+            if when not in sums or entry.get("removed") or not self.wanted(entry, query) or \
                     meter.get("name") not in (None, entry["event"]["name"]):
                 continue
             value = entry["event"].get("metadata", {}).get(meter.get("property"))
@@ -193,13 +203,13 @@ class Reader:
                 "total": float(sum(sums.values()))}
 
 
-def unsettle(entries):
+def unsettle(found):
     """Let some events of one time change places, as where nothing else sorts them."""
-    for _ in range(len(entries) // 20):
-        i = random.randrange(len(entries))
-        j = min(len(entries) - 1, i + random.randrange(200))
-        if milliseconds(moment(entries[i])) == milliseconds(moment(entries[j])):
-            entries[i], entries[j] = entries[j], entries[i]
+    for _ in range(len(found) // 20):
+        i = random.randrange(len(found))
+        j = min(len(found) - 1, i + random.randrange(200))
+        if found[i][0] == found[j][0]:
+            found[i], found[j] = found[j], found[i]
 
 
 def as_text(value):

@@ -686,6 +686,7 @@ class State:
             self.by_model = {}
             self.documented_limit_violations = 0
             self.batches = 0
+            self.readers = {}
             if self.state_fd is not None:
                 os.ftruncate(self.state_fd, 0)
         self.requests = []
@@ -1437,8 +1438,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         query = urllib.parse.parse_qsl(self.path.partition("?")[2],
                                        keep_blank_values=True)
         with self.state.changed:
-            reader = polar_reading.Reader(self.state.events,
-                                          known["organization"])
+            reader = self.state.readers.setdefault(
+                known["organization"],
+                polar_reading.Reader(known["organization"]))
+            reader.update(self.state.events)
             try:
                 if not meter:
                     return answer(200, reader.list(query))

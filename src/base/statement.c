@@ -139,3 +139,28 @@ abp_result_idset(uint64 row, int column, MemoryContext context)
 	}
 	return ids;
 }
+
+/*
+ * The ids of all sets in the first column of a statement's result, in the
+ * current memory context.  Run with the rights of the extension's owner.
+ */
+IdSet
+abp_statement_ids(Statement *statement, Datum *values)
+{
+	MemoryContext caller = CurrentMemoryContext;
+	IdSet		all = {0};
+	uint64		nrows;
+	SavedUser	saved;
+
+	nrows = abp_statement_open(statement, values, NULL, &saved);
+	for (uint64 i = 0; i < nrows; i++)
+	{
+		IdSet		ids = abp_result_idset(i, 1, CurrentMemoryContext);
+
+		abp_idset_add_set(&all, &ids, caller);
+		abp_idset_free(&ids);
+	}
+	abp_statement_close(&saved);
+	abp_idset_sort(&all);
+	return all;
+}

@@ -15,6 +15,7 @@
 #include "base/decimal.h"
 #include "base/json_walk.h"
 #include "base/json_writer.h"
+#include "base/numeric_math.h"
 #include "base/text_view.h"
 #include "base/usage_row.h"
 #include "polar/event_format.h"
@@ -66,8 +67,7 @@ append_compact_json(StringInfo out, JsonbContainer *container)
 					abp_json_append_string(out, v.val.string.val, v.val.string.len);
 				else if (v.type == jbvNumeric)
 					appendStringInfoString(out,
-										   DatumGetCString(DirectFunctionCall1(numeric_out,
-																			   NumericGetDatum(v.val.numeric))));
+										   numeric_text(v.val.numeric));
 				else if (v.type == jbvBool)
 					appendStringInfoString(out, v.val.boolean ? "true" : "false");
 				else
@@ -85,7 +85,7 @@ append_compact_json(StringInfo out, JsonbContainer *container)
  * palloc'd.  cost_cents must be finite.
  */
 char	   *
-abp_event_amount(Numeric cost_cents)
+abp_metadata_amount(Numeric cost_cents)
 {
 	char	   *str = numeric_normalize(cost_cents);
 	int			len = strlen(str);
@@ -105,7 +105,7 @@ abp_event_amount(Numeric cost_cents)
 }
 
 /*
- * Is an amount, as abp_event_amount has made it of this cost, too large?  Then
+ * Is an amount, as abp_metadata_amount has made it of this cost, too large?  Then
  * it says so, and returns true.
  */
 static bool
@@ -129,13 +129,12 @@ amount_too_large(JsonWriter *w, const char *amount, Numeric cost_cents)
 
 /*
  * A number as JSON, all its digits kept.  Polar parses numbers as doubles and
- * fails, for the whole request, on what is no finite one.
+ * fails, for the whole request, on one that is not finite.
  */
 static bool
 put_number(JsonWriter *w, Numeric number, const char *what, TextView key)
 {
-	char	   *str = DatumGetCString(DirectFunctionCall1(numeric_out,
-														  NumericGetDatum(number)));
+	char	   *str = numeric_text(number);
 	int			len = strlen(str);
 
 	if (numeric_is_nan(number) || numeric_is_inf(number) ||
@@ -290,6 +289,7 @@ close_object(JsonWriter *w, int start)
 	abp_json_put_literal(w, "}");
 }
 
+/* Are there no more keys than Polar takes? */
 static bool
 check_key_count(JsonWriter *w)
 {
@@ -361,6 +361,7 @@ put_column_as_tag(JsonWriter *w, const char *prefix, const char *column, TextVie
 	return put_entry(w, prefix, strlen(prefix), key, &tag, "column", false);
 }
 
+/* Put the columns that become tags, and note which. */
 static bool
 put_columns_as_tags(JsonWriter *w, const UsageRow *row, const char *prefix,
 					const Identity *identity, TagColumns *columns)
@@ -389,6 +390,7 @@ put_columns_as_tags(JsonWriter *w, const UsageRow *row, const char *prefix,
 	return true;
 }
 
+/* Put the tags that no column or key of ours has taken the place of. */
 static bool
 put_tags(JsonWriter *w, Jsonb *tags, const char *prefix, const TagColumns *columns)
 {
@@ -426,7 +428,7 @@ put_cost(JsonWriter *w, const UsageRow *row)
 
 	if (numeric_is_nan(row->cost_cents) || numeric_is_inf(row->cost_cents))
 		return abp_json_refuse(w, "cost_cents must be finite");
-	amount = abp_event_amount(row->cost_cents);
+	amount = abp_metadata_amount(row->cost_cents);
 	if (amount_too_large(w, amount, row->cost_cents))
 		return false;
 	abp_json_put_literal(w, ",\"_cost\":{\"amount\":\"");
@@ -517,31 +519,36 @@ abp_metadata_put_row(JsonWriter *w, const UsageRow *row, const EventFormat *form
 
 /* --- metadata of the user's own function --------------------------------- */
 
+/* The text of a number or a string; .data == NULL: it is neither. */
+static TextView
+number_or_string(const JsonbValue *value)
+{
+	TextView	view = {NULL, 0};
+
+	if (value->type == jbvNumeric)
+		view = text_view_of(numeric_text(value->val.numeric));
+	else if (value->type == jbvString)
+	{
+		view.data = value->val.string.val;
+		view.len = value->val.string.len;
+	}
+	return view;
+}
+
 /* The amount in the user's _cost: a number or a string, in cents. */
 static bool
 put_own_amount(JsonWriter *w, const JsonbValue *value)
 {
+	TextView text = number_or_string(value);
 	DecimalText decimal;
 	char	   *str;
-	int			len;
 	bool		valid;
 	bool		rounded;
 
-	if (value->type == jbvNumeric)
-	{
-		str = DatumGetCString(DirectFunctionCall1(numeric_out,
-												  NumericGetDatum(value->val.numeric)));
-		len = strlen(str);
-	}
-	else if (value->type == jbvString)
-	{
-		str = value->val.string.val;
-		len = value->val.string.len;
-	}
-	else
+	if (text.data == NULL)
 		return abp_json_refuse(w, "metadata \"_cost\" must have an amount, a number or a string");
 
-	valid = abp_decimal_read(str, len, &decimal);
+	valid = abp_decimal_read(text.data, text.len, &decimal);
 	if (valid && decimal.ndigits - decimal.point > MAX_AMOUNT_DECIMALS)
 		return abp_json_refuse(w, "metadata \"_cost\" must have an amount of at most %d decimals",
 							   MAX_AMOUNT_DECIMALS);
@@ -564,6 +571,7 @@ put_own_amount(JsonWriter *w, const JsonbValue *value)
 	return true;
 }
 
+/* The user's own _cost. */
 static bool
 put_own_cost(JsonWriter *w, JsonbContainer *cost)
 {
@@ -587,27 +595,17 @@ put_own_cost(JsonWriter *w, JsonbContainer *cost)
 static bool
 put_own_count(JsonWriter *w, const char *key, const JsonbValue *value)
 {
+	TextView text = number_or_string(value);
 	DecimalText decimal;
-	char	   *str = NULL;
-	int			len = 0;
+	char	   *str;
 	bool		valid;
 
-	if (value->type == jbvNumeric)
-	{
-		str = DatumGetCString(DirectFunctionCall1(numeric_out,
-												  NumericGetDatum(value->val.numeric)));
-		len = strlen(str);
-	}
-	else if (value->type == jbvString)
-	{
-		str = value->val.string.val;
-		len = value->val.string.len;
-	}
-
 	/* Below 10^18 is safely within Polar's 64-bit column. */
-	valid = str != NULL && memchr(str, 'e', len) == NULL &&
-		memchr(str, 'E', len) == NULL && abp_decimal_read(str, len, &decimal) &&
-		decimal.ndigits <= decimal.point && decimal.point <= 18;
+	valid = text.data != NULL && memchr(text.data, 'e', text.len) == NULL &&
+	memchr(text.data, 'E', text.len) == NULL &&
+	abp_decimal_read(text.data, text.len, &decimal) &&
+	decimal.ndigits <= decimal.point && decimal.point <= 18;
+
 	if (!valid)
 		return abp_json_refuse(w, "metadata \"_llm\" must have %s, an integer", key);
 
@@ -621,6 +619,7 @@ put_own_count(JsonWriter *w, const char *key, const JsonbValue *value)
 	return true;
 }
 
+/* The user's own _llm. */
 static bool
 put_own_llm(JsonWriter *w, JsonbContainer *llm)
 {

@@ -17,7 +17,7 @@
 #include "polar/event_format.h"
 #include "polar/identity.h"
 
-extern char *abp_event_amount(Numeric cost_cents);
+extern char *abp_metadata_amount(Numeric cost_cents);
 extern bool abp_metadata_put_row(JsonWriter *w, const UsageRow *row,
 								 const EventFormat *format,
 								 const Identity *identity);

@@ -200,7 +200,7 @@ abp_option_function_name(DefElem *def)
  * with what holds it, or NULL if it could be one.
  */
 const char *
-abp_token_fault(const char *token, size_t len)
+abp_option_token_fault(const char *token, size_t len)
 {
 	if (len == 0)
 		return "is empty";

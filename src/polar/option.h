@@ -28,6 +28,6 @@ extern const char *abp_option_path(DefElem *def);
 extern const char *abp_option_event_name(DefElem *def);
 extern const char *abp_option_tag_prefix(DefElem *def);
 extern List *abp_option_function_name(DefElem *def);
-extern const char *abp_token_fault(const char *token, size_t len);
+extern const char *abp_option_token_fault(const char *token, size_t len);
 
 #endif							/* ABP_OPTION_H */

@@ -45,6 +45,7 @@
 #include "utils/syscache.h"
 #include "utils/varlena.h"
 
+#include "base/transaction.h"
 #include "polar/limits.h"
 #include "polar/option.h"
 #include "polar/server.h"
@@ -189,7 +190,7 @@ aibilling_polar_fdw_validator(PG_FUNCTION_ARGS)
 		if (catalog == UserMappingRelationId)
 		{
 			const char *token = defGetString(def);
-			const char *fault = abp_token_fault(token, strlen(token));
+			const char *fault = abp_option_token_fault(token, strlen(token));
 
 			if (fault != NULL)
 				abp_option_refuse(def->defname, NULL,
@@ -234,7 +235,7 @@ report_unknown_option(const char *name, Oid catalog)
 		hint = "It is an option of CREATE SERVER.";
 	else if (find_option(name, UserMappingRelationId) != NULL)
 		hint = catalog == ForeignServerRelationId ?
-			"A token belongs into a file named by option \"access_token_file\", or into CREATE USER MAPPING." :
+			"A token belongs in a file named by option \"access_token_file\", or into CREATE USER MAPPING." :
 			"It is an option of CREATE USER MAPPING.";
 	else
 	{
@@ -960,16 +961,6 @@ invalidate_servers(Datum arg, int cacheid, uint32 hash_value)
 static void
 end_of_transaction(XactEvent event, void *arg)
 {
-	switch (event)
-	{
-		case XACT_EVENT_COMMIT:
-		case XACT_EVENT_PARALLEL_COMMIT:
-		case XACT_EVENT_ABORT:
-		case XACT_EVENT_PARALLEL_ABORT:
-		case XACT_EVENT_PREPARE:
-			MemoryContextReset(retired_context);
-			break;
-		default:
-			break;
-	}
+	if (abp_transaction_ends(event))
+		MemoryContextReset(retired_context);
 }

@@ -29,11 +29,11 @@ static char *mapped_token(Oid serverid, Oid usage_owner, bool *mapped,
 static char *token_from_file(const char *path, StringInfo reason);
 
 /*
- * abp_server_token
+ * abp_token_read
  *		Returns the access token for a server, palloc'd, or NULL.
  *
  * It is in the server's access_token_file, or else in the user mapping of
- * usage_owner or, if he has none, of PUBLIC; InvalidOid asks for PUBLIC's only.
+ * usage_owner or, if they have none, of PUBLIC; InvalidOid asks for PUBLIC's only.
  * The file is read at each call, so a new token is used at once.
  *
  * NULL comes with words for status in *reason: what is wrong and how to fix
@@ -41,11 +41,11 @@ static char *token_from_file(const char *path, StringInfo reason);
  * 'prices' without any token yields NULL and nothing in *reason.
  *
  * Must be called in a transaction, and for no longer than needed: release the
- * token with abp_forget_token.
+ * token with abp_token_forget.
  */
 char	   *
-abp_server_token(const ServerOptions *server, Oid usage_owner,
-				 StringInfo reason)
+abp_token_read(const ServerOptions *server, Oid usage_owner,
+			   StringInfo reason)
 {
 	bool		mapped;
 	bool		is_public;
@@ -61,7 +61,7 @@ abp_server_token(const ServerOptions *server, Oid usage_owner,
 	{
 		if (token == NULL)
 			return token_from_file(server->access_token_file, reason);
-		abp_forget_token(token);
+		abp_token_forget(token);
 		appendStringInfo(reason,
 						 "access token given twice, by option \"access_token_file\" of server \"%s\" and by the user mapping for %s; drop one of them",
 						 server->name, whose);
@@ -83,11 +83,11 @@ abp_server_token(const ServerOptions *server, Oid usage_owner,
 }
 
 /*
- * abp_forget_token
+ * abp_token_forget
  *		Wipes and frees a token; NULL is allowed.
  */
 void
-abp_forget_token(char *token)
+abp_token_forget(char *token)
 {
 	if (token == NULL)
 		return;
@@ -99,7 +99,7 @@ abp_forget_token(char *token)
  * Has a role a user mapping of its own on a server?
  */
 bool
-abp_server_is_mapped(Oid serverid, Oid role)
+abp_token_is_mapped(Oid serverid, Oid role)
 {
 	return SearchSysCacheExists2(USERMAPPINGUSERSERVER,
 								 ObjectIdGetDatum(role),
@@ -230,7 +230,7 @@ token_from_file(const char *path, StringInfo reason)
 			while (len > 0 && len < sizeof(buf) &&
 				   (buf[len - 1] == '\n' || buf[len - 1] == '\r'))
 				len--;
-			fault = abp_token_fault(buf, len);
+			fault = abp_option_token_fault(buf, len);
 			if (fault == NULL)
 				token = pnstrdup(buf, len);
 			else

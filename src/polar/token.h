@@ -14,9 +14,9 @@
 
 #include "polar/server.h"
 
-extern char *abp_server_token(const ServerOptions *server, Oid usage_owner,
-							  StringInfo reason);
-extern void abp_forget_token(char *token);
-extern bool abp_server_is_mapped(Oid serverid, Oid role);
+extern char *abp_token_read(const ServerOptions *server, Oid usage_owner,
+							StringInfo reason);
+extern void abp_token_forget(char *token);
+extern bool abp_token_is_mapped(Oid serverid, Oid role);
 
 #endif							/* ABP_TOKEN_H */

@@ -18,7 +18,7 @@
 #include "compat.h"
 #include "polar/verdict.h"
 
-/* What is more deeply nested is no answer of Polar's. */
+/* What is more deeply nested cannot be from Polar. */
 #define MAX_ANSWER_DEPTH	64
 
 /* An answer's words, cut to what a reader needs. */

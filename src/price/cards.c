@@ -36,6 +36,7 @@
 #include "utils/timestamp.h"
 
 #include "base/text_view.h"
+#include "base/transaction.h"
 #include "compat.h"
 #include "price/cards.h"
 #include "price/cost.h"
@@ -198,21 +199,12 @@ price_relcache_callback(Datum arg, Oid relid)
 static void
 price_xact_callback(XactEvent event, void *arg)
 {
-	switch (event)
-	{
-		case XACT_EVENT_COMMIT:
-		case XACT_EVENT_PARALLEL_COMMIT:
-		case XACT_EVENT_ABORT:
-		case XACT_EVENT_PARALLEL_ABORT:
-		case XACT_EVENT_PREPARE:
-			if (cache_until_xact_end)
-				cache_stale = true;
-			cache_until_xact_end = false;
-			loads_running = 0;
-			break;
-		default:
-			break;
-	}
+	if (!abp_transaction_ends(event))
+		return;
+	if (cache_until_xact_end)
+		cache_stale = true;
+	cache_until_xact_end = false;
+	loads_running = 0;
 }
 
 /*
@@ -261,6 +253,7 @@ reset_cache(void)
 		price_table_oids[i] = get_relname_relid(price_tables[i], schema);
 }
 
+/* Open one of the tables that prices are read from. */
 static Relation
 open_price_table(int table)
 {
@@ -861,6 +854,7 @@ begin_reading(SavedReader *saved)
 	return RegisterSnapshot(price_snapshot());
 }
 
+/* End what begin_reading has begun. */
 static void
 end_reading(const SavedReader *saved, Snapshot snapshot)
 {

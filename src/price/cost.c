@@ -19,6 +19,7 @@
 #include "miscadmin.h"
 #include "utils/builtins.h"
 
+#include "base/numeric_math.h"
 #include "base/text_view.h"
 #include "base/usage_row.h"
 #include "compat.h"
@@ -123,69 +124,6 @@ typedef struct UnitQuantities
 	UnitQuantity *units;
 	Numeric		tokens[NUM_TOKEN_UNITS];	/* NULL: not given */
 } UnitQuantities;
-
-/* --- numeric, in readable form -------------------------------------------- */
-
-static Numeric
-numeric_plus(Numeric a, Numeric b)
-{
-	return DatumGetNumeric(DirectFunctionCall2(numeric_add,
-											   NumericGetDatum(a),
-											   NumericGetDatum(b)));
-}
-
-static Numeric
-numeric_minus(Numeric a, Numeric b)
-{
-	return DatumGetNumeric(DirectFunctionCall2(numeric_sub,
-											   NumericGetDatum(a),
-											   NumericGetDatum(b)));
-}
-
-static Numeric
-numeric_times(Numeric a, Numeric b)
-{
-	return DatumGetNumeric(DirectFunctionCall2(numeric_mul,
-											   NumericGetDatum(a),
-											   NumericGetDatum(b)));
-}
-
-static int
-numeric_compare(Numeric a, Numeric b)
-{
-	return DatumGetInt32(DirectFunctionCall2(numeric_cmp,
-											 NumericGetDatum(a),
-											 NumericGetDatum(b)));
-}
-
-static int
-numeric_signum(Numeric a)
-{
-	return numeric_compare(a, int64_to_numeric(0));
-}
-
-static char *
-numeric_text(Numeric a)
-{
-	return DatumGetCString(DirectFunctionCall1(numeric_out, NumericGetDatum(a)));
-}
-
-/* Without the trailing zeros of its display scale. */
-static Numeric
-numeric_trimmed(Numeric a)
-{
-	return DatumGetNumeric(DirectFunctionCall1(numeric_trim_scale,
-											   NumericGetDatum(a)));
-}
-
-/* Rounded half away from zero. */
-static Numeric
-numeric_rounded(Numeric a, int scale)
-{
-	return DatumGetNumeric(DirectFunctionCall2(numeric_round,
-											   NumericGetDatum(a),
-											   Int32GetDatum(scale)));
-}
 
 /* --- decimals ------------------------------------------------------------- */
 

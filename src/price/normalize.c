@@ -30,6 +30,7 @@
 #include "utils/builtins.h"
 #include "utils/varlena.h"
 
+#include "base/numeric_math.h"
 #include "base/text_view.h"
 #include "base/usage_row.h"
 #include "compat.h"
@@ -582,8 +583,7 @@ make_units(Reading *r)
 	}
 	if (r->audio_seconds && (zeros || !abp_usage_is_zero(r->audio_seconds)))
 		appendStringInfo(&json, "%s\"audio_second\": %s", json.len ? ", " : "{",
-						 DatumGetCString(DirectFunctionCall1(numeric_out,
-															 NumericGetDatum(r->audio_seconds))));
+						 numeric_text(r->audio_seconds));
 	if (json.len == 0)
 		return NULL;
 	appendStringInfoChar(&json, '}');

@@ -39,6 +39,7 @@ init_price(void)
 
 /* --- the card in force ---------------------------------------------------- */
 
+/* Does a daily window hold a time? */
 static bool
 window_contains(const PriceWindow *window, TimestampTz at)
 {
@@ -190,6 +191,7 @@ rate_in_force(const PriceRequest *request, RateInForce *result)
 	}
 }
 
+/* Why a request has no price, in words, palloc'd. */
 static char *
 unpriced_reason(const PriceRequest *request, PriceModel *model, const char *what)
 {
@@ -358,7 +360,7 @@ abp_price_hint(const PriceRequest *request)
 
 /* The status as cost_status says it. */
 const char *
-abp_cost_status_name(CostStatus status)
+abp_price_status_name(CostStatus status)
 {
 	switch (status)
 	{
@@ -487,7 +489,7 @@ abp_price_find_model(TextView *provider, TextView *model)
  * false.  cost_cents and missing are palloc'd in the current memory context.
  */
 bool
-abp_price_usage(const PriceRequest *request, bool noerror, PricedCost *cost)
+abp_price_compute(const PriceRequest *request, bool noerror, PricedCost *cost)
 {
 	MemoryContext caller_context = CurrentMemoryContext;
 	ExactCost	exact;

@@ -56,14 +56,14 @@ typedef struct PriceExplanation
 	CostBucket *buckets;
 } PriceExplanation;
 
-extern bool abp_price_usage(const PriceRequest *request, bool noerror,
-							PricedCost *cost);
+extern bool abp_price_compute(const PriceRequest *request, bool noerror,
+							  PricedCost *cost);
 extern CostStatus abp_price_cost(const PriceRequest *request, ExactCost *cost,
 								 char **missing);
 extern void abp_price_explain(const PriceRequest *request,
 							  PriceExplanation *explanation);
 extern char *abp_price_hint(const PriceRequest *request);
 extern bool abp_price_find_model(TextView *provider, TextView *model);
-extern const char *abp_cost_status_name(CostStatus status);
+extern const char *abp_price_status_name(CostStatus status);
 
 #endif							/* ABP_PRICE_H */

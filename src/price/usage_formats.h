@@ -246,7 +246,6 @@ extern void abp_usage_mark_seen(Reading *r, const void *value);
 extern char *abp_usage_value_text(const JsonbValue *value);
 extern bool abp_usage_is_decimal(const char *str, int len);
 extern Numeric abp_usage_decimal(const char *str, int len);
-extern int	abp_usage_compare(Numeric a, Numeric b);
 extern const char *abp_usage_whole_number(Numeric number, int64 *value);
 extern bool abp_usage_attribute(JsonbContainer *item, JsonbValue *name,
 								JsonbValue *found, JsonbContainer **place);

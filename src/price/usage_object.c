@@ -18,6 +18,7 @@
 #include "utils/memutils.h"
 #include "utils/numeric.h"
 
+#include "base/numeric_math.h"
 #include "price/usage_formats.h"
 
 /* Longer doubts are cut: one number that nothing reads tells enough. */
@@ -124,8 +125,7 @@ abp_usage_value_text(const JsonbValue *value)
 	switch (value->type)
 	{
 		case jbvNumeric:
-			str = DatumGetCString(DirectFunctionCall1(numeric_out,
-													  NumericGetDatum(value->val.numeric)));
+			str = numeric_text(value->val.numeric);
 			break;
 		case jbvString:
 			{
@@ -514,23 +514,12 @@ find_number(Reading *r, JsonbContainer *container, const char *path,
 }
 
 /*
- * Which of two numbers is larger: below, at or above 0.
- */
-int
-abp_usage_compare(Numeric a, Numeric b)
-{
-	return DatumGetInt32(DirectFunctionCall2(numeric_cmp,
-											 NumericGetDatum(a),
-											 NumericGetDatum(b)));
-}
-
-/*
  * Is the number 0?
  */
 bool
 abp_usage_is_zero(Numeric number)
 {
-	return abp_usage_compare(number, int64_to_numeric(0)) == 0;
+	return numeric_signum(number) == 0;
 }
 
 /*
@@ -554,14 +543,14 @@ abp_usage_whole_number(Numeric number, int64 *value)
 	}
 
 	if (numeric_is_nan(number) || numeric_is_inf(number) ||
-		abp_usage_compare(number, largest) > 0)
+		numeric_compare(number, largest) > 0)
 		return "beyond the range of bigint";
-	if (abp_usage_compare(number, zero) < 0)
+	if (numeric_compare(number, zero) < 0)
 		return "negative";
 	*value = DatumGetInt64(DirectFunctionCall1(numeric_int8,
 											   NumericGetDatum(number)));
 	if (DatumGetInt32(DirectFunctionCall1(numeric_scale, NumericGetDatum(number))) != 0 &&
-		abp_usage_compare(number, int64_to_numeric(*value)) != 0)
+		numeric_compare(number, int64_to_numeric(*value)) != 0)
 		return "not a whole number";
 	return NULL;
 }
@@ -725,7 +714,7 @@ abp_usage_read_quantity(Reading *r, JsonbContainer *container, const char *path,
 		return false;
 	if (!present)
 		return true;
-	if (abp_usage_compare(found.val.numeric, int64_to_numeric(0)) < 0)
+	if (numeric_compare(found.val.numeric, int64_to_numeric(0)) < 0)
 		return abp_usage_doubt(r, "%s is negative: %s",
 							   abp_usage_path_name(path), abp_usage_value_text(&found));
 	*quantity = found.val.numeric;
@@ -764,10 +753,10 @@ abp_usage_read_amount(Reading *r, JsonbContainer *container, const char *path,
 
 	/* The bound keeps later arithmetic far from numeric's own limits. */
 	if (numeric_is_nan(number) || numeric_is_inf(number) ||
-		abp_usage_compare(number, int64_to_numeric(PG_INT64_MAX)) > 0)
+		numeric_compare(number, int64_to_numeric(PG_INT64_MAX)) > 0)
 		return abp_usage_doubt(r, "%s is no possible cost: %s",
 							   abp_usage_path_name(path), abp_usage_value_text(&found));
-	if (abp_usage_compare(number, int64_to_numeric(0)) < 0)
+	if (numeric_compare(number, int64_to_numeric(0)) < 0)
 		return abp_usage_doubt(r, "%s is negative: %s",
 							   abp_usage_path_name(path), abp_usage_value_text(&found));
 

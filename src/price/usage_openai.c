@@ -10,6 +10,7 @@
 #include "miscadmin.h"
 #include "utils/numeric.h"
 
+#include "base/numeric_math.h"
 #include "price/usage_formats.h"
 
 /*
@@ -552,9 +553,7 @@ cost_with_own_key(Reading *r, const char *fee_path, const char *charge_path)
 		return false;
 	/* without the larger part, the cost is not known */
 	if (fee && charge)
-		r->cost = DatumGetNumeric(DirectFunctionCall2(numeric_add,
-													  NumericGetDatum(fee),
-													  NumericGetDatum(charge)));
+		r->cost = numeric_plus(fee, charge);
 	return true;
 }
 

@@ -18,6 +18,7 @@
 #include "miscadmin.h"
 #include "utils/numeric.h"
 
+#include "base/numeric_math.h"
 #include "price/usage_formats.h"
 
 /* Objects in a usage object are not nested deeper than this. */
@@ -246,7 +247,7 @@ check_unread(Reading *r, const Place *place, Look look, JsonbValue *value)
 		value->type = jbvNumeric;
 	}
 	if (numeric_is_nan(value->val.numeric) ||
-		abp_usage_compare(value->val.numeric, int64_to_numeric(0)) <= 0)
+		numeric_compare(value->val.numeric, int64_to_numeric(0)) <= 0)
 		return true;
 
 	if (look == LOOK_SCOPE && !has_text(key, len, r->format->scope))

@@ -179,6 +179,7 @@ new_column(HeapTuple tuple, AttrNumber column, TupleDesc desc)
 	return column > desc->natts ? 0 : DatumGetInt64(abp_column_or(tuple, column, desc, 0));
 }
 
+/* Begin a scan over attachments, by the active snapshot. */
 static void
 begin_attachment_scan(OrderedScan *scan, int nkeys, ScanKey keys)
 {
@@ -217,6 +218,9 @@ read_server_states(bool by_role)
 	return list;
 }
 
+/*
+ * The state of a server, for one role or InvalidOid; NULL if none is kept.
+ */
 static const ServerState *
 find_server_state(List *states, const char *server, Oid role)
 {
@@ -248,6 +252,7 @@ describe_table(UsageTable *table)
 	ReleaseSysCache(tuple);
 }
 
+/* Is a server paused by "operator" or "answer"? */
 static bool
 paused_by(const ServerState *state, const char *whom)
 {
@@ -287,7 +292,7 @@ describe_server(UsageTable *table, List *states)
  * once as a rule, and statements take it longer to plan than to run.
  */
 List	   *
-abp_usage_tables(bool *armed)
+abp_attachments(bool *armed)
 {
 	OrderedScan scan;
 	HeapTuple	tuple;
@@ -336,7 +341,7 @@ abp_usage_tables(bool *armed)
  * gone, and *ledger_from the last delivery before its last TRUNCATE.
  */
 bool
-abp_usage_table_attached(Oid relid, Oid *serverid, int64 *ledger_from)
+abp_attachment_find(Oid relid, Oid *serverid, int64 *ledger_from)
 {
 	ScanKeyData key;
 	OrderedScan scan;
@@ -364,7 +369,7 @@ abp_usage_table_attached(Oid relid, Oid *serverid, int64 *ledger_from)
  * the tables.
  */
 void
-abp_usage_tables_follow_servers(void)
+abp_attachments_follow_servers(void)
 {
 	static Statement same_cluster = {
 		"SELECT FROM aibilling.database_identity i WHERE i.system_identifier = $1",
@@ -412,7 +417,7 @@ abp_usage_tables_follow_servers(void)
  * A table is gone, or no longer attached: forget that it was.
  */
 void
-abp_usage_table_forget(Oid relid)
+abp_attachment_forget(Oid relid)
 {
 	static Statement forget = {
 		"DELETE FROM aibilling.attachment t WHERE t.usage = $1", 1, {REGCLASSOID}
@@ -427,7 +432,7 @@ abp_usage_table_forget(Oid relid)
  * the rows that come.
  */
 void
-abp_usage_table_truncated(Oid relid)
+abp_attachment_truncated(Oid relid)
 {
 	static Statement note = {
 		"UPDATE aibilling.attachment SET ledger_from ="
@@ -440,7 +445,7 @@ abp_usage_table_truncated(Oid relid)
 	CacheInvalidateRelcacheByRelid(abp_extension_relation("attachment"));
 }
 
-/* What abp_usage_tables returns has changed: a shipper elsewhere reads it again. */
+/* What abp_attachments returns has changed: a shipper elsewhere reads it again. */
 static void
 tell_shipper(void)
 {
@@ -458,7 +463,7 @@ tell_shipper(void)
  * there: the shipper waits for nobody.
  */
 bool
-abp_usage_table_block(Oid relid, const char *reason, TimestampTz until)
+abp_attachment_block(Oid relid, const char *reason, TimestampTz until)
 {
 	static Statement block = {
 		SET_BLOCKED("$2", "$3", " SKIP LOCKED"), 3, {REGCLASSOID, TEXTOID, TIMESTAMPTZOID}
@@ -478,7 +483,7 @@ abp_usage_table_block(Oid relid, const char *reason, TimestampTz until)
  * locked what stands there.
  */
 void
-abp_usage_table_unblock(Oid relid, bool may_wait)
+abp_attachment_unblock(Oid relid, bool may_wait)
 {
 	static Statement unblock[2] = {
 		{

@@ -46,15 +46,15 @@ typedef struct UsageTable
 extern const char *abp_attachment_table(void);
 extern bool abp_server_state_by_role(void);
 extern DatabaseStanding abp_database_standing(void);
-extern List *abp_usage_tables(bool *armed);
-extern bool abp_usage_table_attached(Oid relid, Oid *serverid,
-									 int64 *ledger_from);
-extern void abp_usage_tables_follow_servers(void);
-extern void abp_usage_table_forget(Oid relid);
-extern void abp_usage_table_truncated(Oid relid);
-extern bool abp_usage_table_block(Oid relid, const char *reason,
-								  TimestampTz until);
-extern void abp_usage_table_unblock(Oid relid, bool may_wait);
+extern List *abp_attachments(bool *armed);
+extern bool abp_attachment_find(Oid relid, Oid *serverid,
+								int64 *ledger_from);
+extern void abp_attachments_follow_servers(void);
+extern void abp_attachment_forget(Oid relid);
+extern void abp_attachment_truncated(Oid relid);
+extern bool abp_attachment_block(Oid relid, const char *reason,
+								 TimestampTz until);
+extern void abp_attachment_unblock(Oid relid, bool may_wait);
 extern void abp_server_state_save(const char *server, Oid role,
 								  const char *paused, const char *reason,
 								  int failures, TimestampTz not_before);

@@ -72,6 +72,9 @@ indexes_are_ours(List *indexes)
 	return second != NULL && strcmp(second, "outbox_entry_waiting") == 0;
 }
 
+/*
+ * Open the table of entries, and our index of it unless somebody has changed the indexes.
+ */
 static void
 open_writer(EntryWriter *writer, Oid relid)
 {
@@ -92,6 +95,7 @@ open_writer(EntryWriter *writer, Oid relid)
 	list_free(indexes);
 }
 
+/* Close what open_writer has opened; the locks stay. */
 static void
 close_writer(EntryWriter *writer)
 {

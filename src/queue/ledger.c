@@ -351,6 +351,7 @@ abp_ledger_sending(Oid usage_table)
 	return found;
 }
 
+/* Does a delivery's tuple hold an id? */
 static bool
 delivery_holds(HeapTuple tuple, TupleDesc desc, int64 id)
 {
@@ -455,28 +456,6 @@ abp_ledger_has(Oid usage_table, int64 id, int64 ledger_from)
 	return found;
 }
 
-/* The ids of all deliveries that a statement finds, in the current memory context. */
-static IdSet
-ids_of(Statement *statement, Datum *values)
-{
-	IdSet		all = {0};
-	MemoryContext caller = CurrentMemoryContext;
-	uint64		n;
-	SavedUser	saved;
-
-	n = abp_statement_open(statement, values, NULL, &saved);
-	for (uint64 i = 0; i < n; i++)
-	{
-		IdSet		ids = abp_result_idset(i, 1, CurrentMemoryContext);
-
-		abp_idset_add_set(&all, &ids, caller);
-		abp_idset_free(&ids);
-	}
-	abp_statement_close(&saved);
-	abp_idset_sort(&all);
-	return all;
-}
-
 /*
  * How many transactions ago a delivery of this table changed last, 0 if it has
  * none: what is younger has come after all of them.
@@ -513,7 +492,7 @@ abp_ledger_ids(Oid usage_table, int64 ledger_from)
 	};
 	Datum		values[2] = {ObjectIdGetDatum(usage_table), Int64GetDatum(ledger_from)};
 
-	return ids_of(&known, values);
+	return abp_statement_ids(&known, values);
 }
 
 /*
@@ -528,7 +507,7 @@ abp_ledger_sending_ids(Oid usage_table)
 	};
 	Datum		values[1] = {ObjectIdGetDatum(usage_table)};
 
-	return ids_of(&sending, values);
+	return abp_statement_ids(&sending, values);
 }
 
 /*

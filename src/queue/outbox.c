@@ -73,6 +73,7 @@ typedef struct IdBlock
 	bool		any;
 } IdBlock;
 
+/* Read how often each id of a block was taken out of a state. */
 static void
 read_removals(IdBlock *block, Oid usage_table, char state, int64 id)
 {

@@ -27,10 +27,11 @@
 #include "utils/snapmgr.h"
 #include "utils/uuid.h"
 
-#include "compat.h"
 #include "base/extension.h"
+#include "base/idset.h"
 #include "base/rights.h"
 #include "base/statement.h"
+#include "compat.h"
 #include "queue/shares.h"
 
 /* --- shares ---------------------------------------------------------------- */
@@ -125,10 +126,9 @@ abp_share_load_counted(int64 delivery, IdSet *counted)
 	SavedUser	saved;
 
 	known = abp_statement_open(&load, values, NULL, &saved) > 0;
+	memset(counted, 0, sizeof(IdSet));
 	if (known)
 		*counted = abp_result_idset(0, 1, caller);
-	else
-		memset(counted, 0, sizeof(IdSet));
 	abp_statement_close(&saved);
 	return known;
 }
@@ -248,24 +248,12 @@ abp_share_counted(Oid usage_table, IdSet *ids, int64 ledger_from)
 	Datum		values[3] = {
 		ObjectIdGetDatum(usage_table), (Datum) 0, Int64GetDatum(ledger_from)
 	};
-	MemoryContext caller = CurrentMemoryContext;
 	IdSet		counted = {0};
-	uint64		n;
-	SavedUser	saved;
 
 	if (ids->nranges == 0)
 		return counted;
 	values[1] = abp_idset_to_multirange(ids);
-	n = abp_statement_open(&overlapping, values, NULL, &saved);
-	for (uint64 i = 0; i < n; i++)
-	{
-		IdSet		of_delivery = abp_result_idset(i, 1, CurrentMemoryContext);
-
-		abp_idset_add_set(&counted, &of_delivery, caller);
-		abp_idset_free(&of_delivery);
-	}
-	abp_statement_close(&saved);
-	abp_idset_sort(&counted);
+	counted = abp_statement_ids(&overlapping, values);
 	return abp_idset_intersect(&counted, ids);
 }
 

@@ -19,6 +19,7 @@
 #include "storage/shmem.h"
 #include "utils/resowner.h"
 
+#include "base/transaction.h"
 #include "compat.h"
 #include "queue/wake.h"
 
@@ -155,7 +156,7 @@ abp_wake_register(void)
  * its name.
  */
 void
-abp_worker_ends(const char *error, bool no_database)
+abp_wake_worker_ends(const char *error, bool no_database)
 {
 	if (my_slot == NULL || error == NULL)
 		return;
@@ -170,7 +171,7 @@ abp_worker_ends(const char *error, bool no_database)
  * without one since: a copy in the current memory context, or NULL.
  */
 char	   *
-abp_worker_error(const char *database)
+abp_wake_worker_error(const char *database)
 {
 	char		error[MAX_WORKER_ERROR] = "";
 
@@ -190,7 +191,7 @@ abp_worker_error(const char *database)
  * Did this worker's last run end since there is no database of its name?
  */
 bool
-abp_worker_had_no_database(void)
+abp_wake_had_no_database(void)
 {
 	bool		had_none;
 
@@ -204,7 +205,7 @@ abp_worker_had_no_database(void)
  * There is a database of this worker's name now: its next run may connect.
  */
 void
-abp_worker_has_database(void)
+abp_wake_has_database(void)
 {
 	LWLockAcquire(state->lock, LW_EXCLUSIVE);
 	my_slot->no_database = false;
@@ -265,8 +266,7 @@ note_outcome(XactEvent event, void *arg)
 		wake_due = wake_pending || has_prepared;
 	if (event == XACT_EVENT_PREPARE && wake_pending)
 		has_prepared = true;
-	if (event == XACT_EVENT_COMMIT || event == XACT_EVENT_ABORT ||
-		event == XACT_EVENT_PREPARE)
+	if (abp_transaction_ends(event))
 		wake_pending = false;
 }
 
@@ -318,7 +318,7 @@ abp_wake_worker(void)
  * The process id of this database's worker, 0 if none runs.
  */
 int
-abp_worker_pid(void)
+abp_wake_worker_pid(void)
 {
 	return signal_worker(false);
 }
@@ -341,7 +341,7 @@ abp_wake_listen(void)
  * The worker has had a turn without an error, and no price is left to look for.
  */
 void
-abp_worker_has_looked(void)
+abp_wake_has_looked(void)
 {
 	if (my_slot == NULL)
 		return;
@@ -355,7 +355,7 @@ abp_worker_has_looked(void)
  * How many such turns has this database's worker had?  0 without one.
  */
 uint64
-abp_worker_look_count(void)
+abp_wake_look_count(void)
 {
 	uint64		looks = 0;
 

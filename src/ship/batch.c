@@ -88,7 +88,7 @@ take_ids(Turn *turn, const UsageTable *table, Position *position, int64 max_ids,
 			return ids;
 		if (start < position->restart_at)
 		{
-			abp_due_at(turn, position->restart_at);
+			abp_turn_due_at(turn, position->restart_at);
 			return ids;
 		}
 		position->cursor = PG_INT64_MIN;
@@ -102,6 +102,7 @@ write_share(const Delivery *delivery)
 	abp_share_write(delivery->id, delivery->usage_table, delivery->share, &delivery->counted);
 }
 
+/* Take ids, fill a request with their rows, and enter it in the ledger. */
 static void
 prepare_next(Turn *turn, const UsageTable *table, const ServerOptions *server, void *arg)
 {
@@ -120,7 +121,7 @@ prepare_next(Turn *turn, const UsageTable *table, const ServerOptions *server, v
 		size = Min(size, position->batch_size);
 	ids = take_ids(turn, table, position, size, &entries);
 	if (position->held.nranges > 0)
-		abp_due_at(turn, position->held_until);
+		abp_turn_due_at(turn, position->held_until);
 
 	position->backlog = false;
 	if (ids.nranges == 0)
@@ -177,7 +178,7 @@ abp_batch_next(Turn *turn, const UsageTable *table, const ServerOptions *server,
 		prepare_next(turn, table, server, arg);
 	}
 	else
-		abp_due_at(turn, abp_in_ms(GATHER_MIN_MS));
+		abp_turn_due_at(turn, abp_turn_in_ms(GATHER_MIN_MS));
 	PopActiveSnapshot();
 }
 

@@ -34,6 +34,7 @@
 
 #define ROW_TOO_LARGE_TRIES 3	/* for our memory, before it is held */
 
+/* A row does not go with this batch: its fate says where it goes. */
 static void
 set_aside(Filling *filling, int64 id, const RowState *fate)
 {
@@ -56,6 +57,7 @@ set_aside(Filling *filling, int64 id, const RowState *fate)
 	MemoryContextSwitchTo(old);
 }
 
+/* Set a row aside until somebody fixes it. */
 static void
 reject(Filling *filling, int64 id, char *reason)
 {
@@ -72,7 +74,7 @@ static void
 put_off(Filling *filling, int64 id, char *reason)
 {
 	int			attempts = filling->shipment->delivery.prior_attempts;
-	RowState	fate = {OUTBOX_WAITING, abp_in_ms(HOLD_MS << Min(attempts, MAX_HOLDS)), reason};
+	RowState	fate = {OUTBOX_WAITING, abp_turn_in_ms(HOLD_MS << Min(attempts, MAX_HOLDS)), reason};
 
 	if (attempts >= MAX_HOLDS)
 		fate.state = OUTBOX_REJECTED;
@@ -258,6 +260,7 @@ add_in_time(const UsageRow *row, Jsonb *whole, void *arg)
 	return !filling->full;
 }
 
+/* Under guard: read the rows, and append their events. */
 static void
 read_guarded(void *arg)
 {
@@ -273,10 +276,10 @@ pass_over(const UsageRow *row, Jsonb *whole, void *arg)
 }
 
 /*
- * Can the table be read at all?  An error that is no row's fault is raised.
+ * Can the table be read at all?  An error that is not a row's fault is raised.
  */
 void
-abp_read_no_row(const UsageTable *table, bool whole)
+abp_fill_read_no_row(const UsageTable *table, bool whole)
 {
 	IdSet		none = {0};
 
@@ -293,7 +296,7 @@ set_failed_aside(Filling *filling, int64 id, bool whole, GuardOutcome outcome,
 				 const GuardError *error)
 {
 	if (filling->seen.nranges == 0)
-		abp_read_no_row(filling->table, whole);
+		abp_fill_read_no_row(filling->table, whole);
 	if (outcome == GUARD_PASSES)
 	{
 		if (filling->seen.nranges == 0)
@@ -329,6 +332,7 @@ typedef struct FillingMark
 	bool		full;
 } FillingMark;
 
+/* What has been read so far. */
 static FillingMark
 mark_filling(const Filling *filling)
 {
@@ -560,7 +564,7 @@ rest_table(const UsageTable *table, const Filling *filling)
 {
 	Position   *position = abp_position_of(table->relid);
 	const char *reason = ((OutboxEntry *) llast(filling->exceptions))->error;
-	TimestampTz until = abp_in_ms(HOLD_MS << position->rests);
+	TimestampTz until = abp_turn_in_ms(HOLD_MS << position->rests);
 
 	if (table->blocked_reason == NULL && !filling->warned)
 		ereport(WARNING,

@@ -48,7 +48,7 @@ typedef struct Filling
 	MemoryContext context;
 } Filling;
 
-extern void abp_read_no_row(const UsageTable *table, bool whole);
+extern void abp_fill_read_no_row(const UsageTable *table, bool whole);
 extern bool abp_fill_shipment(Turn *turn, Shipment *shipment, const UsageTable *table,
 							  const ServerOptions *server, IdSet *ids,
 							  char taken_from);

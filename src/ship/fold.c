@@ -242,8 +242,8 @@ abp_fold(Turn *turn, List *tables, bool idle)
 	if (idle && may_have_unknown && unknown_at <= now)
 		more |= sum_up_some(tables) || may_have_shares;
 	if (may_have_shares && fold_at > now)
-		abp_due_at(turn, fold_at);
+		abp_turn_due_at(turn, fold_at);
 	if (may_have_unknown && unknown_at > now)
-		abp_due_at(turn, unknown_at);
+		abp_turn_due_at(turn, unknown_at);
 	return idle && more;
 }

@@ -121,7 +121,7 @@ block_who_ended_us(int code, Datum arg)
 	ereport(WARNING,
 			(errcode(ERRCODE_QUERY_CANCELED),
 			 errmsg("usage rows of %s cannot be delivered: %s", table_at_work->name, reason)));
-	(void) abp_usage_table_block(table_at_work->relid, reason, until);
+	(void) abp_attachment_block(table_at_work->relid, reason, until);
 	PopActiveSnapshot();
 	CommitTransactionCommand();
 }
@@ -156,6 +156,7 @@ abp_guard_start_clock(void)
 	enable_timeouts(&limit, 1);
 }
 
+/* Stop the clock, and take back a cancel of it that came too late. */
 static void
 stop_clock(void)
 {
@@ -179,6 +180,7 @@ abp_guard_elapsed_ms(void)
 		TimestampDifferenceMilliseconds(clock_started, GetCurrentTimestamp()) : 0;
 }
 
+/* Guarded work begins; a part of other guarded work changes nothing. */
 static void
 enter(const UsageTable *table)
 {
@@ -189,6 +191,7 @@ enter(const UsageTable *table)
 	pqsignal(SIGINT, note_cancel);
 }
 
+/* Guarded work ends, one way or the other. */
 static void
 leave(void)
 {
@@ -199,6 +202,7 @@ leave(void)
 	table_at_work = NULL;
 }
 
+/* What an error says of the work. */
 static GuardOutcome
 outcome_of(int sqlerrcode, bool too_long)
 {

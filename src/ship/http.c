@@ -399,7 +399,7 @@ describe_failure(HttpRequest *request, CURLcode code)
 
 /* Take a running request out of libcurl; signals are blocked. */
 static void
-detach(HttpRequest *request)
+detach_request(HttpRequest *request)
 {
 	curl_multi_remove_handle(multi, request->easy);
 	dlist_delete(&request->node);
@@ -436,7 +436,7 @@ mask_token(HttpRequest *request)
 
 /* A running request has ended with code; signals are blocked. */
 static void
-finish(HttpRequest *request, CURLcode code)
+finish_request(HttpRequest *request, CURLcode code)
 {
 	HttpReply  *reply = &request->reply;
 	curl_off_t	elapsed_us = 0;
@@ -465,7 +465,7 @@ finish(HttpRequest *request, CURLcode code)
 		reply->error = request->error;
 	}
 
-	detach(request);
+	detach_request(request);
 	dlist_push_tail(&finished, &request->node);
 }
 
@@ -484,7 +484,7 @@ give_up(CURLMcode code)
 
 		strlcpy(request->curl_error, curl_multi_strerror(code),
 				sizeof(request->curl_error));
-		finish(request, CURLE_ABORTED_BY_CALLBACK);
+		finish_request(request, CURLE_ABORTED_BY_CALLBACK);
 		request->reply.out_of_memory = code == CURLM_OUT_OF_MEMORY;
 	}
 	curl_multi_cleanup(multi);
@@ -503,7 +503,7 @@ give_up(CURLMcode code)
  * move what has ended to the finished requests.
  */
 static void
-drive(curl_socket_t fd, int events)
+drive_multi(curl_socket_t fd, int events)
 {
 	CURLMcode	code;
 	CURLMsg    *message;
@@ -524,10 +524,10 @@ drive(curl_socket_t fd, int events)
 			char	   *request = NULL;
 
 			curl_easy_getinfo(message->easy_handle, CURLINFO_PRIVATE, &request);
-			finish((HttpRequest *) request, result);
+			finish_request((HttpRequest *) request, result);
 		}
 	}
-	/* a socket that libcurl has closed meanwhile is no failure */
+	/* a socket that libcurl has closed meanwhile is not an error */
 	if (code != CURLM_OK && code != CURLM_BAD_SOCKET)
 		give_up(code);
 	restore_signals(&saved);
@@ -605,7 +605,7 @@ wait_and_drive(long timeout_ms)
 			ready |= CURL_CSELECT_IN;
 		if (occurred[i].events & WL_SOCKET_WRITEABLE)
 			ready |= CURL_CSELECT_OUT;
-		drive(occurred[i].fd, ready);
+		drive_multi(occurred[i].fd, ready);
 	}
 
 	/*
@@ -616,7 +616,7 @@ wait_and_drive(long timeout_ms)
 	if (latched)
 	{
 		for (int i = 0; i < nsockets; i++)
-			drive(sockets[i].fd, 0);
+			drive_multi(sockets[i].fd, 0);
 	}
 	return latched;
 }
@@ -647,7 +647,7 @@ abp_http_wait(long timeout_ms)
 		if (timer_due >= 0 && timer_due <= now)
 		{
 			timer_due = -1;
-			drive(CURL_SOCKET_TIMEOUT, 0);
+			drive_multi(CURL_SOCKET_TIMEOUT, 0);
 		}
 		CHECK_FOR_INTERRUPTS();
 		if (!dlist_is_empty(&finished))
@@ -891,8 +891,8 @@ add_token(HttpRequest *request, const char *token, struct curl_slist **headers)
 
 /* Start a request; a GET if body is NULL. */
 static HttpRequest *
-start(const HttpTarget *target, const char *token, const char *body,
-	  size_t body_len, size_t max_reply)
+start_request(const HttpTarget *target, const char *token, const char *body,
+			  size_t body_len, size_t max_reply)
 {
 	HttpRequest *request;
 	OptionSetter setter = {.failure = CURLE_OK};
@@ -957,7 +957,7 @@ start(const HttpTarget *target, const char *token, const char *body,
 
 	/* Let libcurl begin to send at once. */
 	timer_due = -1;
-	drive(CURL_SOCKET_TIMEOUT, 0);
+	drive_multi(CURL_SOCKET_TIMEOUT, 0);
 	return request;
 }
 
@@ -973,14 +973,14 @@ abp_http_post(const HttpTarget *target, const char *token,
 			  const char *body, size_t body_len)
 {
 	Assert(body != NULL);
-	return start(target, token, body, body_len, HTTP_MAX_REPLY);
+	return start_request(target, token, body, body_len, HTTP_MAX_REPLY);
 }
 
 /* Start a GET of a JSON document; otherwise like abp_http_post. */
 HttpRequest *
 abp_http_get(const HttpTarget *target, const char *token)
 {
-	return start(target, token, NULL, 0, HTTP_MAX_DOCUMENT);
+	return start_request(target, token, NULL, 0, HTTP_MAX_DOCUMENT);
 }
 
 /*
@@ -1033,7 +1033,7 @@ abp_http_cancel_all(void)
 	{
 		HttpRequest *request = dlist_head_element(HttpRequest, node, &running);
 
-		detach(request);
+		detach_request(request);
 		recycle(request);
 	}
 	restore_signals(&saved);

@@ -73,6 +73,7 @@ lane_name(const Lane *lane)
 		psprintf("server \"%s\" by the user mapping for %s", lane->server, quote_identifier(role));
 }
 
+/* Under guard: what is in a lane is written down. */
 static void
 write_lane(void *arg)
 {
@@ -94,7 +95,7 @@ write_down(Turn *turn, Lane *lane)
 
 	if (lane->write_at > GetCurrentTimestamp())
 	{
-		abp_due_at(turn, lane->write_at);
+		abp_turn_due_at(turn, lane->write_at);
 		return;
 	}
 	outcome = abp_guard(NULL, write_lane, lane, &error);
@@ -103,10 +104,11 @@ write_down(Turn *turn, Lane *lane)
 	lane->unwritten = outcome != GUARD_DONE;
 	if (!lane->unwritten)
 		return;
-	lane->write_at = abp_in_ms(HELD_MS);
-	abp_due_at(turn, lane->write_at);
+	lane->write_at = abp_turn_in_ms(HELD_MS);
+	abp_turn_due_at(turn, lane->write_at);
 }
 
+/* Write down how a lane does, and why; NULL: it is open. */
 static void
 save_lane(Turn *turn, Lane *lane, const char *reason)
 {
@@ -160,7 +162,7 @@ abp_lane_back_off(Turn *turn, Lane *lane, int64 ms, const char *reason)
 				 errdetail("Delivery is tried again in %d seconds, and then more and more rarely.",
 						   (int) ((ms + 999) / 1000))));
 	lane->failures++;
-	lane->not_before = abp_in_ms(ms);
+	lane->not_before = abp_turn_in_ms(ms);
 	save_lane(turn, lane, reason);
 }
 
@@ -174,7 +176,7 @@ abp_lane_pause(Turn *turn, Lane *lane, const char *reason)
 				 errmsg("delivery to %s is paused: %s", lane_name(lane), reason),
 				 errhint("Fix the server's options or its access token; delivery resumes by itself then, or with aibilling.resume().")));
 	lane->paused_by_answer = true;
-	lane->not_before = abp_in_ms(PROBE_MS);
+	lane->not_before = abp_turn_in_ms(PROBE_MS);
 	save_lane(turn, lane, reason);
 }
 
@@ -201,7 +203,7 @@ open_lane(Turn *turn, Lane *lane)
 	lane->failures = 0;
 	lane->paused_by_answer = false;
 	lane->lacks_token = false;
-	lane->refused_token = 0;
+	lane->last_token = 0;
 	lane->not_before = DT_NOBEGIN;
 	save_lane(turn, lane, NULL);
 }
@@ -234,7 +236,7 @@ abp_lane_take_quota(Turn *turn, const ServerOptions *server)
 
 	if (abp_quota_take(server, &next))
 		return true;
-	abp_due_at(turn, next);
+	abp_turn_due_at(turn, next);
 	return false;
 }
 
@@ -253,14 +255,14 @@ abp_lane_is_closed(Turn *turn, Lane *lane, const UsageTable *table, const Server
 
 	if (token == NULL)
 	{
-		if (!lane->paused_by_answer || lane->refused_token != 0 ||
+		if (!lane->paused_by_answer || lane->last_token != 0 ||
 			table->pause_reason == NULL || strcmp(table->pause_reason, token_problem) != 0)
 		{
-			lane->refused_token = 0;
+			lane->last_token = 0;
 			abp_lane_pause(turn, lane, token_problem);
 		}
 		lane->lacks_token = true;
-		abp_due_at(turn, abp_in_ms(PROBE_MS));
+		abp_turn_due_at(turn, abp_turn_in_ms(PROBE_MS));
 		return true;
 	}
 	if (lane->lacks_token)
@@ -272,13 +274,13 @@ abp_lane_is_closed(Turn *turn, Lane *lane, const UsageTable *table, const Server
 	}
 
 	/* What failed or was refused may have been fixed: try. */
-	if (abp_position_servers_are_new(table) || (lane->paused_by_answer && hash != lane->refused_token))
+	if (abp_position_servers_are_new(table) || (lane->paused_by_answer && hash != lane->last_token))
 		abp_lane_try_now(lane);
-	lane->refused_token = hash;
+	lane->last_token = hash;
 
 	if (lane->not_before > GetCurrentTimestamp())
 	{
-		abp_due_at(turn, lane->not_before);
+		abp_turn_due_at(turn, lane->not_before);
 		return true;
 	}
 	return false;

@@ -18,19 +18,18 @@
 #include "ship/turn.h"
 
 /*
- * What is known of a server, for the life of the process: of what it says to
- * the token that all share and, apart from that, to each role's own.
+ * The way to one server, until this process is the shipper no more.  A role with
+ * a user mapping of its own has a lane of its own; all others share one.
  */
 struct Lane
 {
 	char		server[NAMEDATALEN];
 	Oid			role;			/* with a user mapping of its own; InvalidOid:
 								 * the others together */
-	int			abp_shipments;	/* unsettled, in flight or waiting */
 	int			failures;		/* in a row */
 	TimestampTz not_before;
 	bool		paused_by_answer;
-	uint32		refused_token;	/* hash of the token that was refused, 0: none */
+	uint32		last_token;		/* hash of the token last looked at, 0: none */
 	bool		lacks_token;	/* is paused for want of one */
 	TimestampTz last_success;
 	int			batch_size;		/* adapted to slow answers; 0: as configured */

@@ -152,12 +152,15 @@ static void
 read_event(JsonbContainer *item, PolarEvent *event)
 {
 	JsonbValue	value;
+	const char *source;
 
 	memset(event, 0, sizeof(*event));
 	event->polar_id = abp_json_string(item, "id");
 	event->timestamp = json_time(item, "timestamp");
 	event->name = abp_json_string(item, "name");
 	event->customer_id = abp_json_string(item, "customer_id");
+	source = abp_json_string(item, "source");
+	event->is_systems = source != NULL && strcmp(source, "system") == 0;
 	event->external_customer_id = abp_json_string(item, "external_customer_id");
 	if (abp_json_member(item, "customer", &value) && value.type == jbvBinary)
 		event->linked_customer = abp_json_string(value.val.binary.data, "external_id");
@@ -262,6 +265,8 @@ read_page(EventList *list, TimestampTz from_time, TimestampTz to_time, int64 num
 		read_event(item->val.binary.data, &event);
 		page.nevents++;
 		page.last = Max(page.last, event.timestamp);
+		if (list->query->only_sent && event.is_systems)
+			continue;
 		if (here != NULL)
 			(void) is_new(here, &event);
 		if (event.timestamp >= list->query->from_time && event.timestamp < list->query->to_time &&

@@ -32,6 +32,7 @@ typedef struct PolarEvent
 	const char *external_customer_id;
 	const char *linked_customer;	/* external id of the customer that it is
 									 * shown with */
+	bool		is_systems;		/* Polar has made it itself */
 	Numeric		cost_cents;		/* a double at Polar */
 	Numeric		cost_nanos;
 	Jsonb	   *metadata;		/* never NULL */

@@ -85,12 +85,12 @@ abp_position_look_again(Turn *turn, Oid usage_table)
 void
 abp_position_block(Turn *turn, const UsageTable *table, const char *reason, TimestampTz until)
 {
-	if (!abp_usage_table_block(table->relid, reason, until))
+	if (!abp_attachment_block(table->relid, reason, until))
 	{
-		until = Min(until, abp_in_ms(TRANSIENT_MS));
+		until = Min(until, abp_turn_in_ms(TRANSIENT_MS));
 		abp_position_of(table->relid)->try_at = until;
 	}
-	abp_due_at(turn, until);
+	abp_turn_due_at(turn, until);
 }
 
 /* Look at rows that others are changing again soon, if nothing tells before. */
@@ -103,8 +103,8 @@ abp_position_hold_rows(Turn *turn, const UsageTable *table, const IdSet *ids)
 	abp_idset_add_set(&position->held, ids, abp_shipper_memory);
 	if (TimestampDifferenceExceeds(position->held_until, now, HELD_MS))
 		position->held_since = now;
-	position->held_until = abp_in_ms(HELD_MS);
-	abp_due_at(turn, position->held_until);
+	position->held_until = abp_turn_in_ms(HELD_MS);
+	abp_turn_due_at(turn, position->held_until);
 }
 
 /* Another transaction has locked the table, or what we need of it. */
@@ -113,11 +113,11 @@ note_locked(Turn *turn, const UsageTable *table)
 {
 	Position   *position = abp_position_of(table->relid);
 	const char *reason = "another transaction has locked the table";
-	TimestampTz until = abp_in_ms(LOCKED_LONG_MS);
+	TimestampTz until = abp_turn_in_ms(LOCKED_LONG_MS);
 
 	position->failed = true;
-	position->try_at = abp_in_ms(LOCKED_MS);
-	abp_due_at(turn, position->try_at);
+	position->try_at = abp_turn_in_ms(LOCKED_MS);
+	abp_turn_due_at(turn, position->try_at);
 	if (position->locked_since == 0)
 		position->locked_since = GetCurrentTimestamp();
 	if (!TimestampDifferenceExceeds(position->locked_since, GetCurrentTimestamp(),
@@ -140,6 +140,7 @@ typedef struct GuardedTableWork
 	void	   *arg;
 } GuardedTableWork;
 
+/* Under guard: the work itself. */
 static void
 do_table_work(void *arg)
 {
@@ -196,7 +197,7 @@ abp_position_guarded(Turn *turn, TableWork work, const UsageTable *table, const 
 	if (outcome == GUARD_NO_MEMORY)
 		position->batch_size = Max(1, (position->batch_size > 0 ? position->batch_size :
 									   server->batch_size) / 2);
-	until = abp_in_ms(outcome == GUARD_FAILED ? PROBE_MS : TRANSIENT_MS);
+	until = abp_turn_in_ms(outcome == GUARD_FAILED ? PROBE_MS : TRANSIENT_MS);
 	abp_position_block(turn, table, error.message, until);
 	return outcome;
 }
@@ -235,7 +236,7 @@ abp_options_of(const UsageTable *table)
 void
 abp_position_refuse(Turn *turn, const UsageTable *table, const char *reason)
 {
-	TimestampTz until = abp_in_ms(PROBE_MS);
+	TimestampTz until = abp_turn_in_ms(PROBE_MS);
 
 	if (table->blocked_reason == NULL)
 		ereport(WARNING,

@@ -275,7 +275,7 @@ abp_reader_run(Oid serverid, Oid token_of, const char *who, ReadingWork work, vo
 				 errhint("Name a server of kind 'polar'.")));
 
 	initStringInfo(&problem);
-	reader.token = abp_server_token(reader.server, token_of, &problem);
+	reader.token = abp_token_read(reader.server, token_of, &problem);
 	if (reader.token == NULL)
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_AUTHORIZATION_SPECIFICATION),
@@ -289,7 +289,7 @@ abp_reader_run(Oid serverid, Oid token_of, const char *who, ReadingWork work, vo
 	PG_FINALLY();
 	{
 		abp_http_cancel_all();
-		abp_forget_token(reader.token);
+		abp_token_forget(reader.token);
 	}
 	PG_END_TRY();
 }

@@ -17,9 +17,9 @@
 #include "queue/feed.h"
 #include "queue/ledger.h"
 #include "queue/outbox.h"
-#include "ship/http.h"
 #include "queue/shares.h"
 #include "ship/fold.h"
+#include "ship/http.h"
 #include "ship/lane.h"
 #include "ship/position.h"
 #include "ship/quota.h"
@@ -36,6 +36,9 @@
 #define ERRORS_BEFORE_REJECTING 5
 #define TIMEOUTS_BEFORE_HALVING 3
 
+/*
+ * Put ids of a delivery back into the outbox, in this state and with this reason.
+ */
 static void
 put_back(Shipment *shipment, IdSet ids, char state, TimestampTz not_before,
 		 const char *error, bool burn_attempt)
@@ -144,6 +147,7 @@ abp_settle_by_halves(Shipment *shipment, const char *error)
 	keep_for_retry(shipment, DT_NOBEGIN, error);
 }
 
+/* Settle a delivery of which no row can be sent: somebody must fix them. */
 static void
 reject_shipment(Turn *turn, Shipment *shipment, const char *error)
 {
@@ -152,6 +156,7 @@ reject_shipment(Turn *turn, Shipment *shipment, const char *error)
 	abp_shipment_drop(turn, shipment);
 }
 
+/* Polar has the events of a delivery. */
 static void
 settle_delivered(Turn *turn, Shipment *shipment, const Verdict *verdict, double elapsed_ms,
 				 const ServerOptions *server, int64 ledger_from)
@@ -220,7 +225,7 @@ settle_refused(Turn *turn, Shipment *shipment, const Verdict *verdict)
 		abp_idset_add(&refused, id, id, CurrentMemoryContext);
 		if (event->clock_skew)
 			put_back(shipment, one, OUTBOX_WAITING,
-					 abp_in_ms(SKEW_MS * Min(12, 1 + delivery->prior_attempts)),
+					 abp_turn_in_ms(SKEW_MS * Min(12, 1 + delivery->prior_attempts)),
 					 event->reason, true);
 		else
 		{
@@ -272,7 +277,7 @@ settle_server_error(Turn *turn, Shipment *shipment, const Verdict *verdict)
 
 		if (!others_pass)
 			abp_lane_back_off(turn, lane, ms, verdict->error);
-		keep_for_retry(shipment, abp_in_ms(ms), verdict->error);
+		keep_for_retry(shipment, abp_turn_in_ms(ms), verdict->error);
 	}
 }
 

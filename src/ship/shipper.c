@@ -86,7 +86,7 @@ static Turn this_turn = {.room_left = true};
 static Oid	known_extension = InvalidOid;
 static bool recovered = false;	/* have unsettled deliveries been taken over? */
 
-/* What abp_usage_tables last said, in tables_context. */
+/* What abp_attachments last said, in tables_context. */
 static MemoryContext tables_context = NULL;
 static List *known_tables = NIL;
 static TimestampTz tables_read_at = 0;
@@ -95,7 +95,7 @@ static TimestampTz tables_read_at = 0;
 static bool tables_stale = true;
 static bool prices_changed = true;
 static bool servers_changed = false;
-static Oid	price_relids[5];
+static Oid	watched_relids[5];
 
 /* --- lock and transactions ------------------------------------------------- */
 
@@ -208,9 +208,9 @@ static void
 on_relcache_change(Datum arg, Oid relid)
 {
 	tables_stale = true;
-	for (int i = 0; i < lengthof(price_relids); i++)
+	for (int i = 0; i < lengthof(watched_relids); i++)
 	{
-		if (relid == price_relids[i] || relid == InvalidOid)
+		if (relid == watched_relids[i] || relid == InvalidOid)
 			prices_changed = true;
 	}
 }
@@ -222,6 +222,7 @@ on_server_change(Datum arg, int cacheid, uint32 hashvalue)
 	tables_stale = true;
 }
 
+/* Get ready to ship, once per process. */
 static void
 init_ship(void)
 {
@@ -353,7 +354,7 @@ forget_dropped(List *tables)
 		if (OidIsValid(table->owner) || abp_ledger_sending(table->relid))
 			continue;
 		count = abp_outbox_discard(table->relid);
-		abp_usage_table_forget(table->relid);
+		abp_attachment_forget(table->relid);
 		abp_rollup_forget(table->relid);
 		tables_stale = true;
 		if (count > 0)
@@ -407,7 +408,7 @@ fewest_errors_first(const ListCell *a, const ListCell *b)
  * here, too: rows that went back to the outbox are the shipment's again.
  */
 static bool
-prepare_again(Turn *turn, const UsageTable *table, const ServerOptions *server, Shipment *shipment)
+retry_shipment(Turn *turn, const UsageTable *table, const ServerOptions *server, Shipment *shipment)
 {
 	Delivery   *delivery = &shipment->delivery;
 	Delivery	before = *delivery;
@@ -426,13 +427,13 @@ prepare_again(Turn *turn, const UsageTable *table, const ServerOptions *server, 
 		if (outcome == GUARD_NO_MEMORY && delivery->nevents > 1)
 			abp_settle_by_halves(shipment, "out of memory");
 		else
-			shipment->retry_at = abp_in_ms(outcome == GUARD_FAILED ? PROBE_MS :
-										   outcome == GUARD_PASSES ? LOCKED_MS : TRANSIENT_MS);
+			shipment->retry_at = abp_turn_in_ms(outcome == GUARD_FAILED ? PROBE_MS :
+												outcome == GUARD_PASSES ? LOCKED_MS : TRANSIENT_MS);
 		return false;
 	}
 
 	if (table->blocked_reason != NULL && !abp_position_of(table->relid)->failed)
-		abp_usage_table_unblock(table->relid, false);
+		abp_attachment_unblock(table->relid, false);
 	if (delivery->nevents == 0)
 	{
 		abp_shipment_drop(turn, shipment);
@@ -450,7 +451,7 @@ prepare_again(Turn *turn, const UsageTable *table, const ServerOptions *server, 
  * of another tells whether a row of theirs is to blame.
  */
 static void
-prepare_waiting(Turn *turn, const UsageTable *table, const ServerOptions *server, bool suspects)
+retry_due_shipments(Turn *turn, const UsageTable *table, const ServerOptions *server, bool suspects)
 {
 	Lane	   *lane = abp_lane_of_table(table);
 	Position   *position = abp_position_of(table->relid);
@@ -467,11 +468,11 @@ prepare_waiting(Turn *turn, const UsageTable *table, const ServerOptions *server
 			(lane->failures > 0 && shipment->server_errors > 0) != suspects)
 			continue;
 		if (shipment->retry_at > GetCurrentTimestamp())
-			abp_due_at(turn, shipment->retry_at);
+			abp_turn_due_at(turn, shipment->retry_at);
 		else if (position->failed || abp_turn_is_over(turn))
 			turn->more_to_build |= !position->failed;
 		else if (abp_lane_has_room(lane, server) && abp_lane_take_quota(turn, server) &&
-				 !prepare_again(turn, table, server, shipment))
+				 !retry_shipment(turn, table, server, shipment))
 			abp_quota_give_back(server);
 	}
 }
@@ -488,27 +489,27 @@ prepare_table(Turn *turn, const UsageTable *table, const ServerOptions *server, 
 	bool		built = false;
 
 	initStringInfo(&reason);
-	token = abp_server_token(server, table->owner, &reason);
+	token = abp_token_read(server, table->owner, &reason);
 
 	/*
 	 * A role whose mapping has come or gone since the tables were read waits
 	 * a turn.
 	 */
 	if (OidIsValid(table->role) !=
-		(abp_server_state_by_role() && abp_server_is_mapped(server->serverid, table->owner)))
+		(abp_server_state_by_role() && abp_token_is_mapped(server->serverid, table->owner)))
 	{
-		abp_forget_token(token);
+		abp_token_forget(token);
 		tables_stale = true;
 		turn->more_to_build = true;
 		return;
 	}
 	if (abp_lane_is_closed(turn, lane, table, server, token, reason.data))
 	{
-		abp_forget_token(token);
+		abp_token_forget(token);
 		return;
 	}
 
-	prepare_waiting(turn, table, server, false);
+	retry_due_shipments(turn, table, server, false);
 
 	/*
 	 * One new batch a turn: it departs before the next is built.  Requests
@@ -537,14 +538,14 @@ prepare_table(Turn *turn, const UsageTable *table, const ServerOptions *server, 
 			break;
 		}
 		if (next.found && table->blocked_reason != NULL && !position->failed)
-			abp_usage_table_unblock(table->relid, false);
+			abp_attachment_unblock(table->relid, false);
 		if (next.shipment == NULL)
 			abp_quota_give_back(server);
 		else
 		{
 			built = true;
 			if (next.gather_ms > 0)
-				turn->gather_until = abp_in_ms(next.gather_ms);
+				turn->gather_until = abp_turn_in_ms(next.gather_ms);
 		}
 		if (!next.found)
 		{
@@ -552,7 +553,7 @@ prepare_table(Turn *turn, const UsageTable *table, const ServerOptions *server, 
 			break;
 		}
 	}
-	prepare_waiting(turn, table, server, true);
+	retry_due_shipments(turn, table, server, true);
 	turn->backlog |= position->backlog;
 
 	foreach(lc, abp_shipments)
@@ -572,7 +573,7 @@ prepare_table(Turn *turn, const UsageTable *table, const ServerOptions *server, 
 		departure->token = pstrdup(token);
 		*departures = lappend(*departures, departure);
 	}
-	abp_forget_token(token);
+	abp_token_forget(token);
 }
 
 /*
@@ -617,7 +618,7 @@ current_tables(bool *armed)
 		tables_read_at = 0;
 		known_tables = NIL;
 		MemoryContextReset(tables_context);
-		known_tables = abp_usage_tables(armed);
+		known_tables = abp_attachments(armed);
 		abp_rows_forget_plans_except(known_tables);
 		abp_positions_forget_except(known_tables);
 		tables_read_at = now;
@@ -673,12 +674,12 @@ serve_table(Turn *turn, const UsageTable *table, bool fresh, List **departures)
 	if (table->blocked_until > start &&
 		(table->blocked_until == DT_NOEND || (!abp_position_servers_are_new(table) && !fresh)))
 	{
-		abp_due_at(turn, table->blocked_until);
+		abp_turn_due_at(turn, table->blocked_until);
 		return;
 	}
 	if (position->try_at > start)
 	{
-		abp_due_at(turn, position->try_at);
+		abp_turn_due_at(turn, position->try_at);
 		return;
 	}
 
@@ -693,7 +694,7 @@ serve_table(Turn *turn, const UsageTable *table, bool fresh, List **departures)
 	}
 
 	position->barred = false;
-	abp_scan_unpriced(turn, table, server);
+	abp_unpriced_scan(turn, table, server);
 	if (!position->failed)
 		prepare_table(turn, table, server, departures);
 	abp_position_saw_servers(position);
@@ -702,7 +703,7 @@ serve_table(Turn *turn, const UsageTable *table, bool fresh, List **departures)
 
 	due = abp_outbox_next_due(table->relid);
 	if (due > start)
-		abp_due_at(turn, due);
+		abp_turn_due_at(turn, due);
 }
 
 /* The worker waits for an update of the extension, and says so once. */
@@ -726,7 +727,7 @@ warn_of_old_version(const ShipScope *scope)
  * the requests to make, in turn->context.
  */
 static List *
-work(Turn *turn, const ShipScope *scope)
+settle_and_prepare(Turn *turn, const ShipScope *scope)
 {
 	List	   *departures = NIL;
 	List	   *tables;
@@ -746,7 +747,7 @@ work(Turn *turn, const ShipScope *scope)
 		return NIL;
 	if (!keep_extension(extension, outbox))
 	{
-		abp_due_at(turn, abp_in_ms(DROP_WAIT_MS));
+		abp_turn_due_at(turn, abp_turn_in_ms(DROP_WAIT_MS));
 		return NIL;
 	}
 	if (!abp_extension_installed())
@@ -755,19 +756,21 @@ work(Turn *turn, const ShipScope *scope)
 		return NIL;
 	}
 
-	price_relids[0] = abp_extension_relation("price");
-	price_relids[1] = abp_extension_relation("model_alias");
-	price_relids[2] = abp_extension_relation("service_tier_rule");
-	price_relids[3] = abp_extension_relation("price_source");
-	price_relids[4] = abp_extension_relation("attachment"); /* attached with rows */
+	watched_relids[0] = abp_extension_relation("price");
+	watched_relids[1] = abp_extension_relation("model_alias");
+	watched_relids[2] = abp_extension_relation("service_tier_rule");
+	watched_relids[3] = abp_extension_relation("price_source");
+	watched_relids[4] = abp_extension_relation("attachment");	/* attached with rows */
 
+	/* What is taken over must find its table: not by a list of a while ago. */
+	if (!recovered)
+		tables_stale = true;
 	tables = current_tables(&armed);
 	MemoryContextSwitchTo(turn->context);
 	if (!recovered)
 		recover(tables);
 	notice_resumed(tables);
 	abp_settle_answered(turn, tables);
-	abp_settle_orphans(turn, tables);
 	change_lanes(tables);
 	abp_lanes_write_down(turn);
 	if (turn->settled >= SUM_UP_EVERY)
@@ -781,6 +784,7 @@ work(Turn *turn, const ShipScope *scope)
 		recovered = abp_shipments != NIL;
 		return NIL;
 	}
+	abp_settle_orphans(turn, tables);
 	forget_dropped(tables);
 
 	abp_positions_note_changes(prices_changed, servers_changed);
@@ -807,14 +811,15 @@ work(Turn *turn, const ShipScope *scope)
 
 	/* One table's backlog waits little for another's rows to gather. */
 	if (turn->backlog)
-		turn->gather_until = Min(turn->gather_until, abp_in_ms(GATHER_MIN_MS));
+		turn->gather_until = Min(turn->gather_until, abp_turn_in_ms(GATHER_MIN_MS));
 
 	/* Every commit wakes us: not for nothing while nothing may be sent. */
 	if (departures == NIL && abp_shipments == NIL && !turn->room_left)
-		turn->gather_until = abp_in_ms(GATHER_MAX_MS);
+		turn->gather_until = abp_turn_in_ms(GATHER_MAX_MS);
 	return departures;
 }
 
+/* Make the requests that the turn has committed. */
 static void
 depart(List *departures)
 {
@@ -829,10 +834,11 @@ depart(List *departures)
 										  shipment->delivery.body.data,
 										  shipment->delivery.body.len);
 		shipment->stage = SHIPMENT_IN_FLIGHT;
-		abp_forget_token(departure->token);
+		abp_token_forget(departure->token);
 	}
 }
 
+/* Note which requests have ended: the next turn settles them. */
 static void
 collect_answers(void)
 {
@@ -899,7 +905,7 @@ abp_ship(const ShipScope *scope)
 	collect_answers();
 	abp_wake_listen();
 	abp_ship_begin(scope);
-	departures = work(&this_turn, scope);
+	departures = settle_and_prepare(&this_turn, scope);
 	abp_ship_commit(scope);
 	MemoryContextSwitchTo(this_turn.context);
 	depart(departures);
@@ -921,7 +927,7 @@ abp_ship(const ShipScope *scope)
 				timeout = Min(timeout, TimestampDifferenceMilliseconds(GetCurrentTimestamp(),
 																	   this_turn.next_due));
 			if (abp_http_wait(timeout) || this_turn.room_left || timeout < IDLE_WAIT_MS ||
-				(OidIsValid(scope->owner) && abp_worker_pid() != 0))
+				(OidIsValid(scope->owner) && abp_wake_worker_pid() != 0))
 				return 0;
 		}
 	}

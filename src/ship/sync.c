@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * sync.c
- *	  CALL aibilling.sync(): delivery at the caller's time, in his session.
+ *	  CALL aibilling.sync(): delivery at the caller's time, in their session.
  *
  *-------------------------------------------------------------------------
  */
@@ -26,6 +26,7 @@
 #include "queue/ledger.h"
 #include "queue/outbox.h"
 #include "queue/wake.h"
+#include "ship/fold.h"
 #include "ship/http.h"
 #include "ship/position.h"
 #include "ship/shipper.h"
@@ -38,6 +39,9 @@
 
 /* When to give up a table of which nothing moves, for whatever reason. */
 #define STALLED_MS (2 * 60 * 1000)
+
+/* How long to add up what was delivered, at the end. */
+#define FOLD_MS 2000
 
 PG_FUNCTION_INFO_V1(abp_sql_sync);
 
@@ -67,6 +71,7 @@ typedef struct Sync
 	uint64		worker_looks;
 	int64		delivered;		/* before the shipper's role went to another */
 	const char *gave_up;		/* why not all is delivered, or NULL */
+	TimestampTz fold_until;		/* 0: not all is delivered yet */
 } Sync;
 
 static void
@@ -81,13 +86,13 @@ check_call(FunctionCallInfo fcinfo)
 				 errhint("It commits as it goes; call it by itself: CALL aibilling.sync().")));
 }
 
-/* Note what waits now: in tables of the caller's, for the server he names. */
+/* Note what waits now: in tables of the caller's, for the server that is named. */
 static void
 set_goals(Sync *sync)
 {
 	bool		armed;
 	bool		mine = false;
-	List	   *tables = abp_usage_tables(&armed);
+	List	   *tables = abp_attachments(&armed);
 	ListCell   *lc;
 
 	if (!armed)
@@ -137,8 +142,8 @@ set_goals(Sync *sync)
 static bool
 worker_has_looked(const Sync *sync)
 {
-	return sync->worker_pid == 0 || abp_worker_pid() != sync->worker_pid ||
-		abp_worker_look_count() >= sync->worker_looks + 2;
+	return sync->worker_pid == 0 || abp_wake_worker_pid() != sync->worker_pid ||
+		abp_wake_look_count() >= sync->worker_looks + 2;
 }
 
 /* Have the rows that waited for a price at the start been compared with today's? */
@@ -247,7 +252,7 @@ is_done(Sync *sync, bool idle)
 												 STALLED_MS))
 			return false;
 		if (tables == NIL)
-			tables = abp_usage_tables(&armed);
+			tables = abp_attachments(&armed);
 		why = obstacle(sync, goal, tables);
 		if (why == NULL)
 			return false;
@@ -255,7 +260,7 @@ is_done(Sync *sync, bool idle)
 	}
 
 	/* What is gone needs nothing any more, but was not delivered either. */
-	tables = abp_usage_tables(&armed);
+	tables = abp_attachments(&armed);
 	for (int i = 0; i < sync->ngoals && sync->gave_up == NULL; i++)
 	{
 		if (sync->goals[i].last > PG_INT64_MIN && find_table(tables, sync->goals[i].relid) == NULL)
@@ -266,13 +271,13 @@ is_done(Sync *sync, bool idle)
 
 /*
  * Take the shipper's role if it is free.  Whoever has it keeps others from
- * it, and an owner ships only his own tables: he leaves it to the worker,
- * which ships all.
+ * it, and an owner ships only their own tables: they leave it to the
+ * worker, which ships all.
  */
 static void
 take_or_leave_role(Sync *sync)
 {
-	bool		leave = OidIsValid(sync->scope.owner) && abp_worker_pid() != 0;
+	bool		leave = OidIsValid(sync->scope.owner) && abp_wake_worker_pid() != 0;
 
 	if (sync->shipper && leave)
 	{
@@ -300,6 +305,20 @@ report_progress(Sync *sync, TimestampTz now)
 	sync->report_at = now + PROGRESS_MS * INT64CONST(1000);
 }
 
+/*
+ * All is delivered.  Where there is no worker, nobody else adds it to the
+ * rollup: do so for a while.
+ */
+static bool
+goes_on_folding(Sync *sync, TimestampTz now)
+{
+	if (!sync->shipper || !abp_fold_is_behind())
+		return false;
+	if (sync->fold_until == 0)
+		sync->fold_until = now + FOLD_MS * INT64CONST(1000);
+	return now < Min(sync->fold_until, sync->deadline);
+}
+
 static void
 deliver(Sync *sync)
 {
@@ -320,10 +339,9 @@ deliver(Sync *sync)
 		abp_ship_begin(&sync->scope);
 		done = is_done(sync, !sync->shipper || due != 0);
 		abp_ship_commit(&sync->scope);
-		if (done)
-			return;
-
 		now = GetCurrentTimestamp();
+		if (done && !goes_on_folding(sync, now))
+			return;
 		if (now >= sync->deadline)
 		{
 			sync->gave_up = "the timeout was reached";
@@ -374,8 +392,8 @@ abp_sql_sync(PG_FUNCTION_ARGS)
 													PG_GETARG_DATUM(1)));
 	sync.report_at = GetCurrentTimestamp() + PROGRESS_MS * INT64CONST(1000);
 	set_goals(&sync);
-	sync.worker_pid = abp_worker_pid();
-	sync.worker_looks = abp_worker_look_count();
+	sync.worker_pid = abp_wake_worker_pid();
+	sync.worker_looks = abp_wake_look_count();
 	SPI_commit();
 
 	PG_TRY();

@@ -26,7 +26,7 @@ abp_turn_is_over(Turn *turn)
  * Something is to be done then: the next turn is not to come later.
  */
 void
-abp_due_at(Turn *turn, TimestampTz when)
+abp_turn_due_at(Turn *turn, TimestampTz when)
 {
 	turn->next_due = Min(turn->next_due, when);
 }
@@ -35,7 +35,7 @@ abp_due_at(Turn *turn, TimestampTz when)
  * The time so many milliseconds from now.
  */
 TimestampTz
-abp_in_ms(int64 ms)
+abp_turn_in_ms(int64 ms)
 {
 	return GetCurrentTimestamp() + ms * INT64CONST(1000);
 }

@@ -61,7 +61,7 @@ typedef struct Turn
 extern MemoryContext abp_shipper_memory;
 
 extern bool abp_turn_is_over(Turn *turn);
-extern void abp_due_at(Turn *turn, TimestampTz when);
-extern TimestampTz abp_in_ms(int64 ms);
+extern void abp_turn_due_at(Turn *turn, TimestampTz when);
+extern TimestampTz abp_turn_in_ms(int64 ms);
 
 #endif							/* ABP_TURN_H */

@@ -82,6 +82,7 @@ move_to(PriceLook *look, int64 id, char state, TimestampTz not_before, const cha
 	MemoryContextSwitchTo(old);
 }
 
+/* Several rows leave their entry. */
 static void
 move_all(PriceLook *look, const IdSet *ids, char state, const char *error)
 {
@@ -91,6 +92,7 @@ move_all(PriceLook *look, const IdSet *ids, char state, const char *error)
 		move_to(look, walk.id, state, DT_NOBEGIN, error);
 }
 
+/* Has a row that waits a price by now, or another reason to wait? */
 static bool
 look_for_price(const UsageRow *row, Jsonb *whole, void *arg)
 {
@@ -157,6 +159,7 @@ reject_shared(PriceLook *look)
 	move_all(look, &shared, OUTBOX_REJECTED, SHARED_ID);
 }
 
+/* Under guard: what has become of the rows? */
 static void
 look_at_rows(void *arg)
 {
@@ -185,7 +188,7 @@ price_rows(void *arg)
 	if (!look->server->send_unpriced)
 	{
 		fire_deferred_at_once();
-		(void) abp_price_rows_again(look->table, &look->priced);
+		(void) abp_priced_reprice(look->table, &look->priced);
 		CommandCounterIncrement();
 	}
 	PushActiveSnapshot(GetLatestSnapshot());
@@ -206,7 +209,7 @@ price_no_row(void *arg)
 	PriceLook  *look = arg;
 	IdSet		none = {0};
 
-	(void) abp_price_rows_again(look->table, &none);
+	(void) abp_priced_reprice(look->table, &none);
 }
 
 /* All rows that are looked at go on waiting, with this reason. */
@@ -278,7 +281,7 @@ look_carefully(PriceLook *look)
 		else if (outcome != GUARD_DONE)
 		{
 			if (look->moved.nranges == 0)
-				abp_read_no_row(look->table, false);
+				abp_fill_read_no_row(look->table, false);
 			if (!refuse_price(look, walk.id, &error))
 				return false;
 		}
@@ -462,7 +465,7 @@ release_unpriced_at_once(Turn *turn, const UsageTable *table, const ServerOption
 
 /* Go on with the scan over a table's rows that wait for a price. */
 void
-abp_scan_unpriced(Turn *turn, const UsageTable *table, const ServerOptions *server)
+abp_unpriced_scan(Turn *turn, const UsageTable *table, const ServerOptions *server)
 {
 	Position   *position = abp_position_of(table->relid);
 
@@ -470,7 +473,7 @@ abp_scan_unpriced(Turn *turn, const UsageTable *table, const ServerOptions *serv
 		return;
 	if (position->unpriced_at > GetCurrentTimestamp())
 	{
-		abp_due_at(turn, position->unpriced_at);
+		abp_turn_due_at(turn, position->unpriced_at);
 		return;
 	}
 
@@ -485,12 +488,12 @@ abp_scan_unpriced(Turn *turn, const UsageTable *table, const ServerOptions *serv
 		if (abp_position_guarded(turn, release_unpriced_at_once, table, server, &step) != GUARD_DONE)
 		{
 			/* what is ready has its turn before */
-			position->unpriced_at = abp_in_ms(TRANSIENT_MS);
+			position->unpriced_at = abp_turn_in_ms(TRANSIENT_MS);
 			return;
 		}
 		if (!step.tidy)
 		{
-			abp_due_at(turn, abp_in_ms(GATHER_MIN_MS));
+			abp_turn_due_at(turn, abp_turn_in_ms(GATHER_MIN_MS));
 			return;
 		}
 		position->unpriced_left |= !step.complete;
@@ -502,8 +505,8 @@ abp_scan_unpriced(Turn *turn, const UsageTable *table, const ServerOptions *serv
 			position->looked_for = position->scanned_for;
 		else
 		{
-			position->unpriced_at = abp_in_ms(HELD_MS);
-			abp_due_at(turn, position->unpriced_at);
+			position->unpriced_at = abp_turn_in_ms(HELD_MS);
+			abp_turn_due_at(turn, position->unpriced_at);
 		}
 		if (!abp_position_wants_prices(position) || position->unpriced_left)
 			return;

@@ -14,7 +14,7 @@
 #include "queue/attachment.h"
 #include "ship/turn.h"
 
-extern void abp_scan_unpriced(Turn *turn, const UsageTable *table,
+extern void abp_unpriced_scan(Turn *turn, const UsageTable *table,
 							  const ServerOptions *server);
 
 #endif							/* ABP_UNPRICED_H */

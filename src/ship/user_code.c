@@ -76,6 +76,7 @@ typedef struct FunctionCall
 	Datum		result;			/* (Datum) 0: NULL */
 } FunctionCall;
 
+/* Under guard: call a function, as its owner. */
 static void
 call_guarded(void *arg)
 {
@@ -131,7 +132,7 @@ call_function(Oid funcid, const char *option, Jsonb *whole, Datum *result,
 /*
  * What the functions of a server's options make of a row, given as jsonb.
  * With another outcome than GUARD_DONE, *reason says which one cannot be
- * called, fails, or returns what is no event name or no object.
+ * called, fails, or returns something else than text or a JSON object.
  */
 GuardOutcome
 abp_user_code_call(const ServerOptions *server, Jsonb *whole,

@@ -31,9 +31,9 @@
 #include "utils/memutils.h"
 #include "utils/varlena.h"
 
+#include "base/extension.h"
 #include "compat.h"
 #include "config.h"
-#include "base/extension.h"
 #include "queue/outbox.h"
 #include "queue/wake.h"
 #include "ship/position.h"
@@ -147,7 +147,7 @@ note_what_ends_us(ErrorData *edata)
 	if (next_emit_log_hook)
 		next_emit_log_hook(edata);
 	if (edata->elevel >= ERROR && edata->sqlerrcode != ERRCODE_ADMIN_SHUTDOWN)
-		abp_worker_ends(edata->message, edata->sqlerrcode == ERRCODE_UNDEFINED_DATABASE);
+		abp_wake_worker_ends(edata->message, edata->sqlerrcode == ERRCODE_UNDEFINED_DATABASE);
 }
 
 /*
@@ -210,7 +210,7 @@ wait_for_database(void)
 		CommitTransactionCommand();
 		if (OidIsValid(database))
 		{
-			abp_worker_has_database();
+			abp_wake_has_database();
 			proc_exit(1);
 		}
 		sleep_until_woken(DATABASE_POLL_MS, "waiting for the database to be created");
@@ -259,7 +259,7 @@ aibilling_polar_worker_main(Datum arg)
 	next_emit_log_hook = emit_log_hook;
 	emit_log_hook = note_what_ends_us;
 	BackgroundWorkerUnblockSignals();
-	if (abp_worker_had_no_database())
+	if (abp_wake_had_no_database())
 		wait_for_database();
 	BackgroundWorkerInitializeConnection(MyBgworkerEntry->bgw_extra, NULL, 0);
 
@@ -299,7 +299,7 @@ aibilling_polar_worker_main(Datum arg)
 			pgstat_report_activity(STATE_RUNNING, "delivering usage to Polar");
 			due = abp_ship(&everything);
 			if (abp_positions_saw_prices(InvalidOid))
-				abp_worker_has_looked();
+				abp_wake_has_looked();
 			if (due == 0)
 				continue;
 			if (due > 0)

@@ -188,7 +188,7 @@ read_late(void *arg)
  * Around the end of a month (UTC), what of it is not delivered, in words; NULL
  * if there is nothing to say, or the rows cannot be read at once.
  */
-char *
+char	   *
 abp_close_words(const UsageTable *table, TimestampTz now)
 {
 	TimestampTz end = month_start(now, 0);

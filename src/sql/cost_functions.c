@@ -156,6 +156,7 @@ abp_sql_price_changed(PG_FUNCTION_ARGS)
 	return PointerGetDatum(NULL);
 }
 
+/* aibilling.cost_nanos: USD x 10^9; NULL if it is not known. */
 Datum
 abp_sql_cost_nanos(PG_FUNCTION_ARGS)
 {
@@ -167,6 +168,9 @@ abp_sql_cost_nanos(PG_FUNCTION_ARGS)
 	PG_RETURN_INT64(abp_cost_nanos(&cost));
 }
 
+/*
+ * aibilling.cost_cents: exact cents, to 12 decimals; NULL if they are not known.
+ */
 Datum
 abp_sql_cost_cents(PG_FUNCTION_ARGS)
 {
@@ -201,10 +205,13 @@ abp_sql_polar_cost(PG_FUNCTION_ARGS)
 		cents = abp_cost_cents_exact(&cost);
 
 	json = psprintf("{\"amount\": \"%s\", \"currency\": \"usd\"}",
-					abp_event_amount(cents));
+					abp_metadata_amount(cents));
 	PG_RETURN_DATUM(DirectFunctionCall1(jsonb_in, CStringGetDatum(json)));
 }
 
+/*
+ * aibilling.cost: the exact cost, in all units, and what kind of cost it is.
+ */
 Datum
 abp_sql_cost(PG_FUNCTION_ARGS)
 {
@@ -232,7 +239,7 @@ abp_sql_cost(PG_FUNCTION_ARGS)
 		values[2] = NumericGetDatum(abp_cost_cents(&cost));
 		nulls[0] = nulls[1] = nulls[2] = false;
 	}
-	values[3] = CStringGetTextDatum(abp_cost_status_name(status));
+	values[3] = CStringGetTextDatum(abp_price_status_name(status));
 
 	PG_RETURN_DATUM(HeapTupleGetDatum(heap_form_tuple(tupdesc, values, nulls)));
 }
@@ -312,6 +319,7 @@ put_explanation(ReturnSetInfo *rsinfo, const PriceRequest *request, Numeric stor
 	}
 }
 
+/* aibilling.explain_cost: a row for each thing that costs. */
 Datum
 abp_sql_explain_cost(PG_FUNCTION_ARGS)
 {
@@ -416,7 +424,7 @@ get_usage_request(uint64 row, PriceRequest *request, UsageCounts *counts, UsageR
 	request->at = isnull ? GetCurrentTransactionStartTimestamp() :
 		DatumGetTimestampTz(datum);
 	datum = SPI_getbinval(tuple, tupdesc, 5, &isnull);
-	counts->units = isnull ? NULL : abp_usage_json(datum);
+	counts->units = isnull ? NULL : abp_row_json(datum);
 	datum = SPI_getbinval(tuple, tupdesc, 6, &isnull);
 	request->provider_cost = isnull ? NULL : DatumGetNumeric(datum);
 	for (int i = 0; i < NUM_USAGE_COUNTS; i++)
@@ -533,6 +541,7 @@ abp_sql_priced_model(PG_FUNCTION_ARGS)
 	PG_RETURN_DATUM(HeapTupleGetDatum(heap_form_tuple(BlessTupleDesc(tupdesc), values, nulls)));
 }
 
+/* aibilling.convert_cost: an amount in another unit, exact. */
 Datum
 abp_sql_convert_cost(PG_FUNCTION_ARGS)
 {
@@ -920,7 +929,7 @@ abp_sql_fetch_prices(PG_FUNCTION_ARGS)
 	if (server->kind != SERVER_PRICES)
 		ereport(ERROR,
 				(errcode(ERRCODE_WRONG_OBJECT_TYPE),
-				 errmsg("server \"%s\" is no price service", server->name),
+				 errmsg("server \"%s\" is not a price server", server->name),
 				 errhint("Create one with the options kind 'prices', format and url.")));
 	if (!PG_GETARG_BOOL(1))
 	{
@@ -930,7 +939,7 @@ abp_sql_fetch_prices(PG_FUNCTION_ARGS)
 	InitMaterializedSRF(fcinfo, 0);
 
 	initStringInfo(&problem);
-	token = abp_server_token(server, GetUserId(), &problem);
+	token = abp_token_read(server, GetUserId(), &problem);
 	if (token == NULL && problem.len > 0)
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_AUTHORIZATION_SPECIFICATION),
@@ -943,7 +952,7 @@ abp_sql_fetch_prices(PG_FUNCTION_ARGS)
 	PG_FINALLY();
 	{
 		abp_http_cancel_all();
-		abp_forget_token(token);
+		abp_token_forget(token);
 	}
 	PG_END_TRY();
 

@@ -144,13 +144,13 @@ typedef struct ServerShare
 {
 	const char *server;
 	bool		whole;			/* all of it */
-	List	   *tables;			/* of UsageTable: those that he owns */
+	List	   *tables;			/* of UsageTable: those that they own */
 	List	   *owners;			/* of these tables, as OIDs */
 } ServerShare;
 
 /*
  * Whole servers are their owner's to operate.  Everybody else operates the
- * delivery of his own tables: others that share the server go on.
+ * delivery of their own tables: others that share the server go on.
  */
 static ServerShare *
 share_of(const char *server, List *tables)
@@ -202,7 +202,7 @@ for_servers(FunctionCallInfo fcinfo, void (*action) (const ServerShare *share))
 {
 	const char *wanted = PG_ARGISNULL(0) ? NULL : NameStr(*PG_GETARG_NAME(0));
 	bool		armed;
-	List	   *tables = abp_usage_tables(&armed);
+	List	   *tables = abp_attachments(&armed);
 	List	   *done = NIL;
 	bool		acted = false;
 	ListCell   *lc;
@@ -264,9 +264,9 @@ resume_server(const ServerShare *share)
 	foreach(lc, share->owners)
 		abp_server_resume(share->server, lfirst_oid(lc), true);
 	foreach(lc, share->tables)
-		abp_usage_table_unblock(((UsageTable *) lfirst(lc))->relid, true);
+		abp_attachment_unblock(((UsageTable *) lfirst(lc))->relid, true);
 
-	foreach(lc, abp_usage_tables(&armed))
+	foreach(lc, abp_attachments(&armed))
 	{
 		UsageTable *table = lfirst(lc);
 

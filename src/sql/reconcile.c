@@ -29,15 +29,15 @@
 #include "utils/snapmgr.h"
 #include "utils/timestamp.h"
 
-#include "compat.h"
 #include "base/rights.h"
+#include "compat.h"
 #include "polar/event.h"
 #include "queue/corrections.h"
 #include "queue/ledger.h"
 #include "queue/outbox.h"
 #include "queue/place.h"
-#include "ship/polar_events.h"
 #include "ship/guard.h"
+#include "ship/polar_events.h"
 #include "ship/user_code.h"
 #include "usage/attach.h"
 #include "usage/rows.h"
@@ -109,9 +109,11 @@ typedef struct Day
 	Numeric		nanos_there;
 	int64		findings[NUM_FINDINGS];
 	int64		part_here;		/* of nanos_here, not added yet */
-	Numeric		nanos_unsent;	/* by the meter: of rows_here, what may not
-								 * have arrived */
-	int64		part_unsent;	/* likewise */
+	Numeric		nanos_waiting;	/* by the meter: of rows_here, what is not
+								 * sent */
+	int64		part_waiting;
+	Numeric		nanos_flying;	/* and what may have arrived */
+	int64		part_flying;
 } Day;
 
 typedef struct Reconciling
@@ -188,6 +190,12 @@ close_number(Numeric a, Numeric b)
 								 DirectFunctionCall3(numeric_in, CStringGetDatum("1e-15"),
 													 ObjectIdGetDatum(InvalidOid), Int32GetDatum(-1)));
 	return DatumGetBool(DirectFunctionCall2(numeric_le, off, margin));
+}
+
+static bool
+is_less(Numeric a, Numeric b)
+{
+	return DatumGetBool(DirectFunctionCall2(numeric_lt, NumericGetDatum(a), NumericGetDatum(b)));
 }
 
 /* Nano-dollars of an amount in cents. */
@@ -475,7 +483,7 @@ find_known(Reconciling *work)
 
 	/* rows that have come since this call began are known, too */
 	PushActiveSnapshot(GetLatestSnapshot());
-	foreach(lc, abp_usage_tables(&armed))
+	foreach(lc, abp_attachments(&armed))
 	{
 		UsageTable *table = lfirst(lc);
 		SavedUser	saved;
@@ -542,7 +550,8 @@ get_day(Reconciling *work, int number)
 	if (!found)
 	{
 		memset((char *) day + sizeof(int), 0, sizeof(Day) - sizeof(int));
-		day->nanos_here = day->nanos_there = day->nanos_unsent = int64_to_numeric(0);
+		day->nanos_here = day->nanos_there = int64_to_numeric(0);
+		day->nanos_waiting = day->nanos_flying = int64_to_numeric(0);
 	}
 	return day;
 }
@@ -697,28 +706,38 @@ compare_events(Reader *reader, void *arg)
 
 /* --- by a meter ------------------------------------------------------------------------------ */
 
-/* Ids of rows that Polar may not have yet. */
+/* Ids of rows in the outbox. */
 static IdSet
-unsettled_ids(const UsageTable *table)
+waiting_ids(const UsageTable *table)
 {
-	IdSet		unsettled = {0};
-	ListCell   *lc;
+	IdSet		waiting = {0};
 
 	for (int i = 0; i < NUM_OUTBOX_STATES; i++)
 	{
 		IdSet		ids = abp_outbox_peek(table->relid, abp_outbox_states[i], PG_INT64_MAX);
 
-		abp_idset_add_set(&unsettled, &ids, CurrentMemoryContext);
+		abp_idset_add_set(&waiting, &ids, CurrentMemoryContext);
 	}
+	abp_idset_sort(&waiting);
+	return waiting;
+}
+
+/* Ids of rows in flight. */
+static IdSet
+flying_ids(const UsageTable *table)
+{
+	IdSet		flying = {0};
+	ListCell   *lc;
+
 	foreach(lc, abp_ledger_unsettled())
 	{
 		Delivery   *delivery = lfirst(lc);
 
 		if (delivery->usage_table == table->relid)
-			abp_idset_add_set(&unsettled, &delivery->ids, CurrentMemoryContext);
+			abp_idset_add_set(&flying, &delivery->ids, CurrentMemoryContext);
 	}
-	abp_idset_sort(&unsettled);
-	return unsettled;
+	abp_idset_sort(&flying);
+	return flying;
 }
 
 /* What rows say that Polar has or is to get, day by day. */
@@ -727,13 +746,15 @@ add_up_rows(Reconciling *work)
 {
 	Oid			argtypes[2] = {TIMESTAMPTZOID, TIMESTAMPTZOID};
 	Datum		args[2] = {TimestampTzGetDatum(work->from_time), TimestampTzGetDatum(work->to_time)};
-	IdSet		unsettled;
+	IdSet		waiting;
+	IdSet		flying;
 	IdSet		known;
 	Portal		cursor;
 	SavedUser	saved;
 
-	/* in this order: a row may move from the first to the second meanwhile */
-	unsettled = unsettled_ids(work->table);
+	/* in this order: a row may move from one to the next meanwhile */
+	waiting = waiting_ids(work->table);
+	flying = flying_ids(work->table);
 	known = abp_ledger_ids(work->table->relid, work->table->ledger_from);
 
 	abp_become_table_owner(work->table->owner, &saved);
@@ -755,22 +776,25 @@ add_up_rows(Reconciling *work)
 			int64		id = DatumGetInt64(SPI_getbinval(tuple, desc, 1, &isnull));
 			TimestampTz occurred_at = DatumGetTimestampTz(SPI_getbinval(tuple, desc, 2, &isnull));
 			Datum		nanos = SPI_getbinval(tuple, desc, 3, &isnull);
-			bool		waits = abp_idset_contains(&unsettled, id);
+			bool		flies = abp_idset_contains(&flying, id);
+			bool		waits = !flies && abp_idset_contains(&waiting, id);
 			MemoryContext spi;
 			Day		   *day;
 
-			if (!waits && !abp_idset_contains(&known, id))
+			if (!waits && !flies && !abp_idset_contains(&known, id))
 				continue;
 			spi = MemoryContextSwitchTo(work->context);
 			day = get_day(work, day_of(occurred_at));
 			day->rows_here++;
-			if (waits)
+			if (waits || flies)
 				day->findings[NOT_SENT_YET]++;
 			if (!isnull)
 			{
 				add_nanos(&day->nanos_here, &day->part_here, DatumGetInt64(nanos));
 				if (waits)
-					add_nanos(&day->nanos_unsent, &day->part_unsent, DatumGetInt64(nanos));
+					add_nanos(&day->nanos_waiting, &day->part_waiting, DatumGetInt64(nanos));
+				if (flies)
+					add_nanos(&day->nanos_flying, &day->part_flying, DatumGetInt64(nanos));
 			}
 			MemoryContextSwitchTo(spi);
 		}
@@ -800,12 +824,20 @@ take_quantity(TimestampTz timestamp, Numeric quantity, void *arg)
 static void
 conclude_day(Day *day)
 {
+	Numeric		most;
+	Numeric		least;
+
 	day->nanos_here = plus(day->nanos_here, int64_to_numeric(day->part_here));
-	day->nanos_unsent = plus(day->nanos_unsent, int64_to_numeric(day->part_unsent));
+	day->nanos_waiting = plus(day->nanos_waiting, int64_to_numeric(day->part_waiting));
+	day->nanos_flying = plus(day->nanos_flying, int64_to_numeric(day->part_flying));
+	most = minus(day->nanos_here, day->nanos_waiting);
+	least = minus(most, day->nanos_flying);
+
 	if (close_number(day->nanos_here, day->nanos_there))
 		day->findings[NOT_SENT_YET] = 0;
-	else if (day->findings[NOT_SENT_YET] == 0 ||
-			 !close_number(minus(day->nanos_here, day->nanos_unsent), day->nanos_there))
+	else if (close_number(most, day->nanos_there) || close_number(least, day->nanos_there))
+		return;
+	else if (!is_less(least, day->nanos_there) || !is_less(day->nanos_there, most))
 		day->findings[AMOUNT_DIFFERS] = 1;
 }
 

@@ -458,7 +458,7 @@ abp_sql_reprice(PG_FUNCTION_ARGS)
 		check_corrections(&repricing, max_total);
 	if (repricing.changed.nranges > 0)
 	{
-		abp_price_rows_again(table, &repricing.changed);
+		abp_priced_reprice(table, &repricing.changed);
 		own = abp_collect_changes(table->relid);
 		repricing.changed = abp_idset_subtract(&repricing.changed, &own);
 		(void) abp_outbox_make_ready(table->relid, OUTBOX_UNPRICED, &repricing.changed);
@@ -573,7 +573,7 @@ abp_sql_correct(PG_FUNCTION_ARGS)
 	abp_check_table_owner(relid);
 	table = abp_attached_table(relid);
 	correcting.table = table;
-	(void) abp_price_usage(&request, false, &wanted);
+	(void) abp_price_compute(&request, false, &wanted);
 
 	abp_idset_add(&ids, id, id, CurrentMemoryContext);
 	ids = abp_rows_lock(table, &ids, true);

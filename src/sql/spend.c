@@ -24,8 +24,8 @@
 #include "utils/syscache.h"
 #include "utils/timestamp.h"
 
-#include "compat.h"
 #include "base/extension.h"
+#include "compat.h"
 #include "polar/server.h"
 #include "queue/outbox.h"
 #include "queue/shares.h"
@@ -113,7 +113,7 @@ find_usage_table(Oid relid)
 	ListCell   *lc;
 
 	abp_extension_check_version();
-	foreach(lc, abp_usage_tables(&armed))
+	foreach(lc, abp_attachments(&armed))
 	{
 		UsageTable *table = lfirst(lc);
 
@@ -122,7 +122,7 @@ find_usage_table(Oid relid)
 	}
 
 	rel = table_open(relid, AccessShareLock);
-	if (rel->rd_rel->relispartition || !abp_usage_columns_find(rel, &columns, &problem))
+	if (rel->rd_rel->relispartition || !abp_row_columns_find(rel, &columns, &problem))
 		ereport(ERROR,
 				(errcode(ERRCODE_WRONG_OBJECT_TYPE),
 				 errmsg("table \"%s\" is not a usage table", RelationGetRelationName(rel)),

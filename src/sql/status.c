@@ -145,6 +145,8 @@ abp_sql_usage_status(PG_FUNCTION_ARGS)
 	TupleDesc	desc;
 	Datum		values[5] = {0};
 	bool		nulls[5] = {true, true, true, true, true};
+	Oid			serverid;
+	int64		ledger_from;
 	SavedUser	saved;
 	MemoryContext caller = CurrentMemoryContext;
 
@@ -179,7 +181,9 @@ abp_sql_usage_status(PG_FUNCTION_ARGS)
 
 	if (nulls[0])
 	{
-		values[0] = CStringGetTextDatum(abp_lookup_exists(PG_GETARG_OID(0), PG_GETARG_INT64(1)) ?
+		/* of a table that is not attached, none is */
+		values[0] = CStringGetTextDatum(!abp_usage_table_attached(PG_GETARG_OID(0), &serverid, &ledger_from) ||
+										abp_lookup_exists(PG_GETARG_OID(0), PG_GETARG_INT64(1)) ?
 										"not_sent" : "no_row");
 		nulls[0] = false;
 	}
@@ -223,7 +227,7 @@ no_worker_words(void)
 						abp_database_is_listed(true) ? " (a name with capital letters is written in double quotes there)" : "");
 	if (RecoveryInProgress())
 		return "no worker: this server is a standby";
-	error = abp_worker_error(get_database_name(MyDatabaseId));
+	error = abp_wake_worker_error(get_database_name(MyDatabaseId));
 	if (error != NULL)
 		return psprintf("no worker: it has ended with an error and will start again: %s", error);
 	return "no worker: it is starting, or max_worker_processes is exhausted; see the server log";
@@ -325,7 +329,7 @@ status_words(const UsageTable *table, bool armed, int worker_pid, int shipper,
 		appendStringInfoString(&words, "delivering");
 	else
 		appendStringInfoString(&words, "idle: everything that can be sent is delivered");
-	error = worker_pid == 0 ? NULL : abp_worker_error(get_database_name(MyDatabaseId));
+	error = worker_pid == 0 ? NULL : abp_wake_worker_error(get_database_name(MyDatabaseId));
 	if (error != NULL)
 		appendStringInfo(&words, "; the worker has ended with an error and was started again: %s",
 						 error);
@@ -349,7 +353,7 @@ status_words(const UsageTable *table, bool armed, int worker_pid, int shipper,
 						 not_queued);
 	if (abp_ids_may_repeat(table->relid))
 		appendStringInfoString(&words, "; warning: nothing keeps two rows from having the same id; add a UNIQUE index on (id)");
-	faults = abp_usage_columns_faults(table->relid);
+	faults = abp_row_columns_faults(table->relid);
 	if (*faults != '\0')
 		appendStringInfo(&words, "; warning: %s", faults);
 	if (totals->unexpected_duplicates > 0)
@@ -423,7 +427,7 @@ status_of_table(const UsageTable *table, bool armed, int shipper, ReturnSetInfo 
 	int64		unpriced;
 	int64		rejected;
 	int64		not_queued;
-	int			worker_pid = abp_worker_pid();
+	int			worker_pid = abp_wake_worker_pid();
 
 	ready = abp_outbox_count(table->relid, OUTBOX_READY, STATUS_EXACT_LIMIT, &estimated, &first);
 	waiting = abp_outbox_count(table->relid, OUTBOX_WAITING, STATUS_EXACT_LIMIT,
@@ -488,7 +492,7 @@ abp_sql_status(PG_FUNCTION_ARGS)
 
 	abp_extension_check_version();
 	InitMaterializedSRF(fcinfo, 0);
-	tables = abp_usage_tables(&armed);
+	tables = abp_attachments(&armed);
 	shipper = abp_ship_pid();
 	foreach(lc, tables)
 	{
@@ -510,7 +514,7 @@ abp_sql_status(PG_FUNCTION_ARGS)
 	{
 		Datum		values[NUM_STATUS] = {0};
 		bool		nulls[NUM_STATUS];
-		int			worker_pid = abp_worker_pid();
+		int			worker_pid = abp_wake_worker_pid();
 		StringInfoData words;
 
 		memset(nulls, true, sizeof(nulls));

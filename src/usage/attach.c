@@ -121,7 +121,7 @@ abp_attached_table(Oid relid)
 	ListCell   *lc;
 
 	abp_extension_check_version();
-	tables = abp_usage_tables(&armed);
+	tables = abp_attachments(&armed);
 	abp_rows_forget_plans_except(tables);
 	foreach(lc, tables)
 	{
@@ -309,13 +309,13 @@ check_usage_relation(Oid relid)
 				(errcode(ERRCODE_WRONG_OBJECT_TYPE),
 				 errmsg("\"%s\" is a temporary table", RelationGetRelationName(rel)),
 				 errhint("The worker cannot see temporary tables.")));
-	if (!abp_usage_columns_find(rel, &columns, &problem))
+	if (!abp_row_columns_find(rel, &columns, &problem))
 		ereport(ERROR,
 				(errcode(ERRCODE_UNDEFINED_COLUMN),
 				 errmsg("table \"%s\" is not a usage table", RelationGetRelationName(rel)),
 				 errdetail("%s.", problem),
 				 errhint("Add the columns, change their types with ALTER TABLE ... ALTER COLUMN ... TYPE, or create a usage table with aibilling.create_usage_table.")));
-	problem = abp_usage_columns_faults(relid);
+	problem = abp_row_columns_faults(relid);
 	if (*problem != '\0')
 		ereport(ERROR,
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
@@ -501,7 +501,7 @@ enqueue_existing(Oid relid, bool was_attached)
 		.state = OUTBOX_UNPRICED,
 		.error = "was in the table before it was attached; not priced yet"
 	};
-	OutboxEntry maybe_sent = {.usage_table = relid,.state = OUTBOX_READY,.outcome_unknown = true};
+	OutboxEntry outcome_unknown = {.usage_table = relid,.state = OUTBOX_READY,.outcome_unknown = true};
 	Oid			argtypes[1] = {INT4OID};
 	Datum		args[1] = {Int32GetDatum(was_attached ? 0 : abp_ledger_age(relid))};
 	MemoryContext context = CurrentMemoryContext;
@@ -541,7 +541,7 @@ enqueue_existing(Oid relid, bool was_attached)
 			abp_idset_add(has_cost ? &priced.ids : &unpriced.ids, id, id, context);
 			if (DatumGetBool(SPI_getbinval(SPI_tuptable->vals[i],
 										   SPI_tuptable->tupdesc, 3, &isnull)))
-				abp_idset_add(&maybe_sent.ids, id, id, context);
+				abp_idset_add(&outcome_unknown.ids, id, id, context);
 		}
 		SPI_freetuptable(SPI_tuptable);
 	}
@@ -558,12 +558,12 @@ enqueue_existing(Oid relid, bool was_attached)
 		unpriced.ids = abp_idset_subtract(&unpriced.ids, &queued);
 	}
 	known = abp_ledger_ids(relid, table->ledger_from);
-	maybe_sent.ids = abp_idset_intersect(&maybe_sent.ids, &known);
+	outcome_unknown.ids = abp_idset_intersect(&outcome_unknown.ids, &known);
 	priced.ids = abp_idset_subtract(&priced.ids, &known);
 	unpriced.ids = abp_idset_subtract(&unpriced.ids, &known);
 	abp_outbox_put(&priced, 1);
 	abp_outbox_put(&unpriced, 1);
-	abp_outbox_put(&maybe_sent, 1);
+	abp_outbox_put(&outcome_unknown, 1);
 	abp_correct_note_existing(table);
 }
 
@@ -600,7 +600,7 @@ attach_table(Oid relid, const char *server, const char *existing, bool replicate
 	LockRelationOid(relid, ShareRowExclusiveLock);
 	abp_check_table_owner(relid);	/* it may have changed hands meanwhile */
 	check_usage_relation(relid);
-	was_attached = abp_usage_table_attached(relid, &old_server, &ledger_from);
+	was_attached = abp_attachment_find(relid, &old_server, &ledger_from);
 
 	guc_level = begin_safe_names();
 	SPI_connect();
@@ -697,7 +697,7 @@ abp_sql_detach(PG_FUNCTION_ARGS)
 	SPI_finish();
 	AtEOXact_GUC(false, guc_level);
 
-	abp_usage_table_forget(relid);
+	abp_attachment_forget(relid);
 	CacheInvalidateRelcacheByRelid(abp_extension_relation(abp_attachment_table()));
 	PG_RETURN_VOID();
 }
@@ -757,11 +757,11 @@ abp_sql_on_sql_drop(PG_FUNCTION_ARGS)
 
 		abp_rollup_forget(relid);
 		abp_corrections_forget(relid);
-		if (!abp_usage_table_attached(relid, &serverid, &ledger_from))
+		if (!abp_attachment_find(relid, &serverid, &ledger_from))
 			continue;
 		count = abp_outbox_discard(relid);
 		abp_collect_truncated(relid);
-		abp_usage_table_forget(relid);
+		abp_attachment_forget(relid);
 		if (count > 0)
 			ereport(WARNING,
 					(errcode(ERRCODE_WARNING),
@@ -773,7 +773,7 @@ abp_sql_on_sql_drop(PG_FUNCTION_ARGS)
 	{
 		ListCell   *other;
 
-		foreach(other, abp_usage_tables(&armed))
+		foreach(other, abp_attachments(&armed))
 		{
 			UsageTable *table = lfirst(other);
 
@@ -801,7 +801,7 @@ abp_sql_on_server_ddl(PG_FUNCTION_ARGS)
 				 errmsg("function \"aibilling.on_server_ddl\" can only be called as an event trigger")));
 	if (abp_extension_installed() &&
 		strcmp(GetCommandTagName(((EventTriggerData *) fcinfo->context)->tag), "ALTER SERVER") == 0)
-		abp_usage_tables_follow_servers();
+		abp_attachments_follow_servers();
 	abp_wake_at_commit();
 	PG_RETURN_NULL();
 }
@@ -815,7 +815,7 @@ attached_tables(StringInfo detach, int64 *waiting)
 	ListCell   *lc;
 
 	*waiting = abp_outbox_count_all();
-	foreach(lc, abp_usage_tables(&armed))
+	foreach(lc, abp_attachments(&armed))
 	{
 		UsageTable *table = lfirst(lc);
 

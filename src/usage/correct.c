@@ -91,7 +91,7 @@ abp_correct_changed(Oid usage_table, const Datum *old_values, const bool *old_nu
 	UsageRow	old;
 	TextView	corrects;
 
-	abp_usage_row_read(old_values, old_nulls, &old);
+	abp_row_read(old_values, old_nulls, &old);
 	if (abp_corrects(&old, &corrects))
 		abp_corrections_remove(usage_table, old.external_id);
 	if (row != NULL)
@@ -311,7 +311,7 @@ correcting_statement(const UsageTable *table)
 	char	   *problem;
 	StringInfoData sql;
 
-	if (!abp_usage_columns_find(rel, &columns, &problem))
+	if (!abp_row_columns_find(rel, &columns, &problem))
 		ereport(ERROR,
 				(errcode(ERRCODE_DATATYPE_MISMATCH),
 				 errmsg("usage table %s: %s", table->name, problem)));
@@ -427,6 +427,8 @@ abp_correct_insert(const UsageTable *table, CorrectionToMake *corrections, int n
 	SavedUser	saved;
 
 	abp_become_table_owner(table->owner, &saved);
+	abp_set_locally("aibilling_polar.enqueue", "on");	/* it corrects what
+														 * Polar has */
 	SPI_connect();
 	PG_TRY();
 	{

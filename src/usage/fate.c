@@ -49,7 +49,7 @@ breaks_rule(UsageColumn column, const char *rule, RowProblem *problem)
 	problem->column = column;
 	problem->sqlerrcode = ERRCODE_CHECK_VIOLATION;
 	problem->message = psprintf("column \"%s\" of a usage row %s",
-								abp_usage_columns[column].name, rule);
+								abp_row_columns[column].name, rule);
 	problem->hint = NULL;
 	return false;
 }
@@ -97,7 +97,7 @@ abp_fate_check(Relation rel, const UsageRow *row, const bool *nulls)
 
 	for (int i = 0; i < lengthof(needed_columns); i++)
 	{
-		const char *name = abp_usage_columns[needed_columns[i]].name;
+		const char *name = abp_row_columns[needed_columns[i]].name;
 
 		if (nulls[needed_columns[i]])
 			ereport(ERROR,
@@ -113,7 +113,7 @@ abp_fate_check(Relation rel, const UsageRow *row, const bool *nulls)
 			(errcode(problem.sqlerrcode),
 			 errmsg_internal("%s", problem.message),
 			 problem.hint != NULL ? errhint("%s", problem.hint) : 0,
-			 errtablecolname(rel, abp_usage_columns[problem.column].name)));
+			 errtablecolname(rel, abp_row_columns[problem.column].name)));
 }
 
 /*
@@ -158,10 +158,10 @@ usage_fits(const UsageRow *row, const NormalizedUsage *usage, StringInfo reason)
 
 	for (int i = 0; i < n; i++)
 	{
-		if (columns->plain[filled[i]] || abp_usage_value_fits(columns, filled[i], values[i]))
+		if (columns->plain[filled[i]] || abp_row_value_fits(columns, filled[i], values[i]))
 			continue;
 		appendStringInfo(reason, "its %s does not fit the column's type %s",
-						 abp_usage_columns[filled[i]].name,
+						 abp_row_columns[filled[i]].name,
 						 format_type_with_typemod(columns->stored[filled[i]],
 												  columns->typmods[filled[i]]));
 		return false;
@@ -199,7 +199,7 @@ abp_fate_normalize(UsageRow *row, StringInfo reason, char **doubt)
 			row->counts.value[i] == usage.counts.value[i])
 			continue;
 		words = psprintf("%s is " INT64_FORMAT " but raw_usage says " INT64_FORMAT,
-						 abp_usage_columns[COL_FIRST_COUNT + i].name,
+						 abp_row_columns[COL_FIRST_COUNT + i].name,
 						 row->counts.value[i], usage.counts.value[i]);
 		if (row->provider_cost == NULL && usage.provider_cost == NULL)
 		{
@@ -287,7 +287,7 @@ abp_fate_price_if_sound(UsageRow *row, PricedCost *cost)
 	{
 		PriceRequest request = abp_fate_price_request(row);
 
-		if (!abp_price_usage(&request, true, cost))
+		if (!abp_price_compute(&request, true, cost))
 			*cost = (PricedCost)
 		{
 			COST_INCOMPLETE
@@ -426,7 +426,7 @@ abp_fate_cost(const UsageRow *row, PricedCost *cost, char **problem)
 	if (*problem != NULL)
 		return false;
 	request = abp_fate_price_request(&filled);
-	if (!abp_price_usage(&request, true, cost))
+	if (!abp_price_compute(&request, true, cost))
 	{
 		*problem = cost_beyond_range(&filled);
 		return false;
@@ -472,12 +472,9 @@ decide(const UsageRow *row, const UsageRow *filled, const ServerOptions *server,
 	}
 }
 
-/*
- * What is to become of a row: ready, or waiting for its time, for a price,
- * for somebody to fix it.  Its error is palloc'd.
- */
-void
-abp_fate_of(const UsageRow *row, const ServerOptions *server, RowState *fate)
+/* The fate of a row; "event": whether Polar would refuse it, too. */
+static void
+judge(const UsageRow *row, const ServerOptions *server, bool event, RowState *fate)
 {
 	UsageRow	filled;
 
@@ -486,7 +483,7 @@ abp_fate_of(const UsageRow *row, const ServerOptions *server, RowState *fate)
 		.state = OUTBOX_READY,.not_before = DT_NOBEGIN
 	};
 	fate->error = find_fault(row, !row->has_cost_nanos, &filled);
-	if (fate->error == NULL)
+	if (fate->error == NULL && event)
 		fate->error = refusal(row, server);
 	if (fate->error != NULL)
 		fate->state = OUTBOX_REJECTED;
@@ -496,21 +493,23 @@ abp_fate_of(const UsageRow *row, const ServerOptions *server, RowState *fate)
 }
 
 /*
+ * What is to become of a row: ready, or waiting for its time, for a price,
+ * for somebody to fix it.  Its error is palloc'd.
+ */
+void
+abp_fate_of(const UsageRow *row, const ServerOptions *server, RowState *fate)
+{
+	judge(row, server, true, fate);
+}
+
+/*
  * The same of a row whose event is encoded next if it is ready: whether Polar
  * would refuse it is left to that.
  */
 void
 abp_fate_before_encoding(const UsageRow *row, const ServerOptions *server, RowState *fate)
 {
-	UsageRow	filled;
-
-	*fate = (RowState)
-	{
-		.state = OUTBOX_READY,.not_before = DT_NOBEGIN
-	};
-	fate->error = find_fault(row, !row->has_cost_nanos, &filled);
-	if (fate->error == NULL)
-		decide(row, &filled, server, fate);
-	if (fate->error != NULL || fate->state != OUTBOX_READY)
-		abp_fate_of(row, server, fate);
+	judge(row, server, false, fate);
+	if (fate->state != OUTBOX_READY && fate->state != OUTBOX_REJECTED)
+		judge(row, server, true, fate);
 }

@@ -209,7 +209,7 @@ abp_lookup_existing(Oid usage_table, const IdSet *ids)
 bool
 abp_same_value(UsageColumn column, Datum a, Datum b)
 {
-	switch (abp_usage_columns[column].type)
+	switch (abp_row_columns[column].type)
 	{
 		case INT8OID:
 		case TIMESTAMPTZOID:
@@ -241,7 +241,7 @@ abp_billed_columns_changed(const Datum *old_values, const bool *old_nulls,
 		if (old_nulls[i] == new_nulls[i] &&
 			(old_nulls[i] || abp_same_value(i, old_values[i], new_values[i])))
 			continue;
-		if (abp_usage_columns[i].billed)
+		if (abp_row_columns[i].billed)
 			changed = true;
 		else
 			*raw_changed = true;

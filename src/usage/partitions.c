@@ -92,12 +92,12 @@ partition_has_gone(Oid usage_table, Oid partition, Oid serverid, int64 ledger_fr
 
 	while (abp_idset_walk(&ids, &walk))
 	{
-		bool		maybe_sent;
+		bool		outcome_unknown;
 
 		CHECK_FOR_INTERRUPTS();
 
-		if (abp_usage_row_left(usage_table, walk.id, ledger_from, &maybe_sent))
-			abp_idset_add(maybe_sent ? &unknown : &unsent, walk.id, walk.id, CurrentMemoryContext);
+		if (abp_trigger_row_left(usage_table, walk.id, ledger_from, &outcome_unknown))
+			abp_idset_add(outcome_unknown ? &unknown : &unsent, walk.id, walk.id, CurrentMemoryContext);
 	}
 	note_vanished(usage_table, serverid, &unsent, false);
 	note_vanished(usage_table, serverid, &unknown, true);
@@ -167,26 +167,22 @@ note_partition(Oid usage_table, Oid partition)
 void
 abp_partitions_look(Oid usage_table, int64 ledger_from)
 {
+	IdWalk		walk = {0};
 	IdSet		came = abp_outbox_peek(usage_table, OUTBOX_PARTITIONS, PG_INT64_MAX);
 
-	for (int i = 0; i < came.nranges; i++)
+	while (abp_idset_walk(&came, &walk))
 	{
-		for (int64 id = came.ranges[i].first;; id++)
-		{
-			Oid			partition = (Oid) id;
+		Oid			partition = (Oid) walk.id;
 
-			/* else another ALTER TABLE has it: next time */
-			if (ConditionalLockRelationOid(partition, AccessShareLock))
-			{
-				/* in a dump that was restored it has another OID */
-				if (get_rel_relkind(partition) == '\0')
-					partition_has_come(usage_table, usage_table, ledger_from);
-				else if (root_of(partition) == usage_table)
-					partition_has_come(usage_table, partition, ledger_from);
-				abp_outbox_forget_partition(usage_table, partition);
-			}
-			if (id == came.ranges[i].last)
-				break;
+		/* else another ALTER TABLE has it: next time */
+		if (ConditionalLockRelationOid(partition, AccessShareLock))
+		{
+			/* in a dump that was restored it has another OID */
+			if (get_rel_relkind(partition) == '\0')
+				partition_has_come(usage_table, usage_table, ledger_from);
+			else if (root_of(partition) == usage_table)
+				partition_has_come(usage_table, partition, ledger_from);
+			abp_outbox_forget_partition(usage_table, partition);
 		}
 	}
 }
@@ -223,7 +219,7 @@ abp_sql_on_table_ddl(PG_FUNCTION_ARGS)
 			continue;
 		root = root_of(RangeVarGetRelid(((const AlterTableStmt *) command)->relation, NoLock, true));
 		partition = RangeVarGetRelid(named->name, NoLock, true);
-		if (!OidIsValid(partition) || !abp_usage_table_attached(root, &serverid, &ledger_from))
+		if (!OidIsValid(partition) || !abp_attachment_find(root, &serverid, &ledger_from))
 			continue;
 
 		/*

@@ -13,6 +13,8 @@
 #include "utils/builtins.h"
 #include "utils/jsonb.h"
 
+#include "base/text_view.h"
+#include "base/transaction.h"
 #include "queue/wake.h"
 #include "usage/collect.h"
 #include "usage/fate.h"
@@ -32,7 +34,7 @@ static int	repricing_level;
 static void
 on_transaction_end(XactEvent event, void *arg)
 {
-	if (event == XACT_EVENT_COMMIT || event == XACT_EVENT_PREPARE || event == XACT_EVENT_ABORT)
+	if (abp_transaction_ends(event))
 		repricing_table = InvalidOid;
 }
 
@@ -61,7 +63,7 @@ abp_priced_tuple(UsageRelation *known, TupleDesc desc, const UsageRow *row,
 		if (!nulls[att_]) \
 			values[att_] = (datum); \
 		if (unlikely(!known->columns.plain[column])) \
-			values[att_] = abp_usage_value_write(&known->columns, column, \
+			values[att_] = abp_row_value_write(&known->columns, column, \
 												 values[att_], nulls[att_]); \
 	} while (0)
 
@@ -87,7 +89,7 @@ abp_priced_tuple(UsageRelation *known, TupleDesc desc, const UsageRow *row,
 	SET_COLUMN(COL_COST_NANOS, !cost->known, Int64GetDatum(cost->cost_nanos));
 	SET_COLUMN(COL_COST_CENTS, !cost->known, NumericGetDatum(cost->cost_cents));
 	SET_COLUMN(COL_COST_STATUS, false,
-			   CStringGetTextDatum(abp_cost_status_name(cost->status)));
+			   CStringGetTextDatum(abp_price_status_name(cost->status)));
 #undef SET_COLUMN
 
 	return heap_form_tuple(desc, values, nulls);
@@ -146,7 +148,7 @@ abp_requeue(UsageRelation *known, Relation rel, const UsageRow *row, const Serve
  * that there still are.
  */
 IdSet
-abp_price_rows_again(const UsageTable *table, IdSet *ids)
+abp_priced_reprice(const UsageTable *table, IdSet *ids)
 {
 	static bool registered = false;
 	IdSet		updated;
@@ -160,7 +162,7 @@ abp_price_rows_again(const UsageTable *table, IdSet *ids)
 	repricing_table = table->relid;
 	repricing_ids = ids;
 	repricing_level = GetCurrentTransactionNestLevel();
-	updated = abp_rows_reprice(table, ids);
+	updated = abp_rows_update_prices(table, ids);
 	repricing_table = InvalidOid;
 	return updated;
 }

@@ -80,8 +80,8 @@ abp_sql_usage_table_ddl(PG_FUNCTION_ARGS)
 		const char *constraint = constraint_of(i);
 
 		if (is_of_publisher(i))
-			appendStringInfo(&ddl, "\t%s %s%s%s,\n", abp_usage_columns[i].name,
-							 format_type_be(abp_usage_columns[i].type),
+			appendStringInfo(&ddl, "\t%s %s%s%s,\n", abp_row_columns[i].name,
+							 format_type_be(abp_row_columns[i].type),
 							 constraint == NULL ? "" : " ", constraint == NULL ? "" : constraint);
 	}
 	appendStringInfo(&ddl, "\tCONSTRAINT %s UNIQUE (external_id)\n);\n"
@@ -90,7 +90,7 @@ abp_sql_usage_table_ddl(PG_FUNCTION_ARGS)
 	line = ddl.len;
 	for (int i = COL_ID + 1; i < NUM_USAGE_COLUMNS; i++)
 	{
-		const char *column = abp_usage_columns[i].name;
+		const char *column = abp_row_columns[i].name;
 
 		if (!is_of_publisher(i))
 			continue;

@@ -22,6 +22,7 @@
 #include "utils/syscache.h"
 
 #include "base/extension.h"
+#include "base/transaction.h"
 #include "base/usage_row.h"
 #include "polar/server.h"
 #include "queue/attachment.h"
@@ -189,7 +190,7 @@ abp_relation_renumber(UsageRelation *known, Relation rel, HeapTuple tuple, int64
 	tuple = heap_modify_tuple_by_cols(tuple, RelationGetDescr(rel), 1, &attnum, &value, &isnull);
 	FreeExprContext(econtext, true);
 	if (!isnull)
-		*id = DatumGetInt64(abp_usage_value_read(&known->columns, COL_ID, value));
+		*id = DatumGetInt64(abp_row_value_read(&known->columns, COL_ID, value));
 	return tuple;
 }
 
@@ -264,7 +265,7 @@ abp_relations_forget(void)
 static void
 forget_defaults(XactEvent event, void *arg)
 {
-	if (event != XACT_EVENT_COMMIT && event != XACT_EVENT_PREPARE && event != XACT_EVENT_ABORT)
+	if (!abp_transaction_ends(event))
 		return;
 	defaults_context = NULL;
 	defaults_transaction++;
@@ -295,7 +296,7 @@ find_usage_table(Relation rel, Oid *serverid, int64 *ledger_from)
 
 	foreach(lc, candidates)
 	{
-		if (abp_usage_table_attached(lfirst_oid(lc), serverid, ledger_from))
+		if (abp_attachment_find(lfirst_oid(lc), serverid, ledger_from))
 			return lfirst_oid(lc);
 	}
 	return InvalidOid;
@@ -349,7 +350,7 @@ abp_relation_know(Relation rel)
 	}
 
 	known->defaults = NULL;
-	if (!abp_usage_columns_find(rel, &known->columns, &problem))
+	if (!abp_row_columns_find(rel, &known->columns, &problem))
 		ereport(ERROR,
 				(errcode(ERRCODE_DATATYPE_MISMATCH),
 				 errmsg("table \"%s\" lacks columns of a usage table",
@@ -391,7 +392,7 @@ abp_relation_read(const UsageRelation *known, HeapTuple tuple, TupleDesc desc,
 	for (int i = 0; i < NUM_USAGE_COLUMNS; i++)
 	{
 		if (!known->columns.plain[i] && !nulls[i])
-			values[i] = abp_usage_value_read(&known->columns, i, values[i]);
+			values[i] = abp_row_value_read(&known->columns, i, values[i]);
 	}
 }
 

@@ -32,6 +32,7 @@
 #include "queue/entry.h"
 #include "queue/feed.h"
 #include "usage/collect.h"
+#include "usage/correct.h"
 #include "usage/fate.h"
 #include "usage/lookup.h"
 #include "usage/priced.h"
@@ -139,6 +140,7 @@ price_row(UsageRelation *known, TupleDesc desc, UsageRow *row, PricedCost *cost)
 	normalized = abp_fate_price_if_sound(row, cost);
 	if (strips)
 		row->raw_usage = kept;
+	abp_correct_price(known->usage_table, row, cost);
 	return abp_priced_tuple(known, desc, row, normalized, strips, cost);
 }
 
@@ -168,12 +170,12 @@ abp_replicated_insert(UsageRelation *known, Relation rel, HeapTuple tuple)
 	}
 	if (abp_relation_lacks_defaults(known, nulls))
 		known = abp_relation_fill_defaults(known, rel, &tuple, values, nulls);
-	abp_usage_row_read(values, nulls, &row);
+	abp_row_read(values, nulls, &row);
 	if (row.external_id.len > MAX_STORED_EXTERNAL_ID)
 	{
 		tuple = tuple_with_short_external_id(known, desc, tuple, &row);
 		abp_relation_read(known, tuple, desc, values, nulls);
-		abp_usage_row_read(values, nulls, &row);
+		abp_row_read(values, nulls, &row);
 	}
 	if (!nulls[COL_EXTERNAL_ID] && external_id_exists(known, rel, values[COL_EXTERNAL_ID]))
 	{
@@ -188,7 +190,7 @@ abp_replicated_insert(UsageRelation *known, Relation rel, HeapTuple tuple)
 			tuple = abp_relation_renumber(known, rel, tuple, &row.id);
 		} while (abp_lookup_exists(known->usage_table, row.id));
 		abp_relation_read(known, tuple, desc, values, nulls);
-		abp_usage_row_read(values, nulls, &row);
+		abp_row_read(values, nulls, &row);
 	}
 
 	return price_row(known, desc, &row, &cost);
@@ -261,7 +263,7 @@ static void
 find_billed(const bool *nulls, bool *take)
 {
 	for (int i = 0; i < NUM_USAGE_COLUMNS; i++)
-		take[i] = abp_usage_columns[i].billed;
+		take[i] = abp_row_columns[i].billed;
 	take[COL_RAW_USAGE] = take[COL_USAGE_FORMAT] = !nulls[COL_RAW_USAGE];
 }
 
@@ -297,7 +299,7 @@ abp_replicated_update(UsageRelation *known, Relation rel, HeapTuple old, HeapTup
 	if (!abp_billed_columns_changed(old_values, old_nulls, values, nulls, &raw_changed) && !repriced &&
 		(!raw_changed || nulls[COL_RAW_USAGE]))
 		return tuple;
-	abp_usage_row_read(values, nulls, &row);
+	abp_row_read(values, nulls, &row);
 	if (!abp_same_value(COL_EXTERNAL_ID, old_values[COL_EXTERNAL_ID], values[COL_EXTERNAL_ID]) &&
 		(row.external_id.len > MAX_STORED_EXTERNAL_ID ||
 		 external_id_exists(known, rel, values[COL_EXTERNAL_ID])))
@@ -307,7 +309,7 @@ abp_replicated_update(UsageRelation *known, Relation rel, HeapTuple old, HeapTup
 		keep_billed(known, rel, row.id, "its new external_id is too long, or another row's");
 		tuple = abp_relation_take_old(known, desc, tuple, old, take);
 		abp_relation_read(known, tuple, desc, values, nulls);
-		abp_usage_row_read(values, nulls, &row);
+		abp_row_read(values, nulls, &row);
 	}
 
 	priced = price_row(known, desc, &row, &cost);
@@ -344,6 +346,7 @@ abp_replicated_update(UsageRelation *known, Relation rel, HeapTuple old, HeapTup
 		row.has_cost_nanos = cost.known;
 		row.cost_nanos = cost.cost_nanos;
 		row.cost_cents = cost.cost_cents;
+		abp_correct_changed(known->usage_table, old_values, old_nulls, &row);
 		abp_requeue(known, rel, &row, server, own ? NULL : &place);
 	}
 	return priced;
@@ -369,17 +372,13 @@ abp_replicated_delete(const UsageRelation *known, int64 id, const RowPlace *plac
 void
 abp_replicated_truncate(Oid usage_table)
 {
+	IdWalk		walk = {0};
 	IdSet		sending = abp_feed_sending(usage_table);
 
 	abp_feed_sum_up(usage_table);
-	for (int i = 0; i < sending.nranges; i++)
+	while (abp_idset_walk(&sending, &walk))
 	{
-		for (int64 id = sending.ranges[i].first;; id++)
-		{
-			CHECK_FOR_INTERRUPTS();
-			abp_collect_note(usage_table, OUTBOX_VANISHED, id);
-			if (id == sending.ranges[i].last)
-				break;
-		}
+		CHECK_FOR_INTERRUPTS();
+		abp_collect_note(usage_table, OUTBOX_VANISHED, walk.id);
 	}
 }

@@ -13,6 +13,7 @@
 #include "utils/memutils.h"
 #include "utils/snapmgr.h"
 
+#include "base/transaction.h"
 #include "compat.h"
 #include "queue/ledger.h"
 #include "usage/lookup.h"
@@ -58,7 +59,7 @@ forget_returning(int level)
 static void
 on_transaction_end(XactEvent event, void *arg)
 {
-	if (event != XACT_EVENT_COMMIT && event != XACT_EVENT_PREPARE && event != XACT_EVENT_ABORT)
+	if (!abp_transaction_ends(event))
 		return;
 	returning = NULL;			/* its memory goes with the transaction */
 	returning_level = 0;

@@ -33,7 +33,7 @@
  * In the order of UsageColumn.  The raw usage object is not billed itself:
  * once its counts are, it may be dropped to save space.
  */
-const UsageColumnInfo abp_usage_columns[NUM_USAGE_COLUMNS] = {
+const UsageColumnInfo abp_row_columns[NUM_USAGE_COLUMNS] = {
 	{"id", INT8OID, true},
 	{"external_id", TEXTOID, true},
 	{"occurred_at", TIMESTAMPTZOID, true},
@@ -87,7 +87,7 @@ empty_object(void)
  * where nothing was set.
  */
 Jsonb	   *
-abp_usage_json(Datum value)
+abp_row_json(Datum value)
 {
 	Jsonb	   *json = DatumGetJsonbP(value);
 
@@ -97,7 +97,7 @@ abp_usage_json(Datum value)
 static Jsonb *
 read_json(const Datum *values, const bool *nulls, UsageColumn column)
 {
-	return nulls[column] ? NULL : abp_usage_json(values[column]);
+	return nulls[column] ? NULL : abp_row_json(values[column]);
 }
 
 static TextView
@@ -125,7 +125,7 @@ view_text_or_null(const Datum *values, const bool *nulls, UsageColumn column)
  * line is fetched into the current memory context.
  */
 void
-abp_usage_row_read(const Datum *values, const bool *nulls, UsageRow *row)
+abp_row_read(const Datum *values, const bool *nulls, UsageRow *row)
 {
 	row->id = nulls[COL_ID] ? 0 : DatumGetInt64(values[COL_ID]);
 	row->external_id = view_text(values, nulls, COL_EXTERNAL_ID);
@@ -174,7 +174,7 @@ abp_usage_row_read(const Datum *values, const bool *nulls, UsageRow *row)
 static bool
 type_serves(UsageColumn column, Oid stored)
 {
-	switch (abp_usage_columns[column].type)
+	switch (abp_row_columns[column].type)
 	{
 		case TEXTOID:
 			return stored == TEXTOID || stored == VARCHAROID || stored == BPCHAROID;
@@ -182,7 +182,7 @@ type_serves(UsageColumn column, Oid stored)
 			return stored == INT8OID ||
 				(column != COL_COST_NANOS && (stored == INT4OID || stored == INT2OID));
 		default:
-			return stored == abp_usage_columns[column].type;
+			return stored == abp_row_columns[column].type;
 	}
 }
 
@@ -193,7 +193,7 @@ type_serves(UsageColumn column, Oid stored)
  * current memory context, everything that is missing or of another type.
  */
 bool
-abp_usage_columns_find(Relation rel, UsageColumns *columns, char **problem)
+abp_row_columns_find(Relation rel, UsageColumns *columns, char **problem)
 {
 	TupleDesc	desc = RelationGetDescr(rel);
 	StringInfoData missing;
@@ -202,7 +202,7 @@ abp_usage_columns_find(Relation rel, UsageColumns *columns, char **problem)
 	columns->all_plain = true;
 	for (int col = 0; col < NUM_USAGE_COLUMNS; col++)
 	{
-		const UsageColumnInfo *column = &abp_usage_columns[col];
+		const UsageColumnInfo *column = &abp_row_columns[col];
 		Form_pg_attribute found = NULL;
 
 		for (int i = 0; i < desc->natts && found == NULL; i++)
@@ -285,14 +285,14 @@ column_fault(UsageColumn column, Form_pg_attribute att)
  * catalogue caches, without a lock of the table.
  */
 char	   *
-abp_usage_columns_faults(Oid relid)
+abp_row_columns_faults(Oid relid)
 {
 	StringInfoData faults;
 
 	initStringInfo(&faults);
 	for (int col = 0; col < NUM_USAGE_COLUMNS; col++)
 	{
-		const char *name = abp_usage_columns[col].name;
+		const char *name = abp_row_columns[col].name;
 		HeapTuple	tuple = SearchSysCacheAttName(relid, name);
 		const char *fault;
 
@@ -310,7 +310,7 @@ abp_usage_columns_faults(Oid relid)
  * A value, not NULL, as a column holds it: as one of the column's own type.
  */
 Datum
-abp_usage_value_read(const UsageColumns *columns, UsageColumn column, Datum value)
+abp_row_value_read(const UsageColumns *columns, UsageColumn column, Datum value)
 {
 	switch (columns->stored[column])
 	{
@@ -330,7 +330,7 @@ abp_usage_value_read(const UsageColumns *columns, UsageColumn column, Datum valu
  * a constraint of the column's domain raises, as a table's own would.
  */
 Datum
-abp_usage_value_write(const UsageColumns *columns, UsageColumn column, Datum value, bool isnull)
+abp_row_value_write(const UsageColumns *columns, UsageColumn column, Datum value, bool isnull)
 {
 	int32		typmod = columns->typmods[column];
 
@@ -393,7 +393,7 @@ numeric_fits(Numeric number, int32 typmod)
  * Can a column hold a value of its own type, not NULL, as it is?
  */
 bool
-abp_usage_value_fits(const UsageColumns *columns, UsageColumn column, Datum value)
+abp_row_value_fits(const UsageColumns *columns, UsageColumn column, Datum value)
 {
 	int32		typmod = columns->typmods[column];
 

@@ -53,7 +53,7 @@ typedef struct UsageColumnInfo
 	bool		billed;			/* part of what is priced or sent */
 } UsageColumnInfo;
 
-extern const UsageColumnInfo abp_usage_columns[NUM_USAGE_COLUMNS];
+extern const UsageColumnInfo abp_row_columns[NUM_USAGE_COLUMNS];
 
 /*
  * Where a relation keeps the columns of a usage table, and how: as what they
@@ -69,17 +69,17 @@ typedef struct UsageColumns
 	bool		all_plain;
 } UsageColumns;
 
-extern void abp_usage_row_read(const Datum *values, const bool *nulls,
-							   UsageRow *row);
-extern Jsonb *abp_usage_json(Datum value);
-extern bool abp_usage_columns_find(Relation rel, UsageColumns *columns,
-								   char **problem);
-extern char *abp_usage_columns_faults(Oid relid);
-extern Datum abp_usage_value_read(const UsageColumns *columns, UsageColumn column,
-								  Datum value);
-extern Datum abp_usage_value_write(const UsageColumns *columns, UsageColumn column,
-								   Datum value, bool isnull);
-extern bool abp_usage_value_fits(const UsageColumns *columns, UsageColumn column,
-								 Datum value);
+extern void abp_row_read(const Datum *values, const bool *nulls,
+						 UsageRow *row);
+extern Jsonb *abp_row_json(Datum value);
+extern bool abp_row_columns_find(Relation rel, UsageColumns *columns,
+								 char **problem);
+extern char *abp_row_columns_faults(Oid relid);
+extern Datum abp_row_value_read(const UsageColumns *columns, UsageColumn column,
+								Datum value);
+extern Datum abp_row_value_write(const UsageColumns *columns, UsageColumn column,
+								 Datum value, bool isnull);
+extern bool abp_row_value_fits(const UsageColumns *columns, UsageColumn column,
+							   Datum value);
 
 #endif							/* ABP_ROW_H */

@@ -143,8 +143,8 @@ prepare_read(const UsageTable *table, ReadKind kind, bool by_range)
 	initStringInfo(&sql);
 	appendStringInfoString(&sql, "SELECT ");
 	for (int i = 0; i < NUM_USAGE_COLUMNS; i++)
-		appendStringInfo(&sql, "%su.%s::%s", i > 0 ? ", " : "", abp_usage_columns[i].name,
-						 format_type_be_qualified(abp_usage_columns[i].type));
+		appendStringInfo(&sql, "%su.%s::%s", i > 0 ? ", " : "", abp_row_columns[i].name,
+						 format_type_be_qualified(abp_row_columns[i].type));
 	if (kind != READ_COLUMNS)
 		appendStringInfoString(&sql, ", u.xmax");
 	if (kind == READ_WHOLE)
@@ -279,7 +279,7 @@ abp_rows_read(const UsageTable *table, IdSet *ids, bool whole,
 
 	/* What the statement casts must be what we know how to write, too. */
 	rel = table_open(table->relid, NoLock);
-	if (!abp_usage_columns_find(rel, &columns, &problem))
+	if (!abp_row_columns_find(rel, &columns, &problem))
 		ereport(ERROR,
 				(errcode(ERRCODE_DATATYPE_MISMATCH),
 				 errmsg("usage table %s: %s", table->name, problem),
@@ -307,7 +307,7 @@ abp_rows_read(const UsageTable *table, IdSet *ids, bool whole,
 			if (by_range && ids->nranges > 1 &&
 				!abp_idset_contains(ids, DatumGetInt64(values[COL_ID])))
 				continue;
-			abp_usage_row_read(values, nulls, &row);
+			abp_row_read(values, nulls, &row);
 			row.columns = &columns;
 			row.maybe_changing = may_be_changing(plans, rows->vals[i], kind != READ_COLUMNS,
 												 values[NUM_USAGE_COLUMNS]);
@@ -323,6 +323,28 @@ abp_rows_read(const UsageTable *table, IdSet *ids, bool whole,
 	SPI_finish();
 	abp_restore_user(&saved);
 	return nrows;
+}
+
+/*
+ * Run a statement about rows, in which %s is their table and $1 their ids, as the
+ * table's owner.  Returns the number of rows; abp_statement_close ends the use of
+ * the result.
+ */
+static uint64
+select_rows(const UsageTable *table, const char *statement, IdSet *ids, bool read_only,
+			SavedUser *saved)
+{
+	Oid			argtypes[1] = {INT8ARRAYOID};
+	Datum		args[1];
+
+	abp_become_table_owner(table->owner, saved);
+	settings_for_ids();
+	SPI_connect();
+	args[0] = ids_as_array(ids);
+	if (SPI_execute_with_args(psprintf(statement, table->name), 1, argtypes, args, NULL,
+							  read_only, 0) < 0)
+		elog(ERROR, "unexpected result of looking at usage rows");
+	return SPI_processed;
 }
 
 /* Is the version of a row that we see the last, which nobody is changing? */
@@ -352,18 +374,12 @@ abp_rows_settled(const UsageTable *table, IdSet *ids)
 {
 	MemoryContext caller = CurrentMemoryContext;
 	IdSet		settled = {0};
-	Oid			argtypes[1] = {INT8ARRAYOID};
-	Datum		args[1];
+	uint64		nrows;
 	SavedUser	saved;
 
-	abp_become_table_owner(table->owner, &saved);
-	settings_for_ids();
-	SPI_connect();
-	args[0] = ids_as_array(ids);
-	SPI_execute_with_args(psprintf("SELECT u.id::pg_catalog.int8, u.tableoid, u.ctid FROM %s u"
-								   " WHERE u.id OPERATOR(pg_catalog.=) ANY ($1)", table->name),
-						  1, argtypes, args, NULL, true, 0);
-	for (uint64 i = 0; i < SPI_processed; i++)
+	nrows = select_rows(table, "SELECT u.id::pg_catalog.int8, u.tableoid, u.ctid FROM %s u"
+						" WHERE u.id OPERATOR(pg_catalog.=) ANY ($1)", ids, true, &saved);
+	for (uint64 i = 0; i < nrows; i++)
 	{
 		int64		id = abp_result_int64(i, 1, 0);
 		Relation	rel = table_open(abp_result_oid(i, 2), AccessShareLock);
@@ -375,8 +391,7 @@ abp_rows_settled(const UsageTable *table, IdSet *ids)
 			abp_idset_add(&settled, id, id, caller);
 		table_close(rel, NoLock);
 	}
-	SPI_finish();
-	abp_restore_user(&saved);
+	abp_statement_close(&saved);
 	return settled;
 }
 
@@ -386,25 +401,17 @@ select_ids(const UsageTable *table, const char *statement, IdSet *ids, bool read
 {
 	MemoryContext caller = CurrentMemoryContext;
 	IdSet		found = {0};
-	Oid			argtypes[1] = {INT8ARRAYOID};
-	Datum		args[1];
+	uint64		nrows;
 	SavedUser	saved;
 
-	abp_become_table_owner(table->owner, &saved);
-	settings_for_ids();
-	SPI_connect();
-	args[0] = ids_as_array(ids);
-	if (SPI_execute_with_args(psprintf(statement, table->name), 1, argtypes, args, NULL,
-							  read_only, 0) < 0)
-		elog(ERROR, "unexpected result of looking at usage rows");
-	for (uint64 i = 0; i < SPI_processed; i++)
+	nrows = select_rows(table, statement, ids, read_only, &saved);
+	for (uint64 i = 0; i < nrows; i++)
 	{
 		int64		id = abp_result_int64(i, 1, 0);
 
 		abp_idset_add(&found, id, id, caller);
 	}
-	SPI_finish();
-	abp_restore_user(&saved);
+	abp_statement_close(&saved);
 	abp_idset_sort(&found);
 	return found;
 }
@@ -448,7 +455,7 @@ abp_rows_shared(const UsageTable *table, IdSet *ids)
  * costs (triggers.c).  Returns the ids of the rows that there are.
  */
 IdSet
-abp_rows_reprice(const UsageTable *table, IdSet *ids)
+abp_rows_update_prices(const UsageTable *table, IdSet *ids)
 {
 	return select_ids(table, "UPDATE %s u SET cost_status = u.cost_status"
 					  " WHERE u.id OPERATOR(pg_catalog.=) ANY ($1) RETURNING u.id::pg_catalog.int8", ids, false);

@@ -18,7 +18,12 @@
 #include "utils/builtins.h"
 #include "utils/timestamp.h"
 
+#include "base/numeric_math.h"
+#include "base/text_view.h"
+#include "base/usage_row.h"
 #include "compat.h"
+#include "polar/event_format.h"
+#include "polar/identity.h"
 #include "usage/share.h"
 
 #define SHARE_VERSION 1
@@ -284,12 +289,6 @@ abp_share_find(const ShareGroups *groups, const char *key, int keylen)
 	return slot < 0 ? NULL : &groups->groups[slot];
 }
 
-static Numeric
-add_numerics(Numeric a, Numeric b)
-{
-	return DatumGetNumeric(DirectFunctionCall2(numeric_add, NumericGetDatum(a), NumericGetDatum(b)));
-}
-
 /*
  * Add sums to those of a group.
  */
@@ -307,7 +306,7 @@ abp_share_add(ShareGroups *groups, ShareSums *to, const ShareSums *sums)
 	{
 		MemoryContext old = MemoryContextSwitchTo(groups->context);
 
-		to->more_cents = add_numerics(sums->more_cents, to->more_cents == NULL ?
+		to->more_cents = numeric_plus(sums->more_cents, to->more_cents == NULL ?
 									  int64_to_numeric(0) : to->more_cents);
 		MemoryContextSwitchTo(old);
 	}
@@ -322,7 +321,7 @@ abp_share_add(ShareGroups *groups, ShareSums *to, const ShareSums *sums)
 static bool
 read_cents(Numeric cents, int128 * value, int *scale)
 {
-	char	   *text = DatumGetCString(DirectFunctionCall1(numeric_out, NumericGetDatum(cents)));
+	char	   *text = numeric_text(cents);
 	const char *p = text;
 	bool		negative = *p == '-';
 	bool		fits;
@@ -367,7 +366,7 @@ abp_share_set_cents(ShareSums *sums, Numeric cents)
 		return;
 	sums->cents = 0;
 	sums->cents_scale = 0;
-	sums->more_cents = add_numerics(cents, int64_to_numeric(0));
+	sums->more_cents = numeric_plus(cents, int64_to_numeric(0));
 }
 
 /*
@@ -462,7 +461,7 @@ abp_share_encode(const ShareGroups *groups)
 		if (sums->rows == 0)
 			continue;
 		if (sums->more_cents != NULL)
-			more = DatumGetCString(DirectFunctionCall1(numeric_out, NumericGetDatum(sums->more_cents)));
+			more = numeric_text(sums->more_cents);
 		put_unsigned(&to, group->keylen);
 		appendBinaryStringInfo(&to, group->key, group->keylen);
 		put_unsigned(&to, sums->rows);
@@ -562,5 +561,5 @@ abp_share_cents(const ShareSums *sums)
 	for (int i = sums->cents_scale; i < CENTS_SCALE; i++)
 		value /= 10;
 	cents = abp_share_numeric(value, sums->cents_scale);
-	return sums->more_cents == NULL ? cents : add_numerics(cents, sums->more_cents);
+	return sums->more_cents == NULL ? cents : numeric_plus(cents, sums->more_cents);
 }

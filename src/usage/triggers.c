@@ -20,6 +20,7 @@
 
 #include "base/extension.h"
 #include "base/idset.h"
+#include "base/transaction.h"
 #include "base/usage_row.h"
 #include "config.h"
 #include "polar/server.h"
@@ -31,8 +32,8 @@
 #include "queue/entry.h"
 #include "queue/ledger.h"
 #include "queue/outbox.h"
-#include "queue/shares.h"
 #include "queue/place.h"
+#include "queue/shares.h"
 #include "queue/wake.h"
 #include "usage/collect.h"
 #include "usage/correct.h"
@@ -53,9 +54,8 @@ PG_FUNCTION_INFO_V1(abp_sql_guard_usage);
 PG_FUNCTION_INFO_V1(abp_sql_truncate_usage);
 
 /*
- * Anyone may make triggers of these functions, on tables and for events of
- * his own choice: each must be called for what it is written for, or there is
- * no row where it looks for one.
+ * Anyone may make triggers of these functions, on any table and for any event:
+ * so check event, level and timing, or there may be no row to look at.
  */
 static void
 check_trigger(FunctionCallInfo fcinfo, const char *name,
@@ -274,7 +274,7 @@ abp_sql_price_usage(PG_FUNCTION_ARGS)
 		return PointerGetDatum(new.tuple);
 
 	known = new.known;
-	abp_usage_row_read(new.values, new.nulls, &row);
+	abp_row_read(new.values, new.nulls, &row);
 	row.columns = &known->columns;
 	abp_fate_check(new.rel, &row, new.nulls);
 	if (OidIsValid(known->serverid))
@@ -293,7 +293,7 @@ abp_sql_price_usage(PG_FUNCTION_ARGS)
 	{
 		PriceRequest request = abp_fate_price_request(&row);
 
-		(void) abp_price_usage(&request, false, &cost);
+		(void) abp_price_compute(&request, false, &cost);
 		if (!update)
 			abp_correct_price(known->usage_table, &row, &cost);
 		if (unlikely(!row.counts.given[COUNT_OUTPUT]) && !update)
@@ -363,7 +363,7 @@ abp_sql_enqueue_usage(PG_FUNCTION_ARGS)
 		return PointerGetDatum(NULL);
 
 	abp_relation_read(known, trigdata->tg_trigtuple, RelationGetDescr(rel), values, nulls);
-	abp_usage_row_read(values, nulls, &row);
+	abp_row_read(values, nulls, &row);
 	row.columns = &known->columns;
 	if (OidIsValid(known->serverid))
 		server = abp_server_options(known->serverid);
@@ -422,7 +422,7 @@ leave_to_other(Oid usage_table, int64 id, int64 ledger_from, const RowPlace *pla
  * waits, and whether Polar may have it.
  */
 bool
-abp_usage_row_left(Oid usage_table, int64 id, int64 ledger_from, bool *maybe_sent)
+abp_trigger_row_left(Oid usage_table, int64 id, int64 ledger_from, bool *outcome_unknown)
 {
 	RowPlace	place;
 	bool		own = abp_collect_find(usage_table, id, &place);
@@ -432,7 +432,7 @@ abp_usage_row_left(Oid usage_table, int64 id, int64 ledger_from, bool *maybe_sen
 	if (place.state == 0)
 		return false;
 
-	*maybe_sent = place.outcome_unknown || place.where == ROW_SENDING ||
+	*outcome_unknown = place.outcome_unknown || place.where == ROW_SENDING ||
 		abp_ledger_has(usage_table, id, ledger_from);
 	if (place.where == ROW_SENDING)
 		return true;
@@ -486,6 +486,8 @@ abp_sql_guard_usage(PG_FUNCTION_ARGS)
 	if (known->replicated)
 	{
 		abp_replicated_delete(known, id, own ? NULL : &place);
+		if (place.where != ROW_SENDING)
+			abp_correct_changed(known->usage_table, values, nulls, NULL);
 		return PointerGetDatum(NULL);
 	}
 
@@ -553,7 +555,7 @@ abp_sql_truncate_usage(PG_FUNCTION_ARGS)
 				 errhint("Pause its server with aibilling.pause(), wait until aibilling.status shows none in flight, and truncate then.")));
 	count = abp_outbox_discard(known->usage_table);
 	abp_collect_truncated(known->usage_table);
-	abp_usage_table_truncated(known->usage_table);
+	abp_attachment_truncated(known->usage_table);
 	abp_corrections_forget(known->usage_table);
 	abp_shares_truncated(known->usage_table);
 	if (count > 0)

@@ -13,7 +13,7 @@
 #include "base/idset.h"
 #include "queue/attachment.h"
 
-extern bool abp_usage_row_left(Oid usage_table, int64 id, int64 ledger_from,
-							   bool *maybe_sent);
+extern bool abp_trigger_row_left(Oid usage_table, int64 id, int64 ledger_from,
+								 bool *outcome_unknown);
 
 #endif							/* ABP_TRIGGERS_H */

@@ -14,6 +14,7 @@
 #include "utils/timestamp.h"
 
 #include "base/text_view.h"
+#include "base/transaction.h"
 #include "base/usage_row.h"
 #include "price/price.h"
 #include "usage/fate.h"
@@ -60,7 +61,7 @@ may_warn(void)
 static void
 on_transaction_end(XactEvent event, void *arg)
 {
-	if (event == XACT_EVENT_COMMIT || event == XACT_EVENT_PREPARE || event == XACT_EVENT_ABORT)
+	if (abp_transaction_ends(event))
 		warned_command = InvalidCommandId;
 }
 
@@ -177,7 +178,7 @@ abp_warn_no_output(const UsageRow *row, const PriceRequest *request, const Price
 	counts.given[COUNT_OUTPUT] = true;
 	counts.value[COUNT_OUTPUT] = 1000;
 	with_output.counts = &counts;
-	if (!abp_price_usage(&with_output, true, &other) || !other.known ||
+	if (!abp_price_compute(&with_output, true, &other) || !other.known ||
 		DatumGetBool(DirectFunctionCall2(numeric_eq, NumericGetDatum(other.cost_cents),
 										 NumericGetDatum(cost->cost_cents))))
 		return;

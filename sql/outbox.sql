@@ -577,6 +577,13 @@ SELECT ins('new');
 UPDATE u SET input_tokens = 1 WHERE external_id = 'delivered';
 ROLLBACK;
 TRUNCATE u;
+-- One statement that deletes a row and inserts it with other counts does not choose its cost.
+SELECT ins('chosen');
+WITH gone AS (DELETE FROM u WHERE external_id = 'chosen' RETURNING *)
+INSERT INTO u (id, external_id, occurred_at, provider, model, external_customer_id, input_tokens, cost_nanos, cost_cents, cost_status)
+SELECT id, external_id, occurred_at, provider, model, external_customer_id, 2000, 7, 7, 'priced' FROM gone
+RETURNING external_id, input_tokens, cost_nanos;
+TRUNCATE u;
 -- What its owner has loaded without sending is counted.
 SET aibilling_polar.enqueue = off;
 SELECT ins('history', 'more history');

@@ -2602,7 +2602,7 @@ COMMENT ON VIEW aibilling.capture_failure IS
 COMMENT ON COLUMN aibilling.capture_failure.source IS 'The table of the row';
 COMMENT ON COLUMN aibilling.capture_failure.usage IS 'The usage table that it was to go to';
 COMMENT ON COLUMN aibilling.capture_failure.key IS 'Its key, as text';
-COMMENT ON COLUMN aibilling.capture_failure."row" IS 'The row; NULL: it cannot be had as jsonb';
+COMMENT ON COLUMN aibilling.capture_failure."row" IS 'The row; NULL: it cannot be had as jsonb, and is read from its table when it is tried again';
 COMMENT ON COLUMN aibilling.capture_failure.error IS 'What went wrong';
 COMMENT ON COLUMN aibilling.capture_failure.at IS 'When';
 COMMENT ON COLUMN aibilling.capture_definition.source IS 'As aibilling.captures.source';
@@ -3023,6 +3023,7 @@ DECLARE
 	rows text;
 	branches text := '';
 	fallbacks text := '';
+	keys text := '';
 BEGIN
 	IF existing IS NULL OR existing NOT IN ('ignore', 'send', 'load') THEN
 		word := aibilling.closest_word(existing, '{ignore,send,load}');
@@ -3039,11 +3040,13 @@ BEGIN
 	flag := 'aibilling_capture.p' || plan.prefix;
 	FOR level, rows IN
 		SELECT * FROM (VALUES ('STATEMENT', 'new_rows'), ('ROW', '(SELECT (NEW).*)')) AS v (level, rows)
-		WHERE CASE v.level WHEN 'ROW' THEN by_row ELSE by_statement END
+		WHERE v.level = 'ROW' OR by_statement
 	LOOP
-		branches := branches || format(E'\tELSIF TG_LEVEL = %L THEN\n%s\t\tINSERT INTO %s (%s)\n\t\tSELECT\n%s\n\t\tFROM %s AS %I\n\t\tWHERE %s;\n',
+		branches := branches || CASE WHEN level = 'ROW' AND NOT by_row THEN '' ELSE format(E'\tELSIF TG_LEVEL = %L THEN\n%s\t\tINSERT INTO %s (%s)\n\t\tSELECT\n%s\n\t\tFROM %s AS %I\n\t\tWHERE %s;\n',
 			level, CASE WHEN by_row AND level = 'STATEMENT' THEN format(E'\t\tPERFORM set_config(%L, '''', true);\n', flag) END,
-			usage, plan.targets, plan.expressions, rows, relation.relname, plan.only_when);
+			usage, plan.targets, plan.expressions, rows, relation.relname, plan.only_when) END;
+		keys := keys || format(E'\t\t\t\t\tIF TG_LEVEL = %L THEN\n\t\t\t\t\t\tPERFORM aibilling.capture_keys(%L, ARRAY(SELECT %s FROM %s AS %I), SQLERRM);\n\t\t\t\t\tEND IF;\n',
+			level, plan.function_name, plan.key, rows, relation.relname);
 		fallbacks := fallbacks || format(E'\t\t\tIF TG_LEVEL = %L THEN\n\t\t\t\tPERFORM aibilling.capture_rows(%L, ARRAY(SELECT to_jsonb(r) FROM %s AS r), SQLSTATE, SQLERRM);\n\t\t\tEND IF;\n',
 			level, plan.function_name, rows);
 	END LOOP;
@@ -3072,7 +3075,14 @@ EXCEPTION
 			WHEN serialization_failure OR deadlock_detected THEN
 				RAISE;
 			WHEN OTHERS THEN
-				RAISE WARNING 'rows of %% are not captured: %%', TG_RELID::regclass, SQLERRM;
+				-- not even as jsonb: their keys
+				BEGIN
+%8$s				EXCEPTION
+					WHEN serialization_failure OR deadlock_detected THEN
+						RAISE;
+					WHEN OTHERS THEN
+						RAISE WARNING 'rows of %% are not captured: %%', TG_RELID::regclass, SQLERRM;
+				END;
 				RETURN NULL;
 		END;
 END
@@ -3081,7 +3091,7 @@ REVOKE ALL ON FUNCTION %3$s.%4$I() FROM PUBLIC;
 $sql$, source, usage, schema, plan.function_name,
 		-- the depth tells this statement from others that its triggers run
 		CASE WHEN by_statement AND by_row THEN format(E'\tELSIF TG_WHEN = ''BEFORE'' THEN\n\t\tPERFORM set_config(%L, (pg_trigger_depth() - 1)::text, true);\n', flag) END,
-		branches, fallbacks);
+		branches, fallbacks, keys);
 	IF relation.relowner <> current_user::regrole THEN
 		sql := sql || format(E'ALTER FUNCTION %s.%I() OWNER TO %s;\n', schema, plan.function_name, relation.relowner::regrole);
 	END IF;
@@ -3165,7 +3175,7 @@ COMMENT ON FUNCTION aibilling.release(regclass, regclass) IS
 'Ends what aibilling.capture() began: drops its triggers and their function. Usage rows and failures stay, and the prefix of external_id, so that what is captured again is the same. Needs ownership of the source';
 
 -- Rows as their source has them, by the stored definition.
-CREATE FUNCTION aibilling.capture_row(d aibilling.captures, source_row jsonb, error text DEFAULT NULL) RETURNS boolean
+CREATE FUNCTION aibilling.capture_row(d aibilling.captures, source_row jsonb, error text DEFAULT NULL, source_key text DEFAULT NULL) RETURNS boolean
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 SET timezone = 'UTC'
@@ -3173,21 +3183,25 @@ SET datestyle = 'ISO'
 AS $$
 DECLARE
 	mapped text;
-	source_key text;
 	changed boolean;
 	n bigint;
 BEGIN
-	mapped := format(E'SELECT\n%s\nFROM jsonb_populate_record(NULL::%s, $1) AS %I WHERE %s', d.expressions, d.source,
-		(SELECT c.relname FROM pg_class c WHERE c.oid = d.source), d.only_when);
+	IF source_key IS NULL THEN
+		EXECUTE format('SELECT %s FROM jsonb_populate_record(NULL::%s, $1) AS r', d.key, d.source) INTO source_key USING source_row;
+	END IF;
+	mapped := format(E'SELECT\n%s\nFROM %s AS %I WHERE %s AND %s', d.expressions,
+		CASE WHEN source_row IS NULL THEN d.source::text ELSE format('jsonb_populate_record(NULL::%s, $1)', d.source) END,
+		(SELECT c.relname FROM pg_class c WHERE c.oid = d.source),
+		CASE WHEN source_row IS NULL THEN format('(%s = $2)', d.key) ELSE 'true' END, d.only_when);
 	IF error IS NULL THEN
 		BEGIN
 			EXECUTE format('INSERT INTO %1$s (%2$s) SELECT m.* FROM (%3$s) AS m WHERE NOT EXISTS (SELECT FROM %1$s u WHERE u.external_id = m.external_id)%4$s',
 				d.usage, d.targets, mapped, CASE WHEN d.on_conflict <> '' THEN format(' ON CONFLICT %s DO NOTHING', d.on_conflict) END)
-			USING source_row;
+			USING source_row, source_key;
 			GET DIAGNOSTICS n = ROW_COUNT;
 			IF n = 0 THEN
 				EXECUTE format('SELECT EXISTS (SELECT FROM (%s) AS m JOIN %s u ON u.external_id = m.external_id WHERE %s)', mapped, d.usage, d.changes)
-				INTO changed USING source_row;
+				INTO changed USING source_row, source_key;
 				error := CASE WHEN changed THEN 'changed after capture' END;
 			END IF;
 		EXCEPTION
@@ -3197,7 +3211,6 @@ BEGIN
 				error := SQLERRM;
 		END;
 	END IF;
-	EXECUTE format('SELECT %s FROM jsonb_populate_record(NULL::%s, $1) AS r', d.key, d.source) INTO source_key USING source_row;
 	IF error IS NULL THEN
 		DELETE FROM aibilling.capture_failure f WHERE f.source = d.source AND f.usage = d.usage AND f.key = source_key;
 		RETURN true;
@@ -3208,8 +3221,8 @@ BEGIN
 	RETURN false;
 END
 $$;
-COMMENT ON FUNCTION aibilling.capture_row(aibilling.captures, jsonb, text) IS
-'Captures a row, given as jsonb, unless it was before; with an error only notes it. What goes wrong is put into aibilling.capture_failure. Returns whether nothing did';
+COMMENT ON FUNCTION aibilling.capture_row(aibilling.captures, jsonb, text, text) IS
+'Captures a row, given as jsonb or as NULL and its key, unless it was before; with an error only notes it. What goes wrong is put into aibilling.capture_failure. Returns whether nothing did';
 
 -- A tenth at a time, until the rows that cannot be captured are found.
 CREATE FUNCTION aibilling.capture_together(d aibilling.captures, source_rows jsonb[]) RETURNS bigint
@@ -3279,6 +3292,18 @@ END
 $$;
 COMMENT ON FUNCTION aibilling.capture_rows(text, jsonb[], text, text) IS
 'Captures rows that could not be captured by their statement''s trigger, because of this error. For the triggers of aibilling.capture()';
+
+CREATE FUNCTION aibilling.capture_keys(capture text, source_keys text[], error text) RETURNS void
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+	PERFORM aibilling.capture_row(c, NULL, error, k)
+	FROM aibilling.captures c, unnest(source_keys) k WHERE c.function_name = capture AND c.released_at IS NULL;
+END
+$$;
+COMMENT ON FUNCTION aibilling.capture_keys(text, text[], text) IS
+'Notes rows that cannot be had as jsonb in aibilling.capture_failure, by their keys. For the triggers of aibilling.capture()';
 
 CREATE FUNCTION aibilling.capture_changed(capture text, old_row jsonb, new_row jsonb) RETURNS void
 LANGUAGE plpgsql VOLATILE
@@ -3404,11 +3429,11 @@ BEGIN
 		RAISE EXCEPTION 'must be owner of table %', source USING ERRCODE = 'insufficient_privilege';
 	END IF;
 	FOR f IN
-		SELECT c AS d, e."row" FROM aibilling.capture_failure e JOIN aibilling.captures c ON (c.source, c.usage) = (e.source, e.usage)
-		WHERE e.source = capture_retry.source AND c.released_at IS NULL AND e.error <> 'changed after capture' AND e."row" IS NOT NULL
+		SELECT c AS d, e."row", e.key FROM aibilling.capture_failure e JOIN aibilling.captures c ON (c.source, c.usage) = (e.source, e.usage)
+		WHERE e.source = capture_retry.source AND c.released_at IS NULL AND e.error <> 'changed after capture'
 		ORDER BY e.at, e.key
 	LOOP
-		n := n + aibilling.capture_row(f.d, f."row")::integer;
+		n := n + aibilling.capture_row(f.d, f."row", NULL, f.key)::integer;
 	END LOOP;
 	RETURN n;
 END
@@ -3424,7 +3449,7 @@ REVOKE ALL ON FUNCTION aibilling.owns(regclass), aibilling.check_expression(regc
 	aibilling.capture_plan(regclass, regclass, jsonb, text, text, boolean),
 	aibilling.capture_sql(regclass, regclass, jsonb, text, text, text, boolean),
 	aibilling.capture(regclass, regclass, jsonb, text, text, text, boolean), aibilling.release(regclass, regclass),
-	aibilling.capture_row(aibilling.captures, jsonb, text), aibilling.capture_together(aibilling.captures, jsonb[]), aibilling.capture_rows(text, jsonb[], text, text),
+	aibilling.capture_row(aibilling.captures, jsonb, text, text), aibilling.capture_together(aibilling.captures, jsonb[]), aibilling.capture_keys(text, text[], text), aibilling.capture_rows(text, jsonb[], text, text),
 	aibilling.capture_changed(text, jsonb, jsonb), aibilling.capture_history(regclass, regclass, text),
 	aibilling.capture_retry(regclass) FROM PUBLIC;
 -- With the rights of whoever calls.
@@ -3433,7 +3458,7 @@ GRANT EXECUTE ON FUNCTION aibilling.owns(regclass), aibilling.check_expression(r
 	aibilling.capture_plan(regclass, regclass, jsonb, text, text, boolean),
 	aibilling.capture_sql(regclass, regclass, jsonb, text, text, text, boolean),
 	aibilling.capture(regclass, regclass, jsonb, text, text, text, boolean), aibilling.release(regclass, regclass),
-	aibilling.capture_row(aibilling.captures, jsonb, text), aibilling.capture_together(aibilling.captures, jsonb[]), aibilling.capture_rows(text, jsonb[], text, text),
+	aibilling.capture_row(aibilling.captures, jsonb, text, text), aibilling.capture_together(aibilling.captures, jsonb[]), aibilling.capture_keys(text, text[], text), aibilling.capture_rows(text, jsonb[], text, text),
 	aibilling.capture_changed(text, jsonb, jsonb), aibilling.capture_history(regclass, regclass, text),
 	aibilling.capture_retry(regclass) TO PUBLIC;
 

@@ -38,7 +38,7 @@ WHERE a.grantee = 0 AND a.privilege_type = 'EXECUTE'
 		'short_number', 'percent_text', 'axis_top', 'cache_savings', 'report_style', 'report_trend', 'report_bars', 'report_waiting',
 		'report_delivery', 'report', 'chart',
 		'owns', 'check_expression', 'closest_word', 'provider_of_model', 'capture_preset', 'capture_by_name', 'capture_plan',
-		'capture_sql', 'capture', 'release', 'capture_row', 'capture_together', 'capture_rows', 'capture_changed',
+		'capture_sql', 'capture', 'release', 'capture_row', 'capture_together', 'capture_keys', 'capture_rows', 'capture_changed',
 		'capture_history', 'capture_retry')
 ORDER BY 1;
 

@@ -58,6 +58,23 @@ BEGIN
 END $$;
 SELECT keys();
 
+-- All in a savepoint; what is changed in one and undone stays as it was.
+BEGIN;
+SAVEPOINT s;
+SELECT ins('only here');
+RELEASE s;
+COMMIT;
+BEGIN;
+SAVEPOINT s;
+DELETE FROM u WHERE external_id = 'only here';
+ROLLBACK TO s;
+SAVEPOINT t;
+UPDATE u SET external_customer_id = NULL WHERE external_id = 'f';
+ROLLBACK TO t;
+COMMIT;
+SELECT keys();
+DELETE FROM u WHERE external_id = 'only here';
+
 -- Changed and deleted within the same transaction.
 BEGIN;
 SELECT ins('h', 'i', 'j');
@@ -512,6 +529,63 @@ DROP FUNCTION reads, tuples_read;
 TRUNCATE u;
 
 --
+-- One rejected row is released, the others stay; all that waits can be looked at
+--
+SET client_min_messages = error;
+INSERT INTO u (external_id, occurred_at, provider, model, external_customer_id, input_tokens) VALUES
+	('ready', '2026-01-02', 'acme', 'm', 'c', 1), ('no price', '2026-01-02', 'acme', 'nowhere', 'c', 1),
+	('no customer', '2026-01-02', 'acme', 'm', NULL, 1), ('nor here', '2026-01-02', 'acme', 'm', NULL, 1);
+SELECT external_id FROM aibilling.preview('u') JOIN u ON id = usage_id ORDER BY id;
+SELECT aibilling.retry('u', ARRAY(SELECT id FROM u WHERE external_id = 'nor here'));
+SELECT external_id, w.state FROM u JOIN waiting w ON usage_id = id ORDER BY id;
+UPDATE u SET external_customer_id = NULL WHERE external_id = 'ready';
+SELECT external_id, w.state FROM u JOIN waiting w ON usage_id = id ORDER BY id;
+-- The cost of a row whose price is gone would be unknown.
+BEGIN;
+DELETE FROM aibilling.price WHERE provider = 'acme' AND model = 'm';
+SELECT external_id, old_cost_nanos, new_cost_nanos, action FROM aibilling.reprice('u') JOIN u ON id = usage_id ORDER BY id;
+ROLLBACK;
+TRUNCATE u;
+-- A row that comes back keeps its cost, and is queued as one that Polar may have.
+SELECT ins('returns');
+CALL ship('returns', 'delivered');
+CREATE TEMP TABLE archive AS SELECT * FROM u;
+DELETE FROM u;
+UPDATE aibilling.price SET input = 4 WHERE provider = 'acme' AND model = 'm';
+-- But if somebody else brings it.
+BEGIN;
+CREATE ROLE regress_outbox_app;
+GRANT SELECT, INSERT ON u, archive TO regress_outbox_app;
+SET LOCAL ROLE regress_outbox_app;
+INSERT INTO u SELECT * FROM archive RETURNING external_id, cost_nanos;
+ROLLBACK;
+INSERT INTO u SELECT * FROM archive;
+SELECT external_id, cost_nanos, state, outcome_unknown FROM u JOIN aibilling.outbox_entry e ON e.usage_table = 'u'::regclass AND e.id = u.id;
+UPDATE aibilling.price SET input = 3 WHERE provider = 'acme' AND model = 'm';
+DROP TABLE archive;
+TRUNCATE u;
+-- Ids in any order, with gaps; times that differ; a delivered row beside new ones of the same transaction.
+INSERT INTO u (id, external_id, occurred_at, provider, model, external_customer_id, input_tokens)
+SELECT 100000 + n, 'row ' || n, CASE WHEN n > 90 THEN '2998-01-01'::timestamptz + make_interval(days => n) ELSE '2026-01-02' END, 'acme', 'm', 'c', 1
+FROM unnest('{9,3,7,5,1,11,12,91,93,92}'::int[]) n;
+SELECT external_id, state, not_before, usage_id FROM waiting LEFT JOIN u ON id = usage_id ORDER BY usage_id;
+TRUNCATE u;
+SELECT ins('delivered');
+CALL ship('delivered', 'delivered');
+BEGIN;
+SELECT ins('new');
+UPDATE u SET input_tokens = 1 WHERE external_id = 'delivered';
+ROLLBACK;
+TRUNCATE u;
+-- What its owner has loaded without sending is counted.
+SET aibilling_polar.enqueue = off;
+SELECT ins('history', 'more history');
+RESET aibilling_polar.enqueue;
+SELECT substring(status FROM '[0-9]+ rows were priced and not queued[^;]*') FROM aibilling.status WHERE usage_table = 'u'::regclass;
+TRUNCATE u;
+RESET client_min_messages;
+
+--
 -- Rows in flight stay what they are
 --
 SELECT ins('flying');
@@ -559,6 +633,13 @@ CREATE VIEW parted_outbox AS
 	SELECT usage_id, state, external_id FROM aibilling.outbox LEFT JOIN parted ON id = usage_id
 	WHERE usage_table = 'parted'::regclass ORDER BY usage_id;
 SELECT put(n, 'a', 'row ' || n) FROM generate_series(1, 3) n;
+-- A move that changes what is billed is priced anew, another keeps its cost.
+BEGIN;
+UPDATE aibilling.price SET input = 4 WHERE provider = 'acme' AND model = 'm';
+UPDATE parted SET region = 'b' WHERE id = 1;
+UPDATE parted SET region = 'b', input_tokens = 2000 WHERE id = 2;
+SELECT id, tableoid::regclass, input_tokens, cost_nanos FROM parted ORDER BY id;
+ROLLBACK;
 BEGIN;
 UPDATE parted SET tags = '{"a": 1}' WHERE id = 1;
 DELETE FROM parted WHERE id = 1;

@@ -119,6 +119,17 @@ SET aibilling_polar.enqueue = off;
 INSERT INTO mine (provider, model, external_customer_id, input_tokens) VALUES ('acme', 'm', 'c', 10)
 RETURNING cost_nanos;
 RESET aibilling_polar.enqueue;
+-- Nor does a function of the owner's help.
+SET ROLE regress_usage_owner;
+CREATE FUNCTION load_mine() RETURNS bigint LANGUAGE sql SECURITY DEFINER SET aibilling_polar.enqueue = off AS
+$$INSERT INTO mine (provider, model, external_customer_id, input_tokens) VALUES ('acme', 'm', 'c', 10) RETURNING id$$;
+SELECT state FROM aibilling.usage_status('mine', load_mine());
+SET ROLE regress_usage_other;
+SELECT load_mine() AS loaded \gset
+SET ROLE regress_usage_owner;
+SELECT state FROM aibilling.usage_status('mine', :loaded);
+DROP FUNCTION load_mine;
+SET ROLE regress_usage_other;
 SELECT * FROM aibilling.outbox;
 SELECT usage_table, pending FROM aibilling.status;
 SELECT count(*) FROM aibilling.usage_table;
@@ -326,6 +337,13 @@ INSERT INTO u (external_id, provider, model, external_customer_id, usage_format,
 SELECT external_id, input_tokens AS input, cache_read_tokens AS cached, output_tokens AS output,
 	reasoning_tokens AS reasoning, provider_cost, cost_nanos, cost_status, state, error
 FROM u LEFT JOIN aibilling.outbox ON usage_id = id ORDER BY id;
+
+-- What the row says of itself holds; what it leaves open is taken from the object.
+INSERT INTO u (external_id, provider, model, generation_id, external_customer_id, usage_format, raw_usage) VALUES
+('says', 'acme', 'm', 'mine', 'c', 'openai', '{"id": "theirs", "model": "another", "usage": {"prompt_tokens": 100, "completion_tokens": 50}}'),
+('is silent', 'acme', NULL, NULL, 'c', 'openai', '{"id": "theirs", "model": "m", "usage": {"prompt_tokens": 100, "completion_tokens": 50}}')
+RETURNING external_id, model, generation_id, cost_nanos;
+DELETE FROM u WHERE external_id IN ('says', 'is silent');
 
 -- A cost that is known is used, whatever the counts are: given in the row or reported in the object.
 TRUNCATE u;

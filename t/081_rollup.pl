@@ -425,5 +425,18 @@ $node->safe_psql('old_dump', 'CREATE EXTENSION aibilling_polar');
 IPC::Run::run([ 'pg_restore', '-d', $node->connstr('old_dump'), "$dump.1.1" ], '2>', \my $err);
 same('deliveries of a dump of 1.1, restored where 1.2 is, count', 'usage', db => 'old_dump', where => 'id < 305');
 
+# ---------------------------------------------------------------------------
+# Without a worker
+# ---------------------------------------------------------------------------
+
+my $alone = AibillingNode->new('alone', preload => 0);
+$alone->create_server($polar, batch_size => 5, requests_per_minute => 0);
+$alone->create_usage_table;
+$alone->insert_rows(700, prefix => 'alone_');
+$alone->safe_psql('postgres', 'CALL aibilling.sync()');
+is($alone->safe_psql('postgres', "SELECT count(*), (SELECT sum(usage_rows) FROM aibilling.usage_daily('usage')) FROM aibilling.share"), '0|700',
+	'sync() adds up what it has delivered');
+$alone->stop;
+
 $node->stop;
 done_testing();

@@ -396,6 +396,19 @@ refused(q{CREATE TABLE parted (LIKE own INCLUDING DEFAULTS, PRIMARY KEY (id, occ
 	SELECT aibilling.attach('parted', 'polar', replicated => true)}, qr/partitioned table "parted" cannot be fed/);
 refused(q{SELECT aibilling.attach('own', 'polar')}, qr/WARNING:  a subscription feeds table "own"/);
 
+# What an update replaces keeps who may call it.
+hub('CREATE DATABASE older; CREATE ROLE biller');
+$hub->safe_psql('older', q{
+CREATE EXTENSION aibilling_polar VERSION '1.1';
+REVOKE EXECUTE ON FUNCTION aibilling.attach(regclass, name, text) FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION aibilling.attach(regclass, name, text) TO biller WITH GRANT OPTION;
+ALTER EXTENSION aibilling_polar UPDATE});
+is($hub->safe_psql('older', q{
+SELECT p.proname, CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END, a.is_grantable
+FROM pg_proc p, aclexplode(p.proacl) a
+WHERE p.pronamespace = 'aibilling'::regnamespace AND p.proname IN ('attach', 'create_usage_table') AND a.grantee <> p.proowner ORDER BY 1}),
+	"attach|biller|t\ncreate_usage_table|PUBLIC|f", 'the functions with a new argument have the grants of the old ones');
+
 # The rule is the table's, whoever inserts.
 hub(q{INSERT INTO mine (external_id, input_tokens) VALUES ('a', -1), ('a', 2)});
 is(hub(q{SELECT count(*), min(input_tokens) FROM mine}), '1|-1', 'an INSERT here is not refused either');

@@ -172,7 +172,7 @@ $node->sums_equal($polar, 'everything has arrived once', 'app.usage');
 # ---------------------------------------------------------------------------
 
 app(q{
-CREATE TABLE app.message (chat text, n int, usage json, done boolean, note text, PRIMARY KEY (chat, n));
+CREATE TABLE app.message (chat text, n int, usage json, done boolean, note text, content json, PRIMARY KEY (chat, n));
 INSERT INTO app.message VALUES ('old', 1, '{"in": 1, "out": 2}', true), ('old', 2, NULL, false);
 SELECT aibilling.capture('app.message', 'app.usage', only_when => 'done AND usage IS NOT NULL',
 	columns => '{"input_tokens": "usage->>''in''", "output_tokens": "usage->>''out''", "external_customer_id": "chat", "provider": "''p''", "model": "''m''"}');
@@ -204,6 +204,16 @@ app(q{INSERT INTO app.message VALUES ('new', 2, '{"in": "many"}', true)});
 like(app($failures), qr/^\["new", 2\]\|invalid input syntax for type bigint: "many"/, 'a mapping that fails');
 app(q{UPDATE app.message SET usage = '{"in": 8}' WHERE chat = 'new' AND n = 2});
 is(app($failures), '', 'until it does not');
+
+# What jsonb cannot hold
+app(q{INSERT INTO app.message (chat, n, usage, done, content) VALUES ('nul', 1, '{"in": 3}', true, '"\u0000"'), ('nul', 2, '{"in": -3}', true, NULL)});
+is(app($failures), qq{["nul", 1]|unsupported Unicode escape sequence\n["nul", 2]|unsupported Unicode escape sequence}, 'rows that are no jsonb are noted by their keys');
+is(app(q{SELECT aibilling.capture_retry('app.message')}), '1', 'and tried again from their table');
+like(app($failures), qr/^\["nul", 2\]\|.*negative/, 'each for itself');
+app(q{DELETE FROM aibilling.capture_failure; UPDATE app.message SET note = 'z' WHERE chat = 'nul' AND n = 1});
+like(app($failures), qr/^\["nul", 1\]\|unsupported/, 'an UPDATE of such a row shows');
+is(app(q{SELECT aibilling.capture_retry('app.message')}), '1', 'retry finds that nothing has changed');
+app(q{DELETE FROM app.message WHERE chat = 'nul'; DELETE FROM aibilling.capture_failure});
 
 # ---------------------------------------------------------------------------
 # Partitions

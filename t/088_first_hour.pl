@@ -323,6 +323,8 @@ says(q{SELECT aibilling.create_usage_table('Usage Events', 'polar')}, qr/HINT:  
 says(q{SELECT aibilling.create_usage_table('usage', 'polar')}, qr/\A.*ERROR:  relation "usage" already exists\nHINT:  .*SELECT aibilling\.attach\('public\.usage', server => 'polar'\)\.\s*\z/,
 	'a table that exists, in two lines');
 is(sql(q{SELECT state FROM aibilling.usage_status('usage', 4711)}), 'no_row', 'usage_status of a row that does not exist');
+is(sql(q{CREATE TABLE elsewhere (a int); SELECT state FROM aibilling.usage_status('elsewhere', 1)}), 'not_sent', 'nor of a table that is not attached');
+is(sql(q{SELECT state FROM aibilling.usage_status(4711, 1)}), 'not_sent', 'nor of one that is gone');
 sql("CREATE SCHEMA billing; SELECT aibilling.create_usage_table('billing.usage', 'polar')");
 says(q{SELECT * FROM aibilling.explain_cost('billing.usage', 1)}, qr/there is no row with id 1 in table billing\.usage/);
 

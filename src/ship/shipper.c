@@ -762,13 +762,15 @@ settle_and_prepare(Turn *turn, const ShipScope *scope)
 	watched_relids[3] = abp_extension_relation("price_source");
 	watched_relids[4] = abp_extension_relation("attachment");	/* attached with rows */
 
+	/* What is taken over must find its table: not by a list of a while ago. */
+	if (!recovered)
+		tables_stale = true;
 	tables = current_tables(&armed);
 	MemoryContextSwitchTo(turn->context);
 	if (!recovered)
 		recover(tables);
 	notice_resumed(tables);
 	abp_settle_answered(turn, tables);
-	abp_settle_orphans(turn, tables);
 	change_lanes(tables);
 	abp_lanes_write_down(turn);
 	if (turn->settled >= SUM_UP_EVERY)
@@ -782,6 +784,7 @@ settle_and_prepare(Turn *turn, const ShipScope *scope)
 		recovered = abp_shipments != NIL;
 		return NIL;
 	}
+	abp_settle_orphans(turn, tables);
 	forget_dropped(tables);
 
 	abp_positions_note_changes(prices_changed, servers_changed);

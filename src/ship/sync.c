@@ -26,6 +26,7 @@
 #include "queue/ledger.h"
 #include "queue/outbox.h"
 #include "queue/wake.h"
+#include "ship/fold.h"
 #include "ship/http.h"
 #include "ship/position.h"
 #include "ship/shipper.h"
@@ -38,6 +39,9 @@
 
 /* When to give up a table of which nothing moves, for whatever reason. */
 #define STALLED_MS (2 * 60 * 1000)
+
+/* How long to add up what was delivered, at the end. */
+#define FOLD_MS 2000
 
 PG_FUNCTION_INFO_V1(abp_sql_sync);
 
@@ -67,6 +71,7 @@ typedef struct Sync
 	uint64		worker_looks;
 	int64		delivered;		/* before the shipper's role went to another */
 	const char *gave_up;		/* why not all is delivered, or NULL */
+	TimestampTz fold_until;		/* 0: not all is delivered yet */
 } Sync;
 
 static void
@@ -300,6 +305,20 @@ report_progress(Sync *sync, TimestampTz now)
 	sync->report_at = now + PROGRESS_MS * INT64CONST(1000);
 }
 
+/*
+ * All is delivered.  Where there is no worker, nobody else adds it to the
+ * rollup: do so for a while.
+ */
+static bool
+goes_on_folding(Sync *sync, TimestampTz now)
+{
+	if (!sync->shipper || !abp_fold_is_behind())
+		return false;
+	if (sync->fold_until == 0)
+		sync->fold_until = now + FOLD_MS * INT64CONST(1000);
+	return now < Min(sync->fold_until, sync->deadline);
+}
+
 static void
 deliver(Sync *sync)
 {
@@ -320,10 +339,9 @@ deliver(Sync *sync)
 		abp_ship_begin(&sync->scope);
 		done = is_done(sync, !sync->shipper || due != 0);
 		abp_ship_commit(&sync->scope);
-		if (done)
-			return;
-
 		now = GetCurrentTimestamp();
+		if (done && !goes_on_folding(sync, now))
+			return;
 		if (now >= sync->deadline)
 		{
 			sync->gave_up = "the timeout was reached";

@@ -145,6 +145,8 @@ abp_sql_usage_status(PG_FUNCTION_ARGS)
 	TupleDesc	desc;
 	Datum		values[5] = {0};
 	bool		nulls[5] = {true, true, true, true, true};
+	Oid			serverid;
+	int64		ledger_from;
 	SavedUser	saved;
 	MemoryContext caller = CurrentMemoryContext;
 
@@ -179,7 +181,9 @@ abp_sql_usage_status(PG_FUNCTION_ARGS)
 
 	if (nulls[0])
 	{
-		values[0] = CStringGetTextDatum(abp_lookup_exists(PG_GETARG_OID(0), PG_GETARG_INT64(1)) ?
+		/* of a table that is not attached, none is */
+		values[0] = CStringGetTextDatum(!abp_usage_table_attached(PG_GETARG_OID(0), &serverid, &ledger_from) ||
+										abp_lookup_exists(PG_GETARG_OID(0), PG_GETARG_INT64(1)) ?
 										"not_sent" : "no_row");
 		nulls[0] = false;
 	}

@@ -182,7 +182,7 @@ abp_sql_usage_status(PG_FUNCTION_ARGS)
 	if (nulls[0])
 	{
 		/* of a table that is not attached, none is */
-		values[0] = CStringGetTextDatum(!abp_usage_table_attached(PG_GETARG_OID(0), &serverid, &ledger_from) ||
+		values[0] = CStringGetTextDatum(!abp_attachment_find(PG_GETARG_OID(0), &serverid, &ledger_from) ||
 										abp_lookup_exists(PG_GETARG_OID(0), PG_GETARG_INT64(1)) ?
 										"not_sent" : "no_row");
 		nulls[0] = false;

@@ -43,6 +43,19 @@
 #define NUM_OWN_KEYS 19
 extern const TextView abp_own_keys[NUM_OWN_KEYS];
 
+/* Polar answers 413 above it. */
+#define MAX_BATCH_BYTES		10485760
+
+#define PRODUCTION_URL "https://api.polar.sh"
+#define SANDBOX_URL "https://sandbox-api.polar.sh"
+
+/*
+ * Polar allows an organization 500 requests a minute in production and 100 in
+ * the sandbox, for all calls of all its tokens together: leave some to others.
+ */
+#define PRODUCTION_REQUESTS_PER_MINUTE 450
+#define SANDBOX_REQUESTS_PER_MINUTE 90
+
 #define POLAR_INGEST_PATH "/v1/events/ingest"
 
 #endif							/* ABP_LIMITS_H */

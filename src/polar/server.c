@@ -51,23 +51,12 @@
 #include "polar/server.h"
 #include "polar/url.h"
 
-#define PRODUCTION_URL "https://api.polar.sh"
-#define SANDBOX_URL "https://sandbox-api.polar.sh"
-
-/*
- * Polar allows an organization 500 requests a minute in production and 100 in
- * the sandbox, for all calls of all its tokens together: leave some to others.
- */
-#define PRODUCTION_REQUESTS_PER_MINUTE 450
-#define SANDBOX_REQUESTS_PER_MINUTE 90
-
 #define DEFAULT_TIMEOUT_MS 30000
 #define MAX_TIMEOUT_MS (10 * 60 * 1000)
 #define DEFAULT_BATCH_SIZE 500
 #define MAX_BATCH_SIZE 1000
 #define DEFAULT_BATCH_BYTES (5 * 1024 * 1024)
 #define MIN_BATCH_BYTES (10 * 1024)
-#define MAX_BATCH_BYTES 10485760	/* Polar answers 413 above it */
 #define DEFAULT_MAX_IN_FLIGHT 4
 #define MAX_MAX_IN_FLIGHT 32
 #define MAX_REQUESTS_PER_MINUTE 60000

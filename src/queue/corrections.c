@@ -15,7 +15,6 @@
 #include "postgres.h"
 
 #include "catalog/pg_type.h"
-#include "executor/spi.h"
 #include "miscadmin.h"
 #include "utils/builtins.h"
 #include "utils/memutils.h"
@@ -24,6 +23,8 @@
 #include "base/extension.h"
 #include "base/rights.h"
 #include "base/statement.h"
+#include "base/text_view.h"
+#include "base/usage_row.h"
 #include "queue/corrections.h"
 
 /* Is there a place for corrections?  Not before the extension is at 1.2. */
@@ -128,31 +129,26 @@ abp_corrections_of(Oid usage_table, TextView external_id)
 
 	if (!are_kept())
 		return NIL;
-	abp_become_extension_owner(&saved);
 	PushActiveSnapshot(GetLatestSnapshot());
-	SPI_connect();
-	nrows = abp_statement_run(&find, values, NULL);
+	nrows = abp_statement_open(&find, values, NULL, &saved);
 	for (uint64 i = 0; i < nrows; i++)
 	{
-		HeapTuple	tuple = SPI_tuptable->vals[i];
-		TupleDesc	desc = SPI_tuptable->tupdesc;
 		MemoryContext spi = MemoryContextSwitchTo(caller);
 		Correction *correction = palloc0(sizeof(Correction));
 		bool		isnull;
 		Datum		value;
 
-		correction->id = DatumGetInt64(SPI_getbinval(tuple, desc, 1, &isnull));
-		correction->cost_nanos = DatumGetInt64(SPI_getbinval(tuple, desc, 2, &isnull));
-		value = SPI_getbinval(tuple, desc, 3, &isnull);
+		correction->id = abp_result_int64(i, 1, 0);
+		correction->cost_nanos = abp_result_int64(i, 2, 0);
+		value = abp_result_datum(i, 3, &isnull);
 		correction->has_cost = !isnull;
 		if (!isnull)
 			correction->cost_cents = DatumGetNumericCopy(value);
 		list = lappend(list, correction);
 		MemoryContextSwitchTo(spi);
 	}
-	SPI_finish();
+	abp_statement_close(&saved);
 	PopActiveSnapshot();
-	abp_restore_user(&saved);
 	return list;
 }
 
@@ -179,24 +175,20 @@ abp_corrections_corrected(Oid usage_table)
 
 	if (!are_kept())
 		return NULL;
-	abp_become_extension_owner(&saved);
-	SPI_connect();
-	nrows = abp_statement_run(&find, values, NULL);
+	nrows = abp_statement_open(&find, values, NULL, &saved);
 	for (uint64 i = 0; i < nrows; i++)
 	{
 		bool		isnull;
-		text	   *corrects = DatumGetTextPP(SPI_getbinval(SPI_tuptable->vals[i],
-															SPI_tuptable->tupdesc, 1, &isnull));
+		TextView	corrects = text_view_from_datum(abp_result_datum(i, 1, &isnull));
 		ExternalIdKey key;
 
 		CHECK_FOR_INTERRUPTS();
 		if (corrected == NULL)
 			corrected = hash_create("aibilling corrected rows", nrows, &ctl,
 									HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
-		abp_corrections_key(&key, VARDATA_ANY(corrects), VARSIZE_ANY_EXHDR(corrects));
+		abp_corrections_key(&key, corrects.data, corrects.len);
 		(void) hash_search(corrected, &key, HASH_ENTER, NULL);
 	}
-	SPI_finish();
-	abp_restore_user(&saved);
+	abp_statement_close(&saved);
 	return corrected;
 }

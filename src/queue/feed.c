@@ -22,9 +22,9 @@
 #include "utils/snapmgr.h"
 
 #include "base/extension.h"
-#include "base/rights.h"
 #include "base/statement.h"
 #include "queue/feed.h"
+#include "queue/ledger.h"
 
 /* The ids of an outbox entry, whether it has one or several. */
 #define IDS_OF(entry) \
@@ -65,30 +65,6 @@ abp_feed_replicated(Oid usage_table)
 	PopActiveSnapshot();
 	table_close(rel, AccessShareLock);
 	return result;
-}
-
-/*
- * Ids of a table that are in flight, in the current memory context.
- */
-IdSet
-abp_feed_sending(Oid usage_table)
-{
-	static Statement sending = {
-		"SELECT range_agg(d.usage_ids) FROM aibilling.ledger d WHERE d.usage_table = $1 AND d.state = 'sending'",
-		1, {REGCLASSOID}
-	};
-	Datum		values[1] = {ObjectIdGetDatum(usage_table)};
-	MemoryContext caller = CurrentMemoryContext;
-	IdSet		ids;
-	SavedUser	saved;
-
-	abp_become_extension_owner(&saved);
-	SPI_connect();
-	(void) abp_statement_run(&sending, values, NULL);
-	ids = abp_result_idset(0, 1, caller);
-	SPI_finish();
-	abp_restore_user(&saved);
-	return ids;
 }
 
 /*

@@ -15,7 +15,6 @@
 #include "queue/ledger.h"
 
 extern bool abp_feed_replicated(Oid usage_table);
-extern IdSet abp_feed_sending(Oid usage_table);
 extern void abp_feed_sum_up(Oid usage_table);
 extern void abp_feed_settled(const Delivery *delivery);
 

@@ -19,6 +19,7 @@
 #include "base/text_view.h"
 #include "base/usage_row.h"
 #include "polar/event.h"
+#include "polar/limits.h"
 #include "polar/server.h"
 #include "price/cards.h"
 #include "price/cost.h"
@@ -63,7 +64,7 @@ row_is_sound(const UsageRow *row, RowProblem *problem)
 {
 	if (row->external_id.data == NULL)
 		return breaks_rule(COL_EXTERNAL_ID, "must not be null", problem);
-	if (row->external_id.len < 1 || row->external_id.len > 255)
+	if (row->external_id.len < 1 || row->external_id.len > MAX_ID_BYTES)
 		return breaks_rule(COL_EXTERNAL_ID, "must have 1 to 255 bytes", problem);
 	if (TIMESTAMP_NOT_FINITE(row->occurred_at) ||
 		row->occurred_at < -INT64CONST(63082281600000000))

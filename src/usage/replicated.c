@@ -26,16 +26,24 @@
 #include "utils/snapmgr.h"
 #include "utils/timestamp.h"
 
+#include "base/idset.h"
+#include "base/text_view.h"
+#include "base/usage_row.h"
+#include "compat.h"
 #include "polar/server.h"
 #include "price/cards.h"
 #include "price/normalize.h"
+#include "price/price.h"
 #include "queue/entry.h"
 #include "queue/feed.h"
+#include "queue/ledger.h"
+#include "queue/place.h"
 #include "usage/collect.h"
 #include "usage/correct.h"
 #include "usage/fate.h"
 #include "usage/lookup.h"
 #include "usage/priced.h"
+#include "usage/relation.h"
 #include "usage/replicated.h"
 #include "usage/returning.h"
 #include "usage/row.h"
@@ -376,7 +384,7 @@ void
 abp_replicated_truncate(Oid usage_table)
 {
 	IdWalk		walk = {0};
-	IdSet		sending = abp_feed_sending(usage_table);
+	IdSet		sending = abp_ledger_sending_ids(usage_table);
 
 	abp_feed_sum_up(usage_table);
 	while (abp_idset_walk(&sending, &walk))

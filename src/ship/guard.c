@@ -266,13 +266,15 @@ abp_guard(const UsageTable *table, GuardedWork work, void *arg, GuardError *erro
 
 		leave();
 		failed = true;
+
+		/* first of all: whatever fails from here on must not leave it open */
+		RollbackAndReleaseCurrentSubTransaction();
 		if (cancelled)
 			PG_RE_THROW();
 
 		MemoryContextSwitchTo(caller);
 		caught = CopyErrorData();
 		FlushErrorState();
-		RollbackAndReleaseCurrentSubTransaction();
 		outcome = outcome_of(caught->sqlerrcode, too_long);
 		error->sqlerrcode = too_long ? ERRCODE_QUERY_CANCELED : caught->sqlerrcode;
 		error->message = too_long ?

@@ -410,6 +410,16 @@ is($bare->safe_psql('postgres', 'SELECT pending, in_flight FROM aibilling.status
 	'0|0', 'and all of it');
 $bare->sums_equal($polar, 'to the last digit');
 
+# A timeout while code of a user's runs leaves the session as it was.
+$bare->safe_psql('postgres', q{CREATE FUNCTION naps(r jsonb) RETURNS jsonb LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(0.3); RETURN ''{}''; END';
+ALTER SERVER polar OPTIONS (ADD metadata_function 'public.naps')});
+$bare->insert_rows(1, prefix => 'nap_');
+($rc, $out, $err) = $bare->psql('postgres', "SET statement_timeout = '100ms';\nCALL aibilling.sync();\nSELECT 'usable';", on_error_stop => 0);
+like($err, qr/statement timeout/, 'a timeout in code of a user\'s ends sync()');
+is($out, 'usable', 'and no transaction is left open');
+$bare->safe_psql('postgres', 'ALTER SERVER polar OPTIONS (DROP metadata_function); CALL aibilling.sync()');
+
+
 $bare->stop;
 $polar->stop;
 done_testing();

@@ -67,7 +67,10 @@ CREATE FUNCTION keep_gone() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN
 	ELSIF EXISTS (SELECT FROM aibilling.delivery WHERE usage_table = 'one'::regclass AND state = 'sending') THEN
 		RAISE EXCEPTION 'rows are being sent';
 	ELSE
-		INSERT INTO gone SELECT o.* FROM one o, aibilling.usage_status('one', o.id) s WHERE s.state = 'delivered';
+		-- those, too, that have come back and wait to be sent again
+		INSERT INTO gone SELECT o.* FROM one o WHERE EXISTS (SELECT FROM aibilling.delivery d
+			WHERE d.usage_table = 'one'::regclass AND d.state = 'delivered' AND d.usage_ids @> o.id
+				AND d.id > (SELECT t.ledger_from FROM aibilling.usage_table t WHERE t.usage = 'one'::regclass));
 	END IF;
 	RETURN NULL;
 END$$;

@@ -188,7 +188,7 @@ price_rows(void *arg)
 	if (!look->server->send_unpriced)
 	{
 		fire_deferred_at_once();
-		(void) abp_priced_reprice(look->table, &look->priced);
+		(void) abp_priced_reprice(look->table, &look->priced, true);
 		CommandCounterIncrement();
 	}
 	PushActiveSnapshot(GetLatestSnapshot());
@@ -209,7 +209,7 @@ price_no_row(void *arg)
 	PriceLook  *look = arg;
 	IdSet		none = {0};
 
-	(void) abp_priced_reprice(look->table, &none);
+	(void) abp_priced_reprice(look->table, &none, true);
 }
 
 /* All rows that are looked at go on waiting, with this reason. */

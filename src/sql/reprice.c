@@ -458,7 +458,7 @@ abp_sql_reprice(PG_FUNCTION_ARGS)
 		check_corrections(&repricing, max_total);
 	if (repricing.changed.nranges > 0)
 	{
-		abp_priced_reprice(table, &repricing.changed);
+		abp_priced_reprice(table, &repricing.changed, false);
 		own = abp_collect_changes(table->relid);
 		repricing.changed = abp_idset_subtract(&repricing.changed, &own);
 		(void) abp_outbox_make_ready(table->relid, OUTBOX_UNPRICED, &repricing.changed);

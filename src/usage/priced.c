@@ -144,11 +144,11 @@ abp_requeue(UsageRelation *known, Relation rel, const UsageRow *row, const Serve
 }
 
 /*
- * Price held rows again, as their table's owner.  Returns the ids of the rows
- * that there still are.
+ * Price rows again, as their table's owner; held: only those without a cost.
+ * Returns the ids of the rows that there still are.
  */
 IdSet
-abp_priced_reprice(const UsageTable *table, IdSet *ids)
+abp_priced_reprice(const UsageTable *table, IdSet *ids, bool held)
 {
 	static bool registered = false;
 	IdSet		updated;
@@ -162,7 +162,7 @@ abp_priced_reprice(const UsageTable *table, IdSet *ids)
 	repricing_table = table->relid;
 	repricing_ids = ids;
 	repricing_level = GetCurrentTransactionNestLevel();
-	updated = abp_rows_update_prices(table, ids);
+	updated = abp_rows_update_prices(table, ids, held);
 	repricing_table = InvalidOid;
 	return updated;
 }

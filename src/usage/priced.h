@@ -31,6 +31,6 @@ extern void abp_deserved(const UsageRelation *known, const UsageRow *row,
 						 const ServerOptions *server, RowState *state);
 extern void abp_requeue(UsageRelation *known, Relation rel, const UsageRow *row,
 						const ServerOptions *server, const RowPlace *place);
-extern IdSet abp_priced_reprice(const UsageTable *table, IdSet *ids);
+extern IdSet abp_priced_reprice(const UsageTable *table, IdSet *ids, bool held);
 
 #endif							/* ABP_PRICED_H */

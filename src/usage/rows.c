@@ -452,11 +452,16 @@ abp_rows_shared(const UsageTable *table, IdSet *ids)
 
 /*
  * Price rows anew: an UPDATE that the table's own trigger turns into new
- * costs (triggers.c).  Returns the ids of the rows that there are.
+ * costs (triggers.c).  held: only rows without a cost; another row of such an id
+ * may have been delivered, and come with its partition since it was looked for.
+ * Returns the ids of the rows that there are.
  */
 IdSet
-abp_rows_update_prices(const UsageTable *table, IdSet *ids)
+abp_rows_update_prices(const UsageTable *table, IdSet *ids, bool held)
 {
-	return select_ids(table, "UPDATE %s u SET cost_status = u.cost_status"
-					  " WHERE u.id OPERATOR(pg_catalog.=) ANY ($1) RETURNING u.id::pg_catalog.int8", ids, false);
+#define UPDATE_PRICES(more) \
+	"UPDATE %s u SET cost_status = u.cost_status" \
+	" WHERE u.id OPERATOR(pg_catalog.=) ANY ($1)" more " RETURNING u.id::pg_catalog.int8"
+
+	return select_ids(table, held ? UPDATE_PRICES(" AND u.cost_nanos IS NULL") : UPDATE_PRICES(""), ids, false);
 }

@@ -27,6 +27,6 @@ extern IdSet abp_rows_settled(const UsageTable *table, IdSet *ids);
 extern IdSet abp_rows_lock(const UsageTable *table, IdSet *ids, bool wait);
 extern IdSet abp_rows_visible(const UsageTable *table, IdSet *ids);
 extern IdSet abp_rows_shared(const UsageTable *table, IdSet *ids);
-extern IdSet abp_rows_update_prices(const UsageTable *table, IdSet *ids);
+extern IdSet abp_rows_update_prices(const UsageTable *table, IdSet *ids, bool held);
 
 #endif							/* ABP_ROWS_H */

@@ -9,7 +9,7 @@
  * outbox into the ledger, followed by a wait outside any transaction while
  * requests fly.
  *
- * What is in memory here can be lost at any moment: every request stands in
+ * What is in memory here can be lost at any moment: every request is in
  * the ledger as "sending" before it is sent, and a later shipper sends it
  * again under the same external ids.
  *

@@ -142,7 +142,7 @@ subtest '1: ids that rows share crash nothing, and are rejected visibly' => sub 
 	ok(settled('hashed') && settled('shared'), 'nothing waits');
 	is($node->worker_pid, $pid, 'by the same worker');
 	is(outbox('hashed'), '1 rejected', 'five thousand rows of one id');
-	is(outbox('shared'), '101 rejected', 'two rows of one id');
+	is(outbox('shared'), '101 rejected, 101 rejected', 'two rows of one id');
 	like(sql("SELECT DISTINCT error FROM aibilling.outbox WHERE state = 'rejected'"), qr/^id: several rows have it/, 'with the reason');
 	is(at_polar('sh'), 'sh3 x1', 'the row beside them is sent, of theirs none');
 	sql("DELETE FROM shared WHERE external_id = 'sh2'");
@@ -184,6 +184,50 @@ subtest '1: ids that rows share crash nothing, and are rejected visibly' => sub 
 	is(at_polar('sh[89]'), '', 'neither of the two is sent');
 	is(at_polar("full") =~ tr/x//, 60, 'all others are');
 	sql("ALTER SERVER polar OPTIONS (DROP batch_bytes)");
+};
+
+subtest '1: who shared an id with a row that is gone is sent once' => sub {
+	partitioned('remain');
+	sql("ALTER SERVER polar OPTIONS (ADD batch_size '1')");
+	pause();
+	sql(ins('remain', 'le1', 'id', '1'));
+	sql(ins('remain', 'le2', 'id, region', "1, 'b'"));
+	sql("DELETE FROM remain_b");
+	resume();
+	ok(settled('remain'), 'a row whose twin was deleted while both waited');
+	is(sql("SELECT count(*), sum(duplicates) FROM aibilling.delivery WHERE usage_table = 'remain'::regclass"), '1|0', 'by one request');
+	is(sql("SELECT sum(usage_rows) FROM aibilling.usage_daily('remain')"), '1', 'and counted once');
+
+	# The shipper comes upon both while one is being deleted.
+	pause();
+	sql(ins('remain', 'le3', 'id', '3'));
+	sql(ins('remain', 'le4', 'id, region', "3, 'b'"));
+	my $session = $node->background_psql('postgres', on_error_die => 1);
+	$session->query("BEGIN; DELETE FROM remain_b");
+	sql(ins('remain', 'le5', 'id', '5'));
+	resume();
+	$polar->wait_for(sub { at_polar('le5') eq 'le5 x1' }, 'the shipper to look at them');
+	is(outbox('remain'), '3 pending, 3 pending', 'nothing is decided');
+	$session->query('COMMIT');
+	$session->quit;
+	ok(settled('remain'), 'until it is gone');
+	is(at_polar('le[34]'), 'le3 x1', 'the other is sent then');
+	is(outbox('remain'), '', 'and not rejected');
+	is(sql("SELECT sum(usage_rows) FROM aibilling.usage_daily('remain')"), '3', 'all are counted once');
+
+	# A row that is in the outbox twice, as no statement leaves it.
+	pause();
+	sql(ins('remain', 'le6', 'id', '6'));
+	sql("INSERT INTO aibilling.outbox_entry SELECT * FROM aibilling.outbox_entry WHERE usage_table = 'remain'::regclass AND id = 6");
+	$polar->fault(kind => 'hang', store => \1);
+	resume();
+	$polar->wait(hung => 1);
+	$polar->wait_for(sub { sql("SELECT sum(duplicates) FROM aibilling.delivery WHERE usage_table = 'remain'::regclass") == 1 }, 'the second request');
+	$polar->release;
+	ok(settled('remain'), 'the first');
+	is(unexpected('remain'), '0', 'it is no surprise that Polar has it');
+	ok($node->poll_query_until('postgres', "SELECT sum(usage_rows) = 4 FROM aibilling.usage_daily('remain')"), 'and it is counted once');
+	sql("ALTER SERVER polar OPTIONS (DROP batch_size)");
 };
 
 subtest '1: a table whose ids may repeat is not attached, and named if it is' => sub {

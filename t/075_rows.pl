@@ -430,6 +430,34 @@ subtest '5: partitions that go and come' => sub {
 	ok(settled('parts'), 'both are settled');
 	is(sql("SELECT sum(unexpected_duplicates) FROM aibilling.delivery WHERE usage_table = 'parts'::regclass"), '0', 'without a surprise');
 
+	# DETACH CONCURRENTLY does not keep the shipper away: what it finds gone is as what goes along.
+	pause();
+	sql(ins('parts', 'con1,con2') . ins('parts', 'con3', 'region', "'b'"));
+	my $vanished = sql("SELECT vanished FROM aibilling.status WHERE usage_table = 'parts'::regclass");
+	sql('ALTER TABLE parts DETACH PARTITION parts_a CONCURRENTLY');
+	is(outbox('parts') =~ tr/,//, 2, 'DETACH CONCURRENTLY leaves what waits in the outbox');
+	resume();
+	ok(settled('parts'), 'the shipper misses it');
+	is(at_polar('con'), 'con3 x1', 'and sends the others');
+	is(sql("SELECT vanished - $vanished FROM aibilling.status WHERE usage_table = 'parts'::regclass"), '2', 'it is counted');
+	sql("ALTER TABLE parts ATTACH PARTITION parts_a FOR VALUES IN ('a')");
+	$polar->wait_for(sub { at_polar('con') eq 'con1 x1, con2 x1, con3 x1' }, 'it is sent when it is back');
+	ok(settled('parts'), 'and settled');
+
+	# Also what was in flight, without an answer.
+	$polar->fault(kind => 'hang');
+	sql(ins('parts', 'con4'));
+	$polar->wait(hung => 1);
+	$polar->fault(kind => '503');
+	sql('ALTER TABLE parts DETACH PARTITION parts_a CONCURRENTLY');
+	$node->safe_psql('postgres', "SELECT pg_terminate_backend($_)") foreach $node->worker_pid;
+	ok(settled('parts'), 'a request without an answer, whose row has left');
+	sql("ALTER TABLE parts ATTACH PARTITION parts_a FOR VALUES IN ('a')");
+	$polar->wait_for(sub { at_polar('con4') eq 'con4 x1' }, 'is sent again');
+	ok(settled('parts'), 'and settled');
+	$polar->clear_faults;
+	is(unexpected('parts'), '0', 'without a surprise');
+
 	# A usage table becomes a partition, as doc/delivery.md says.
 	sql("SELECT aibilling.create_usage_table('old', 'polar'); ALTER TABLE old ADD region text NOT NULL DEFAULT 'c'");
 	sql(ins('old', 'ol1,ol2'));

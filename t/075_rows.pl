@@ -416,18 +416,22 @@ subtest '5: partitions that go and come' => sub {
 	ok(settled('parts'), 'and settled');
 
 	# Two rows share an id when the partition of one goes.
-	pause();
-	sql(ins('parts', 'twin1'));
-	$id = sql("SELECT id FROM parts WHERE external_id = 'twin1'");
-	sql(ins('parts', 'twin2', 'id, region', "$id, 'b'"));
-	resume();
-	$node->poll_query_until('postgres', "SELECT count(*) = 2 FROM parts p, aibilling.usage_status('parts', p.id) s WHERE p.id = $id AND s.state = 'rejected'");
-	sql('ALTER TABLE parts DETACH PARTITION parts_a');
-	$polar->wait_for(sub { at_polar('twin') eq 'twin2 x1' }, 'the one that stays is sent by itself');
-	sql("DELETE FROM parts WHERE external_id = 'twin2'");
-	sql("ALTER TABLE parts ATTACH PARTITION parts_a FOR VALUES IN ('a')");
-	$polar->wait_for(sub { at_polar('twin') eq 'twin1 x1, twin2 x1' }, 'and the other when it is back');
-	ok(settled('parts'), 'both are settled');
+	foreach my $how ('', 'CONCURRENTLY')
+	{
+		my $twin = "twin$how";
+		pause();
+		sql(ins('parts', "${twin}1"));
+		$id = sql("SELECT id FROM parts WHERE external_id = '${twin}1'");
+		sql(ins('parts', "${twin}2", 'id, region', "$id, 'b'"));
+		resume();
+		$node->poll_query_until('postgres', "SELECT count(*) = 2 FROM parts p, aibilling.usage_status('parts', p.id) s WHERE p.id = $id AND s.state = 'rejected'");
+		sql("ALTER TABLE parts DETACH PARTITION parts_a $how");
+		$polar->wait_for(sub { at_polar("${twin}[12]") eq "${twin}2 x1" }, 'the one that stays is sent by itself');
+		sql("DELETE FROM parts WHERE external_id = '${twin}2'");
+		sql("ALTER TABLE parts ATTACH PARTITION parts_a FOR VALUES IN ('a')");
+		$polar->wait_for(sub { at_polar("${twin}[12]") eq "${twin}1 x1, ${twin}2 x1" }, 'and the other when it is back');
+		ok(settled('parts'), "both are settled $how");
+	}
 	is(sql("SELECT sum(unexpected_duplicates) FROM aibilling.delivery WHERE usage_table = 'parts'::regclass"), '0', 'without a surprise');
 
 	# DETACH CONCURRENTLY does not keep the shipper away: what it finds gone is as what goes along.

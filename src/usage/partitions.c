@@ -64,8 +64,13 @@ note_vanished(Oid usage_table, Oid serverid, IdSet *ids, bool outcome_unknown)
 	abp_ledger_finish(&delivery, "failed", "the rows left with their partition before they were sent");
 }
 
+/*
+ * What waits of a partition's rows goes with it.  "concurrently": the shipper
+ * was not kept away, and finds most of them gone by itself; but not where
+ * another row, which has stayed, has the id.
+ */
 static void
-partition_has_gone(Oid usage_table, Oid partition, Oid serverid, int64 ledger_from)
+partition_has_gone(Oid usage_table, Oid partition, Oid serverid, int64 ledger_from, bool concurrently)
 {
 	IdWalk		walk = {0};
 	IdSet		waiting;
@@ -84,6 +89,8 @@ partition_has_gone(Oid usage_table, Oid partition, Oid serverid, int64 ledger_fr
 
 		CHECK_FOR_INTERRUPTS();
 
+		if (concurrently && !abp_lookup_exists(usage_table, walk.id))
+			continue;
 		if (abp_trigger_row_left(usage_table, walk.id, ledger_from, &outcome_unknown))
 			abp_idset_add(outcome_unknown ? &unknown : &unsent, walk.id, walk.id, CurrentMemoryContext);
 	}
@@ -209,24 +216,22 @@ abp_sql_on_table_ddl(PG_FUNCTION_ARGS)
 		Oid			serverid;
 		int64		ledger_from;
 
-		if (cmd->subtype != AT_AttachPartition && cmd->subtype != AT_DetachPartition)
+		if (cmd->subtype != AT_AttachPartition && cmd->subtype != AT_DetachPartition &&
+			cmd->subtype != AT_DetachPartitionFinalize)
 			continue;
 		root = root_of(RangeVarGetRelid(((const AlterTableStmt *) command)->relation, NoLock, true));
 		partition = RangeVarGetRelid(named->name, NoLock, true);
 		if (!OidIsValid(partition) || !abp_attachment_find(root, &serverid, &ledger_from))
 			continue;
 
-		/*
-		 * DETACH CONCURRENTLY does not keep the shipper away, which finds the
-		 * rows gone.
-		 */
 		if (cmd->subtype == AT_AttachPartition)
 		{
 			partition_has_come(root, partition, ledger_from);
 			note_partition(root, partition);
 		}
-		else if (!named->concurrent)
-			partition_has_gone(root, partition, serverid, ledger_from);
+		else
+			partition_has_gone(root, partition, serverid, ledger_from,
+							   named->concurrent || cmd->subtype == AT_DetachPartitionFinalize);
 	}
 	PG_RETURN_NULL();
 }

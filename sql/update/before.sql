@@ -43,8 +43,14 @@ COMMENT ON COLUMN aibilling.usage_table.skipped IS
 COMMENT ON COLUMN aibilling.usage_table.kept IS
 'Rows whose change at the publisher was not taken over, since they were in flight or delivered; shown by aibilling.status';
 
+-- Its rows go to a new table of this name, whose NOT NULLs have names from PostgreSQL 18 on: they are to be free.
 ALTER TABLE aibilling.outbox_entry RENAME TO outbox_entry_1_1;
 ALTER INDEX aibilling.outbox_entry_key RENAME TO outbox_entry_1_1_key;
+ALTER TABLE aibilling.outbox_entry_1_1
+	ALTER COLUMN usage_table DROP NOT NULL,
+	ALTER COLUMN state DROP NOT NULL,
+	ALTER COLUMN attempts DROP NOT NULL,
+	ALTER COLUMN not_before DROP NOT NULL;
 
 ALTER TABLE aibilling.delivery ADD COLUMN vanished_ids int8multirange;
 COMMENT ON COLUMN aibilling.delivery.vanished_ids IS

@@ -31,6 +31,20 @@ RETURN (
 COMMENT ON FUNCTION aibilling.catalogue_units(jsonb, jsonb) IS
 'the currency and unit of prices, where a router''s catalogue gives them beside an entry''s prices or for all entries';
 
+-- An image has a hundred tokens and more, and none of them costs more than some
+-- ten or twenty tokens of text of its model.
+CREATE OR REPLACE FUNCTION aibilling.image_price_is_by_token(image numeric, token numeric) RETURNS boolean
+LANGUAGE sql IMMUTABLE PARALLEL SAFE
+RETURN CASE
+	WHEN token > 0 AND image <= 40 * token THEN true
+	WHEN token > 0 AND image >= 80 * token THEN false
+	WHEN token > 0 THEN NULL
+	WHEN image < 0.00005 THEN true
+	WHEN image >= 0.001 THEN false
+	END;
+COMMENT ON FUNCTION aibilling.image_price_is_by_token(numeric, numeric) IS
+'whether a price of images in USD is by their token, judged by the price of a token of text in USD (NULL or 0: none is known); NULL: that cannot be told';
+
 -- LiteLLM: entries that name one model are reported; a price of an image that
 -- is one of its tokens is found by what other tokens of the model cost.
 CREATE OR REPLACE FUNCTION aibilling.read_litellm(catalogue jsonb) RETURNS SETOF aibilling.catalogue_price
@@ -166,20 +180,6 @@ AS $$
 $$;
 COMMENT ON FUNCTION aibilling.read_litellm(jsonb) IS
 'the prices in LiteLLM''s model_prices_and_context_window.json (USD per unit, batches, flex, priority, context tiers)';
-
--- An image has a hundred tokens and more, and none of them costs more than some
--- ten or twenty tokens of text of its model.
-CREATE OR REPLACE FUNCTION aibilling.image_price_is_by_token(image numeric, token numeric) RETURNS boolean
-LANGUAGE sql IMMUTABLE PARALLEL SAFE
-RETURN CASE
-	WHEN token > 0 AND image <= 40 * token THEN true
-	WHEN token > 0 AND image >= 80 * token THEN false
-	WHEN token > 0 THEN NULL
-	WHEN image < 0.00005 THEN true
-	WHEN image >= 0.001 THEN false
-	END;
-COMMENT ON FUNCTION aibilling.image_price_is_by_token(numeric, numeric) IS
-'whether a price of images in USD is by their token, judged by the price of a token of text in USD (NULL or 0: none is known); NULL: that cannot be told';
 
 -- models.dev: modes have context tiers like the model itself; a model without
 -- tiers may have context_over_200k.
@@ -334,172 +334,6 @@ $$;
 COMMENT ON FUNCTION aibilling.read_narev(jsonb) IS
 'the prices in the answer of Narev''s /v1/prices; 0 in an optional field means that it is not set';
 
-CREATE OR REPLACE FUNCTION aibilling.read_genai_prices(catalogue jsonb) RETURNS SETOF aibilling.catalogue_price
-LANGUAGE sql STABLE STRICT PARALLEL SAFE
-SET search_path = pg_catalog, pg_temp
-AS $$
-	WITH entry AS (
-		SELECT p.value ->> 'id' AS provider, m.value ->> 'id' AS model, e.ordinality AS n,
-			e.value -> 'constraint' AS condition,
-			CASE WHEN jsonb_typeof(m.value -> 'prices') = 'array' THEN e.value -> 'prices' ELSE e.value END AS prices
-		FROM jsonb_array_elements(catalogue) p
-		CROSS JOIN LATERAL jsonb_array_elements(
-			CASE jsonb_typeof(p.value -> 'models') WHEN 'array' THEN p.value -> 'models' END) m
-		CROSS JOIN LATERAL jsonb_array_elements(
-			CASE jsonb_typeof(m.value -> 'prices') WHEN 'array' THEN m.value -> 'prices'
-			ELSE jsonb_build_array(m.value -> 'prices') END) WITH ORDINALITY e
-	), dated AS (
-		-- Of the entries in force the last one wins.  A daily window belongs to
-		-- the dated entry it follows: it was announced with it.
-		SELECT e.*, max((e.condition ->> 'start_date')::date)
-				FILTER (WHERE e.condition ->> 'start_date' ~ '^\d{4}-\d{2}-\d{2}$')
-				OVER (PARTITION BY provider, model ORDER BY n) AS start_date
-		FROM entry e
-	), windowed AS (
-		SELECT d.*,
-			CASE WHEN d.condition ->> 'start_time' ~ '^\d\d:\d\d(:\d\d)?(Z|\+00:00)$'
-				THEN rtrim(split_part(d.condition ->> 'start_time', '+', 1), 'Z')::time END AS daily_from,
-			CASE WHEN d.condition ->> 'end_time' ~ '^\d\d:\d\d(:\d\d)?(Z|\+00:00)$'
-				THEN rtrim(split_part(d.condition ->> 'end_time', '+', 1), 'Z')::time END AS daily_to,
-			coalesce(jsonb_typeof(d.condition), 'null') <> 'null'
-				AND coalesce(d.condition ->> 'start_date', '') !~ '^\d{4}-\d{2}-\d{2}$' AS needs_window
-		FROM dated d
-	), item AS (
-		SELECT w.*, k.key, k.value, d.price_column, d.per
-		FROM windowed w
-		CROSS JOIN LATERAL jsonb_each(CASE jsonb_typeof(w.prices) WHEN 'object' THEN w.prices END) k
-		LEFT JOIN (VALUES
-			('input_mtok', 'input', 1), ('output_mtok', 'output', 1),
-			('cache_read_mtok', 'cache_read', 1),
-			('cache_write_mtok', 'cache_write', 1), ('cache_write_5m_mtok', 'cache_write', 1),
-			('cache_write_1h_mtok', 'cache_write_1h', 1),
-			('output_reasoning_mtok', 'reasoning', 1),
-			('requests_kcount', 'request', 1000), ('web_searches_kcount', 'web_search', 1000),
-			('input_audio_mtok', 'units.input_audio_tokens', 1),
-			('output_audio_mtok', 'units.output_audio_tokens', 1),
-			('cache_audio_read_mtok', 'units.cache_read_audio_tokens', 1),
-			('input_image_mtok', 'units.input_image_tokens', 1),
-			('output_image_mtok', 'units.output_image_tokens', 1),
-			('output_video_mtok', 'units.output_video_tokens', 1),
-			('output_citation_mtok', 'units.citation_tokens', 1),
-			('audio_hours', 'units.audio_second', 3600), ('input_audio_hours', 'units.audio_second', 3600),
-			('output_audio_hours', 'units.audio_second', 3600),
-			('input_document_kpages', 'units.page', 1000),
-			('input_mchars', 'units.character', 1000000),
-			('input_gpixels', 'units.pixel', 1000000000),
-			('rerank_searches_kcount', 'units.query', 1000),
-			('storage_searches_kcount', 'units.file_search', 1000),
-			('social_searches_kcount', 'units.x_search', 1000), ('code_executions_kcount', 'units.code_execution', 1000)
-		) AS d (key, price_column, per) USING (key)
-	), tier AS (
-		SELECT i.provider, i.model, i.n, i.key,
-			trunc(aibilling.catalogue_number(t.value -> 'start'))::bigint AS start,
-			aibilling.catalogue_number(t.value -> 'price') AS number
-		FROM item i
-		CROSS JOIN LATERAL jsonb_array_elements(
-			CASE jsonb_typeof(i.value -> 'tiers') WHEN 'array' THEN i.value -> 'tiers' END) t
-	), step AS (
-		SELECT i.*, 0::bigint AS context_above,
-			aibilling.catalogue_number(CASE jsonb_typeof(i.value) WHEN 'object' THEN i.value -> 'base' ELSE i.value END) AS number
-		FROM item i
-		UNION ALL
-		-- Each price has steps of its own.  A row for one step also carries what
-		-- earlier steps have changed, as a NULL there means the base price.
-		SELECT i.*, a.start, t.number
-		FROM item i
-		CROSS JOIN LATERAL (
-			SELECT DISTINCT start FROM tier
-			WHERE (tier.provider, tier.model, tier.n) = (i.provider, i.model, i.n)
-		) AS a
-		CROSS JOIN LATERAL (
-			SELECT number FROM tier
-			WHERE (tier.provider, tier.model, tier.n, tier.key) = (i.provider, i.model, i.n, i.key)
-				AND (tier.start <= a.start OR a.start IS NULL)
-			ORDER BY start DESC
-			LIMIT 1
-		) AS t
-		WHERE jsonb_typeof(i.value -> 'tiers') = 'array'
-	), found AS (
-		SELECT provider, model, 'standard' AS service_tier, context_above,
-			start_date::timestamp AT TIME ZONE 'UTC' AS valid_from,
-			daily_from, daily_to, coalesce(price_column, key) AS price_column,
-			CASE WHEN problem IS NULL THEN number / per END AS price, problem
-		FROM step
-		CROSS JOIN LATERAL (SELECT CASE
-			WHEN price_column IS NULL THEN 'not a price that aibilling.price can hold'
-			WHEN needs_window AND daily_from <> daily_to IS NOT TRUE THEN 'unknown constraint ' || condition::text
-			WHEN context_above IS NULL THEN 'tier without a start'
-			WHEN number IS NULL THEN 'not a number'
-			END AS problem) AS p
-	)
-	SELECT * FROM aibilling.complete_prices(ARRAY(
-		SELECT c FROM aibilling.correct_genai_prices(ARRAY(
-			SELECT ROW(f.*)::aibilling.catalogue_price FROM found f)) c))
-$$;
-COMMENT ON FUNCTION aibilling.read_genai_prices(jsonb) IS
-'the prices in the data.json of pydantic''s genai-prices (USD per million tokens, thousand requests, hour; dates, daily windows, context tiers), completed by complete_prices';
-
--- A name that a rule leaves open at its end is narrowed to what marks a date or
--- version of the same model, as dev/update-prices does it for the bundle.
-CREATE OR REPLACE FUNCTION aibilling.genai_names(catalogue jsonb) RETURNS jsonb
-LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
-SET search_path = pg_catalog, pg_temp
-AS $names$
-	WITH RECURSIVE leaf (provider, model, n, m, rule) AS (
-		SELECT p.value ->> 'id', m.value ->> 'id', p.ordinality, m.ordinality, m.value -> 'match'
-		FROM jsonb_array_elements(catalogue) WITH ORDINALITY p
-		CROSS JOIN LATERAL jsonb_array_elements(
-			CASE jsonb_typeof(p.value -> 'models') WHEN 'array' THEN p.value -> 'models' END) WITH ORDINALITY m
-		UNION ALL
-		SELECT l.provider, l.model, l.n, l.m, e.value
-		FROM leaf l CROSS JOIN LATERAL jsonb_array_elements(
-			CASE jsonb_typeof(l.rule -> 'or') WHEN 'array' THEN l.rule -> 'or' END) e
-	), literal AS (
-		SELECT l.*, CASE WHEN k.key = 'and' THEN 'starts_with' ELSE k.key END AS key,
-			CASE WHEN k.key = 'and' THEN k.value -> 0 ->> 'starts_with' ELSE k.value #>> '{}' END AS text
-		FROM leaf l CROSS JOIN LATERAL jsonb_each(CASE jsonb_typeof(l.rule) WHEN 'object' THEN l.rule END) k
-		WHERE k.key <> 'or'
-	), name AS (
-		SELECT l.*, e.pattern
-		FROM literal l
-		CROSS JOIN LATERAL (
-			SELECT l.text AS pattern WHERE l.key = 'equals'
-			UNION ALL
-			SELECT CASE l.key WHEN 'contains' THEN '*' ELSE '' END || l.text || unnest(CASE
-				WHEN l.text ~ '([-@:]|-20\d\d|-0)$' THEN ARRAY['*']
-				WHEN l.provider = 'aws' THEN CASE
-					WHEN l.text ~ '-v?\d$' AND l.text !~ 'claude-[a-z]+(-\d)+$' THEN ARRAY['', ':*']
-					WHEN l.text ~ '-20\d{6}$' THEN ARRAY['', '-v?', '-v?:*']
-					ELSE ARRAY['', '-v?', '-v?:*', '-202*'] END
-				WHEN l.provider = 'anthropic' THEN ARRAY['', '-202*', '-latest', '@*']
-				WHEN l.provider = 'google' THEN ARRAY['', '-202*', '-latest', '-0*', '@*']
-				WHEN l.provider = 'openai' THEN ARRAY['', '-202*', '-latest', '-preview', '-preview-202*', '-0*', ':*']
-				WHEN l.provider = 'mistral' THEN ARRAY['', '-latest', '-2???']
-				ELSE ARRAY['', '-202*', '-latest', '-0*'] END)
-			WHERE l.key IN ('starts_with', 'contains') AND l.text !~ '[*?\\]'
-			UNION ALL
-			SELECT '*' || l.text WHERE l.key = 'ends_with' AND l.text !~ '[*?\\]'
-			UNION ALL
-			-- of a regular expression only a literal, with the digits of a date at its end
-			SELECT replace((regexp_match(
-				regexp_replace(regexp_replace(l.text, '\\d\{4\}-\\d\{2\}-\\d\{2\}\$$', '202?-??-??$'), '\\d\{8\}\$$', '202?????$'),
-				'^\^((?:[^\\^$.*+()\[\]{}|]|\\[.\[\]])+)\$$'))[1], '\', '')
-			WHERE l.key = 'regex'
-		) AS e
-		WHERE e.pattern IS NOT NULL
-	), named AS (
-		SELECT n, m, provider, model,
-			coalesce(jsonb_agg(DISTINCT pattern) FILTER (WHERE key = 'equals' OR pattern !~ '[*?]'), '[]') AS exact,
-			coalesce(jsonb_agg(DISTINCT pattern) FILTER (WHERE key <> 'equals' AND pattern ~ '[*?]'), '[]') AS glob
-		FROM name
-		GROUP BY n, m, provider, model
-	)
-	SELECT jsonb_agg(jsonb_build_object('provider', provider, 'model', model, 'exact', exact, 'glob', glob) ORDER BY n, m)
-	FROM named
-$names$;
-COMMENT ON FUNCTION aibilling.genai_names(jsonb) IS
-'the names that the match rules of genai-prices give to models, as patterns of aibilling.model_alias: [{provider, model, exact: [], glob: []}, ...]';
-
 -- What genai-prices has otherwise than the provider publishes it.
 CREATE OR REPLACE FUNCTION aibilling.correct_genai_prices(prices aibilling.catalogue_price[]) RETURNS SETOF aibilling.catalogue_price
 LANGUAGE sql STABLE STRICT PARALLEL SAFE
@@ -608,3 +442,169 @@ AS $$
 $$;
 COMMENT ON FUNCTION aibilling.complete_prices(aibilling.catalogue_price[]) IS
 'the prices of genai-prices with those that it only implies: a part without a price of its own costs what its total costs; the remark in problem says so';
+
+-- A name that a rule leaves open at its end is narrowed to what marks a date or
+-- version of the same model, as dev/update-prices does it for the bundle.
+CREATE OR REPLACE FUNCTION aibilling.genai_names(catalogue jsonb) RETURNS jsonb
+LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
+SET search_path = pg_catalog, pg_temp
+AS $names$
+	WITH RECURSIVE leaf (provider, model, n, m, rule) AS (
+		SELECT p.value ->> 'id', m.value ->> 'id', p.ordinality, m.ordinality, m.value -> 'match'
+		FROM jsonb_array_elements(catalogue) WITH ORDINALITY p
+		CROSS JOIN LATERAL jsonb_array_elements(
+			CASE jsonb_typeof(p.value -> 'models') WHEN 'array' THEN p.value -> 'models' END) WITH ORDINALITY m
+		UNION ALL
+		SELECT l.provider, l.model, l.n, l.m, e.value
+		FROM leaf l CROSS JOIN LATERAL jsonb_array_elements(
+			CASE jsonb_typeof(l.rule -> 'or') WHEN 'array' THEN l.rule -> 'or' END) e
+	), literal AS (
+		SELECT l.*, CASE WHEN k.key = 'and' THEN 'starts_with' ELSE k.key END AS key,
+			CASE WHEN k.key = 'and' THEN k.value -> 0 ->> 'starts_with' ELSE k.value #>> '{}' END AS text
+		FROM leaf l CROSS JOIN LATERAL jsonb_each(CASE jsonb_typeof(l.rule) WHEN 'object' THEN l.rule END) k
+		WHERE k.key <> 'or'
+	), name AS (
+		SELECT l.*, e.pattern
+		FROM literal l
+		CROSS JOIN LATERAL (
+			SELECT l.text AS pattern WHERE l.key = 'equals'
+			UNION ALL
+			SELECT CASE l.key WHEN 'contains' THEN '*' ELSE '' END || l.text || unnest(CASE
+				WHEN l.text ~ '([-@:]|-20\d\d|-0)$' THEN ARRAY['*']
+				WHEN l.provider = 'aws' THEN CASE
+					WHEN l.text ~ '-v?\d$' AND l.text !~ 'claude-[a-z]+(-\d)+$' THEN ARRAY['', ':*']
+					WHEN l.text ~ '-20\d{6}$' THEN ARRAY['', '-v?', '-v?:*']
+					ELSE ARRAY['', '-v?', '-v?:*', '-202*'] END
+				WHEN l.provider = 'anthropic' THEN ARRAY['', '-202*', '-latest', '@*']
+				WHEN l.provider = 'google' THEN ARRAY['', '-202*', '-latest', '-0*', '@*']
+				WHEN l.provider = 'openai' THEN ARRAY['', '-202*', '-latest', '-preview', '-preview-202*', '-0*', ':*']
+				WHEN l.provider = 'mistral' THEN ARRAY['', '-latest', '-2???']
+				ELSE ARRAY['', '-202*', '-latest', '-0*'] END)
+			WHERE l.key IN ('starts_with', 'contains') AND l.text !~ '[*?\\]'
+			UNION ALL
+			SELECT '*' || l.text WHERE l.key = 'ends_with' AND l.text !~ '[*?\\]'
+			UNION ALL
+			-- of a regular expression only a literal, with the digits of a date at its end
+			SELECT replace((regexp_match(
+				regexp_replace(regexp_replace(l.text, '\\d\{4\}-\\d\{2\}-\\d\{2\}\$$', '202?-??-??$'), '\\d\{8\}\$$', '202?????$'),
+				'^\^((?:[^\\^$.*+()\[\]{}|]|\\[.\[\]])+)\$$'))[1], '\', '')
+			WHERE l.key = 'regex'
+		) AS e
+		WHERE e.pattern IS NOT NULL
+	), named AS (
+		SELECT n, m, provider, model,
+			coalesce(jsonb_agg(DISTINCT pattern) FILTER (WHERE key = 'equals' OR pattern !~ '[*?]'), '[]') AS exact,
+			coalesce(jsonb_agg(DISTINCT pattern) FILTER (WHERE key <> 'equals' AND pattern ~ '[*?]'), '[]') AS glob
+		FROM name
+		GROUP BY n, m, provider, model
+	)
+	SELECT jsonb_agg(jsonb_build_object('provider', provider, 'model', model, 'exact', exact, 'glob', glob) ORDER BY n, m)
+	FROM named
+$names$;
+COMMENT ON FUNCTION aibilling.genai_names(jsonb) IS
+'the names that the match rules of genai-prices give to models, as patterns of aibilling.model_alias: [{provider, model, exact: [], glob: []}, ...]';
+
+CREATE OR REPLACE FUNCTION aibilling.read_genai_prices(catalogue jsonb) RETURNS SETOF aibilling.catalogue_price
+LANGUAGE sql STABLE STRICT PARALLEL SAFE
+SET search_path = pg_catalog, pg_temp
+AS $$
+	WITH entry AS (
+		SELECT p.value ->> 'id' AS provider, m.value ->> 'id' AS model, e.ordinality AS n,
+			e.value -> 'constraint' AS condition,
+			CASE WHEN jsonb_typeof(m.value -> 'prices') = 'array' THEN e.value -> 'prices' ELSE e.value END AS prices
+		FROM jsonb_array_elements(catalogue) p
+		CROSS JOIN LATERAL jsonb_array_elements(
+			CASE jsonb_typeof(p.value -> 'models') WHEN 'array' THEN p.value -> 'models' END) m
+		CROSS JOIN LATERAL jsonb_array_elements(
+			CASE jsonb_typeof(m.value -> 'prices') WHEN 'array' THEN m.value -> 'prices'
+			ELSE jsonb_build_array(m.value -> 'prices') END) WITH ORDINALITY e
+	), dated AS (
+		-- Of the entries in force the last one wins.  A daily window belongs to
+		-- the dated entry it follows: it was announced with it.
+		SELECT e.*, max((e.condition ->> 'start_date')::date)
+				FILTER (WHERE e.condition ->> 'start_date' ~ '^\d{4}-\d{2}-\d{2}$')
+				OVER (PARTITION BY provider, model ORDER BY n) AS start_date
+		FROM entry e
+	), windowed AS (
+		SELECT d.*,
+			CASE WHEN d.condition ->> 'start_time' ~ '^\d\d:\d\d(:\d\d)?(Z|\+00:00)$'
+				THEN rtrim(split_part(d.condition ->> 'start_time', '+', 1), 'Z')::time END AS daily_from,
+			CASE WHEN d.condition ->> 'end_time' ~ '^\d\d:\d\d(:\d\d)?(Z|\+00:00)$'
+				THEN rtrim(split_part(d.condition ->> 'end_time', '+', 1), 'Z')::time END AS daily_to,
+			coalesce(jsonb_typeof(d.condition), 'null') <> 'null'
+				AND coalesce(d.condition ->> 'start_date', '') !~ '^\d{4}-\d{2}-\d{2}$' AS needs_window
+		FROM dated d
+	), item AS (
+		SELECT w.*, k.key, k.value, d.price_column, d.per
+		FROM windowed w
+		CROSS JOIN LATERAL jsonb_each(CASE jsonb_typeof(w.prices) WHEN 'object' THEN w.prices END) k
+		LEFT JOIN (VALUES
+			('input_mtok', 'input', 1), ('output_mtok', 'output', 1),
+			('cache_read_mtok', 'cache_read', 1),
+			('cache_write_mtok', 'cache_write', 1), ('cache_write_5m_mtok', 'cache_write', 1),
+			('cache_write_1h_mtok', 'cache_write_1h', 1),
+			('output_reasoning_mtok', 'reasoning', 1),
+			('requests_kcount', 'request', 1000), ('web_searches_kcount', 'web_search', 1000),
+			('input_audio_mtok', 'units.input_audio_tokens', 1),
+			('output_audio_mtok', 'units.output_audio_tokens', 1),
+			('cache_audio_read_mtok', 'units.cache_read_audio_tokens', 1),
+			('input_image_mtok', 'units.input_image_tokens', 1),
+			('output_image_mtok', 'units.output_image_tokens', 1),
+			('output_video_mtok', 'units.output_video_tokens', 1),
+			('output_citation_mtok', 'units.citation_tokens', 1),
+			('audio_hours', 'units.audio_second', 3600), ('input_audio_hours', 'units.audio_second', 3600),
+			('output_audio_hours', 'units.audio_second', 3600),
+			('input_document_kpages', 'units.page', 1000),
+			('input_mchars', 'units.character', 1000000),
+			('input_gpixels', 'units.pixel', 1000000000),
+			('rerank_searches_kcount', 'units.query', 1000),
+			('storage_searches_kcount', 'units.file_search', 1000),
+			('social_searches_kcount', 'units.x_search', 1000), ('code_executions_kcount', 'units.code_execution', 1000)
+		) AS d (key, price_column, per) USING (key)
+	), tier AS (
+		SELECT i.provider, i.model, i.n, i.key,
+			trunc(aibilling.catalogue_number(t.value -> 'start'))::bigint AS start,
+			aibilling.catalogue_number(t.value -> 'price') AS number
+		FROM item i
+		CROSS JOIN LATERAL jsonb_array_elements(
+			CASE jsonb_typeof(i.value -> 'tiers') WHEN 'array' THEN i.value -> 'tiers' END) t
+	), step AS (
+		SELECT i.*, 0::bigint AS context_above,
+			aibilling.catalogue_number(CASE jsonb_typeof(i.value) WHEN 'object' THEN i.value -> 'base' ELSE i.value END) AS number
+		FROM item i
+		UNION ALL
+		-- Each price has steps of its own.  A row for one step also carries what
+		-- earlier steps have changed, as a NULL there means the base price.
+		SELECT i.*, a.start, t.number
+		FROM item i
+		CROSS JOIN LATERAL (
+			SELECT DISTINCT start FROM tier
+			WHERE (tier.provider, tier.model, tier.n) = (i.provider, i.model, i.n)
+		) AS a
+		CROSS JOIN LATERAL (
+			SELECT number FROM tier
+			WHERE (tier.provider, tier.model, tier.n, tier.key) = (i.provider, i.model, i.n, i.key)
+				AND (tier.start <= a.start OR a.start IS NULL)
+			ORDER BY start DESC
+			LIMIT 1
+		) AS t
+		WHERE jsonb_typeof(i.value -> 'tiers') = 'array'
+	), found AS (
+		SELECT provider, model, 'standard' AS service_tier, context_above,
+			start_date::timestamp AT TIME ZONE 'UTC' AS valid_from,
+			daily_from, daily_to, coalesce(price_column, key) AS price_column,
+			CASE WHEN problem IS NULL THEN number / per END AS price, problem
+		FROM step
+		CROSS JOIN LATERAL (SELECT CASE
+			WHEN price_column IS NULL THEN 'not a price that aibilling.price can hold'
+			WHEN needs_window AND daily_from <> daily_to IS NOT TRUE THEN 'unknown constraint ' || condition::text
+			WHEN context_above IS NULL THEN 'tier without a start'
+			WHEN number IS NULL THEN 'not a number'
+			END AS problem) AS p
+	)
+	SELECT * FROM aibilling.complete_prices(ARRAY(
+		SELECT c FROM aibilling.correct_genai_prices(ARRAY(
+			SELECT ROW(f.*)::aibilling.catalogue_price FROM found f)) c))
+$$;
+COMMENT ON FUNCTION aibilling.read_genai_prices(jsonb) IS
+'the prices in the data.json of pydantic''s genai-prices (USD per million tokens, thousand requests, hour; dates, daily windows, context tiers), completed by complete_prices';

@@ -3,8 +3,8 @@
 -- ---------------------------------------------------------------------------
 
 -- The planner takes every array for one of ten elements and would compare all of
--- a catalogue with all of it: hence enable_nestloop here and in the import, and no compilation for
--- the costs that this seems to have.
+-- a catalogue with all of it: hence enable_nestloop, here and in the import, and no
+-- compilation for the costs that this seems to have.
 
 -- jsonb keeps a number as the decimal text it was, so nothing here ever passes
 -- through a float.

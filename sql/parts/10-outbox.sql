@@ -74,8 +74,7 @@ COMMENT ON COLUMN aibilling.outbox.outcome_unknown IS
 -- table, which are its owner's code.
 CREATE OR REPLACE VIEW aibilling.unpriced WITH (security_barrier) AS
 SELECT u.usage_table, u.reason, u.rows,
-	CASE WHEN EXISTS (SELECT FROM pg_class c WHERE c.oid = u.usage_table AND pg_has_role(current_user, c.relowner, 'USAGE'))
-		THEN aibilling.price_hint(u.usage_table, u.first) END AS hint
+	CASE WHEN aibilling.owns(u.usage_table) THEN aibilling.price_hint(u.usage_table, u.first) END AS hint
 FROM (
 	SELECT e.usage_table, e.error AS reason,
 		sum((SELECT sum(coalesce(upper(r), 9223372036854775807) - lower(r)) FROM unnest(w) r))::bigint AS rows,

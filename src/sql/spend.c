@@ -24,6 +24,7 @@
 #include "utils/syscache.h"
 #include "utils/timestamp.h"
 
+#include "base/decimal.h"
 #include "base/extension.h"
 #include "compat.h"
 #include "polar/server.h"
@@ -361,9 +362,9 @@ return_rollup_row(const Datum *rollup_values, const bool *nulls, void *arg)
 				Int64GetDatum(DatumGetInt64(values[ROLLUP_USAGE_ROWS]) + sums->rows);
 			for (int i = 0; i < NUM_SHARE_TOKENS; i++)
 				values[ROLLUP_INPUT_TOKENS + i] =
-					add_datums(values[ROLLUP_INPUT_TOKENS + i], abp_share_numeric(sums->tokens[i], 0));
+					add_datums(values[ROLLUP_INPUT_TOKENS + i], abp_decimal_numeric(sums->tokens[i], 0));
 			values[ROLLUP_COST_NANOS] =
-				add_datums(values[ROLLUP_COST_NANOS], abp_share_numeric(sums->nanos, 0));
+				add_datums(values[ROLLUP_COST_NANOS], abp_decimal_numeric(sums->nanos, 0));
 			values[ROLLUP_COST_CENTS] =
 				add_datums(values[ROLLUP_COST_CENTS], abp_share_cents(sums));
 			values[ROLLUP_UNPRICED] =
@@ -410,10 +411,10 @@ return_group(Daily *daily, const ShareGroup *group)
 	values[DAILY_USAGE_ROWS] = Int64GetDatum(sums->rows);
 	for (int i = 0; i < NUM_SHARE_TOKENS; i++)
 	{
-		values[DAILY_INPUT_TOKENS + i] = NumericGetDatum(abp_share_numeric(sums->tokens[i], 0));
+		values[DAILY_INPUT_TOKENS + i] = NumericGetDatum(abp_decimal_numeric(sums->tokens[i], 0));
 		nulls[DAILY_INPUT_TOKENS + i] = daily->by == BY_CUSTOMER;
 	}
-	values[DAILY_COST_NANOS] = NumericGetDatum(abp_share_numeric(sums->nanos, 0));
+	values[DAILY_COST_NANOS] = NumericGetDatum(abp_decimal_numeric(sums->nanos, 0));
 	nulls[DAILY_COST_NANOS] = daily->by == BY_CUSTOMER;
 	values[DAILY_COST_CENTS] = NumericGetDatum(abp_share_cents(sums));
 	values[DAILY_UNPRICED] = Int64GetDatum(sums->unpriced);

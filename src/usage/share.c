@@ -18,6 +18,7 @@
 #include "utils/builtins.h"
 #include "utils/timestamp.h"
 
+#include "base/decimal.h"
 #include "base/numeric_math.h"
 #include "base/text_view.h"
 #include "base/usage_row.h"
@@ -520,40 +521,10 @@ abp_share_decode(bytea *share, ShareReader reader, void *arg)
 			const char *text = get_bytes(&bytes, len);
 
 			sums.more_cents =
-				DatumGetNumeric(DirectFunctionCall3(numeric_in, CStringGetDatum(pnstrdup(text, len)),
-													ObjectIdGetDatum(InvalidOid), Int32GetDatum(-1)));
+				numeric_of_text(pnstrdup(text, len));
 		}
 		reader(key, keylen, &sums, arg);
 	}
-}
-
-/*
- * value / 10^scale as numeric, shown with all its decimals; palloc'd.
- */
-Numeric
-abp_share_numeric(int128 value, int scale)
-{
-	char		buf[64];		/* a sign, 39 digits, the point */
-	char	   *p = buf + sizeof(buf);
-	uint128		rest = value < 0 ? -(uint128) value : (uint128) value;
-	int			ndigits = 0;
-
-	if (value <= PG_INT64_MAX && value >= PG_INT64_MIN)
-		return scale == 0 ? int64_to_numeric((int64) value) :
-			int64_div_fast_to_numeric((int64) value, scale);
-
-	*--p = '\0';
-	while (rest > 0 || ndigits <= scale)
-	{
-		*--p = '0' + (int) (rest % 10);
-		rest /= 10;
-		if (++ndigits == scale)
-			*--p = '.';
-	}
-	if (value < 0)
-		*--p = '-';
-	return DatumGetNumeric(DirectFunctionCall3(numeric_in, CStringGetDatum(p),
-											   ObjectIdGetDatum(InvalidOid), Int32GetDatum(-1)));
 }
 
 /*
@@ -568,6 +539,6 @@ abp_share_cents(const ShareSums *sums)
 
 	for (int i = sums->cents_scale; i < CENTS_SCALE; i++)
 		value /= 10;
-	cents = abp_share_numeric(value, sums->cents_scale);
+	cents = abp_decimal_numeric(value, sums->cents_scale);
 	return sums->more_cents == NULL ? cents : numeric_plus(cents, sums->more_cents);
 }

@@ -42,7 +42,13 @@ CREATE TABLE aibilling.rollup (
 	cost_cents numeric NOT NULL,
 	unpriced bigint NOT NULL,
 	PRIMARY KEY (usage_table, level, customer, day, key)
-) WITH (fillfactor = 85, autovacuum_vacuum_scale_factor = 0.05);
+) PARTITION BY LIST (level);
+CREATE TABLE aibilling.rollup_daily PARTITION OF aibilling.rollup FOR VALUES IN ('d')
+	WITH (fillfactor = 85, autovacuum_vacuum_scale_factor = 0.05);
+CREATE TABLE aibilling.rollup_by_model PARTITION OF aibilling.rollup FOR VALUES IN ('m')
+	WITH (fillfactor = 85, autovacuum_vacuum_scale_factor = 0.05);
+CREATE TABLE aibilling.rollup_by_customer PARTITION OF aibilling.rollup FOR VALUES IN ('c')
+	WITH (fillfactor = 85, autovacuum_vacuum_scale_factor = 0.05);
 COMMENT ON TABLE aibilling.rollup IS
 'Private: what delivered rows add up to, for aibilling.usage_daily() and aibilling.spend(); what was delivered last is in aibilling.share';
 COMMENT ON COLUMN aibilling.rollup.usage_table IS 'The usage table';
@@ -65,9 +71,14 @@ COMMENT ON COLUMN aibilling.rollup.reasoning_tokens IS 'Their sum';
 COMMENT ON COLUMN aibilling.rollup.cost_nanos IS 'Their sum; a cost that is not known adds nothing';
 COMMENT ON COLUMN aibilling.rollup.cost_cents IS 'Their sum; a cost that is not known adds nothing';
 COMMENT ON COLUMN aibilling.rollup.unpriced IS 'Rows without a cost';
-CREATE INDEX rollup_day ON aibilling.rollup (usage_table, day) WHERE level = 'd';
-COMMENT ON INDEX aibilling.rollup_day IS 'Finds the days of a table';
-SELECT pg_extension_config_dump('aibilling.rollup', '');
+COMMENT ON TABLE aibilling.rollup_daily IS 'Private: the level d of aibilling.rollup';
+COMMENT ON TABLE aibilling.rollup_by_model IS 'Private: the level m of aibilling.rollup';
+COMMENT ON TABLE aibilling.rollup_by_customer IS 'Private: the level c of aibilling.rollup';
+CREATE INDEX rollup_daily_day ON aibilling.rollup_daily (usage_table, day);
+COMMENT ON INDEX aibilling.rollup_daily_day IS 'Finds the days of a table';
+SELECT pg_extension_config_dump('aibilling.rollup_daily', '');
+SELECT pg_extension_config_dump('aibilling.rollup_by_model', '');
+SELECT pg_extension_config_dump('aibilling.rollup_by_customer', '');
 
 CREATE OR REPLACE FUNCTION aibilling.usage_daily(
 	usage regclass,

@@ -45,7 +45,8 @@ $$;
 
 REVOKE ALL ON aibilling.attachment, aibilling.capture_definition, aibilling.captures, aibilling.capture_error,
 	aibilling.capture_failure, aibilling.correction, aibilling.feed, aibilling.ledger, aibilling.outbox_entry,
-	aibilling.progress, aibilling.rollup, aibilling.share FROM PUBLIC;
+	aibilling.progress, aibilling.rollup, aibilling.rollup_by_customer, aibilling.rollup_by_model,
+	aibilling.rollup_daily, aibilling.share FROM PUBLIC;
 GRANT SELECT, INSERT, UPDATE ON aibilling.captures TO PUBLIC;
 GRANT SELECT, INSERT, UPDATE, DELETE ON aibilling.capture_failure TO PUBLIC;
 GRANT SELECT ON aibilling.progress TO PUBLIC;

@@ -22,6 +22,7 @@ REGRESS = \
 	catalogue \
 	server \
 	usage \
+	event \
 	rows \
 	columns \
 	outbox \

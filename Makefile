@@ -33,6 +33,7 @@ ISOLATION = \
 	prices \
 	prices_prepared \
 	delivery \
+	attach \
 	corrections
 ISOLATION_OPTS = --load-extension=$(EXTENSION) --encoding=UTF8 --no-locale
 

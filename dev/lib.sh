@@ -208,13 +208,13 @@ start_build() {
 
 	mkdir -p "$build"
 	cd "$root"
-	for file in Makefile aibilling_polar.control src/*.[ch] src/*/*.[ch] sql/*--*.sql data/*.json; do
+	for file in Makefile aibilling_polar.control src/*.[ch] src/*/*.[ch] sql/*--*.sql sql/*/*.sql data/*.json; do
 		if [ -f "$file" ] && ! cmp -s "$file" "$build/$file"; then
 			mkdir -p "$build/$(dirname "$file")"
 			cp "$file" "$build/$file"
 		fi
 	done
-	(cd "$build" && printf '%s\n' src/*.[ch] src/*/*.[ch] sql/*.sql data/*.json) | while read -r file; do
+	(cd "$build" && printf '%s\n' src/*.[ch] src/*/*.[ch] sql/*.sql sql/*/*.sql data/*.json) | while read -r file; do
 		[ -f "$file" ] || rm -f "$build/$file"
 	done
 	build_pid=

@@ -193,6 +193,13 @@ foreach my $range ([ 'NULL', 'NULL' ], [ 'current_date - 100', 'current_date - 3
 	[ 'current_date - 40', 'NULL' ], [ 'NULL', 'current_date - 40' ], [ 'current_date', 'current_date - 1' ])
 {
 	is($node->safe_psql('postgres', sprintf($by, @$range)), "model|0\ncustomer|0\ncustomers|0", "usage_by(), days @$range");
+	next if $range->[1] ne 'NULL' && $range->[1] !~ /^current_date$/;
+	is($node->safe_psql('postgres', sprintf(q{
+SELECT count(*), count(*) FILTER (WHERE (s.cost_cents, s.usage_rows) IS DISTINCT FROM (d.cost_cents, d.usage_rows)) FROM
+	(SELECT external_customer_id, sum(cost_cents) AS cost_cents, sum(usage_rows) AS usage_rows
+	 FROM aibilling.usage_daily('usage', %1$s) WHERE external_customer_id ~ '^c\d$' GROUP BY 1) d,
+	LATERAL aibilling.spend('usage', d.external_customer_id, (%1$s)::date::timestamp AT TIME ZONE 'UTC') s}, $range->[0])),
+		'4|0', "spend() since $range->[0]");
 }
 
 # A price comes; rows that are rejected are fixed.

@@ -19,6 +19,7 @@
 #include "miscadmin.h"
 #include "utils/builtins.h"
 
+#include "base/decimal.h"
 #include "base/numeric_math.h"
 #include "base/text_view.h"
 #include "base/usage_row.h"
@@ -175,33 +176,8 @@ abp_decimal_multiply(ExactDecimal a, ExactDecimal b)
 Numeric
 abp_decimal_to_numeric(ExactDecimal value)
 {
-	/* Sign, 39 digits or zeros in front of them, the point. */
-	char		buf[128];
-	char	   *p = buf + sizeof(buf);
-	uint128		rest;
-	int			ndigits = 0;
-
 	value = decimal_reduced(value);
-	if (value.digits <= PG_INT64_MAX && value.digits >= PG_INT64_MIN)
-		return int64_div_fast_to_numeric((int64) value.digits, value.scale);
-
-	Assert(value.scale < 64);
-	rest = value.digits < 0 ? -(uint128) value.digits : (uint128) value.digits;
-	*--p = '\0';
-	while (rest > 0 || ndigits <= value.scale)
-	{
-		*--p = '0' + (int) (rest % 10);
-		rest /= 10;
-		if (++ndigits == value.scale)
-			*--p = '.';
-	}
-	if (value.digits < 0)
-		*--p = '-';
-
-	return DatumGetNumeric(DirectFunctionCall3(numeric_in,
-											   CStringGetDatum(p),
-											   ObjectIdGetDatum(InvalidOid),
-											   Int32GetDatum(-1)));
+	return abp_decimal_numeric(value.digits, value.scale);
 }
 
 /*

@@ -192,10 +192,7 @@ abp_usage_is_decimal(const char *str, int len)
 Numeric
 abp_usage_decimal(const char *str, int len)
 {
-	return DatumGetNumeric(DirectFunctionCall3(numeric_in,
-											   CStringGetDatum(pnstrdup(str, len)),
-											   ObjectIdGetDatum(InvalidOid),
-											   Int32GetDatum(-1)));
+	return numeric_of_text(pnstrdup(str, len));
 }
 
 /*

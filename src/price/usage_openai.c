@@ -912,18 +912,11 @@ static bool
 cost_xai(Reading *r)
 {
 	Numeric		ticks = NULL;
-	Datum		tick;
-	Datum		cost;
 
 	if (!abp_usage_read_amount(r, r->usage, "cost_in_usd_ticks", &ticks))
 		return false;
 	if (ticks)
-	{
-		tick = DirectFunctionCall3(numeric_in, CStringGetDatum("0.0000000001"),
-								   ObjectIdGetDatum(InvalidOid), Int32GetDatum(-1));
-		cost = DirectFunctionCall2(numeric_mul, NumericGetDatum(ticks), tick);
-		r->cost = DatumGetNumeric(DirectFunctionCall1(numeric_trim_scale, cost));
-	}
+		r->cost = numeric_trimmed(numeric_times(ticks, numeric_of_text("0.0000000001")));
 	return true;
 }
 

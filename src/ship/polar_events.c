@@ -21,6 +21,7 @@
 #include "utils/memutils.h"
 #include "utils/timestamp.h"
 
+#include "base/numeric_math.h"
 #include "ship/polar_events.h"
 
 #define EVENTS_PATH "/v1/events/"
@@ -104,10 +105,7 @@ abp_json_number(JsonbContainer *object, const char *key)
 		value.val.string.len < 100 &&
 		strspn(pnstrdup(value.val.string.val, value.val.string.len), "0123456789+-.eE") ==
 		(size_t) value.val.string.len)
-		return DatumGetNumeric(DirectFunctionCall3(numeric_in,
-												   CStringGetDatum(pnstrdup(value.val.string.val,
-																			value.val.string.len)),
-												   ObjectIdGetDatum(InvalidOid), Int32GetDatum(-1)));
+		return numeric_of_text(pnstrdup(value.val.string.val, value.val.string.len));
 	return NULL;
 }
 

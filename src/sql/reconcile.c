@@ -29,6 +29,7 @@
 #include "utils/snapmgr.h"
 #include "utils/timestamp.h"
 
+#include "base/numeric_math.h"
 #include "base/rights.h"
 #include "compat.h"
 #include "polar/event.h"
@@ -135,18 +136,6 @@ typedef struct Reconciling
 } Reconciling;
 
 static Numeric
-plus(Numeric a, Numeric b)
-{
-	return DatumGetNumeric(DirectFunctionCall2(numeric_add, NumericGetDatum(a), NumericGetDatum(b)));
-}
-
-static Numeric
-minus(Numeric a, Numeric b)
-{
-	return DatumGetNumeric(DirectFunctionCall2(numeric_sub, NumericGetDatum(a), NumericGetDatum(b)));
-}
-
-static Numeric
 copy_number(Numeric number)
 {
 	return number == NULL ? NULL : DatumGetNumericCopy(NumericGetDatum(number));
@@ -160,7 +149,7 @@ add_nanos(Numeric *sum, int64 *part, int64 nanos)
 
 	if (pg_add_s64_overflow(*part, nanos, &both))
 	{
-		*sum = plus(*sum, int64_to_numeric(*part));
+		*sum = numeric_plus(*sum, int64_to_numeric(*part));
 		both = nanos;
 	}
 	*part = both;
@@ -172,30 +161,17 @@ same_number(Numeric a, Numeric b)
 {
 	if (a == NULL || b == NULL)
 		return a == b;
-	return DatumGetBool(DirectFunctionCall2(numeric_eq, NumericGetDatum(a), NumericGetDatum(b)));
+	return numeric_equal(a, b);
 }
 
 /* The same number but for what a double makes of it? */
 static bool
 close_number(Numeric a, Numeric b)
 {
-	Datum		margin;
-	Datum		off;
-
 	if (a == NULL || b == NULL)
 		return a == b;
-	off = DirectFunctionCall1(numeric_abs, NumericGetDatum(minus(a, b)));
-	margin = DirectFunctionCall2(numeric_mul,
-								 DirectFunctionCall1(numeric_abs, NumericGetDatum(a)),
-								 DirectFunctionCall3(numeric_in, CStringGetDatum("1e-15"),
-													 ObjectIdGetDatum(InvalidOid), Int32GetDatum(-1)));
-	return DatumGetBool(DirectFunctionCall2(numeric_le, off, margin));
-}
-
-static bool
-is_less(Numeric a, Numeric b)
-{
-	return DatumGetBool(DirectFunctionCall2(numeric_lt, NumericGetDatum(a), NumericGetDatum(b)));
+	return numeric_compare(numeric_magnitude(numeric_minus(a, b)),
+						   numeric_times(numeric_magnitude(a), numeric_of_text("1e-15"))) <= 0;
 }
 
 /* Nano-dollars of an amount in cents. */
@@ -591,12 +567,12 @@ conclude_row(Reconciling *work, HereRow *here)
 	day = get_day(work, here->day);
 	day->rows_here++;
 	if (here->cost_nanos != NULL)
-		day->nanos_here = plus(day->nanos_here, here->cost_nanos);
+		day->nanos_here = numeric_plus(day->nanos_here, here->cost_nanos);
 	if (here->there)
 	{
 		day->rows_there++;
 		if (here->nanos_there != NULL)
-			day->nanos_there = plus(day->nanos_there, here->nanos_there);
+			day->nanos_there = numeric_plus(day->nanos_there, here->nanos_there);
 	}
 	day->findings[finding]++;
 }
@@ -616,7 +592,7 @@ conclude_event(Reconciling *work, const ThereEvent *there)
 	day = get_day(work, there->day);
 	day->rows_there++;
 	if (there->nanos != NULL)
-		day->nanos_there = plus(day->nanos_there, there->nanos);
+		day->nanos_there = numeric_plus(day->nanos_there, there->nanos);
 	day->findings[UNKNOWN_HERE]++;
 }
 
@@ -795,17 +771,17 @@ conclude_day(Day *day)
 	Numeric		most;
 	Numeric		least;
 
-	day->nanos_here = plus(day->nanos_here, int64_to_numeric(day->part_here));
-	day->nanos_waiting = plus(day->nanos_waiting, int64_to_numeric(day->part_waiting));
-	day->nanos_flying = plus(day->nanos_flying, int64_to_numeric(day->part_flying));
-	most = minus(day->nanos_here, day->nanos_waiting);
-	least = minus(most, day->nanos_flying);
+	day->nanos_here = numeric_plus(day->nanos_here, int64_to_numeric(day->part_here));
+	day->nanos_waiting = numeric_plus(day->nanos_waiting, int64_to_numeric(day->part_waiting));
+	day->nanos_flying = numeric_plus(day->nanos_flying, int64_to_numeric(day->part_flying));
+	most = numeric_minus(day->nanos_here, day->nanos_waiting);
+	least = numeric_minus(most, day->nanos_flying);
 
 	if (close_number(day->nanos_here, day->nanos_there))
 		day->findings[NOT_SENT_YET] = 0;
 	else if (close_number(most, day->nanos_there) || close_number(least, day->nanos_there))
 		return;
-	else if (!is_less(least, day->nanos_there) || !is_less(day->nanos_there, most))
+	else if (numeric_compare(least, day->nanos_there) >= 0 || numeric_compare(day->nanos_there, most) >= 0)
 		day->findings[AMOUNT_DIFFERS] = 1;
 }
 

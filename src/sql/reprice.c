@@ -21,6 +21,7 @@
 #include "utils/numeric.h"
 #include "utils/snapmgr.h"
 
+#include "base/numeric_math.h"
 #include "price/price.h"
 #include "base/rights.h"
 #include "queue/ledger.h"
@@ -74,37 +75,6 @@ typedef struct NewCost
 	char	   *problem;
 } NewCost;
 
-static bool
-same_cents(Numeric a, Numeric b)
-{
-	return DatumGetBool(DirectFunctionCall2(numeric_eq, NumericGetDatum(a), NumericGetDatum(b)));
-}
-
-static Numeric
-difference(Numeric a, Numeric b)
-{
-	return DatumGetNumeric(DirectFunctionCall2(numeric_sub, NumericGetDatum(a), NumericGetDatum(b)));
-}
-
-static bool
-is_at_least(Numeric a, Numeric b)
-{
-	return DatumGetBool(DirectFunctionCall2(numeric_ge, NumericGetDatum(a), NumericGetDatum(b)));
-}
-
-static Numeric
-number(const char *text)
-{
-	return DatumGetNumeric(DirectFunctionCall3(numeric_in, CStringGetDatum(text),
-											   ObjectIdGetDatum(InvalidOid), Int32GetDatum(-1)));
-}
-
-static Numeric
-magnitude(Numeric a)
-{
-	return DatumGetNumeric(DirectFunctionCall1(numeric_abs, NumericGetDatum(a)));
-}
-
 /* Is the cost of a row by the prices of now another one, or not to be told? */
 static bool
 cost_differs(const UsageRow *row, NewCost *new)
@@ -116,7 +86,7 @@ cost_differs(const UsageRow *row, NewCost *new)
 		return true;
 	if (!new->cost.known)
 		return false;
-	if (row->cost_cents == NULL || !same_cents(new->cost.cost_cents, row->cost_cents))
+	if (row->cost_cents == NULL || !numeric_equal(new->cost.cost_cents, row->cost_cents))
 		return true;
 	/* what a correcting row says in nano-dollars makes a sum right */
 	return new->cost.cost_nanos != row->cost_nanos && !abp_corrects(row, &ignored);
@@ -156,7 +126,7 @@ note_kept(Repricing *repricing, int64 id, const char *problem)
 static void
 check_difference(const UsageTable *table, int64 id, Numeric cents)
 {
-	if (is_at_least(magnitude(cents), number(TOO_MANY_CENTS)))
+	if (numeric_compare(numeric_magnitude(cents), numeric_of_text(TOO_MANY_CENTS)) >= 0)
 		ereport(ERROR,
 				(errcode(ERRCODE_NUMERIC_VALUE_OUT_OF_RANGE),
 				 errmsg("the cost of usage row " INT64_FORMAT " of %s would change by %s cents: 1000 USD or more do not fit one event",
@@ -204,7 +174,7 @@ add_correction(Repricing *repricing, const UsageRow *row, const CorrectedCost *t
 		correction->id = row->id;
 		correction->external_id.data = pnstrdup(row->external_id.data, row->external_id.len);
 		correction->external_id.len = row->external_id.len;
-		correction->cost_cents = difference(cost->cost_cents, told->cost_cents);
+		correction->cost_cents = numeric_minus(cost->cost_cents, told->cost_cents);
 		correction->cost_nanos = cost->cost_nanos - told->cost_nanos;
 	}
 	MemoryContextSwitchTo(old);
@@ -229,8 +199,8 @@ put_result(Repricing *repricing, int64 id, const char *place, const int64 *old_n
 		values[3] = Int64GetDatum(*new_nanos);
 	nulls[4] = nulls[2] || nulls[3];
 	if (!nulls[4])
-		values[4] = NumericGetDatum(difference(int64_to_numeric(*new_nanos),
-											   int64_to_numeric(*old_nanos)));
+		values[4] = NumericGetDatum(numeric_minus(int64_to_numeric(*new_nanos),
+												  int64_to_numeric(*old_nanos)));
 	values[5] = CStringGetTextDatum(action);
 	tuplestore_putvalues(repricing->result->setResult, repricing->result->setDesc, values, nulls);
 }
@@ -257,7 +227,7 @@ reprice_delivered(Repricing *repricing, const UsageRow *row, NewCost *new)
 		action = "kept";
 	}
 	else if (told.ncorrections > 0 || row->has_cost_nanos ? new->cost.known &&
-			 same_cents(new->cost.cost_cents, told.cost_cents) : !new->cost.known)
+			 numeric_equal(new->cost.cost_cents, told.cost_cents) : !new->cost.known)
 		return;
 	else if (new->cost.known && repricing->corrects && !is_correction &&
 			 add_correction(repricing, row, &told, &new->cost))
@@ -379,15 +349,13 @@ check_corrections(const Repricing *repricing, Numeric max_total)
 
 		CHECK_FOR_INTERRUPTS();
 		check_difference(repricing->table, correction->id, correction->cost_cents);
-		total = DatumGetNumeric(DirectFunctionCall2(numeric_add, NumericGetDatum(total),
-													NumericGetDatum(magnitude(correction->cost_cents))));
+		total = numeric_plus(total, numeric_magnitude(correction->cost_cents));
 	}
 	if (max_total != NULL)
 	{
-		Numeric		limit = DatumGetNumeric(DirectFunctionCall2(numeric_mul, NumericGetDatum(max_total),
-																NumericGetDatum(int64_to_numeric(100))));
+		Numeric		limit = numeric_times(max_total, int64_to_numeric(100));
 
-		if (!is_at_least(limit, total))
+		if (numeric_compare(limit, total) < 0)
 			ereport(ERROR,
 					(errcode(ERRCODE_DATA_EXCEPTION),
 					 errmsg("corrections of %d usage rows of %s would come to %s cents, more than max_total, %s USD",
@@ -412,7 +380,7 @@ check_max_total(FunctionCallInfo fcinfo, bool corrects)
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg("max_total limits corrections, which are not asked for"),
 				 errhint("Set corrections to true.")));
-	if (numeric_is_nan(max_total) || !is_at_least(max_total, int64_to_numeric(0)))
+	if (numeric_is_nan(max_total) || numeric_signum(max_total) < 0)
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg("max_total must be a number and not negative, but is %s",
@@ -546,9 +514,9 @@ compare_with_wanted(const UsageRow *row, Jsonb *whole, void *arg)
 	correcting->correction.id = row->id;
 	correcting->correction.external_id.data = pnstrdup(row->external_id.data, row->external_id.len);
 	correcting->correction.external_id.len = row->external_id.len;
-	correcting->correction.cost_cents = difference(correcting->wanted->cost_cents, told.cost_cents);
+	correcting->correction.cost_cents = numeric_minus(correcting->wanted->cost_cents, told.cost_cents);
 	correcting->correction.cost_nanos = correcting->wanted->cost_nanos - told.cost_nanos;
-	correcting->needed = !same_cents(correcting->wanted->cost_cents, told.cost_cents);
+	correcting->needed = !numeric_equal(correcting->wanted->cost_cents, told.cost_cents);
 	MemoryContextSwitchTo(old);
 	return true;
 }

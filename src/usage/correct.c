@@ -27,6 +27,7 @@
 #include "utils/numeric.h"
 #include "utils/rel.h"
 
+#include "base/numeric_math.h"
 #include "base/rights.h"
 #include "queue/place.h"
 #include "usage/collect.h"
@@ -137,12 +138,6 @@ abp_correct_note_existing(const UsageTable *table)
 
 /* --- what a row and its corrections say ------------------------------------- */
 
-static Numeric
-sum_of(Numeric a, Numeric b)
-{
-	return DatumGetNumeric(DirectFunctionCall2(numeric_add, NumericGetDatum(a), NumericGetDatum(b)));
-}
-
 /*
  * Does a correction count, because Polar has it or is to get it?  Not if it was
  * taken away with its partition while it waited.
@@ -198,7 +193,7 @@ abp_corrected_cost(const UsageTable *table, const UsageRow *row, CorrectedCost *
 					(errcode(ERRCODE_NUMERIC_VALUE_OUT_OF_RANGE),
 					 errmsg("the corrections of usage row " INT64_FORMAT " of %s are beyond the range of cost_nanos",
 							row->id, table->name)));
-		corrected->cost_cents = sum_of(corrected->cost_cents, correction->cost_cents);
+		corrected->cost_cents = numeric_plus(corrected->cost_cents, correction->cost_cents);
 	}
 }
 
@@ -234,8 +229,7 @@ abp_correct_price(Oid usage_table, const UsageRow *row, PricedCost *cost)
 		return;
 	correction = find_expected(corrects.data, corrects.len);
 	if (correction != NULL &&
-		DatumGetBool(DirectFunctionCall2(numeric_eq, NumericGetDatum(cost->cost_cents),
-										 NumericGetDatum(correction->cost_cents))))
+		numeric_equal(cost->cost_cents, correction->cost_cents))
 		cost->cost_nanos = correction->cost_nanos;
 }
 
@@ -353,8 +347,7 @@ check_made(const UsageTable *table, int nwanted)
 									   VARSIZE_ANY_EXHDR(DatumGetTextPP(values[3])));
 		if (correction == NULL || isnull[0] || isnull[1] || isnull[2] ||
 			DatumGetInt64(values[1]) != correction->cost_nanos ||
-			!DatumGetBool(DirectFunctionCall2(numeric_eq, values[2],
-											  NumericGetDatum(correction->cost_cents))))
+			!numeric_equal(DatumGetNumeric(values[2]), correction->cost_cents))
 			ereport(ERROR,
 					(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 					 errmsg("a correcting row of %s is not stored as it was inserted", table->name),
@@ -373,9 +366,7 @@ check_made(const UsageTable *table, int nwanted)
 static Datum
 usd_of(Numeric cents)
 {
-	return DirectFunctionCall2(numeric_mul, NumericGetDatum(cents),
-							   DirectFunctionCall3(numeric_in, CStringGetDatum("0.01"),
-												   ObjectIdGetDatum(InvalidOid), Int32GetDatum(-1)));
+	return NumericGetDatum(numeric_times(cents, numeric_of_text("0.01")));
 }
 
 static void

@@ -18,6 +18,7 @@
 #include "utils/builtins.h"
 #include "utils/timestamp.h"
 
+#include "base/decimal.h"
 #include "base/numeric_math.h"
 #include "base/text_view.h"
 #include "base/usage_row.h"
@@ -48,9 +49,16 @@
 static void
 put_unsigned(StringInfo to, uint128 value)
 {
-	for (; value >= 0x80; value >>= 7)
-		appendStringInfoCharMacro(to, (char) (0x80 | (value & 0x7f)));
-	appendStringInfoCharMacro(to, (char) value);
+	char		bytes[19];		/* 128 bits */
+	int			n = 0;
+	uint64		low;
+
+	for (; value > PG_UINT64_MAX; value >>= 7)
+		bytes[n++] = (char) (0x80 | (value & 0x7f));
+	for (low = (uint64) value; low >= 0x80; low >>= 7)	/* 128 bits are slow */
+		bytes[n++] = (char) (0x80 | (low & 0x7f));
+	bytes[n++] = (char) low;
+	appendBinaryStringInfoNT(to, bytes, n);
 }
 
 static void
@@ -312,6 +320,31 @@ abp_share_add(ShareGroups *groups, ShareSums *to, const ShareSums *sums)
 	}
 }
 
+/* --- cents ----------------------------------------------------------------------- */
+
+/* What ShareSums.cents has for 1 in the last of so many decimals. */
+static int64
+unit_of_scale(int scale)
+{
+	static const int64 powers_of_ten[CENTS_SCALE + 1] = {
+		1, 10, 100, 1000, 10000, 100000, 1000000, 10000000, 100000000, 1000000000,
+		INT64CONST(10000000000), INT64CONST(100000000000), INT64CONST(1000000000000)
+	};
+
+	return powers_of_ten[CENTS_SCALE - scale];
+}
+
+/* Cents x 10^cents_scale. */
+static int128
+scaled_cents(const ShareSums *sums)
+{
+	int64		unit = unit_of_scale(sums->cents_scale);
+
+	if (sums->cents <= PG_INT64_MAX && sums->cents >= PG_INT64_MIN)
+		return (int64) sums->cents / unit;	/* 128 bits are slow */
+	return sums->cents / unit;
+}
+
 /* --- rows ------------------------------------------------------------------------ */
 
 /*
@@ -349,8 +382,7 @@ read_cents(Numeric cents, int128 * value, int *scale)
 	pfree(text);
 	if (!fits)
 		return false;
-	for (int i = *scale; i < CENTS_SCALE; i++)
-		*value *= 10;
+	*value *= unit_of_scale(*scale);
 	if (negative)
 		*value = -*value;
 	return true;
@@ -477,7 +509,7 @@ abp_share_encode(const ShareGroups *groups)
 		for (int t = 0; t < NUM_SHARE_TOKENS; t++)
 			put_signed(&to, sums->tokens[t]);
 		put_signed(&to, sums->nanos);
-		put_signed(&to, sums->cents);
+		put_signed(&to, scaled_cents(sums));
 		put_unsigned(&to, sums->cents_scale);
 		put_unsigned(&to, strlen(more));
 		appendBinaryStringInfo(&to, more, strlen(more));
@@ -514,46 +546,19 @@ abp_share_decode(bytea *share, ShareReader reader, void *arg)
 		sums.nanos = get_signed(&bytes);
 		sums.cents = get_signed(&bytes);
 		sums.cents_scale = (int) get_unsigned(&bytes);
+		if (sums.cents_scale < 0 || sums.cents_scale > CENTS_SCALE)
+			corrupted();
+		sums.cents *= unit_of_scale(sums.cents_scale);
 		len = (uint64) get_unsigned(&bytes);
 		if (len > 0)
 		{
 			const char *text = get_bytes(&bytes, len);
 
 			sums.more_cents =
-				DatumGetNumeric(DirectFunctionCall3(numeric_in, CStringGetDatum(pnstrdup(text, len)),
-													ObjectIdGetDatum(InvalidOid), Int32GetDatum(-1)));
+				numeric_of_text(pnstrdup(text, len));
 		}
 		reader(key, keylen, &sums, arg);
 	}
-}
-
-/*
- * value / 10^scale as numeric, shown with all its decimals; palloc'd.
- */
-Numeric
-abp_share_numeric(int128 value, int scale)
-{
-	char		buf[64];		/* a sign, 39 digits, the point */
-	char	   *p = buf + sizeof(buf);
-	uint128		rest = value < 0 ? -(uint128) value : (uint128) value;
-	int			ndigits = 0;
-
-	if (value <= PG_INT64_MAX && value >= PG_INT64_MIN)
-		return scale == 0 ? int64_to_numeric((int64) value) :
-			int64_div_fast_to_numeric((int64) value, scale);
-
-	*--p = '\0';
-	while (rest > 0 || ndigits <= scale)
-	{
-		*--p = '0' + (int) (rest % 10);
-		rest /= 10;
-		if (++ndigits == scale)
-			*--p = '.';
-	}
-	if (value < 0)
-		*--p = '-';
-	return DatumGetNumeric(DirectFunctionCall3(numeric_in, CStringGetDatum(p),
-											   ObjectIdGetDatum(InvalidOid), Int32GetDatum(-1)));
 }
 
 /*
@@ -563,11 +568,7 @@ abp_share_numeric(int128 value, int scale)
 Numeric
 abp_share_cents(const ShareSums *sums)
 {
-	int128		value = sums->cents;
-	Numeric		cents;
+	Numeric		cents = abp_decimal_numeric(scaled_cents(sums), sums->cents_scale);
 
-	for (int i = sums->cents_scale; i < CENTS_SCALE; i++)
-		value /= 10;
-	cents = abp_share_numeric(value, sums->cents_scale);
 	return sums->more_cents == NULL ? cents : numeric_plus(cents, sums->more_cents);
 }

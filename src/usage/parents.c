@@ -311,16 +311,12 @@ find_new_deliveries(Family *family)
 	args[1] = abp_idset_to_multirange(&parents);
 	args[2] = TimestampTzGetDatum(GetCurrentTimestamp() - PARENT_SETTLES_S * USECS_PER_SEC);
 
-	abp_become_extension_owner(&saved);
-	SPI_connect();
-	nrows = abp_statement_run(&recent, args, NULL);
+	nrows = abp_statement_open(&recent, args, NULL, &saved);
 	for (uint64 i = 0; i < nrows; i++)
 	{
-		HeapTuple	tuple = SPI_tuptable->vals[i];
-		TupleDesc	desc = SPI_tuptable->tupdesc;
 		bool		isnull;
-		IdSet		ids = abp_idset_from_multirange(SPI_getbinval(tuple, desc, 1, &isnull));
-		TimestampTz finished_at = DatumGetTimestampTz(SPI_getbinval(tuple, desc, 2, &isnull));
+		IdSet		ids = abp_result_idset(i, 1, CurrentMemoryContext);
+		TimestampTz finished_at = DatumGetTimestampTz(abp_result_datum(i, 2, &isnull));
 
 		hash_seq_init(&scan, family->relatives);
 		while ((relative = hash_seq_search(&scan)) != NULL)
@@ -329,8 +325,7 @@ find_new_deliveries(Family *family)
 				relative->delivered_at = Max(relative->delivered_at, finished_at);
 		}
 	}
-	SPI_finish();
-	abp_restore_user(&saved);
+	abp_statement_close(&saved);
 }
 
 /* What of this batch is set aside, and what has become of it; or waits. */

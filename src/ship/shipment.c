@@ -80,3 +80,17 @@ abp_shipment_copy_keys(Delivery *to, const Delivery *from)
 		memcpy(to->keys, from->keys, sizeof(uint32) * count);
 	}
 }
+
+/* Note who is whose parent among the rows of a shipment's request. */
+void
+abp_shipment_set_kin(Shipment *shipment, const Kinship *kin, int nkin)
+{
+	if (shipment->kin != NULL)
+		pfree(shipment->kin);
+	shipment->kin = NULL;
+	shipment->nkin = nkin;
+	if (nkin == 0)
+		return;
+	shipment->kin = MemoryContextAlloc(shipment->context, sizeof(Kinship) * nkin);
+	memcpy(shipment->kin, kin, sizeof(Kinship) * nkin);
+}

@@ -105,6 +105,8 @@ abp_fate_check(Relation rel, const UsageRow *row, const bool *nulls)
 					(errcode(ERRCODE_NOT_NULL_VIOLATION),
 					 errmsg("null value in column \"%s\" of usage table \"%s\"",
 							name, RelationGetRelationName(rel)),
+					 rel->rd_rel->relispartition ?
+					 errhint("Give a value, or leave the column out: a partition does not take a default in place of NULL where it was chosen by that.") :
 					 errhint("Give a value, or the column a default."),
 					 errtablecolname(rel, name)));
 	}

@@ -11,6 +11,10 @@
  * A parent that is in no row of the child's table does not hold the child: it
  * may be anybody's.
  *
+ * The same holds for rows that an earlier request may have brought to Polar.  If
+ * it has, the delay does no harm; if not, they are as new.  But they cannot be
+ * changed any more, so that a cycle is opened by whoever closes it.
+ *
  *-------------------------------------------------------------------------
  */
 #include "postgres.h"
@@ -389,7 +393,7 @@ fate_of(Family *family, Relative *relative, TimestampTz *since)
 		else if (!abp_idset_contains(family->batch->sent, relative->id))
 			fate = fate_in_batch(family->batch, relative->id);
 		else if (relative->on_cycle)
-			fate = FATE_CYCLE;
+			fate = family->batch->outcome_unknown ? FATE_SENT : FATE_CYCLE;
 		else if (parent == NULL)
 			fate = FATE_SENT;
 		else
@@ -413,6 +417,7 @@ judge_child(Family *family, ChildRow *child)
 {
 	bool		known;
 	Relative   *relative = relative_of(family, child->external_id, &known);
+	Relative   *parent = parent_of(family, relative);
 	TimestampTz since;
 	Fate		fate = fate_of(family, relative, &since);
 	RowState   *verdict = &child->verdict;
@@ -430,6 +435,11 @@ judge_child(Family *family, ChildRow *child)
 	{
 		verdict->state = OUTBOX_REJECTED;
 		verdict->error = relative->on_cycle ? PARENTS_ARE_CYCLE : PARENT_IS_REJECTED;
+	}
+	else if (parent != NULL && abp_idset_contains(family->batch->sent, parent->id))
+	{
+		child->with_parent = true;
+		child->parent = parent->id;
 	}
 }
 

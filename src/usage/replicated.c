@@ -190,7 +190,7 @@ abp_replicated_insert(UsageRelation *known, Relation rel, HeapTuple tuple)
 		skip_row(known, rel, &row);
 		return NULL;
 	}
-	if (known->has_default[COL_ID] && abp_lookup_exists(known->usage_table, row.id))
+	if (OidIsValid(known->default_from[COL_ID]) && abp_lookup_exists(known->usage_table, row.id))
 	{
 		int64		given;
 

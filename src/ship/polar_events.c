@@ -226,7 +226,7 @@ create_seen(void)
 		.hcxt = CurrentMemoryContext
 	};
 
-	return hash_create("aibilling events read", 1024, &ctl, HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
+	return hash_create("aibilling_polar events read", 1024, &ctl, HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
 }
 
 /*
@@ -236,7 +236,7 @@ create_seen(void)
 static EventPage
 read_page(EventList *list, TimestampTz from_time, TimestampTz to_time, int64 number, HTAB *here)
 {
-	MemoryContext context = AllocSetContextCreate(CurrentMemoryContext, "aibilling page of events",
+	MemoryContext context = AllocSetContextCreate(CurrentMemoryContext, "aibilling_polar page of events",
 												  ALLOCSET_DEFAULT_SIZES);
 	MemoryContext old = MemoryContextSwitchTo(context);
 	Jsonb	   *document = abp_reader_get(list->reader,

@@ -229,11 +229,11 @@ init_ship(void)
 	if (abp_shipper_memory != NULL)
 		return;
 
-	abp_shipper_memory = AllocSetContextCreate(TopMemoryContext, "aibilling shipper",
+	abp_shipper_memory = AllocSetContextCreate(TopMemoryContext, "aibilling_polar shipper",
 											   ALLOCSET_DEFAULT_SIZES);
-	this_turn.context = AllocSetContextCreate(TopMemoryContext, "aibilling shipper turn",
+	this_turn.context = AllocSetContextCreate(TopMemoryContext, "aibilling_polar shipper turn",
 											  ALLOCSET_DEFAULT_SIZES);
-	tables_context = AllocSetContextCreate(TopMemoryContext, "aibilling shipper tables",
+	tables_context = AllocSetContextCreate(TopMemoryContext, "aibilling_polar shipper tables",
 										   ALLOCSET_DEFAULT_SIZES);
 	abp_server_init();
 	CacheRegisterRelcacheCallback(on_relcache_change, (Datum) 0);

@@ -377,7 +377,7 @@ abp_sql_sync(PG_FUNCTION_ARGS)
 	abp_extension_check_version();
 
 	/* Outlives the transactions that follow, and goes with the CALL. */
-	sync.context = AllocSetContextCreate(PortalContext, "aibilling sync", ALLOCSET_DEFAULT_SIZES);
+	sync.context = AllocSetContextCreate(PortalContext, "aibilling_polar sync", ALLOCSET_DEFAULT_SIZES);
 	SPI_connect_ext(SPI_OPT_NONATOMIC);
 	MemoryContextSwitchTo(sync.context);
 	if (!PG_ARGISNULL(0))

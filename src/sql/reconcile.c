@@ -458,7 +458,7 @@ find_known(Reconciling *work)
 	if (n == 0)
 		return;
 	args[0] = PointerGetDatum(construct_array(elements, n, TEXTOID, -1, false, TYPALIGN_INT));
-	known = hash_create("aibilling known events", 1024, &ctl, HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
+	known = hash_create("aibilling_polar known events", 1024, &ctl, HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
 
 	/* rows that have come since this call began are known, too */
 	PushActiveSnapshot(GetLatestSnapshot());
@@ -852,9 +852,9 @@ begin(FunctionCallInfo fcinfo, Reconciling *work)
 	work->result = (ReturnSetInfo *) fcinfo->resultinfo;
 	work->context = CurrentMemoryContext;
 	check_times(work);
-	work->here = create_table("aibilling rows here", sizeof(ExternalIdKey), sizeof(HereRow), work->context);
-	work->ids = create_table("aibilling ids there", sizeof(ExternalIdKey), sizeof(ExternalIdKey), work->context);
-	work->days = create_table("aibilling days", sizeof(int), sizeof(Day), work->context);
+	work->here = create_table("aibilling_polar rows here", sizeof(ExternalIdKey), sizeof(HereRow), work->context);
+	work->ids = create_table("aibilling_polar ids there", sizeof(ExternalIdKey), sizeof(ExternalIdKey), work->context);
+	work->days = create_table("aibilling_polar days", sizeof(int), sizeof(Day), work->context);
 	return work->from_time < work->to_time;
 }
 
@@ -901,7 +901,7 @@ compare_days_and_events(Reader *reader, void *arg)
 
 		one.from_time = (TimestampTz) wrong[i]->day * USECS_PER_DAY;
 		one.to_time = one.from_time + USECS_PER_DAY;
-		one.here = create_table("aibilling rows here", sizeof(ExternalIdKey), sizeof(HereRow),
+		one.here = create_table("aibilling_polar rows here", sizeof(ExternalIdKey), sizeof(HereRow),
 								work->context);
 		compare_events(reader, &one);
 		work->events = one.events;

@@ -153,7 +153,7 @@ add_correction(Repricing *repricing, const UsageRow *row, const CorrectedCost *t
 			.hcxt = repricing->context
 		};
 
-		repricing->seen = hash_create("aibilling rows to correct", 1024, &ctl,
+		repricing->seen = hash_create("aibilling_polar rows to correct", 1024, &ctl,
 									  HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
 	}
 	abp_corrections_key(&key, row->external_id.data, row->external_id.len);
@@ -372,7 +372,7 @@ check_max_total(FunctionCallInfo fcinfo, bool corrects)
 
 /*
  * aibilling.reprice(usage, from_time, to_time, dry_run, corrections, max_total):
- * recompute costs.  A row a cost that differs; rows in flight are reported only,
+ * recompute costs.  One row per cost that differs; rows in flight are reported only,
  * delivered ones, too, unless "corrections" has each corrected by a further row.
  * A row whose cost cannot be told keeps what it has, and keeps no other from
  * being repriced.

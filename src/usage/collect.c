@@ -102,7 +102,7 @@ begin_collecting(void)
 		RegisterSubXactCallback(on_subtransaction_end, NULL);
 		registered = true;
 	}
-	collect_context = AllocSetContextCreate(TopTransactionContext, "aibilling collected rows",
+	collect_context = AllocSetContextCreate(TopTransactionContext, "aibilling_polar collected rows",
 											ALLOCSET_DEFAULT_SIZES);
 }
 
@@ -323,7 +323,7 @@ abp_collect_changed(Oid usage_table, int64 id, const RowPlace *place, const RowS
 			.hcxt = collect_context
 		};
 
-		changes = hash_create("aibilling changed rows", 64, &ctl,
+		changes = hash_create("aibilling_polar changed rows", 64, &ctl,
 							  HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
 	}
 

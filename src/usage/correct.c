@@ -384,7 +384,7 @@ insert_chunk(const UsageTable *table, SPIPlanPtr plan, CorrectionToMake *correct
 		.hcxt = CurrentMemoryContext
 	};
 
-	expected_rows = hash_create("aibilling correcting rows", n, &ctl,
+	expected_rows = hash_create("aibilling_polar correcting rows", n, &ctl,
 								HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
 	for (int i = 0; i < n; i++)
 	{

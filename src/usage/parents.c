@@ -462,7 +462,7 @@ abp_parents_judge(const UsageTable *table, List *children, const ChildBatch *bat
 
 	if (!has_index(table))
 		return;
-	family.relatives = hash_create("aibilling parents", 2 * list_length(children), &ctl,
+	family.relatives = hash_create("aibilling_polar parents", 2 * list_length(children), &ctl,
 								   HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
 	gather_family(&family, children);
 	find_cycles(&family, children);

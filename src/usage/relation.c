@@ -222,7 +222,7 @@ default_of(UsageRelation *known, Relation rel, UsageColumn column)
 
 	if (defaults_context == NULL)
 		defaults_context = AllocSetContextCreate(TopTransactionContext,
-												 "aibilling column defaults",
+												 "aibilling_polar column defaults",
 												 ALLOCSET_SMALL_SIZES);
 	old = MemoryContextSwitchTo(defaults_context);
 	if (known->defaults == NULL || known->defaults_of != defaults_transaction ||
@@ -354,7 +354,7 @@ create_relations(void)
 {
 	HASHCTL		ctl = {.keysize = sizeof(Oid),.entrysize = sizeof(UsageRelation)};
 
-	relations = hash_create("aibilling usage tables", 16, &ctl, HASH_ELEM | HASH_BLOBS);
+	relations = hash_create("aibilling_polar usage tables", 16, &ctl, HASH_ELEM | HASH_BLOBS);
 	abp_server_init();
 	RegisterXactCallback(forget_defaults, NULL);
 	CacheRegisterRelcacheCallback(forget_relation, (Datum) 0);

@@ -100,7 +100,7 @@ abp_returning_remember(Oid usage_table, int64 id, ReturnKind kind)
 			.hcxt = TopTransactionContext
 		};
 
-		returning = hash_create("aibilling returning rows", 64, &ctl,
+		returning = hash_create("aibilling_polar returning rows", 64, &ctl,
 								HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
 	}
 	row = abp_returning_find(usage_table, id, HASH_ENTER);

@@ -287,7 +287,7 @@ abp_rows_read(const UsageTable *table, IdSet *ids, bool whole,
 	table_close(rel, NoLock);
 
 	/* One context for what a row needs, emptied after each. */
-	context = AllocSetContextCreate(CurrentMemoryContext, "aibilling usage row",
+	context = AllocSetContextCreate(CurrentMemoryContext, "aibilling_polar usage row",
 									ALLOCSET_DEFAULT_SIZES);
 	do
 	{

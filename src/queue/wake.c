@@ -82,6 +82,9 @@ abp_wake_init(int nworkers)
 							  offsetof(WakeState, slots) + sizeof(WorkerSlot) * nworkers, use_state);
 }
 
+/*
+ * At exit: the slot is free, but keeps the database's name for the next start.
+ */
 static void
 forget_worker(int code, Datum arg)
 {
@@ -182,6 +185,10 @@ abp_wake_has_database(void)
 	LWLockRelease(state->lock);
 }
 
+/*
+ * The worker of this database: its pid, 0 if there is none; wakes it if asked
+ * to.
+ */
 static int
 signal_worker(bool wake)
 {
@@ -228,6 +235,10 @@ worker_listens(void)
 	return false;
 }
 
+/*
+ * A commit makes the wake-up due; that of a prepared transaction is one of the
+ * next.
+ */
 static void
 note_outcome(XactEvent event, void *arg)
 {

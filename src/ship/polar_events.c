@@ -177,6 +177,10 @@ read_event(JsonbContainer *item, PolarEvent *event)
 		event->metadata = DatumGetJsonbP(DirectFunctionCall1(jsonb_in, CStringGetDatum("{}")));
 }
 
+/*
+ * The request for a page.  Polar keeps times to the millisecond: a little more
+ * is asked for than wanted.
+ */
 static char *
 list_path(const EventQuery *query, TimestampTz from_time, TimestampTz to_time, int64 page)
 {
@@ -217,6 +221,7 @@ is_new(HTAB *seen, const PolarEvent *event)
 	return !found;
 }
 
+/* Events by their id. */
 static HTAB *
 create_seen(void)
 {

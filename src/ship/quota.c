@@ -121,6 +121,9 @@ us_per_token(int64 limit, int64 burst)
 	return (USECS_PER_MINUTE + rate - 1) / rate;
 }
 
+/*
+ * Let what has flowed into a bucket since then be in it, up to what it holds.
+ */
 static void
 fill(int64 *tokens, TimestampTz *tokens_at, int64 limit, int64 burst, TimestampTz now)
 {

@@ -74,6 +74,7 @@ typedef struct Sync
 	TimestampTz fold_until;		/* 0: not all is delivered yet */
 } Sync;
 
+/* It commits, so it cannot be in a transaction of the caller's. */
 static void
 check_call(FunctionCallInfo fcinfo)
 {
@@ -319,6 +320,9 @@ goes_on_folding(Sync *sync, TimestampTz now)
 	return now < Min(sync->fold_until, sync->deadline);
 }
 
+/*
+ * Be the shipper while nobody else is, else wake and watch the one that is.
+ */
 static void
 deliver(Sync *sync)
 {

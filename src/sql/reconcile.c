@@ -267,6 +267,7 @@ read_own_event(Reconciling *work, HereRow *here, const UsageRow *row, Jsonb *who
 				 errhint("Let the function keep the key external_id.")));
 }
 
+/* What is to be known of a row here when its event comes. */
 static bool
 keep_row(const UsageRow *row, Jsonb *whole, void *arg)
 {
@@ -337,6 +338,7 @@ compare_event(HereRow *here, const PolarEvent *event)
 		here->same_customer = true; /* it is rejected here */
 }
 
+/* An event that Polar has: of a row here, or of none. */
 static bool
 take_event(const PolarEvent *event, void *arg)
 {
@@ -500,6 +502,7 @@ find_known(Reconciling *work)
 	hash_destroy(known);
 }
 
+/* What is to be said of a row, once all events have been read. */
 static Finding
 finding_of(const Reconciling *work, const HereRow *here)
 {
@@ -580,6 +583,7 @@ conclude_row(Reconciling *work, HereRow *here)
 	day->findings[finding]++;
 }
 
+/* An event of no row here is another's, or its row was deleted. */
 static void
 conclude_event(Reconciling *work, const ThereEvent *there)
 {
@@ -658,6 +662,7 @@ put_days(Reconciling *work)
 
 /* --- by the events ------------------------------------------------------------------------- */
 
+/* Event by event: all rows here, then all events there. */
 static void
 compare_events(Reader *reader, void *arg)
 {
@@ -694,6 +699,7 @@ typedef struct Whereabouts
 	IdSet		known;
 } Whereabouts;
 
+/* Rows that were never queued, and Polar does not have, are passed over. */
 static void
 add_up_part(SPITupleTable *part, uint64 nrows, void *arg)
 {
@@ -784,6 +790,7 @@ conclude_day(Day *day)
 		day->findings[AMOUNT_DIFFERS] = 1;
 }
 
+/* Day by day, by what a meter has counted: one request. */
 static void
 compare_with_meter(Reader *reader, void *arg)
 {

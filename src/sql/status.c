@@ -409,6 +409,7 @@ oldest_time(const UsageTable *table, int64 id, bool *locked)
 	return oldest.occurred_at;
 }
 
+/* The row of one table. */
 static void
 status_of_table(const UsageTable *table, bool armed, int shipper, ReturnSetInfo *result)
 {

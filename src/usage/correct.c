@@ -372,6 +372,10 @@ usd_of(Numeric cents)
 	return NumericGetDatum(numeric_times(cents, numeric_of_text("0.01")));
 }
 
+/*
+ * Insert some corrections, each to be found by what it corrects while its
+ * triggers run.
+ */
 static void
 insert_chunk(const UsageTable *table, SPIPlanPtr plan, CorrectionToMake *corrections, int n)
 {

@@ -125,6 +125,7 @@ has_index(const UsageTable *table)
 	return found;
 }
 
+/* The relative of this external_id, new if it was not known. */
 static Relative *
 relative_of(Family *family, const char *external_id, bool *found)
 {
@@ -412,6 +413,7 @@ fate_of(Family *family, Relative *relative, TimestampTz *since)
 	return fate;
 }
 
+/* Sent now, later, or never: by what has become of its parent. */
 static void
 judge_child(Family *family, ChildRow *child)
 {

@@ -63,6 +63,10 @@ with_ancestors(Relation rel)
 	return tables;
 }
 
+/*
+ * Does the column, its identity or its type have a value for a row that gives
+ * none?
+ */
 static bool
 column_has_default(Oid relid, const char *name)
 {
@@ -303,6 +307,10 @@ tuple_with_defaults(UsageRelation *known, Relation rel, HeapTuple tuple, const b
 	return heap_modify_tuple_by_cols(tuple, RelationGetDescr(rel), n, replace, values, isnull);
 }
 
+/*
+ * A table has changed: what is known of it is read again, or of all if others
+ * depend on it.
+ */
 static void
 forget_relation(Datum arg, Oid relid)
 {

@@ -65,6 +65,9 @@ on_transaction_end(XactEvent event, void *arg)
 	returning_level = 0;
 }
 
+/*
+ * What a subtransaction has remembered is its parent's, or forgotten with it.
+ */
 static void
 on_subtransaction_end(SubXactEvent event, SubTransactionId mine,
 					  SubTransactionId parent, void *arg)

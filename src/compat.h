@@ -45,6 +45,15 @@
 #define abp_wait_event_new(name) PG_WAIT_EXTENSION
 #endif
 
+/* The wait event of this name, made at its first use; *event is 0 before. */
+static inline uint32
+abp_wait_event(uint32 *event, const char *name)
+{
+	if (*event == 0)
+		*event = abp_wait_event_new(name);
+	return *event;
+}
+
 /* 17 takes the lexer's storage as its first argument. */
 #if PG_VERSION_NUM >= 170000
 #define abp_make_json_lexer(json, len) \

@@ -151,7 +151,7 @@ AS $$
 	WHERE p.source = stored_prices.source AND c.price IS NOT NULL
 $$;
 COMMENT ON FUNCTION aibilling.stored_prices(text) IS
-'the prices stored for a source, one a row';
+'the prices stored for a source, one per row';
 
 -- The cards among prices that differ from what is stored for the source, with
 -- the date each is to be stored under and what is suspicious about it.
@@ -555,7 +555,7 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION aibilling.import_prices(jsonb, text, boolean) IS
-'imports a price catalogue (format litellm, models.dev, genai-prices, openrouter or narev) into aibilling.price under the format''s name as source, and the names of models that genai-prices gives into aibilling.model_alias; returns one row a price that is added, changed, removed, quarantined or skipped, or an entry that names a model of another; a NOTICE says what is held back; with dry_run nothing is written';
+'imports a price catalogue (format litellm, models.dev, genai-prices, openrouter or narev) into aibilling.price under the format''s name as source, and the names of models that genai-prices gives into aibilling.model_alias; returns one row per price that is added, changed, removed, quarantined or skipped, or an entry that names a model of another; a NOTICE says what is held back; with dry_run nothing is written';
 
 CREATE OR REPLACE FUNCTION aibilling.fetch_prices(server name, dry_run boolean DEFAULT false)
 RETURNS SETOF aibilling.price_change

@@ -251,6 +251,7 @@ glob_matches(TextView glob, TextView text)
 	return g == glob.len;
 }
 
+/* How many bytes of a glob are no wildcards. */
 static int
 glob_literal_length(TextView glob)
 {
@@ -272,6 +273,7 @@ typedef struct AliasTarget
 	int			position;		/* in the query's order */
 } AliasTarget;
 
+/* In the order in which they are tried. */
 static int
 compare_globs(const void *a, const void *b)
 {

@@ -270,6 +270,7 @@ read_guarded(void *arg)
 	abp_rows_read(read->filling->table, read->ids, read->whole, add_in_time, read->filling);
 }
 
+/* That rows can be read is all that matters. */
 static bool
 pass_over(const UsageRow *row, Jsonb *whole, void *arg)
 {

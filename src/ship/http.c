@@ -108,6 +108,7 @@ now_us(void)
 	return (int64) INSTR_TIME_GET_MICROSEC(now);
 }
 
+/* Threads that libcurl starts inherit this: signals are for the main one. */
 static void
 block_signals(sigset_t *saved)
 {
@@ -128,6 +129,7 @@ restore_signals(const sigset_t *saved)
  * ----------------------------------------------------------------
  */
 
+/* Keep a reply's body, up to a limit at which the transfer ends. */
 static size_t
 keep_body(char *data, size_t size, size_t count, void *arg)
 {
@@ -164,6 +166,7 @@ keep_body(char *data, size_t size, size_t count, void *arg)
 	return len;
 }
 
+/* Of the headers, Retry-After is kept, and that a reply has begun. */
 static size_t
 keep_header(char *data, size_t size, size_t count, void *arg)
 {
@@ -248,6 +251,7 @@ forget_socket(curl_socket_t fd)
 	}
 }
 
+/* libcurl closes a socket, which counts among this process's files. */
 static int
 close_socket(void *arg, curl_socket_t fd)
 {
@@ -258,6 +262,10 @@ close_socket(void *arg, curl_socket_t fd)
 	return result;
 }
 
+/*
+ * libcurl says what it waits for on a socket: that is what WaitEventSet waits
+ * for.
+ */
 static int
 watch_socket(CURL *easy, curl_socket_t fd, int what, void *arg, void *socket_arg)
 {
@@ -287,6 +295,7 @@ watch_socket(CURL *easy, curl_socket_t fd, int what, void *arg, void *socket_arg
 	return 0;
 }
 
+/* libcurl says when it wants to be called, whatever the sockets do. */
 static int
 set_timer(CURLM *handle, long timeout_ms, void *arg)
 {

@@ -59,6 +59,7 @@ report_progress(Reader *reader)
 	reader->report_at = now + PROGRESS_MS * INT64CONST(1000);
 }
 
+/* Wait, but tell how far it is, and be interrupted. */
 static void
 wait_until(Reader *reader, TimestampTz until)
 {
@@ -86,6 +87,10 @@ wait_for_quota(Reader *reader)
 		wait_until(reader, Min(next, GetCurrentTimestamp() + LOOK_AGAIN_MS * INT64CONST(1000)));
 }
 
+/*
+ * One request, from the quota of all who ask this server.  Returns when it has
+ * ended.
+ */
 static HttpRequest *
 ask(Reader *reader, const char *path)
 {

@@ -44,6 +44,7 @@ typedef struct RowProblem
 	const char *hint;			/* or NULL */
 } RowProblem;
 
+/* Say which column breaks which rule. */
 static bool
 breaks_rule(UsageColumn column, const char *rule, RowProblem *problem)
 {

@@ -125,6 +125,7 @@ has_index(const UsageTable *table)
 	return found;
 }
 
+/* The relative of this external_id, new if it was not known. */
 static Relative *
 relative_of(Family *family, const char *external_id, bool *found)
 {
@@ -412,6 +413,7 @@ fate_of(Family *family, Relative *relative, TimestampTz *since)
 	return fate;
 }
 
+/* Sent now, later, or never: by what has become of its parent. */
 static void
 judge_child(Family *family, ChildRow *child)
 {
@@ -462,7 +464,7 @@ abp_parents_judge(const UsageTable *table, List *children, const ChildBatch *bat
 
 	if (!has_index(table))
 		return;
-	family.relatives = hash_create("aibilling parents", 2 * list_length(children), &ctl,
+	family.relatives = hash_create("aibilling_polar parents", 2 * list_length(children), &ctl,
 								   HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
 	gather_family(&family, children);
 	find_cycles(&family, children);

@@ -101,6 +101,7 @@ abp_rows_forget_plans_except(List *tables)
 	}
 }
 
+/* The plans of a table, to be made anew if it has another name by now. */
 static ReadPlans *
 plans_of(const UsageTable *table)
 {
@@ -133,6 +134,10 @@ plans_of(const UsageTable *table)
 	return plans;
 }
 
+/*
+ * A plan that serves any ids: a generic one, which finds them by the index on
+ * id.
+ */
 static SPIPlanPtr
 prepare_read(const UsageTable *table, ReadKind kind, bool by_range)
 {
@@ -287,7 +292,7 @@ abp_rows_read(const UsageTable *table, IdSet *ids, bool whole,
 	table_close(rel, NoLock);
 
 	/* One context for what a row needs, emptied after each. */
-	context = AllocSetContextCreate(CurrentMemoryContext, "aibilling usage row",
+	context = AllocSetContextCreate(CurrentMemoryContext, "aibilling_polar usage row",
 									ALLOCSET_DEFAULT_SIZES);
 	do
 	{

@@ -639,7 +639,7 @@ put_rest_back(Filling *filling, IdSet shared)
 	};
 	abp_outbox_put(back, nback);
 	for (int i = 0; filling->taken_from == 0 && i < nback; i++)
-		abp_shares_disown(delivery, &back[i].ids);
+		abp_shipment_disown(delivery, &back[i].ids);
 }
 
 /*

@@ -48,5 +48,6 @@ extern Shipment *abp_shipment_new(Lane *lane, const char *server);
 extern void abp_shipment_drop(Turn *turn, Shipment *shipment);
 extern void abp_shipment_forget_request(Shipment *shipment);
 extern void abp_shipment_copy_keys(Delivery *to, const Delivery *from);
+extern void abp_shipment_disown(const Delivery *delivery, IdSet *ids);
 
 #endif							/* ABP_SHIPMENT_H */

@@ -22,6 +22,7 @@ REGRESS = \
 	catalogue \
 	server \
 	usage \
+	event \
 	rows \
 	columns \
 	outbox \
@@ -32,6 +33,7 @@ ISOLATION = \
 	prices \
 	prices_prepared \
 	delivery \
+	attach \
 	corrections
 ISOLATION_OPTS = --load-extension=$(EXTENSION) --encoding=UTF8 --no-locale
 

@@ -68,6 +68,8 @@ INSERT INTO aibilling.price (provider, model, valid_from, input, output) VALUES
 	('p', 'm', '2026-01-01', 1, 9), ('p', 'm', '2026-02-01', 2, NULL);
 SELECT status FROM aibilling.cost('p', 'm', 1, 1, at => '2026-01-15');
 SELECT status FROM aibilling.cost('p', 'm', 1, 1, at => '2026-02-15');
+-- and before the first one nothing is known
+SELECT split_part(note, '. ', 1) AS note FROM aibilling.explain_cost('p', 'm', 1, at => '2025-12-31');
 ROLLBACK;
 
 -- That goes for the hours of the day, too: then the next source has its say, and without one nobody.

@@ -194,6 +194,122 @@ subtest 'cycles' => sub {
 	ok(stored('closing'), 'and opened');
 };
 
+# Which request brought an event to Polar; undef if none has.
+sub request_of
+{
+	my ($id) = @_;
+	my ($event) = grep { ($_->{external_id} // '') eq $id } $polar->events;
+
+	return $event ? $event->{batch} : undef;
+}
+
+# The answer to a request of these rows is lost, and then it is too large.
+sub insert_failing
+{
+	my ($lost, @rows) = @_;
+
+	$polar->fault(kind => $lost, times => 1);
+	$polar->fault(kind => '413', times => 1);
+	insert(@rows);
+	sync();
+	return;
+}
+
+subtest 'halves of a request that Polar may have' => sub {
+	insert_failing('drop_before_read', leaf => 'stem', alone => undef, branch => 'stem', 'alone too' => undef, twig => 'branch', stem => undef,
+		map { ("alone $_" => undef) } 1 .. 4);
+	is(waiting(), '', 'a family that has room in one goes as one');
+	is(scalar(grep { request_of($_) == request_of('stem') } qw(leaf branch twig)), 3, 'in the same request');
+	isnt(request_of('alone 4'), request_of('stem'), 'and others in the other');
+
+	insert_failing('drop_before_read', d1 => 'root', d2 => 'd1', d3 => 'root', root => undef);
+	is(waiting(), "d1|$waits\nd2|$waits", 'of a family that fails as one the children wait that are without their parent');
+	is(request_of('d3'), request_of('root'), 'not those that are with it');
+	is(sql("SELECT bool_and(outcome_unknown) FROM aibilling.outbox"), 't', 'it is not forgotten that Polar may have them');
+	later();
+	is(waiting(), '', 'a minute after it they are sent');
+	is(request_of('d1'), request_of('d2'), 'together');
+
+	insert_failing('drop_after_store', s1 => 's2', s2 => 's3', s3 => 's4', s4 => undef);
+	like(waiting(), qr/\A(s\d\|\Q$waits\E\n?)+\z/, 'so do children that Polar has already');
+	later() foreach 1 .. 3;
+	is(waiting(), '', 'and are sent again');
+	is(sql("SELECT sum(unexpected_duplicates) FROM aibilling.delivery"), '0', 'which is expected');
+
+	$polar->fault(kind => '500', times => 3);
+	insert(w1 => 'w', single => undef, w2 => 'w', w => undef);
+	sync();
+	is(waiting(), '', 'after server errors, too');
+	isnt(request_of('single'), request_of('w'), 'families are what is halved');
+};
+
+subtest 'halves of a request that Polar refuses' => sub {
+	$polar->fault(kind => '413', min_events => 3, times => 'always');
+	insert(e1 => 'eldest', stranger1 => undef, stranger2 => undef, eldest => undef);
+	sync();
+	is(waiting(), '', 'too large: a family that has room in a half goes as one');
+	is(request_of('e1'), request_of('eldest'), 'in the same request');
+	insert(g1 => 'great', g2 => 'great', g3 => 'great', g4 => 'great', great => undef);
+	sync();
+	like(waiting(), qr/\A(g\d\|\Q$waits\E\n?)+\z/, 'children of one that has not wait');
+	later() foreach 1 .. 3;
+	is(waiting(), '', 'and come after it');
+	is(scalar(grep { request_of($_) < request_of('great') } qw(g1 g2 g3 g4)), 0, 'none before');
+	$polar->clear_faults;
+
+	$polar->fault(kind => '413', times => 2);
+	insert('of huge' => 'huge', huge => undef);
+	sync();
+	like(waiting(), qr/^of huge\|\Q$waits\E\nhuge\|rejected\|/, 'a parent that is too large alone');
+	later();
+	like(waiting(), qr/^of huge\|\Q$rejected\E\nhuge\|rejected\|/, 'rejects its children when they have waited');
+	sql("SELECT aibilling.retry('usage')");
+	sync();
+	is(waiting(), '', 'released, they are sent');
+};
+
+subtest 'rows that leave a request that Polar may have' => sub {
+	# Polar refuses the parent when it is asked again.
+	$polar->fault(kind => 'poison', external_ids => ['refused'], status => 422);
+	$polar->fault(kind => 'drop_before_read', times => 1);
+	insert('of refused' => 'refused', refused => undef);
+	sync();
+	like(waiting(), qr/^of refused\|\Q$rejected\E\nrefused\|rejected\|/, 'a parent that is refused rejects its child');
+	$polar->reset(keep => ['events']);
+	sql("SELECT aibilling.retry('usage')");
+	sync();
+	is(waiting(), '', 'released, they are sent');
+	is(request_of('of refused'), request_of('refused'), 'together');
+
+	# There is less room in the second request than there was in the first.
+	$polar->fault(kind => 'hang', times => 1);
+	sql("INSERT INTO usage (external_id, parent_id, provider, model, external_customer_id, input_tokens, tags)
+		SELECT e, p, 'acme', 'm', 'c', 10, (SELECT jsonb_object_agg('k' || i, repeat('x', 500)) FROM generate_series(1, 15) i)
+		FROM (VALUES ('of large', 'large'), ('large', NULL), ('grandchild of large', 'of large')) AS v (e, p)");
+	$polar->wait(hung => 1);
+	sql("ALTER SERVER polar OPTIONS (ADD batch_bytes '10kB')");
+	$node->safe_psql('postgres', "SELECT pg_terminate_backend($_)") foreach $node->worker_pid;
+	sync();
+	is(waiting(), "of large|$waits\ngrandchild of large|$waits", 'a parent that is left to the next one holds its child');
+	sql("ALTER SERVER polar OPTIONS (DROP batch_bytes)");
+	later() foreach 1 .. 2;
+	is(waiting(), '', 'for a minute');
+	cmp_ok(request_of('of large'), '>', request_of('large'), 'they come after it');
+	is(request_of('of large'), request_of('grandchild of large'), 'together');
+
+	# A row that comes meanwhile closes a cycle.
+	$polar->fault(kind => 'hang', times => 1);
+	insert('in the air' => 'closes');
+	$polar->wait(hung => 1);
+	sql("SELECT aibilling.pause('polar')");
+	insert(closes => 'in the air');
+	$node->safe_psql('postgres', "SELECT pg_terminate_backend($_)") foreach $node->worker_pid;
+	sql("SELECT aibilling.resume('polar')");
+	sync();
+	is(waiting(), "closes|$cycle", 'who closes a cycle can be changed: they are rejected, and nobody else');
+	sql("DELETE FROM usage WHERE external_id = 'closes'");
+};
+
 subtest 'many' => sub {
 	sql("SELECT aibilling.pause('polar')");
 	sql("INSERT INTO usage (external_id, parent_id, provider, model, external_customer_id, input_tokens)

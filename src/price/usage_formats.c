@@ -86,14 +86,11 @@ static const ModalityList modality_lists[] = {
 static bool
 add_modalities(Reading *r, const ModalityList *modality, Count *cached)
 {
-	JsonbContainer *list;
+	bool		go_on;
+	JsonbContainer *list = abp_usage_only_list(r, r->usage, modality->path, &go_on);
 
-	if (!abp_usage_has(r, r->usage, modality->path))
-		return true;
-	list = abp_usage_list(r, r->usage, modality->path);
 	if (list == NULL)
-		return abp_usage_doubt(r, "%s is not a list", modality->path);
-
+		return go_on;
 	for (uint32 i = 0; i < JsonContainerSize(list); i++)
 	{
 		JsonbContainer *item = abp_usage_list_item(list, i);
@@ -282,14 +279,11 @@ static const Envelope bedrock_envelopes[] = {
 static bool
 read_cache_details(Reading *r)
 {
-	JsonbContainer *list;
+	bool		go_on;
+	JsonbContainer *list = abp_usage_only_list(r, r->usage, "cacheDetails", &go_on);
 
-	if (!abp_usage_has(r, r->usage, "cacheDetails"))
-		return true;
-	list = abp_usage_list(r, r->usage, "cacheDetails");
 	if (list == NULL)
-		return abp_usage_doubt(r, "cacheDetails is not a list");
-
+		return go_on;
 	for (uint32 i = 0; i < JsonContainerSize(list); i++)
 	{
 		JsonbContainer *item = abp_usage_list_item(list, i);

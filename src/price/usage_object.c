@@ -418,6 +418,24 @@ abp_usage_list(Reading *r, JsonbContainer *container, const char *path)
 }
 
 /*
+ * The list at a path where nothing else may be, or NULL.  Then *go_on says
+ * whether to read on: there is nothing, or a doubt about what is there.
+ */
+JsonbContainer *
+abp_usage_only_list(Reading *r, JsonbContainer *container, const char *path, bool *go_on)
+{
+	JsonbContainer *list;
+
+	*go_on = true;
+	if (!abp_usage_has(r, container, path))
+		return NULL;
+	list = abp_usage_list(r, container, path);
+	if (list == NULL)
+		*go_on = abp_usage_doubt(r, "%s is not a list", path);
+	return list;
+}
+
+/*
  * The string at a path if it is not empty, palloc'd, or NULL.
  */
 char	   *

@@ -406,8 +406,8 @@ abp_rollup_read(const RollupRange *range, RollupReader reader, void *arg)
 	const char *name = range->level == ROLLUP_DAILY ? "rollup_daily" :
 	range->level == ROLLUP_BY_MODEL ? "rollup_by_model" : "rollup_by_customer";
 	Relation	rel = table_open(abp_extension_needed(name), AccessShareLock);
-	Relation	index = index_open(by_day ? abp_extension_needed("rollup_daily_day") :
-								   RelationGetPrimaryKeyIndex(rel), AccessShareLock);
+	Relation	index = index_open(abp_extension_needed(by_day ? "rollup_daily_day" :
+														psprintf("%s_pkey", name)), AccessShareLock);
 	ScanKeyData keys[5];
 	int			nkeys = 0;
 	SysScanDesc scan;

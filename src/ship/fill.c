@@ -22,6 +22,7 @@
 #include "queue/ledger.h"
 #include "queue/outbox.h"
 #include "queue/shares.h"
+#include "ship/families.h"
 #include "ship/fill.h"
 #include "ship/guard.h"
 #include "ship/position.h"
@@ -584,7 +585,9 @@ rest_table(const UsageTable *table, const Filling *filling)
 static IdSet
 hold_children(Filling *filling, IdSet *ids, List **held)
 {
-	ChildBatch	batch = {ids, &filling->sent, filling->exceptions};
+	ChildBatch	batch = {
+		ids, &filling->sent, filling->exceptions, filling->shipment->delivery.outcome_unknown
+	};
 	IdSet		without = {0};
 	ListCell   *lc;
 
@@ -600,6 +603,26 @@ hold_children(Filling *filling, IdSet *ids, List **held)
 		abp_idset_add(&without, child->id, child->id, CurrentMemoryContext);
 	}
 	return without;
+}
+
+/* Note which children go with their parents, should the request be halved. */
+static void
+keep_kin(Filling *filling)
+{
+	Kinship    *kin = palloc(sizeof(Kinship) * Max(1, list_length(filling->children)));
+	int			nkin = 0;
+	ListCell   *lc;
+
+	foreach(lc, filling->children)
+	{
+		ChildRow   *child = lfirst(lc);
+
+		if (!child->with_parent)
+			continue;
+		kin[nkin].child = child->id;
+		kin[nkin++].parent = child->parent;
+	}
+	abp_shipment_set_kin(filling->shipment, kin, nkin);
 }
 
 /*
@@ -663,8 +686,7 @@ abp_fill_shipment(Turn *turn, Shipment *shipment, const UsageTable *table,
 
 	/*
 	 * Ids of several rows are known by the rows, and so are children that
-	 * have to wait for their parents: then without them.  Children that Polar
-	 * may have are sent as they were.
+	 * have to wait for their parents: then without them.
 	 */
 	for (;;)
 	{
@@ -682,7 +704,7 @@ abp_fill_shipment(Turn *turn, Shipment *shipment, const UsageTable *table,
 		more = filling.full && taken_from != 0 ? abp_rows_shared(table, &wanted) :
 			shared_ids(&filling);
 		abp_idset_add_set(&shared, &more, CurrentMemoryContext);
-		if (more.nranges == 0 && filling.children != NIL && !delivery->outcome_unknown)
+		if (more.nranges == 0 && filling.children != NIL)
 			more = hold_children(&filling, ids, &held);
 		if (more.nranges == 0)
 			break;
@@ -705,6 +727,7 @@ abp_fill_shipment(Turn *turn, Shipment *shipment, const UsageTable *table,
 	abp_idset_add_set(&delivery->ids, &filling.sent, shipment->context);
 	abp_idset_sort(&delivery->ids);
 	add_up(&filling);
+	keep_kin(&filling);
 	if (taken_from != 0 || delivery->keys == NULL)
 		keep_keys(&filling);
 	if (filling.changing.nranges > 0)

@@ -18,6 +18,7 @@
 #include "queue/ledger.h"
 #include "queue/outbox.h"
 #include "queue/shares.h"
+#include "ship/families.h"
 #include "ship/fold.h"
 #include "ship/http.h"
 #include "ship/lane.h"
@@ -119,30 +120,47 @@ forget_share(Delivery *delivery)
 					delivery->knows_counted ? &delivery->counted : NULL);
 }
 
-/* Whose fault?  Send each half by itself. */
+/* From now on these rows, of those that it has, are all that a delivery has. */
+static void
+keep_ids(Shipment *shipment, IdSet *ids)
+{
+	Delivery   *delivery = &shipment->delivery;
+
+	memset(&delivery->ids, 0, sizeof(IdSet));
+	abp_idset_add_set(&delivery->ids, ids, shipment->context);
+	delivery->nevents = abp_idset_count(&delivery->ids);
+	forget_share(delivery);
+}
+
+/*
+ * Whose fault?  Send each half by itself, children in that of their parents as
+ * far as can be.
+ */
 void
 abp_settle_by_halves(Shipment *shipment, const char *error)
 {
 	Delivery   *delivery = &shipment->delivery;
 	Shipment   *half = abp_shipment_new(shipment->lane, shipment->delivery.server);
+	IdSet		first = abp_families_half(&delivery->ids, shipment->kin, shipment->nkin);
+	IdSet		second = abp_idset_subtract(&delivery->ids, &first);
 	MemoryContext old = MemoryContextSwitchTo(half->context);
 
 	half->delivery.usage_table = delivery->usage_table;
 	half->delivery.prior_attempts = delivery->prior_attempts + delivery->attempts;
 	half->delivery.outcome_unknown = delivery->outcome_unknown;
-	half->delivery.ids = abp_idset_split(&delivery->ids, delivery->nevents / 2);
-	half->delivery.nevents = delivery->nevents - delivery->nevents / 2;
+	half->delivery.ids = abp_idset_copy(&second);
+	half->delivery.nevents = abp_idset_count(&second);
 	abp_shipment_copy_keys(&half->delivery, delivery);
 	half->delivery.knows_counted = delivery->knows_counted;
 	half->delivery.counted = abp_idset_copy(&delivery->counted);
 	MemoryContextSwitchTo(old);
+	abp_shipment_set_kin(half, shipment->kin, shipment->nkin);
 
 	abp_ledger_begin(&half->delivery);
 	forget_share(&half->delivery);
 	keep_for_retry(half, DT_NOBEGIN, error);
 
-	delivery->nevents /= 2;
-	forget_share(delivery);
+	keep_ids(shipment, &first);
 	shipment->server_errors = 0;
 	shipment->timeouts = 0;
 	keep_for_retry(shipment, DT_NOBEGIN, error);
@@ -243,10 +261,7 @@ settle_refused(Turn *turn, Shipment *shipment, const Verdict *verdict)
 		return;
 	}
 
-	memset(&delivery->ids, 0, sizeof(IdSet));
-	abp_idset_add_set(&delivery->ids, &rest, shipment->context);
-	delivery->nevents = abp_idset_count(&delivery->ids);
-	forget_share(delivery);
+	keep_ids(shipment, &rest);
 	keep_for_retry(shipment, DT_NOBEGIN, verdict->error);
 }
 

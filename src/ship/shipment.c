@@ -96,3 +96,17 @@ abp_shipment_disown(const Delivery *delivery, IdSet *ids)
 	own = abp_idset_subtract(ids, unconstify(IdSet *, &delivery->counted));
 	abp_shares_disown(delivery->id, delivery->usage_table, &own);
 }
+
+/* Note who is whose parent among the rows of a shipment's request. */
+void
+abp_shipment_set_kin(Shipment *shipment, const Kinship *kin, int nkin)
+{
+	if (shipment->kin != NULL)
+		pfree(shipment->kin);
+	shipment->kin = NULL;
+	shipment->nkin = nkin;
+	if (nkin == 0)
+		return;
+	shipment->kin = MemoryContextAlloc(shipment->context, sizeof(Kinship) * nkin);
+	memcpy(shipment->kin, kin, sizeof(Kinship) * nkin);
+}

@@ -14,6 +14,7 @@
 #include "nodes/pg_list.h"
 
 #include "queue/ledger.h"
+#include "ship/families.h"
 #include "ship/http.h"
 #include "ship/turn.h"
 
@@ -36,6 +37,8 @@ typedef struct Shipment
 	ShipmentStage stage;
 	HttpRequest *request;
 	TimestampTz retry_at;
+	Kinship    *kin;			/* who is whose parent, in its last request */
+	int			nkin;
 	int			server_errors;	/* in a row */
 	TimestampTz first_error_at;
 	int			timeouts;
@@ -49,5 +52,6 @@ extern void abp_shipment_drop(Turn *turn, Shipment *shipment);
 extern void abp_shipment_forget_request(Shipment *shipment);
 extern void abp_shipment_copy_keys(Delivery *to, const Delivery *from);
 extern void abp_shipment_disown(const Delivery *delivery, IdSet *ids);
+extern void abp_shipment_set_kin(Shipment *shipment, const Kinship *kin, int nkin);
 
 #endif							/* ABP_SHIPMENT_H */

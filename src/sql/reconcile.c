@@ -200,34 +200,37 @@ same_text(const char *a, const char *b)
 
 /* --- rows here ------------------------------------------------------------------------- */
 
+/* The rows of a reconciliation by events, all of them in one part. */
+typedef struct RowsHere
+{
+	Reconciling *work;
+	IdSet	   *ids;
+} RowsHere;
+
+static void
+take_ids(SPITupleTable *part, uint64 nrows, void *arg)
+{
+	RowsHere   *here = arg;
+
+	if (nrows > MAX_EVENTS_READ)
+		ereport(ERROR,
+				(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
+				 errmsg("%s has more than %d rows in this time", here->work->table->name, MAX_EVENTS_READ),
+				 errhint("Events are compared one by one: ask for a shorter time, or compare days by a meter, with aibilling.reconcile(..., meter_id => ...).")));
+	abp_rows_query_ids(part, nrows, here->ids, here->work->context);
+}
+
 static void
 find_rows(Reconciling *work, IdSet *ids)
 {
 	Oid			argtypes[2] = {TIMESTAMPTZOID, TIMESTAMPTZOID};
 	Datum		args[2] = {TimestampTzGetDatum(work->from_time), TimestampTzGetDatum(work->to_time)};
-	SavedUser	saved;
+	RowsHere	here = {work, ids};
 
-	abp_become_table_owner(work->table->owner, &saved);
-	SPI_connect();
-	SPI_execute_with_args(psprintf("SELECT id::pg_catalog.int8 FROM %s"
-								   " WHERE occurred_at >= $1 AND occurred_at < $2",
-								   work->table->name),
-						  2, argtypes, args, NULL, true, MAX_EVENTS_READ + 1);
-	if (SPI_processed > MAX_EVENTS_READ)
-		ereport(ERROR,
-				(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
-				 errmsg("%s has more than %d rows in this time", work->table->name, MAX_EVENTS_READ),
-				 errhint("Events are compared one by one: ask for a shorter time, or compare days by a meter, with aibilling.reconcile(..., meter_id => ...).")));
-	for (uint64 i = 0; i < SPI_processed; i++)
-	{
-		bool		isnull;
-		int64		id = DatumGetInt64(SPI_getbinval(SPI_tuptable->vals[i], SPI_tuptable->tupdesc,
-													 1, &isnull));
-
-		abp_idset_add(ids, id, id, work->context);
-	}
-	SPI_finish();
-	abp_restore_user(&saved);
+	abp_rows_query(work->table,
+				   psprintf("SELECT id::pg_catalog.int8 FROM %s"
+							" WHERE occurred_at >= $1 AND occurred_at < $2", work->table->name),
+				   2, argtypes, args, MAX_EVENTS_READ + 1, take_ids, &here);
 }
 
 /* What a row's event says, as it is or would be sent. */
@@ -682,71 +685,67 @@ compare_events(Reader *reader, void *arg)
 
 /* --- by a meter ------------------------------------------------------------------------------ */
 
+/* Where the rows of a table are, at one moment: they come and go between these. */
+typedef struct Whereabouts
+{
+	Reconciling *work;
+	IdSet		waiting;
+	IdSet		flying;
+	IdSet		known;
+} Whereabouts;
+
+static void
+add_up_part(SPITupleTable *part, uint64 nrows, void *arg)
+{
+	Whereabouts *where = arg;
+	MemoryContext old = MemoryContextSwitchTo(where->work->context);
+
+	for (uint64 i = 0; i < nrows; i++)
+	{
+		bool		isnull;
+		int64		id = DatumGetInt64(SPI_getbinval(part->vals[i], part->tupdesc, 1, &isnull));
+		TimestampTz occurred_at = DatumGetTimestampTz(SPI_getbinval(part->vals[i], part->tupdesc, 2, &isnull));
+		Datum		nanos = SPI_getbinval(part->vals[i], part->tupdesc, 3, &isnull);
+		bool		flies = abp_idset_contains(&where->flying, id);
+		bool		waits = !flies && abp_idset_contains(&where->waiting, id);
+		Day		   *day;
+
+		if (!waits && !flies && !abp_idset_contains(&where->known, id))
+			continue;
+		day = get_day(where->work, day_of(occurred_at));
+		day->rows_here++;
+		if (waits || flies)
+			day->findings[NOT_SENT_YET]++;
+		if (isnull)
+			continue;
+		add_nanos(&day->nanos_here, &day->part_here, DatumGetInt64(nanos));
+		if (waits)
+			add_nanos(&day->nanos_waiting, &day->part_waiting, DatumGetInt64(nanos));
+		if (flies)
+			add_nanos(&day->nanos_flying, &day->part_flying, DatumGetInt64(nanos));
+	}
+	MemoryContextSwitchTo(old);
+}
+
 /* What rows say that Polar has or is to get, day by day. */
 static void
 add_up_rows(Reconciling *work)
 {
 	Oid			argtypes[2] = {TIMESTAMPTZOID, TIMESTAMPTZOID};
 	Datum		args[2] = {TimestampTzGetDatum(work->from_time), TimestampTzGetDatum(work->to_time)};
-	IdSet		waiting;
-	IdSet		flying;
-	IdSet		known;
-	Portal		cursor;
-	SavedUser	saved;
+	Whereabouts where = {.work = work};
 
-	/* at one moment: rows come and go between these */
 	PushActiveSnapshot(GetLatestSnapshot());
-	waiting = abp_outbox_all_ids(work->table->relid);
-	flying = abp_ledger_sending_ids(work->table->relid);
-	known = abp_ledger_ids(work->table->relid, work->table->ledger_from);
+	where.waiting = abp_outbox_all_ids(work->table->relid);
+	where.flying = abp_ledger_sending_ids(work->table->relid);
+	where.known = abp_ledger_ids(work->table->relid, work->table->ledger_from);
 	PopActiveSnapshot();
 
-	abp_become_table_owner(work->table->owner, &saved);
-	SPI_connect();
-	cursor = SPI_cursor_open_with_args(NULL,
-									   psprintf("SELECT id::pg_catalog.int8, occurred_at, cost_nanos::pg_catalog.int8"
-												" FROM %s WHERE occurred_at >= $1 AND occurred_at < $2",
-												work->table->name),
-									   2, argtypes, args, NULL, true, 0);
-	do
-	{
-		CHECK_FOR_INTERRUPTS();
-		SPI_cursor_fetch(cursor, true, RECONCILE_CHUNK);
-		for (uint64 i = 0; i < SPI_processed; i++)
-		{
-			HeapTuple	tuple = SPI_tuptable->vals[i];
-			TupleDesc	desc = SPI_tuptable->tupdesc;
-			bool		isnull;
-			int64		id = DatumGetInt64(SPI_getbinval(tuple, desc, 1, &isnull));
-			TimestampTz occurred_at = DatumGetTimestampTz(SPI_getbinval(tuple, desc, 2, &isnull));
-			Datum		nanos = SPI_getbinval(tuple, desc, 3, &isnull);
-			bool		flies = abp_idset_contains(&flying, id);
-			bool		waits = !flies && abp_idset_contains(&waiting, id);
-			MemoryContext spi;
-			Day		   *day;
-
-			if (!waits && !flies && !abp_idset_contains(&known, id))
-				continue;
-			spi = MemoryContextSwitchTo(work->context);
-			day = get_day(work, day_of(occurred_at));
-			day->rows_here++;
-			if (waits || flies)
-				day->findings[NOT_SENT_YET]++;
-			if (!isnull)
-			{
-				add_nanos(&day->nanos_here, &day->part_here, DatumGetInt64(nanos));
-				if (waits)
-					add_nanos(&day->nanos_waiting, &day->part_waiting, DatumGetInt64(nanos));
-				if (flies)
-					add_nanos(&day->nanos_flying, &day->part_flying, DatumGetInt64(nanos));
-			}
-			MemoryContextSwitchTo(spi);
-		}
-		SPI_freetuptable(SPI_tuptable);
-	} while (SPI_processed > 0);
-	SPI_cursor_close(cursor);
-	SPI_finish();
-	abp_restore_user(&saved);
+	abp_rows_query(work->table,
+				   psprintf("SELECT id::pg_catalog.int8, occurred_at, cost_nanos::pg_catalog.int8"
+							" FROM %s WHERE occurred_at >= $1 AND occurred_at < $2",
+							work->table->name),
+				   2, argtypes, args, RECONCILE_CHUNK, add_up_part, &where);
 }
 
 static void

@@ -11,7 +11,6 @@
 #include "postgres.h"
 
 #include "catalog/pg_type.h"
-#include "executor/spi.h"
 #include "fmgr.h"
 #include "funcapi.h"
 #include "miscadmin.h"
@@ -23,7 +22,6 @@
 
 #include "base/numeric_math.h"
 #include "price/price.h"
-#include "base/rights.h"
 #include "queue/ledger.h"
 #include "queue/outbox.h"
 #include "queue/place.h"
@@ -287,54 +285,38 @@ reprice_row(const UsageRow *row, Jsonb *whole, void *arg)
 	return true;
 }
 
+/* Look at rows of these ids. */
+static void
+look_at_part(SPITupleTable *part, uint64 nrows, void *arg)
+{
+	Repricing  *repricing = arg;
+	const UsageTable *table = repricing->table;
+	IdSet		ids = {0};
+
+	abp_rows_query_ids(part, nrows, &ids, CurrentMemoryContext);
+	if (!repricing->dry_run)
+	{
+		/* Who has a row's lock can rely on where it is: it is not sent. */
+		abp_rows_read(table, &ids, false, note_difference, repricing);
+		if (repricing->differing.nranges == 0)
+			return;
+		ids = abp_rows_lock(table, &repricing->differing, true);
+		abp_idset_free(&repricing->differing);
+	}
+	abp_rows_read(table, &ids, false, reprice_row, repricing);
+}
+
 /* Look at all rows from one time to another. */
 static void
 look_at_rows(Repricing *repricing, Datum from_time, Datum to_time)
 {
-	const UsageTable *table = repricing->table;
 	Oid			argtypes[2] = {TIMESTAMPTZOID, TIMESTAMPTZOID};
 	Datum		args[2] = {from_time, to_time};
-	Portal		cursor;
-	SavedUser	saved;
 
-	abp_become_table_owner(table->owner, &saved);
-	SPI_connect();
-	cursor = SPI_cursor_open_with_args(NULL,
-									   psprintf("SELECT id::pg_catalog.int8 FROM %s"
-												" WHERE occurred_at >= $1 AND occurred_at < $2",
-												table->name),
-									   2, argtypes, args, NULL, true, 0);
-	for (;;)
-	{
-		IdSet		ids = {0};
-
-		CHECK_FOR_INTERRUPTS();
-		SPI_cursor_fetch(cursor, true, REPRICE_CHUNK);
-		if (SPI_processed == 0)
-			break;
-		for (uint64 i = 0; i < SPI_processed; i++)
-		{
-			bool		isnull;
-			int64		id = DatumGetInt64(SPI_getbinval(SPI_tuptable->vals[i],
-														 SPI_tuptable->tupdesc, 1, &isnull));
-
-			abp_idset_add(&ids, id, id, CurrentMemoryContext);
-		}
-		SPI_freetuptable(SPI_tuptable);
-		if (!repricing->dry_run)
-		{
-			/* Who has a row's lock can rely on where it is: it is not sent. */
-			abp_rows_read(table, &ids, false, note_difference, repricing);
-			if (repricing->differing.nranges == 0)
-				continue;
-			ids = abp_rows_lock(table, &repricing->differing, true);
-			abp_idset_free(&repricing->differing);
-		}
-		abp_rows_read(table, &ids, false, reprice_row, repricing);
-	}
-	SPI_cursor_close(cursor);
-	SPI_finish();
-	abp_restore_user(&saved);
+	abp_rows_query(repricing->table,
+				   psprintf("SELECT id::pg_catalog.int8 FROM %s"
+							" WHERE occurred_at >= $1 AND occurred_at < $2", repricing->table->name),
+				   2, argtypes, args, REPRICE_CHUNK, look_at_part, repricing);
 }
 
 /* Each correction fits an event, and all of them fit what the caller expects. */

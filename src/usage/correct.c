@@ -36,7 +36,7 @@
 #include "usage/row.h"
 #include "usage/rows.h"
 
-/* How many correcting rows a statement inserts. */
+/* How many rows are looked at, or inserted by a statement, at a time. */
 #define CORRECT_CHUNK 1000
 
 /* The correcting rows that abp_correct_insert is inserting, by what they correct. */
@@ -106,6 +106,21 @@ note_existing_row(const UsageRow *row, Jsonb *whole, void *arg)
 	return true;
 }
 
+/* Existing rows that may correct others. */
+typedef struct ExistingRows
+{
+	IdSet		ids;
+	MemoryContext context;
+} ExistingRows;
+
+static void
+gather_ids(SPITupleTable *part, uint64 nrows, void *arg)
+{
+	ExistingRows *rows = arg;
+
+	abp_rows_query_ids(part, nrows, &rows->ids, rows->context);
+}
+
 /*
  * Rows that were in a table before it was attached are to be sent, as far as
  * they were not: write down which of them correct others.
@@ -113,27 +128,15 @@ note_existing_row(const UsageRow *row, Jsonb *whole, void *arg)
 void
 abp_correct_note_existing(const UsageTable *table)
 {
-	MemoryContext context = CurrentMemoryContext;
-	IdSet		ids = {0};
+	ExistingRows rows = {.context = CurrentMemoryContext};
 	Oid			usage_table = table->relid;
-	SavedUser	saved;
 
-	abp_become_table_owner(table->owner, &saved);
-	SPI_connect();
-	SPI_execute(psprintf("SELECT u.id::pg_catalog.int8 FROM %s u"
-						 " WHERE pg_catalog.jsonb_typeof(u.tags OPERATOR(pg_catalog.->) 'corrects')"
-						 " OPERATOR(pg_catalog.=) 'string'", table->name), true, 0);
-	for (uint64 i = 0; i < SPI_processed; i++)
-	{
-		bool		isnull;
-		int64		id = DatumGetInt64(SPI_getbinval(SPI_tuptable->vals[i],
-													 SPI_tuptable->tupdesc, 1, &isnull));
-
-		abp_idset_add(&ids, id, id, context);
-	}
-	SPI_finish();
-	abp_restore_user(&saved);
-	(void) abp_rows_read(table, &ids, false, note_existing_row, &usage_table);
+	abp_rows_query(table,
+				   psprintf("SELECT u.id::pg_catalog.int8 FROM %s u"
+							" WHERE pg_catalog.jsonb_typeof(u.tags OPERATOR(pg_catalog.->) 'corrects')"
+							" OPERATOR(pg_catalog.=) 'string'", table->name),
+				   0, NULL, NULL, CORRECT_CHUNK, gather_ids, &rows);
+	(void) abp_rows_read(table, &rows.ids, false, note_existing_row, &usage_table);
 }
 
 /* --- what a row and its corrections say ------------------------------------- */

@@ -11,6 +11,10 @@
  * A parent that is in no row of the child's table does not hold the child: it
  * may be anybody's.
  *
+ * The same holds for rows that an earlier request may have brought to Polar.  If
+ * it has, the delay does no harm; if not, they are as new.  But they cannot be
+ * changed any more, so that a cycle is opened by whoever closes it.
+ *
  *-------------------------------------------------------------------------
  */
 #include "postgres.h"
@@ -307,16 +311,12 @@ find_new_deliveries(Family *family)
 	args[1] = abp_idset_to_multirange(&parents);
 	args[2] = TimestampTzGetDatum(GetCurrentTimestamp() - PARENT_SETTLES_S * USECS_PER_SEC);
 
-	abp_become_extension_owner(&saved);
-	SPI_connect();
-	nrows = abp_statement_run(&recent, args, NULL);
+	nrows = abp_statement_open(&recent, args, NULL, &saved);
 	for (uint64 i = 0; i < nrows; i++)
 	{
-		HeapTuple	tuple = SPI_tuptable->vals[i];
-		TupleDesc	desc = SPI_tuptable->tupdesc;
 		bool		isnull;
-		IdSet		ids = abp_idset_from_multirange(SPI_getbinval(tuple, desc, 1, &isnull));
-		TimestampTz finished_at = DatumGetTimestampTz(SPI_getbinval(tuple, desc, 2, &isnull));
+		IdSet		ids = abp_result_idset(i, 1, CurrentMemoryContext);
+		TimestampTz finished_at = DatumGetTimestampTz(abp_result_datum(i, 2, &isnull));
 
 		hash_seq_init(&scan, family->relatives);
 		while ((relative = hash_seq_search(&scan)) != NULL)
@@ -325,8 +325,7 @@ find_new_deliveries(Family *family)
 				relative->delivered_at = Max(relative->delivered_at, finished_at);
 		}
 	}
-	SPI_finish();
-	abp_restore_user(&saved);
+	abp_statement_close(&saved);
 }
 
 /* What of this batch is set aside, and what has become of it; or waits. */
@@ -394,7 +393,7 @@ fate_of(Family *family, Relative *relative, TimestampTz *since)
 		else if (!abp_idset_contains(family->batch->sent, relative->id))
 			fate = fate_in_batch(family->batch, relative->id);
 		else if (relative->on_cycle)
-			fate = FATE_CYCLE;
+			fate = family->batch->outcome_unknown ? FATE_SENT : FATE_CYCLE;
 		else if (parent == NULL)
 			fate = FATE_SENT;
 		else
@@ -418,6 +417,7 @@ judge_child(Family *family, ChildRow *child)
 {
 	bool		known;
 	Relative   *relative = relative_of(family, child->external_id, &known);
+	Relative   *parent = parent_of(family, relative);
 	TimestampTz since;
 	Fate		fate = fate_of(family, relative, &since);
 	RowState   *verdict = &child->verdict;
@@ -435,6 +435,11 @@ judge_child(Family *family, ChildRow *child)
 	{
 		verdict->state = OUTBOX_REJECTED;
 		verdict->error = relative->on_cycle ? PARENTS_ARE_CYCLE : PARENT_IS_REJECTED;
+	}
+	else if (parent != NULL && abp_idset_contains(family->batch->sent, parent->id))
+	{
+		child->with_parent = true;
+		child->parent = parent->id;
 	}
 }
 

@@ -22,6 +22,8 @@ typedef struct ChildRow
 	char	   *external_id;
 	char	   *parent_id;
 	RowState	verdict;		/* out: OUTBOX_READY if it may be sent */
+	bool		with_parent;	/* out: and its parent goes with it, */
+	int64		parent;			/* out: this row */
 } ChildRow;
 
 /* The rows among which it is. */
@@ -30,6 +32,7 @@ typedef struct ChildBatch
 	IdSet	   *ids;			/* all that were looked at for the request */
 	IdSet	   *sent;			/* those of them that the request is to hold */
 	List	   *set_aside;		/* of OutboxEntry: what became of others */
+	bool		outcome_unknown;	/* an earlier request may have stored them */
 } ChildBatch;
 
 extern ChildRow *abp_parents_child(const UsageRow *row);

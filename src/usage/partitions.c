@@ -150,11 +150,13 @@ note_partition(Oid usage_table, Oid partition)
  * Look at partitions that were attached to a table since the last time: for the
  * shipper, before it reads rows.  It may have missed such a row in the meantime,
  * and noted that after the partition came; and having a lock on the table, it may
- * not have heard of the partition.  Waiting for the partition's lock, it does.
+ * not have heard of the partition.  Having got the partition's lock, it has.
+ * Returns false if one is locked: look again soon.
  */
-void
+bool
 abp_partitions_look(Oid usage_table, int64 ledger_from)
 {
+	bool		all = true;
 	IdWalk		walk = {0};
 	IdSet		came = abp_outbox_peek(usage_table, OUTBOX_PARTITIONS, PG_INT64_MAX);
 
@@ -162,17 +164,21 @@ abp_partitions_look(Oid usage_table, int64 ledger_from)
 	{
 		Oid			partition = (Oid) walk.id;
 
-		/* else another ALTER TABLE has it: next time */
-		if (ConditionalLockRelationOid(partition, AccessShareLock))
+		if (!ConditionalLockRelationOid(partition, AccessShareLock))
 		{
-			/* in a dump that was restored it has another OID */
-			if (get_rel_relkind(partition) == '\0')
-				partition_has_come(usage_table, usage_table, ledger_from);
-			else if (root_of(partition) == usage_table)
-				partition_has_come(usage_table, partition, ledger_from);
-			abp_outbox_forget_partition(usage_table, partition);
+			/* an ALTER TABLE has it, perhaps the one that attaches it */
+			all = false;
+			continue;
 		}
+
+		/* in a dump that was restored it has another OID */
+		if (get_rel_relkind(partition) == '\0')
+			partition_has_come(usage_table, usage_table, ledger_from);
+		else if (root_of(partition) == usage_table)
+			partition_has_come(usage_table, partition, ledger_from);
+		abp_outbox_forget_partition(usage_table, partition);
 	}
+	return all;
 }
 
 /* --- ALTER TABLE ------------------------------------------------------------ */

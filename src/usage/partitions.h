@@ -10,6 +10,6 @@
 
 #include "postgres.h"
 
-extern void abp_partitions_look(Oid usage_table, int64 ledger_from);
+extern bool abp_partitions_look(Oid usage_table, int64 ledger_from);
 
 #endif							/* ABP_PARTITIONS_H */

@@ -465,3 +465,51 @@ abp_rows_update_prices(const UsageTable *table, IdSet *ids, bool held)
 
 	return select_ids(table, held ? UPDATE_PRICES(" AND u.cost_nanos IS NULL") : UPDATE_PRICES(""), ids, false);
 }
+
+/*
+ * Run a query on a usage table as its owner, and give its result to "callback",
+ * at_a_time rows at a time, in the memory context of SPI.  It changes nothing;
+ * the callback may use SPI itself.
+ */
+void
+abp_rows_query(const UsageTable *table, const char *query, int nargs, Oid *argtypes,
+			   Datum *args, int at_a_time, QueryPartCallback callback, void *arg)
+{
+	Portal		cursor;
+	SavedUser	saved;
+
+	abp_become_table_owner(table->owner, &saved);
+	SPI_connect();
+	cursor = SPI_cursor_open_with_args(NULL, query, nargs, argtypes, args, NULL, true, 0);
+	for (;;)
+	{
+		SPITupleTable *part;
+
+		CHECK_FOR_INTERRUPTS();
+		SPI_cursor_fetch(cursor, true, at_a_time);
+		if (SPI_processed == 0)
+			break;
+		part = SPI_tuptable;
+		callback(part, SPI_processed, arg);
+		SPI_freetuptable(part);
+	}
+	SPI_cursor_close(cursor);
+	SPI_finish();
+	abp_restore_user(&saved);
+}
+
+/*
+ * Add the ids in the first column of such rows, none of them NULL, to a set whose
+ * ranges are in "context".
+ */
+void
+abp_rows_query_ids(SPITupleTable *part, uint64 nrows, IdSet *ids, MemoryContext context)
+{
+	for (uint64 i = 0; i < nrows; i++)
+	{
+		bool		isnull;
+		int64		id = DatumGetInt64(SPI_getbinval(part->vals[i], part->tupdesc, 1, &isnull));
+
+		abp_idset_add(ids, id, id, context);
+	}
+}

@@ -1,0 +1,187 @@
+# What happens to a table while the shipper is at it: partitions come between its looks at the outbox and
+# at the rows, or at the rows and their prices.  Code of the table's owner, which the shipper calls, holds
+# it there until another session has done its part.
+
+use strict;
+use warnings;
+
+use FindBin;
+use lib $FindBin::Bin;
+use AibillingNode;
+use File::Basename;
+use PolarServer;
+use PostgreSQL::Test::Utils;
+use Test::More;
+
+plan skip_all => 'needs python3' unless PolarServer->python;
+
+my $polar = PolarServer->new;
+my $node = AibillingNode->new('main');
+$node->create_server($polar, requests_per_minute => 0, metadata_function => 'public.metadata');
+
+sub sql { return $node->safe_psql('postgres', shift) }
+
+sql(<<'SQL');
+INSERT INTO aibilling.price (provider, model, input) VALUES ('acme', 'm', 1);
+CREATE TABLE gate (name text PRIMARY KEY);
+
+-- Wait until a gate that is shut is opened, which may take no longer than the shipper lets us.
+CREATE FUNCTION pass(wanted text) RETURNS void LANGUAGE plpgsql AS $$BEGIN
+	WHILE EXISTS (SELECT FROM public.gate WHERE name = wanted) LOOP
+		PERFORM pg_catalog.pg_sleep(0.001);
+	END LOOP;
+END$$;
+
+-- Wait until somebody stands at it, do something, and open it.
+CREATE PROCEDURE meanwhile(wanted text, what text) LANGUAGE plpgsql AS $$BEGIN
+	WHILE NOT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND backend_type = 'aibilling_polar worker') LOOP
+		PERFORM pg_sleep(0.001), pg_stat_clear_snapshot();
+	END LOOP;
+	EXECUTE what;
+	DELETE FROM public.gate WHERE name = wanted;
+	COMMIT;
+END$$;
+
+CREATE FUNCTION metadata(row_ jsonb) RETURNS jsonb LANGUAGE plpgsql AS $$BEGIN
+	PERFORM public.pass(row_->>'external_id');
+	RETURN jsonb_build_object('external_id', row_->>'external_id');
+END$$;
+SQL
+
+# A table of rows in partitions a and b.
+sub partitioned
+{
+	my ($name) = @_;
+
+	sql(<<SQL);
+SELECT aibilling.create_usage_table('model_of_$name', 'polar');
+CREATE TABLE $name (LIKE model_of_$name INCLUDING DEFAULTS, region text NOT NULL DEFAULT 'a', PRIMARY KEY (id, region)) PARTITION BY LIST (region);
+CREATE TABLE ${name}_a PARTITION OF $name FOR VALUES IN ('a');
+CREATE TABLE ${name}_b PARTITION OF $name FOR VALUES IN ('b');
+SELECT aibilling.attach('$name', 'polar');
+SQL
+	return;
+}
+
+sub insert
+{
+	my ($table, $id, $external_id, $region, $model) = @_;
+
+	return sql("INSERT INTO $table (id, external_id, region, provider, model, external_customer_id, input_tokens)
+		VALUES ($id, '$external_id', '$region', 'acme', '$model', 'c', 1000)");
+}
+
+# Another session does this while the shipper stands at the gate.
+sub meanwhile
+{
+	my ($gate, $what) = @_;
+	my $session = $node->background_psql('postgres', on_error_die => 1);
+
+	sql("INSERT INTO gate VALUES ('$gate')");
+	$session->{stdin} .= "CALL meanwhile('$gate', \$what\$$what\$what\$);\n";
+	$session->{run}->pump_nb;
+	return $session;
+}
+
+# It has done so.
+sub done
+{
+	my ($session) = @_;
+
+	is($session->query('SELECT 1'), '1', 'another session has done its part meanwhile');
+	$session->quit;
+	return;
+}
+
+sub pause { return sql("SELECT aibilling.pause('polar')") }
+sub resume { return sql("SELECT aibilling.resume('polar')") }
+
+sub stored
+{
+	my ($id) = @_;
+
+	return scalar grep { $_->{external_id} eq $id } $polar->events;
+}
+
+# What has left with its partition, or is missed, comes back with it.
+subtest 'a partition comes after the shipper has read the rows of its request' => sub {
+	partitioned('missed');
+	pause();
+	insert('missed', 1, 'm1', 'a', 'm');
+	insert('missed', 2, 'm2', 'b', 'm');
+	sql('ALTER TABLE missed DETACH PARTITION missed_b CONCURRENTLY');
+	is(sql("SELECT count(*) FROM aibilling.outbox WHERE usage_table = 'missed'::regclass"), '2', 'DETACH CONCURRENTLY leaves it to the shipper');
+	my $session = meanwhile('m1', q{ALTER TABLE missed ATTACH PARTITION missed_b FOR VALUES IN ('b')});
+	resume();
+	done($session);
+	$polar->wait(events => 2);
+	is(stored('m2'), 1, 'the row that the shipper missed is sent');
+};
+
+# The rows of a partition are in the outbox as soon as its ATTACH has committed; that it is a partition, others
+# hear a moment later.
+subtest 'a partition comes whose rows the shipper sees in the outbox only' => sub {
+	my $dir = $PostgreSQL::Test::Utils::tmp_check;
+	my $source = dirname(__FILE__) . '/held_commit.c';
+	my $headers = $node->config_data('--includedir-server');
+
+	plan skip_all => 'needs a compiler'
+	  if system("cc -shared -fPIC -O1 -I '$headers' -DHELD_COMMIT='\"$dir/held\"' -o '$dir/held_commit.so' '$source' >/dev/null 2>&1") != 0;
+
+	partitioned('stale');
+	pause();
+	insert('stale', 11, 's1', 'b', 'm');
+	sql('ALTER TABLE stale DETACH PARTITION stale_b');
+	is(sql("SELECT count(*) FROM aibilling.outbox WHERE usage_table = 'stale'::regclass"), '0', 'DETACH takes what waits along');
+	resume();
+	insert('stale', 12, 's2', 'a', 'm');
+	$polar->wait_for(sub { stored('s2') }, 'the shipper to read the table');
+
+	my $session = $node->background_psql('postgres', on_error_die => 1);
+	$session->query("LOAD '$dir/held_commit.so'");
+	append_to_file("$dir/held", '');
+	$session->{stdin} .= "ALTER TABLE stale ATTACH PARTITION stale_b FOR VALUES IN ('b');\n";
+	$session->{run}->pump_nb;
+	$node->poll_query_until('postgres', "SELECT count(*) = 1 FROM aibilling.outbox WHERE usage_table = 'stale'::regclass");
+	sql("INSERT INTO model_of_stale (external_id, provider, model, external_customer_id, input_tokens) VALUES ('wakes', 'acme', 'm', 'c', 1)");
+	$node->poll_query_until('postgres', q{SELECT sum(vanished) = 1 FROM aibilling.delivery WHERE usage_table = 'stale'::regclass AND started_at >
+		(SELECT max(finished_at) FROM aibilling.delivery WHERE usage_table = 'stale'::regclass AND state = 'delivered')});
+	pass('it is read by the list of partitions from before');
+	unlink "$dir/held";
+	$session->quit;
+	$polar->wait_for(sub { stored('s1') }, 'and looked at again');
+	pass('its row is sent');
+};
+
+subtest 'a delivered row comes while another of its id is priced' => sub {
+	partitioned('priced');
+	insert('priced', 21, 'p1', 'b', 'm');
+	$polar->wait_for(sub { stored('p1') }, 'a row to be delivered');
+	$node->poll_query_until('postgres', "SELECT state = 'delivered' FROM aibilling.usage_status('priced', 21)");
+	sql('ALTER TABLE priced DETACH PARTITION priced_b');
+	pause();
+	sql(<<'SQL');
+-- The planner asks a constraint what it says of constants: first of all when rows are read, then when they are locked.
+CREATE FUNCTION trap(wanted text) RETURNS boolean IMMUTABLE LANGUAGE plpgsql AS $$BEGIN
+	IF EXISTS (SELECT FROM pg_locks WHERE pid = pg_backend_pid() AND relation = 'public.priced'::regclass AND mode = 'RowShareLock') THEN
+		PERFORM public.pass(wanted);
+	END IF;
+	RETURN true;
+END$$;
+ALTER TABLE priced_a ADD CHECK (trap('p2'));
+SQL
+	sql("INSERT INTO priced (id, external_id, provider, model, external_customer_id, input_tokens)
+		VALUES (20, 'p2', 'acme', 'later', 'c', 1000), (21, 'p3', 'acme', 'later', 'c', 1000)");
+	my $session = meanwhile('p2', q{ALTER TABLE priced ATTACH PARTITION priced_b FOR VALUES IN ('b')});
+	sql("UPDATE aibilling.price SET input = 5; INSERT INTO aibilling.price (provider, model, input) VALUES ('acme', 'later', 7)");
+	resume();
+	done($session);
+	$polar->wait_for(sub { stored('p2') }, 'the rows to be priced');
+	is(sql("SELECT string_agg(external_id || ' ' || cost_nanos, ', ' ORDER BY external_id) FROM priced WHERE external_id <> 'p3'"),
+		'p1 1000000, p2 7000000', 'the delivered one keeps its cost');
+};
+
+$node->stop;
+$polar->stop;
+
+done_testing();

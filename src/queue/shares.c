@@ -258,6 +258,27 @@ abp_share_counted(Oid usage_table, IdSet *ids, int64 ledger_from)
 }
 
 /*
+ * Ids of a delivery, which counts them, go back to the outbox while Polar may
+ * have their events.  They are of new rows, whatever was delivered under these
+ * ids before: let no other delivery seem to count them.
+ */
+void
+abp_shares_disown(int64 delivery, Oid usage_table, IdSet *ids)
+{
+	static Statement disown = {
+		"UPDATE aibilling.ledger SET usage_ids = usage_ids - $2"
+		" WHERE usage_table = $1 AND usage_ids && $2 AND state = 'delivered' AND id <> $3",
+		3, {REGCLASSOID, INT8MULTIRANGEOID, INT8OID}
+	};
+	Datum		values[3] = {ObjectIdGetDatum(usage_table), (Datum) 0, Int64GetDatum(delivery)};
+
+	if (ids->nranges == 0)
+		return;
+	values[1] = abp_idset_to_multirange(ids);
+	(void) abp_statement_run_alone(&disown, values, NULL);
+}
+
+/*
  * A table has been emptied: of deliveries whose sums are not known, nothing is
  * left that could tell them.
  */

@@ -161,6 +161,7 @@ EXECUTE nulls('2020-02-05Z');
 -- but for the key that has chosen the partition
 SET client_min_messages = error;
 CREATE TABLE parts_null (LIKE u);
+DELETE FROM parts_all;
 ALTER TABLE parts DETACH PARTITION parts_all;
 RESET client_min_messages;
 ALTER TABLE parts ATTACH PARTITION parts_null DEFAULT;

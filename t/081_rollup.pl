@@ -296,6 +296,20 @@ $node->wait_settled;
 folded();
 same('delivered again, after the worker was killed', 'usage', gone => 'gone');
 
+# New rows under ids of before: the answer is lost, and then they are refused and go back to the outbox.
+$polar->fault(kind => 'drop_before_read');
+$polar->fault(kind => '422');
+my $reused = $node->safe_psql('postgres', q{
+INSERT INTO usage (id, provider, model, external_customer_id, input_tokens)
+SELECT id, 'p', 'm1', 'reuses', 1000 FROM gone g WHERE NOT EXISTS (SELECT FROM usage u WHERE u.id = g.id) ORDER BY id LIMIT 1 RETURNING id;});
+same('a new row with an id of before', 'usage', gone => 'gone');
+$node->poll_query_until('postgres', "SELECT state = 'rejected' AND outcome_unknown FROM aibilling.outbox WHERE usage_id = $reused AND usage_table = 'usage'::regclass");
+same('... whose answer was lost, and which was refused then', 'usage', gone => 'gone');
+$node->safe_psql('postgres', "SELECT aibilling.retry('usage')");
+$node->wait_settled;
+folded();
+same('... and delivered', 'usage', gone => 'gone');
+
 $node->safe_psql('postgres', q{
 INSERT INTO gone SELECT u.* FROM usage u, aibilling.usage_status('usage', u.id) s WHERE s.state = 'delivered';
 TRUNCATE usage RESTART IDENTITY;});

@@ -247,19 +247,37 @@ hub('SELECT aibilling.resume()');
 $hub->wait_settled;
 like(fate($_), qr/^delivered/, "$_ is delivered") for ('waits_1', 'other', 'again');
 
+# What the rollup counts less the rows of the table, but those that are loaded only, and those that were delivered or in
+# flight when they were deleted: rows, tokens and nanos.
+hub('CREATE TABLE gone (LIKE usage)');
+
+sub counted_beside
+{
+	return hub(q{
+SELECT d.n - r.n || ' ' || d.tokens - r.tokens || ' ' || d.nanos - r.nanos
+FROM (SELECT sum(usage_rows) AS n, sum(input_tokens) AS tokens, sum(cost_nanos) AS nanos FROM aibilling.usage_daily('usage')) d,
+	(SELECT count(*) AS n, coalesce(sum(input_tokens), 0) AS tokens, coalesce(sum(cost_nanos), 0) AS nanos
+	 FROM (SELECT u.* FROM usage u, aibilling.usage_status('usage', u.id) s WHERE s.state <> 'not_sent' UNION ALL TABLE gone) t) r});
+}
+
 # Rows in flight: the request is answered after they are gone.
+my $beside = counted_beside();
 my $vanished = hub(q{SELECT vanished FROM aibilling.status WHERE usage_table = 'usage'::regclass});
 for my $gone (q{DELETE FROM usage WHERE external_id LIKE 'flying_%'}, 'TRUNCATE usage', 'TRUNCATE usage RESTART IDENTITY')
 {
 	$polar->fault(kind => 'hang', store => \1);
 	there("$insert SELECT 'flying_' || i || now(), 'p', 'm', 'c', 7 FROM generate_series(1, 3) i");
 	$polar->wait(hung => 1);
+	hub(q{INSERT INTO gone SELECT u.* FROM usage u, aibilling.usage_status('usage', u.id) s WHERE s.state IN ('delivered', 'sending')}
+		. ($gone =~ /DELETE/ ? q{ AND u.external_id LIKE 'flying_%'} : ''));
 	there($gone);
 	there("$insert VALUES ('next' || now(), 'p', 'm', 'c', 7)");
 	arrived();
+	is(counted_beside(), $beside, "the rollup counts them: $gone");
 	$polar->clear_faults;
 	$polar->release;
 	$hub->wait_settled;
+	is(counted_beside(), $beside, "... also when they are delivered");
 	$vanished += 3;
 	status_is('vanished', $vanished, "rows in flight are counted as vanished by $gone");
 }

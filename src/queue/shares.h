@@ -37,6 +37,7 @@ extern List *abp_shares_of(Oid usage_table);
 extern List *abp_shares_to_fold(int64 from_delivery, int max_shares, bool unknown);
 extern int64 abp_share_first_open(void);
 extern IdSet abp_share_counted(Oid usage_table, IdSet *ids, int64 ledger_from);
+extern void abp_shares_disown(int64 delivery, Oid usage_table, IdSet *ids);
 extern void abp_shares_truncated(Oid usage_table);
 extern void abp_rollup_forget(Oid usage_table);
 extern void abp_rollup_add(Datum *columns);

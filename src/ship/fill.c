@@ -662,6 +662,8 @@ put_rest_back(Filling *filling, IdSet shared)
 			.ids = filling->left
 	};
 	abp_outbox_put(back, nback);
+	for (int i = 0; filling->taken_from == 0 && i < nback; i++)
+		abp_shipment_disown(delivery, &back[i].ids);
 }
 
 /*

@@ -622,7 +622,7 @@ wait_and_drive(long timeout_ms)
 }
 
 /*
- * Drive the requests in flight, without any just wait.  Returns true as soon
+ * Drive the requests in flight; if there are none, just wait.  Returns true as soon
  * as a request has finished (see abp_http_next_finished), false when
  * timeout_ms (milliseconds, -1: no limit) have passed or the latch was set.
  * Raises whatever CHECK_FOR_INTERRUPTS raises, in any state of the requests:

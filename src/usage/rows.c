@@ -472,9 +472,9 @@ abp_rows_update_prices(const UsageTable *table, IdSet *ids, bool held)
 }
 
 /*
- * Run a query on a usage table as its owner, and give its result to "callback",
- * at_a_time rows at a time, in the memory context of SPI.  It changes nothing;
- * the callback may use SPI itself.
+ * Run a query that changes nothing on a usage table, as its owner, and give its
+ * result to "callback", at_a_time rows at a time, in SPI's memory context.  The
+ * callback may use SPI itself.  Raises what the query and the callback raise.
  */
 void
 abp_rows_query(const UsageTable *table, const char *query, int nargs, Oid *argtypes,

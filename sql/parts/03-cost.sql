@@ -180,4 +180,4 @@ RETURNS record
 AS 'MODULE_PATHNAME', 'abp_sql_normalize_usage'
 LANGUAGE C IMMUTABLE STRICT PARALLEL SAFE;
 COMMENT ON FUNCTION aibilling.normalize_usage(text, jsonb) IS
-'a provider''s usage object, or a whole response, as the columns of a usage table';
+'A provider''s usage object, or a whole response, as the columns of a usage table';

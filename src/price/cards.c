@@ -212,8 +212,8 @@ price_xact_callback(XactEvent event, void *arg)
 }
 
 /*
- * Get ready to price: once per backend, any time before the first call of
- * another function here (which else do it themselves).
+ * Get ready to price, once per backend.  Whoever has time may call it early;
+ * the other functions here call it if it has not been.
  */
 void
 abp_cards_init(void)

@@ -84,8 +84,8 @@ typedef struct NameSearch
 
 /*
  * Aliases that may match, best first within a step: exact ones by provider
- * and source, globs by priority first.  (Which globs match, and their literal
- * length, is for C to say.)
+ * and source, globs by priority first.  (Globs are matched, and their literal
+ * length counted, in C.)
  */
 #define ALIAS_QUERY \
 	"SELECT a.kind OPERATOR(pg_catalog.=) 'glob', a.pattern, a.to_provider," \

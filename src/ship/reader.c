@@ -63,6 +63,8 @@ report_progress(Reader *reader)
 static void
 wait_until(Reader *reader, TimestampTz until)
 {
+	static uint32 wait_event = 0;
+
 	for (;;)
 	{
 		TimestampTz now = GetCurrentTimestamp();
@@ -73,7 +75,7 @@ wait_until(Reader *reader, TimestampTz until)
 			return;
 		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
 						 Min(LOOK_AGAIN_MS, TimestampDifferenceMilliseconds(now, until)),
-						 PG_WAIT_EXTENSION);
+						 abp_wait_event(&wait_event, "AibillingPolarRead"));
 		ResetLatch(MyLatch);
 	}
 }

@@ -326,6 +326,8 @@ goes_on_folding(Sync *sync, TimestampTz now)
 static void
 deliver(Sync *sync)
 {
+	static uint32 wait_event = 0;
+
 	for (;;)
 	{
 		long		due = POLL_MS;
@@ -359,7 +361,7 @@ deliver(Sync *sync)
 		if (sync->deadline != DT_NOEND)
 			due = Min(due, Max(1, TimestampDifferenceMilliseconds(now, sync->deadline)));
 		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
-						 due, PG_WAIT_EXTENSION);
+						 due, abp_wait_event(&wait_event, "AibillingPolarSync"));
 		ResetLatch(MyLatch);
 	}
 }

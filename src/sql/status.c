@@ -87,7 +87,7 @@ abp_database_is_listed(bool in_other_case)
 	return false;
 }
 
-/* --- watching --------------------------------------------------------------------- */
+/* --- what the views ask --------------------------------------------------------- */
 
 /*
  * aibilling.waiting_ids(usage_table, state, entry, id, ids): what is left of an

@@ -38,6 +38,7 @@
 #define MAX_CENTS_DIGITS 30
 
 #define FIRST_SLOTS 64			/* a power of 2 */
+#define MAX_NUMBER_BYTES 19		/* of 128 bits, seven a byte */
 
 /* Flags of a key: which of its parts are not NULL. */
 #define HAS_EXTERNAL_CUSTOMER 0x01
@@ -51,9 +52,6 @@
 /*
  * Seven bits a byte, the lowest first; the highest bit says that more follow.
  */
-/* Of 128 bits. */
-#define MAX_NUMBER_BYTES 19
-
 static void
 put_unsigned(StringInfo to, uint128 value)
 {

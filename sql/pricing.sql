@@ -314,7 +314,7 @@ SELECT pg_temp.cost_of('p', 'm');
 ROLLBACK;
 SELECT pg_temp.cost_of('p', 'm'), pg_temp.cost_of('p', 'alias'), pg_temp.cost_of('p', 'm', 'scale');
 
--- A column that a superuser adds does no harm, nor does an index that he drops.
+-- A column that a superuser adds does no harm, nor does an index that they drop.
 BEGIN;
 ALTER TABLE aibilling.price ADD mine text DEFAULT 'mine', DROP CONSTRAINT price_key;
 ALTER TABLE aibilling.price_source DROP CONSTRAINT price_source_pkey;

@@ -129,7 +129,7 @@ RETURNS TABLE (
 AS 'MODULE_PATHNAME', 'abp_sql_explain_cost'
 LANGUAGE C STABLE CALLED ON NULL INPUT PARALLEL SAFE;
 COMMENT ON FUNCTION aibilling.explain_cost(text, text, bigint, bigint, bigint, bigint, bigint, bigint, bigint, bigint, jsonb, text, timestamptz) IS
-'How the cost of an AI call comes about: one row a bucket, quantity x price / per x factor = amount_usd, exact, adding up to the cost; and the card that the prices are from';
+'How the cost of an AI call comes about: one row per bucket, quantity x price / per x factor = amount_usd, exact, adding up to the cost; and the card that the prices are from';
 
 CREATE OR REPLACE FUNCTION aibilling.explain_cost(usage regclass, id bigint)
 RETURNS TABLE (
@@ -180,4 +180,4 @@ RETURNS record
 AS 'MODULE_PATHNAME', 'abp_sql_normalize_usage'
 LANGUAGE C IMMUTABLE STRICT PARALLEL SAFE;
 COMMENT ON FUNCTION aibilling.normalize_usage(text, jsonb) IS
-'a provider''s usage object, or a whole response, as the columns of a usage table';
+'A provider''s usage object, or a whole response, as the columns of a usage table';

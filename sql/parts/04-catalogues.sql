@@ -18,7 +18,7 @@ RETURN CASE jsonb_typeof(value)
 		END
 	END;
 COMMENT ON FUNCTION aibilling.catalogue_number(jsonb) IS
-'a JSON number, or a decimal number in a JSON string, exactly; NULL for anything else';
+'A JSON number, or a decimal number in a JSON string, exactly; NULL for anything else';
 
 CREATE OR REPLACE FUNCTION aibilling.catalogue_units(catalogue jsonb, entry jsonb) RETURNS jsonb
 LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
@@ -29,7 +29,7 @@ RETURN (
 	WHERE v.value IS NOT NULL
 );
 COMMENT ON FUNCTION aibilling.catalogue_units(jsonb, jsonb) IS
-'the currency and unit of prices, where a router''s catalogue gives them beside an entry''s prices or for all entries';
+'The currency and unit of prices, where a router''s catalogue gives them beside an entry''s prices or for all entries';
 
 -- An image has a hundred tokens and more, and none of them costs more than some
 -- ten or twenty tokens of text of its model.
@@ -43,7 +43,7 @@ RETURN CASE
 	WHEN image >= 0.001 THEN false
 	END;
 COMMENT ON FUNCTION aibilling.image_price_is_by_token(numeric, numeric) IS
-'whether a price of images in USD is by their token, judged by the price of a token of text in USD (NULL or 0: none is known); NULL: that cannot be told';
+'Whether a price of images in USD is by their token, judged by the price of a token of text in USD (NULL or 0: none is known); NULL: that cannot be told';
 
 -- LiteLLM: entries that name one model are reported; a price of an image that
 -- is one of its tokens is found by what other tokens of the model cost.
@@ -179,7 +179,7 @@ AS $$
 	WHERE name <> taken
 $$;
 COMMENT ON FUNCTION aibilling.read_litellm(jsonb) IS
-'the prices in LiteLLM''s model_prices_and_context_window.json (USD per unit, batches, flex, priority, context tiers)';
+'The prices in LiteLLM''s model_prices_and_context_window.json (USD per unit, batches, flex, priority, context tiers)';
 
 -- models.dev: modes have context tiers like the model itself; a model without
 -- tiers may have context_over_200k.
@@ -239,7 +239,7 @@ AS $$
 	WHERE k.key NOT IN ('tier', 'tiers', 'context_over_200k')
 $$;
 COMMENT ON FUNCTION aibilling.read_models_dev(jsonb) IS
-'the prices in the api.json of models.dev (USD per million tokens, context tiers, modes as service tiers)';
+'The prices in the api.json of models.dev (USD per million tokens, context tiers, modes as service tiers)';
 
 -- OpenRouter and Narev name the prices of a model alike, in USD per unit.
 CREATE OR REPLACE FUNCTION aibilling.read_router_prices(pricing jsonb, zero_is_unset boolean)
@@ -290,7 +290,7 @@ AS $$
 	ORDER BY k.key = 'image'
 $$;
 COMMENT ON FUNCTION aibilling.read_router_prices(jsonb, boolean) IS
-'the prices in one pricing object of OpenRouter or Narev; its member reference has the prices that an override changes; zero_is_unset: 0 means that the price is not known, except of prompt and completion';
+'The prices in one pricing object of OpenRouter or Narev; its member reference has the prices that an override changes; zero_is_unset: 0 means that the price is not known, except of prompt and completion';
 
 CREATE OR REPLACE FUNCTION aibilling.read_openrouter(catalogue jsonb) RETURNS SETOF aibilling.catalogue_price
 LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
@@ -318,7 +318,7 @@ AS $$
 		CASE jsonb_typeof(p.pricing) WHEN 'object' THEN aibilling.catalogue_units(catalogue, p.entry) || p.pricing END, false) r
 $$;
 COMMENT ON FUNCTION aibilling.read_openrouter(jsonb) IS
-'the prices in the answer of OpenRouter''s /api/v1/models; the provider is openrouter, since a router''s price is not the provider''s';
+'The prices in the answer of OpenRouter''s /api/v1/models; the provider is openrouter, since a router''s price is not the provider''s';
 
 CREATE OR REPLACE FUNCTION aibilling.read_narev(catalogue jsonb) RETURNS SETOF aibilling.catalogue_price
 LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
@@ -332,7 +332,7 @@ AS $$
 			THEN aibilling.catalogue_units(catalogue, m.value) || (m.value -> 'pricing') END, true) r
 $$;
 COMMENT ON FUNCTION aibilling.read_narev(jsonb) IS
-'the prices in the answer of Narev''s /v1/prices; 0 in an optional field means that it is not set';
+'The prices in the answer of Narev''s /v1/prices; 0 in an optional field means that it is not set';
 
 -- What genai-prices has otherwise than the provider publishes it.
 CREATE OR REPLACE FUNCTION aibilling.correct_genai_prices(prices aibilling.catalogue_price[]) RETURNS SETOF aibilling.catalogue_price
@@ -383,7 +383,7 @@ AS $$
 		AND NOT EXISTS (SELECT FROM price o WHERE (o.provider, o.model) = (b.provider, b.model))
 $$;
 COMMENT ON FUNCTION aibilling.correct_genai_prices(aibilling.catalogue_price[]) IS
-'the prices of genai-prices, with what it lacks or has otherwise than the provider publishes it: names of Mistral''s that lead to the newest model, fees of Perplexity''s by the size of the search context, rerank models of Cohere''s, speech of OpenAI''s';
+'The prices of genai-prices, with what it lacks or has otherwise than the provider publishes it: names of Mistral''s that lead to the newest model, fees of Perplexity''s by the size of the search context, rerank models of Cohere''s, speech of OpenAI''s';
 
 -- genai-prices computes a part that has no price of its own with the price of
 -- what it is a part of.  What its prices say is what it computes.
@@ -441,7 +441,7 @@ AS $$
 	WHERE NOT EXISTS (SELECT FROM has o WHERE (o.entry, o.price_column) = (s.entry, f.price_column))
 $$;
 COMMENT ON FUNCTION aibilling.complete_prices(aibilling.catalogue_price[]) IS
-'the prices of genai-prices with those that it only implies: a part without a price of its own costs what its total costs; the remark in problem says so';
+'The prices of genai-prices with those that it only implies: a part without a price of its own costs what its total costs; the remark in problem says so';
 
 -- A name that a rule leaves open at its end is narrowed to what marks a date or
 -- version of the same model, as dev/update-prices does it for the bundle.
@@ -502,7 +502,7 @@ AS $names$
 	FROM named
 $names$;
 COMMENT ON FUNCTION aibilling.genai_names(jsonb) IS
-'the names that the match rules of genai-prices give to models, as patterns of aibilling.model_alias: [{provider, model, exact: [], glob: []}, ...]';
+'The names that the match rules of genai-prices give to models, as patterns of aibilling.model_alias: [{provider, model, exact: [], glob: []}, ...]';
 
 CREATE OR REPLACE FUNCTION aibilling.read_genai_prices(catalogue jsonb) RETURNS SETOF aibilling.catalogue_price
 LANGUAGE sql STABLE STRICT PARALLEL SAFE
@@ -607,4 +607,4 @@ AS $$
 			SELECT ROW(f.*)::aibilling.catalogue_price FROM found f)) c))
 $$;
 COMMENT ON FUNCTION aibilling.read_genai_prices(jsonb) IS
-'the prices in the data.json of pydantic''s genai-prices (USD per million tokens, thousand requests, hour; dates, daily windows, context tiers), completed by complete_prices';
+'The prices in the data.json of pydantic''s genai-prices (USD per million tokens, thousand requests, hour; dates, daily windows, context tiers), completed by complete_prices';

@@ -11,7 +11,7 @@ RETURN CASE
 	ELSE trim_scale(round(price, 11 - floor(log(abs(price)))::integer))
 	END;
 COMMENT ON FUNCTION aibilling.clean_price(numeric) IS
-'a price without float noise: unchanged up to 9 decimals, else rounded to 12 significant digits';
+'A price without float noise: unchanged up to 9 decimals, else rounded to 12 significant digits';
 
 -- Prices as cards: what is charged by the piece costs the same in each service
 -- tier; what a tier costs beyond a step of the standard tier is said, or unknown.
@@ -129,7 +129,7 @@ AS $$
 	FROM unknown
 $$;
 COMMENT ON FUNCTION aibilling.clean_prices(aibilling.catalogue_price[]) IS
-'the prices of a catalogue without float noise and doubles, as far as aibilling.price can hold them';
+'The prices of a catalogue without float noise and doubles, as far as aibilling.price can hold them';
 
 CREATE OR REPLACE FUNCTION aibilling.stored_prices(source text) RETURNS SETOF aibilling.catalogue_price
 LANGUAGE sql STABLE STRICT PARALLEL SAFE
@@ -151,7 +151,7 @@ AS $$
 	WHERE p.source = stored_prices.source AND c.price IS NOT NULL
 $$;
 COMMENT ON FUNCTION aibilling.stored_prices(text) IS
-'the prices stored for a source, one a row';
+'The prices stored for a source, one per row';
 
 -- The cards among prices that differ from what is stored for the source, with
 -- the date each is to be stored under and what is suspicious about it.
@@ -281,7 +281,7 @@ AS $$
 	GROUP BY 1, 2, 3, 4, 5, 6
 $$;
 COMMENT ON FUNCTION aibilling.changed_cards(aibilling.catalogue_price[], text) IS
-'which cards among the prices differ from those stored for the source, the date each is to be stored under, and why it is suspicious';
+'Which cards among the prices differ from those stored for the source, the date each is to be stored under, and why it is suspicious';
 
 CREATE OR REPLACE FUNCTION aibilling.price_rows(prices aibilling.catalogue_price[], cards aibilling.price_card[])
 RETURNS TABLE (provider text, model text, service_tier text, context_above bigint, valid_from timestamptz,
@@ -327,7 +327,7 @@ AS $$
 		cache_write_1h numeric, reasoning numeric, request numeric, web_search numeric, discount numeric, multiplier numeric)
 $$;
 COMMENT ON FUNCTION aibilling.price_rows(aibilling.catalogue_price[], aibilling.price_card[]) IS
-'the prices of the cards as rows of aibilling.price; the note has the remarks on them';
+'The prices of the cards as rows of aibilling.price; the note has the remarks on them';
 
 CREATE OR REPLACE FUNCTION aibilling.put_aliases(names jsonb, fallbacks jsonb, source text) RETURNS bigint
 LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE
@@ -381,7 +381,7 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION aibilling.put_aliases(jsonb, jsonb, text) IS
-'writes the names of models ([{provider, model, exact: [], glob: []}, ...]) and of those that a provider sells as well ({provider: [other, ...]}) into aibilling.model_alias under a source; returns how many changed';
+'Writes the names of models ([{provider, model, exact: [], glob: []}, ...]) and of those that a provider sells as well ({provider: [other, ...]}) into aibilling.model_alias under a source; returns how many changed';
 
 -- The rows are added at the first import and not by this script, since
 -- pg_dump dumps the table as a whole.
@@ -408,7 +408,7 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION aibilling.register_price_source(text) IS
-'gives a source that imports know its row in aibilling.price_source, unless it has one';
+'Gives a source that imports know its row in aibilling.price_source, unless it has one';
 
 CREATE OR REPLACE FUNCTION aibilling.import_prices(catalogue jsonb, format text, dry_run boolean DEFAULT true)
 RETURNS SETOF aibilling.price_change
@@ -557,13 +557,13 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION aibilling.import_prices(jsonb, text, boolean) IS
-'imports a price catalogue (format litellm, models.dev, genai-prices, openrouter or narev) into aibilling.price under the format''s name as source, and the names of models that genai-prices gives into aibilling.model_alias; returns one row a price that is added, changed, removed, quarantined or skipped, or an entry that names a model of another; a NOTICE says what is held back; with dry_run nothing is written';
+'Imports a price catalogue (format litellm, models.dev, genai-prices, openrouter or narev) into aibilling.price under the format''s name as source, and the names of models that genai-prices gives into aibilling.model_alias; returns one row per price that is added, changed, removed, quarantined or skipped, or an entry that names a model of another; a NOTICE says what is held back; with dry_run nothing is written';
 
 CREATE OR REPLACE FUNCTION aibilling.fetch_prices(server name, dry_run boolean DEFAULT false)
 RETURNS SETOF aibilling.price_change
 LANGUAGE c VOLATILE STRICT AS 'MODULE_PATHNAME', 'abp_sql_fetch_prices';
 COMMENT ON FUNCTION aibilling.fetch_prices(name, boolean) IS
-'fetches the prices of a server of kind prices over HTTP and imports them as import_prices does: all or, on any error, nothing; needs USAGE on the server and the rights to write prices; returns a row a changed price';
+'Fetches the prices of a server of kind prices over HTTP and imports them as import_prices does: all or, on any error, nothing; needs USAGE on the server and the rights to write prices; returns a row a changed price';
 
 CREATE OR REPLACE FUNCTION aibilling.release_price(source text, provider text, model text, service_tier text DEFAULT 'standard')
 RETURNS bigint
@@ -604,13 +604,13 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION aibilling.release_price(text, text, text, text) IS
-'applies a model''s quarantined cards as they are; returns the number of rows moved to aibilling.price';
+'Applies a model''s quarantined cards as they are; returns the number of rows moved to aibilling.price';
 
 CREATE OR REPLACE FUNCTION aibilling.bundled_prices() RETURNS jsonb
 LANGUAGE c STABLE STRICT PARALLEL SAFE
 AS 'MODULE_PATHNAME', 'abp_sql_bundled_prices';
 COMMENT ON FUNCTION aibilling.bundled_prices() IS
-'the price catalogue installed with aibilling_polar, as it is (doc/catalogues.md describes it)';
+'The price catalogue installed with aibilling_polar, as it is (doc/catalogues.md describes it)';
 
 CREATE OR REPLACE FUNCTION aibilling.load_bundled_prices(
 	OUT package text, OUT package_version text, OUT generated date,
@@ -660,4 +660,4 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION aibilling.load_bundled_prices() IS
-'loads the price catalogue installed with aibilling_polar, in the place of what an earlier call loaded; touches only rows of source bundled; needs INSERT and DELETE on aibilling.price and aibilling.model_alias';
+'Loads the price catalogue installed with aibilling_polar, in the place of what an earlier call loaded; touches only rows of source bundled; needs INSERT and DELETE on aibilling.price and aibilling.model_alias';

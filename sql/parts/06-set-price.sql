@@ -44,7 +44,7 @@ AS $$
 	WHERE l.listed IS NULL OR k.kept IS NOT NULL
 $$;
 COMMENT ON FUNCTION aibilling.note_without(text, text[]) IS
-'the note of a price without what its remarks say of these prices';
+'The note of a price without what its remarks say of these prices';
 
 CREATE OR REPLACE FUNCTION aibilling.changed_price(price aibilling.price, given jsonb, given_units jsonb) RETURNS aibilling.price
 LANGUAGE sql STABLE PARALLEL SAFE
@@ -69,7 +69,7 @@ AS $$
 			'note', aibilling.note_without((price).note, ARRAY(SELECT name FROM changed))))
 $$;
 COMMENT ON FUNCTION aibilling.changed_price(aibilling.price, jsonb, jsonb) IS
-'a row of aibilling.price with these prices: of columns, and of units; what costs the same by its note changes with them';
+'A row of aibilling.price with these prices: of columns, and of units; what costs the same by its note changes with them';
 
 CREATE OR REPLACE FUNCTION aibilling.price_in_tier(price aibilling.price, service_tier text, factor numeric) RETURNS aibilling.price
 LANGUAGE sql STABLE PARALLEL SAFE
@@ -87,7 +87,7 @@ AS $$
 		)))
 $$;
 COMMENT ON FUNCTION aibilling.price_in_tier(aibilling.price, text, numeric) IS
-'a row of the standard tier as one of another service tier: tokens cost factor times as much (NULL: nobody knows), anything else the same';
+'A row of the standard tier as one of another service tier: tokens cost factor times as much (NULL: nobody knows), anything else the same';
 
 CREATE OR REPLACE FUNCTION aibilling.set_price(
 	provider text,

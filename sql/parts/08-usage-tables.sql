@@ -1,5 +1,5 @@
 -- ---------------------------------------------------------------------------
--- Usage tables: their rows here, triggers, and who feeds them
+-- Usage tables: attaching them, their triggers, and subscriptions that feed them
 -- ---------------------------------------------------------------------------
 
 -- Attachments and ledger lie in tables of their own, which a role that may read
@@ -52,7 +52,8 @@ LANGUAGE c STABLE STRICT AS 'MODULE_PATHNAME', 'abp_sql_usage_table_ddl';
 COMMENT ON FUNCTION aibilling.usage_table_ddl(text) IS
 'The statements that create a usage table, and a publication of it, on a server of PostgreSQL 15 or later that does not have this extension. name: the table''s, as in aibilling.create_usage_table(); a subscription looks for a table of the same schema and name. Cost columns are not in it, id is not published, external_id is the replica identity, and INSERT and UPDATE are published: what is deleted there stays here';
 
--- What a subscription's worker has told of itself: for the view below, with the rights of whoever owns it.
+-- What a subscription's worker has told of itself: aibilling.status shows it, with the rights of whoever
+-- owns both views.
 CREATE OR REPLACE VIEW aibilling.feed AS
 SELECT r.srrelid::regclass AS usage_table, s.subname AS subscription, s.subenabled AS enabled,
 	r.srsubstate <> 'r' AS copying, w.pid,

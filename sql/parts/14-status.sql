@@ -87,4 +87,4 @@ CREATE OR REPLACE FUNCTION aibilling.check_setup(
 LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'abp_sql_check_setup'
 ROWS 20;
 COMMENT ON FUNCTION aibilling.check_setup() IS
-'What must be right before usage is billed, one row a thing, in the order in which people set it up: whether it is right (NULL: not known yet, or not for the caller to know), what is wrong, and what fixes it, an SQL statement if it ends in a semicolon, else a command for a shell on the database server. Sends each server a request without events, which stores nothing; a token is tried for whoever may set it, and takes up to 10 seconds where Polar is not reached';
+'What must be right before usage is billed, one row per thing, in the order in which people set it up: whether it is right (NULL: not known yet, or not for the caller to know), what is wrong, and what fixes it, an SQL statement if it ends in a semicolon, else a command for a shell on the database server. Sends each server a request without events, which stores nothing; a token is tried for whoever may set it, and takes up to 10 seconds where Polar is not reached';

@@ -185,6 +185,7 @@ abp_same_tier(TextView name, TextView requested, bool fold)
 	return text_view_equal(abp_canonical_tier(abp_fold_name(name)), requested);
 }
 
+/* Prices, rules or aliases have changed, perhaps in another session. */
 static void
 price_relcache_callback(Datum arg, Oid relid)
 {
@@ -196,6 +197,9 @@ price_relcache_callback(Datum arg, Oid relid)
 	}
 }
 
+/*
+ * What this transaction has read of its own changes is not for the next one.
+ */
 static void
 price_xact_callback(XactEvent event, void *arg)
 {
@@ -208,8 +212,8 @@ price_xact_callback(XactEvent event, void *arg)
 }
 
 /*
- * Get ready to price: once per backend, any time before the first call of
- * another function here (which else do it themselves).
+ * Get ready to price, once per backend.  Whoever has time may call it early;
+ * the other functions here call it if it has not been.
  */
 void
 abp_cards_init(void)
@@ -462,6 +466,10 @@ window_length(const PriceWindow *window)
 		window->to - window->from + USECS_PER_DAY;
 }
 
+/*
+ * Shorter windows before longer ones, so that the narrowest that fits is found
+ * first.
+ */
 static int
 compare_windows(const void *a, const void *b)
 {

@@ -84,8 +84,8 @@ typedef struct NameSearch
 
 /*
  * Aliases that may match, best first within a step: exact ones by provider
- * and source, globs by priority first.  (Which globs match, and their literal
- * length, is for C to say.)
+ * and source, globs by priority first.  (Globs are matched, and their literal
+ * length counted, in C.)
  */
 #define ALIAS_QUERY \
 	"SELECT a.kind OPERATOR(pg_catalog.=) 'glob', a.pattern, a.to_provider," \
@@ -251,6 +251,7 @@ glob_matches(TextView glob, TextView text)
 	return g == glob.len;
 }
 
+/* How many bytes of a glob are no wildcards. */
 static int
 glob_literal_length(TextView glob)
 {
@@ -272,6 +273,7 @@ typedef struct AliasTarget
 	int			position;		/* in the query's order */
 } AliasTarget;
 
+/* In the order in which they are tried. */
 static int
 compare_globs(const void *a, const void *b)
 {

@@ -484,9 +484,9 @@ abp_price_find_model(TextView *provider, TextView *model)
 }
 
 /*
- * Price a usage row: the three cost columns.  As abp_price_cost(); an amount
- * beyond cost_nanos is an error, too, or with noerror, no amount: then returns
- * false.  cost_cents and missing are palloc'd in the current memory context.
+ * Price a usage row: the three cost columns.  As abp_price_cost(); for an
+ * amount beyond cost_nanos raises an error, or returns false with noerror.
+ * cost_cents and missing are palloc'd in the current memory context.
  */
 bool
 abp_price_compute(const PriceRequest *request, bool noerror, PricedCost *cost)

@@ -207,6 +207,7 @@ count_grounding_tools(Reading *r)
 	return true;
 }
 
+/* What its lists by modality say, and what grounding adds. */
 static bool
 extra_gemini(Reading *r)
 {
@@ -307,6 +308,7 @@ read_cache_details(Reading *r)
 	return true;
 }
 
+/* The output of Titan and the kinds of cache writes are in lists. */
 static bool
 extra_bedrock(Reading *r)
 {

@@ -353,6 +353,7 @@ count_provider_tools(Reading *r)
 	return true;
 }
 
+/* The provider's own object, where it is there, knows more than the SDK's. */
 static bool
 extra_ai_sdk(Reading *r)
 {
@@ -459,6 +460,7 @@ static const UsageFormat ai_sdk_nested = {
 	RULES(ai_sdk_nested_rules)
 };
 
+/* Are the counts nested, as in newer versions? */
 static const UsageFormat *
 refine_ai_sdk(Reading *r)
 {

@@ -807,6 +807,7 @@ static const UsageFormat openrouter_messages = {
 	.tier = tier_anthropic
 };
 
+/* An answer of its interface for Anthropic's Messages? */
 static const UsageFormat *
 refine_openrouter(Reading *r)
 {
@@ -939,6 +940,7 @@ static const UsageFormat xai_responses = {
 	.cost = cost_xai
 };
 
+/* An answer of the Responses API? */
 static const UsageFormat *
 refine_xai(Reading *r)
 {
@@ -994,6 +996,7 @@ static const Envelope litellm_envelopes[] = {
 	{"", "metadata/usage_object"}	/* a row of LiteLLM_SpendLogs */
 };
 
+/* LiteLLM's own estimate first, then what the provider has reported. */
 static bool
 cost_litellm(Reading *r)
 {

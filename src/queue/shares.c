@@ -363,7 +363,8 @@ abp_rollup_read_customers(const RollupRange *range, DateADT first, DateADT end,
 		"  FROM aibilling.rollup_daily d WHERE d.usage_table = $1"
 		"  AND (d.day >= $2 AND d.day < $4 OR d.day >= $5 AND d.day <= $3)) c"
 		" GROUP BY 1, 2",
-		5, {REGCLASSOID, DATEOID, DATEOID, DATEOID, DATEOID}, true
+		5, {REGCLASSOID, DATEOID, DATEOID, DATEOID, DATEOID}, true,
+		.off = {"enable_sort", "jit"}	/* many rows are few customers */
 	};
 	static const RollupColumn columns[] = {
 		ROLLUP_EXTERNAL_CUSTOMER_ID, ROLLUP_CUSTOMER_ID, ROLLUP_USAGE_ROWS, ROLLUP_COST_CENTS, ROLLUP_UNPRICED

@@ -95,6 +95,7 @@ abp_fold_is_behind(void)
 	return may_fold(now) || (may_have_unknown && unknown_at <= now);
 }
 
+/* Under guard: add one part of what was delivered to the rollup. */
 static void
 fold_step(void *arg)
 {
@@ -135,6 +136,10 @@ typedef struct SumStep
 	Share	   *share;
 } SumStep;
 
+/*
+ * Under guard: read the rows of a delivery whose sums are not known, and add
+ * them up.
+ */
 static void
 sum_step(void *arg)
 {

@@ -177,6 +177,10 @@ read_event(JsonbContainer *item, PolarEvent *event)
 		event->metadata = DatumGetJsonbP(DirectFunctionCall1(jsonb_in, CStringGetDatum("{}")));
 }
 
+/*
+ * The request for a page.  Polar keeps times to the millisecond: a little more
+ * is asked for than wanted.
+ */
 static char *
 list_path(const EventQuery *query, TimestampTz from_time, TimestampTz to_time, int64 page)
 {
@@ -217,6 +221,7 @@ is_new(HTAB *seen, const PolarEvent *event)
 	return !found;
 }
 
+/* Events by their id. */
 static HTAB *
 create_seen(void)
 {
@@ -226,7 +231,7 @@ create_seen(void)
 		.hcxt = CurrentMemoryContext
 	};
 
-	return hash_create("aibilling events read", 1024, &ctl, HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
+	return hash_create("aibilling_polar events read", 1024, &ctl, HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
 }
 
 /*
@@ -236,7 +241,7 @@ create_seen(void)
 static EventPage
 read_page(EventList *list, TimestampTz from_time, TimestampTz to_time, int64 number, HTAB *here)
 {
-	MemoryContext context = AllocSetContextCreate(CurrentMemoryContext, "aibilling page of events",
+	MemoryContext context = AllocSetContextCreate(CurrentMemoryContext, "aibilling_polar page of events",
 												  ALLOCSET_DEFAULT_SIZES);
 	MemoryContext old = MemoryContextSwitchTo(context);
 	Jsonb	   *document = abp_reader_get(list->reader,

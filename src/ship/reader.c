@@ -60,9 +60,12 @@ report_progress(Reader *reader)
 	reader->report_at = now + PROGRESS_MS * INT64CONST(1000);
 }
 
+/* Wait, but tell how far it is, and be interrupted. */
 static void
 wait_until(Reader *reader, TimestampTz until)
 {
+	static uint32 wait_event = 0;
+
 	for (;;)
 	{
 		TimestampTz now = GetCurrentTimestamp();
@@ -73,7 +76,7 @@ wait_until(Reader *reader, TimestampTz until)
 			return;
 		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
 						 Min(LOOK_AGAIN_MS, TimestampDifferenceMilliseconds(now, until)),
-						 PG_WAIT_EXTENSION);
+						 abp_wait_event(&wait_event, "AibillingPolarRead"));
 		ResetLatch(MyLatch);
 	}
 }
@@ -87,6 +90,10 @@ wait_for_quota(Reader *reader)
 		wait_until(reader, Min(next, GetCurrentTimestamp() + LOOK_AGAIN_MS * INT64CONST(1000)));
 }
 
+/*
+ * One request, from the quota of all who ask this server.  Returns when it has
+ * ended.
+ */
 static HttpRequest *
 ask(Reader *reader, const char *path)
 {

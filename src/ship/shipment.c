@@ -24,7 +24,7 @@ List	   *abp_shipments = NIL;
 Shipment   *
 abp_shipment_new(Lane *lane, const char *server)
 {
-	MemoryContext context = AllocSetContextCreate(abp_shipper_memory, "aibilling shipment",
+	MemoryContext context = AllocSetContextCreate(abp_shipper_memory, "aibilling_polar shipment",
 												  ALLOCSET_DEFAULT_SIZES);
 	Shipment   *shipment = MemoryContextAllocZero(context, sizeof(Shipment));
 	MemoryContext old = MemoryContextSwitchTo(abp_shipper_memory);

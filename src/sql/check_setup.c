@@ -3,7 +3,7 @@
  * check_setup.c
  *	  aibilling.check_setup(): what must be right before usage is billed.
  *
- * One row a thing, in the order in which people set them up: is it right, what
+ * One row per thing, in the order in which people set them up: is it right, what
  * is wrong, and the statement or the command of a shell that fixes it.  Each
  * thing is looked at by itself, so that one call shows all that is to do; what
  * cannot be known before another thing is right is said to be unknown.
@@ -73,7 +73,7 @@ check_attached(Setup *setup)
 }
 
 /*
- * aibilling.check_setup(): one row a thing that must be right.  See the top of
+ * aibilling.check_setup(): one row per thing that must be right.  See the top of
  * this file.
  */
 Datum

@@ -64,6 +64,7 @@ typedef struct Late
 	TimestampTz oldest;
 } Late;
 
+/* Count a row of before the end of the period. */
 static bool
 note_late(const UsageRow *row, Jsonb *whole, void *arg)
 {

@@ -928,7 +928,7 @@ abp_sql_fetch_prices(PG_FUNCTION_ARGS)
 	if (server->kind != SERVER_PRICES)
 		ereport(ERROR,
 				(errcode(ERRCODE_WRONG_OBJECT_TYPE),
-				 errmsg("server \"%s\" is not a price server", server->name),
+				 errmsg("server \"%s\" is not a price service", server->name),
 				 errhint("Create one with the options kind 'prices', format and url.")));
 	if (!PG_GETARG_BOOL(1))
 	{

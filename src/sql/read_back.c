@@ -69,6 +69,7 @@ nanos_fit(Numeric nanos, int64 *result)
 	return true;
 }
 
+/* Return an event; false when there are enough. */
 static bool
 put_event(const PolarEvent *event, void *arg)
 {

@@ -267,6 +267,7 @@ read_own_event(Reconciling *work, HereRow *here, const UsageRow *row, Jsonb *who
 				 errhint("Let the function keep the key external_id.")));
 }
 
+/* What is to be known of a row here when its event comes. */
 static bool
 keep_row(const UsageRow *row, Jsonb *whole, void *arg)
 {
@@ -337,6 +338,7 @@ compare_event(HereRow *here, const PolarEvent *event)
 		here->same_customer = true; /* it is rejected here */
 }
 
+/* An event that Polar has: of a row here, or of none. */
 static bool
 take_event(const PolarEvent *event, void *arg)
 {
@@ -458,7 +460,7 @@ find_known(Reconciling *work)
 	if (n == 0)
 		return;
 	args[0] = PointerGetDatum(construct_array(elements, n, TEXTOID, -1, false, TYPALIGN_INT));
-	known = hash_create("aibilling known events", 1024, &ctl, HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
+	known = hash_create("aibilling_polar known events", 1024, &ctl, HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
 
 	/* rows that have come since this call began are known, too */
 	PushActiveSnapshot(GetLatestSnapshot());
@@ -500,6 +502,7 @@ find_known(Reconciling *work)
 	hash_destroy(known);
 }
 
+/* What is to be said of a row, once all events have been read. */
 static Finding
 finding_of(const Reconciling *work, const HereRow *here)
 {
@@ -580,6 +583,7 @@ conclude_row(Reconciling *work, HereRow *here)
 	day->findings[finding]++;
 }
 
+/* An event of no row here is another's, or its row was deleted. */
 static void
 conclude_event(Reconciling *work, const ThereEvent *there)
 {
@@ -658,6 +662,7 @@ put_days(Reconciling *work)
 
 /* --- by the events ------------------------------------------------------------------------- */
 
+/* Event by event: all rows here, then all events there. */
 static void
 compare_events(Reader *reader, void *arg)
 {
@@ -694,6 +699,7 @@ typedef struct Whereabouts
 	IdSet		known;
 } Whereabouts;
 
+/* Rows that were never queued, and Polar does not have, are passed over. */
 static void
 add_up_part(SPITupleTable *part, uint64 nrows, void *arg)
 {
@@ -784,6 +790,7 @@ conclude_day(Day *day)
 		day->findings[AMOUNT_DIFFERS] = 1;
 }
 
+/* Day by day, by what a meter has counted: one request. */
 static void
 compare_with_meter(Reader *reader, void *arg)
 {
@@ -852,9 +859,9 @@ begin(FunctionCallInfo fcinfo, Reconciling *work)
 	work->result = (ReturnSetInfo *) fcinfo->resultinfo;
 	work->context = CurrentMemoryContext;
 	check_times(work);
-	work->here = create_table("aibilling rows here", sizeof(ExternalIdKey), sizeof(HereRow), work->context);
-	work->ids = create_table("aibilling ids there", sizeof(ExternalIdKey), sizeof(ExternalIdKey), work->context);
-	work->days = create_table("aibilling days", sizeof(int), sizeof(Day), work->context);
+	work->here = create_table("aibilling_polar rows here", sizeof(ExternalIdKey), sizeof(HereRow), work->context);
+	work->ids = create_table("aibilling_polar ids there", sizeof(ExternalIdKey), sizeof(ExternalIdKey), work->context);
+	work->days = create_table("aibilling_polar days", sizeof(int), sizeof(Day), work->context);
 	return work->from_time < work->to_time;
 }
 
@@ -901,7 +908,7 @@ compare_days_and_events(Reader *reader, void *arg)
 
 		one.from_time = (TimestampTz) wrong[i]->day * USECS_PER_DAY;
 		one.to_time = one.from_time + USECS_PER_DAY;
-		one.here = create_table("aibilling rows here", sizeof(ExternalIdKey), sizeof(HereRow),
+		one.here = create_table("aibilling_polar rows here", sizeof(ExternalIdKey), sizeof(HereRow),
 								work->context);
 		compare_events(reader, &one);
 		work->events = one.events;

@@ -92,6 +92,7 @@ cost_differs(const UsageRow *row, NewCost *new)
 	return new->cost.cost_nanos != row->cost_nanos && !abp_corrects(row, &ignored);
 }
 
+/* Then what Polar was told differs from what the row says. */
 static bool
 has_corrections(const Repricing *repricing, const UsageRow *row)
 {
@@ -103,6 +104,7 @@ has_corrections(const Repricing *repricing, const UsageRow *row)
 	return hash_search(repricing->corrected, &key, HASH_FIND, NULL) != NULL;
 }
 
+/* Which rows are worth a lock. */
 static bool
 note_difference(const UsageRow *row, Jsonb *whole, void *arg)
 {
@@ -155,7 +157,7 @@ add_correction(Repricing *repricing, const UsageRow *row, const CorrectedCost *t
 			.hcxt = repricing->context
 		};
 
-		repricing->seen = hash_create("aibilling rows to correct", 1024, &ctl,
+		repricing->seen = hash_create("aibilling_polar rows to correct", 1024, &ctl,
 									  HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
 	}
 	abp_corrections_key(&key, row->external_id.data, row->external_id.len);
@@ -238,6 +240,7 @@ reprice_delivered(Repricing *repricing, const UsageRow *row, NewCost *new)
 			   new->possible && new->cost.known ? &new->cost.cost_nanos : NULL, action);
 }
 
+/* Report a row whose cost differs, and note whether it can be changed. */
 static bool
 reprice_row(const UsageRow *row, Jsonb *whole, void *arg)
 {
@@ -376,7 +379,7 @@ check_max_total(FunctionCallInfo fcinfo, bool corrects)
 
 /*
  * aibilling.reprice(usage, from_time, to_time, dry_run, corrections, max_total):
- * recompute costs.  A row a cost that differs; rows in flight are reported only,
+ * recompute costs.  One row per cost that differs; rows in flight are reported only,
  * delivered ones, too, unless "corrections" has each corrected by a further row.
  * A row whose cost cannot be told keeps what it has, and keeps no other from
  * being repriced.
@@ -473,6 +476,7 @@ typedef struct Correcting
 	MemoryContext context;
 } Correcting;
 
+/* By how much a row and its corrections miss the cost that is wanted. */
 static bool
 compare_with_wanted(const UsageRow *row, Jsonb *whole, void *arg)
 {

@@ -118,6 +118,7 @@ mapping_of(const ServerOptions *server, Oid role)
 	return psprintf("USER MAPPING FOR %s SERVER %s", whose, quote_identifier(server->name));
 }
 
+/* Is there a token for the role, its own or the one for all? */
 static bool
 is_mapped(const ServerOptions *server, Oid role)
 {
@@ -212,6 +213,7 @@ fix_of_address(const ServerOptions *server, const char *error)
 	return psprintf("curl -v %s%s", abp_setup_shell_word(server->url), POLAR_INGEST_PATH);
 }
 
+/* Does Polar take the token?  By a request that stores nothing. */
 static void
 check_answer(Setup *setup, const ServerOptions *server, Oid role, const char *token, char *item)
 {
@@ -280,6 +282,7 @@ check_token(Setup *setup, const ServerOptions *server, Oid role)
 	PG_END_TRY();
 }
 
+/* One for each server, and for each role that has its own. */
 static void
 check_tokens(Setup *setup)
 {

@@ -87,7 +87,7 @@ abp_database_is_listed(bool in_other_case)
 	return false;
 }
 
-/* --- watching --------------------------------------------------------------------- */
+/* --- what the views ask --------------------------------------------------------- */
 
 /*
  * aibilling.waiting_ids(usage_table, state, entry, id, ids): what is left of an
@@ -409,6 +409,7 @@ oldest_time(const UsageTable *table, int64 id, bool *locked)
 	return oldest.occurred_at;
 }
 
+/* The row of one table. */
 static void
 status_of_table(const UsageTable *table, bool armed, int shipper, ReturnSetInfo *result)
 {
@@ -479,7 +480,7 @@ status_of_table(const UsageTable *table, bool armed, int shipper, ReturnSetInfo 
 }
 
 /*
- * aibilling.status_rows(): one row a usage table that the caller may see.
+ * aibilling.status_rows(): one row per usage table that the caller may see.
  */
 Datum
 abp_sql_status(PG_FUNCTION_ARGS)

@@ -502,6 +502,7 @@ typedef struct ExistingRows
 	MemoryContext context;
 } ExistingRows;
 
+/* What becomes of each of them by what is in its row. */
 static void
 sort_existing(SPITupleTable *part, uint64 nrows, void *arg)
 {
@@ -579,6 +580,10 @@ enqueue_existing(Oid relid, bool was_attached)
 	abp_correct_note_existing(table);
 }
 
+/*
+ * Attach a table, or attach it anew to another server.  Raises what keeps it
+ * from being a usage table.
+ */
 static void
 attach_table(Oid relid, const char *server, const char *existing, bool replicated)
 {

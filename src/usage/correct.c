@@ -372,6 +372,10 @@ usd_of(Numeric cents)
 	return NumericGetDatum(numeric_times(cents, numeric_of_text("0.01")));
 }
 
+/*
+ * Insert some corrections, each to be found by what it corrects while its
+ * triggers run.
+ */
 static void
 insert_chunk(const UsageTable *table, SPIPlanPtr plan, CorrectionToMake *corrections, int n)
 {
@@ -384,7 +388,7 @@ insert_chunk(const UsageTable *table, SPIPlanPtr plan, CorrectionToMake *correct
 		.hcxt = CurrentMemoryContext
 	};
 
-	expected_rows = hash_create("aibilling correcting rows", n, &ctl,
+	expected_rows = hash_create("aibilling_polar correcting rows", n, &ctl,
 								HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
 	for (int i = 0; i < n; i++)
 	{

@@ -44,6 +44,7 @@ typedef struct RowProblem
 	const char *hint;			/* or NULL */
 } RowProblem;
 
+/* Say which column breaks which rule. */
 static bool
 breaks_rule(UsageColumn column, const char *rule, RowProblem *problem)
 {
@@ -477,7 +478,7 @@ decide(const UsageRow *row, const UsageRow *filled, const ServerOptions *server,
 
 /* The fate of a row; "event": whether Polar would refuse it, too. */
 static void
-judge(const UsageRow *row, const ServerOptions *server, bool event, RowState *fate)
+find_fate(const UsageRow *row, const ServerOptions *server, bool event, RowState *fate)
 {
 	UsageRow	filled;
 
@@ -502,7 +503,7 @@ judge(const UsageRow *row, const ServerOptions *server, bool event, RowState *fa
 void
 abp_fate_of(const UsageRow *row, const ServerOptions *server, RowState *fate)
 {
-	judge(row, server, true, fate);
+	find_fate(row, server, true, fate);
 }
 
 /*
@@ -512,7 +513,7 @@ abp_fate_of(const UsageRow *row, const ServerOptions *server, RowState *fate)
 void
 abp_fate_before_encoding(const UsageRow *row, const ServerOptions *server, RowState *fate)
 {
-	judge(row, server, false, fate);
+	find_fate(row, server, false, fate);
 	if (fate->state != OUTBOX_READY && fate->state != OUTBOX_REJECTED)
-		judge(row, server, true, fate);
+		find_fate(row, server, true, fate);
 }

@@ -95,6 +95,10 @@ look_in_leaf(Relation rel, int64 id, Snapshot snapshot, RowLook look, void *arg)
 	return found;
 }
 
+/*
+ * In a table or, one by one, its partitions; where the row was is remembered
+ * for the next.
+ */
 static bool
 look_in_relation(Oid root, Relation rel, int64 id, Snapshot snapshot, RowLook look, void *arg)
 {

@@ -64,6 +64,10 @@ note_vanished(Oid usage_table, Oid serverid, IdSet *ids, bool outcome_unknown)
 	abp_ledger_finish(&delivery, "failed", "the rows left with their partition before they were sent");
 }
 
+/*
+ * A partition was detached: its rows that were not sent have vanished, until
+ * it comes back.
+ */
 static void
 partition_has_gone(Oid usage_table, Oid partition, Oid serverid, int64 ledger_from)
 {

@@ -63,6 +63,10 @@ with_ancestors(Relation rel)
 	return tables;
 }
 
+/*
+ * Does the column, its identity or its type have a value for a row that gives
+ * none?
+ */
 static bool
 column_has_default(Oid relid, const char *name)
 {
@@ -222,7 +226,7 @@ default_of(UsageRelation *known, Relation rel, UsageColumn column)
 
 	if (defaults_context == NULL)
 		defaults_context = AllocSetContextCreate(TopTransactionContext,
-												 "aibilling column defaults",
+												 "aibilling_polar column defaults",
 												 ALLOCSET_SMALL_SIZES);
 	old = MemoryContextSwitchTo(defaults_context);
 	if (known->defaults == NULL || known->defaults_of != defaults_transaction ||
@@ -303,6 +307,10 @@ tuple_with_defaults(UsageRelation *known, Relation rel, HeapTuple tuple, const b
 	return heap_modify_tuple_by_cols(tuple, RelationGetDescr(rel), n, replace, values, isnull);
 }
 
+/*
+ * A table has changed: what is known of it is read again, or of all if others
+ * depend on it.
+ */
 static void
 forget_relation(Datum arg, Oid relid)
 {
@@ -354,7 +362,7 @@ create_relations(void)
 {
 	HASHCTL		ctl = {.keysize = sizeof(Oid),.entrysize = sizeof(UsageRelation)};
 
-	relations = hash_create("aibilling usage tables", 16, &ctl, HASH_ELEM | HASH_BLOBS);
+	relations = hash_create("aibilling_polar usage tables", 16, &ctl, HASH_ELEM | HASH_BLOBS);
 	abp_server_init();
 	RegisterXactCallback(forget_defaults, NULL);
 	CacheRegisterRelcacheCallback(forget_relation, (Datum) 0);

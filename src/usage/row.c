@@ -355,7 +355,7 @@ find_renamed(TupleDesc desc, UsageColumn column, AttrNumber after, const Bitmaps
 }
 
 /*
- * The statements, one a line, that give an attached table the columns that
+ * The statements, one per line, that give an attached table the columns that
  * abp_row_columns_find misses and end what abp_row_columns_faults says, in the
  * current memory context; "" if there are none.  A missing column is taken for
  * renamed where one that is there may be it.

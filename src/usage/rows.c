@@ -101,6 +101,7 @@ abp_rows_forget_plans_except(List *tables)
 	}
 }
 
+/* The plans of a table, to be made anew if it has another name by now. */
 static ReadPlans *
 plans_of(const UsageTable *table)
 {
@@ -133,6 +134,10 @@ plans_of(const UsageTable *table)
 	return plans;
 }
 
+/*
+ * A plan that serves any ids: a generic one, which finds them by the index on
+ * id.
+ */
 static SPIPlanPtr
 prepare_read(const UsageTable *table, ReadKind kind, bool by_range)
 {
@@ -287,7 +292,7 @@ abp_rows_read(const UsageTable *table, IdSet *ids, bool whole,
 	table_close(rel, NoLock);
 
 	/* One context for what a row needs, emptied after each. */
-	context = AllocSetContextCreate(CurrentMemoryContext, "aibilling usage row",
+	context = AllocSetContextCreate(CurrentMemoryContext, "aibilling_polar usage row",
 									ALLOCSET_DEFAULT_SIZES);
 	do
 	{
@@ -467,9 +472,9 @@ abp_rows_update_prices(const UsageTable *table, IdSet *ids, bool held)
 }
 
 /*
- * Run a query on a usage table as its owner, and give its result to "callback",
- * at_a_time rows at a time, in the memory context of SPI.  It changes nothing;
- * the callback may use SPI itself.
+ * Run a query that changes nothing on a usage table, as its owner, and give its
+ * result to "callback", at_a_time rows at a time, in SPI's memory context.  The
+ * callback may use SPI itself.  Raises what the query and the callback raise.
  */
 void
 abp_rows_query(const UsageTable *table, const char *query, int nargs, Oid *argtypes,

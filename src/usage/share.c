@@ -46,6 +46,9 @@
 
 /* --- numbers as bytes ------------------------------------------------------ */
 
+/*
+ * Seven bits a byte, the lowest first; the highest bit says that more follow.
+ */
 static void
 put_unsigned(StringInfo to, uint128 value)
 {
@@ -61,6 +64,7 @@ put_unsigned(StringInfo to, uint128 value)
 	appendBinaryStringInfoNT(to, bytes, n);
 }
 
+/* The sign is the lowest bit. */
 static void
 put_signed(StringInfo to, int128 value)
 {
@@ -120,6 +124,7 @@ get_signed(ByteReader *reader)
 
 /* --- keys -------------------------------------------------------------------- */
 
+/* In UTF-8, whatever the database's encoding. */
 static void
 put_text(StringInfo to, TextView view)
 {

@@ -120,7 +120,7 @@ is_first_warning_of(const char *what)
 	{
 		HASHCTL		ctl = {.keysize = sizeof(key),.entrysize = sizeof(key)};
 
-		warned_models = hash_create("aibilling models warned of", 16, &ctl,
+		warned_models = hash_create("aibilling_polar models warned of", 16, &ctl,
 									HASH_ELEM | HASH_STRINGS);
 	}
 	if (hash_get_num_entries(warned_models) >= MAX_WARNED_MODELS || !may_warn())

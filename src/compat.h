@@ -45,6 +45,13 @@
 #define abp_wait_event_new(name) PG_WAIT_EXTENSION
 #endif
 
+/* What other backends say of themselves, numbered from 1. */
+#if PG_VERSION_NUM >= 160000
+#define abp_backend_status(number) (&pgstat_get_local_beentry_by_index(number)->backendStatus)
+#else
+#define abp_backend_status(number) (&pgstat_fetch_stat_local_beentry(number)->backendStatus)
+#endif
+
 /* The wait event of this name, made at its first use; *event is 0 before. */
 static inline uint32
 abp_wait_event(uint32 *event, const char *name)

@@ -451,6 +451,7 @@ BEGIN
 		ELSE ARRAY(SELECT p FROM aibilling.read_narev(catalogue) p)
 	END;
 	prices := ARRAY(SELECT p FROM aibilling.clean_prices(prices) p);
+	PERFORM aibilling.note_progress(NULL, 0, cardinality(prices), 'prices');
 	cards := ARRAY(SELECT c FROM aibilling.changed_cards(prices, format) c);
 
 	-- before anything is written: this compares with what is stored now
@@ -552,6 +553,7 @@ BEGIN
 			 WHERE jsonb_typeof(p.value -> 'fallback_model_providers') = 'array'),
 			'genai-prices');
 	END IF;
+	PERFORM aibilling.note_progress(NULL, NULL, NULL, 'prices');
 END
 $$;
 COMMENT ON FUNCTION aibilling.import_prices(jsonb, text, boolean) IS

@@ -839,13 +839,15 @@ DECLARE
 	n bigint;
 	captured bigint := 0;
 	seen bigint := 0;
+	rows_about bigint;
 BEGIN
 	SELECT c.* INTO d FROM aibilling.captures c
 	WHERE c.source = capture_history.source AND c.usage = capture_history.usage AND c.released_at IS NULL;
 	IF NOT FOUND THEN
 		RAISE EXCEPTION 'rows of % are not captured for %', source, usage USING ERRCODE = 'undefined_object';
 	END IF;
-	SELECT c.relname INTO relname FROM pg_class c WHERE c.oid = source;
+	SELECT c.relname, c.reltuples INTO relname, rows_about FROM pg_class c WHERE c.oid = source;
+	PERFORM aibilling.note_progress(usage, 0, rows_about, 'rows');
 	SELECT string_agg(quote_ident(k), ', ') INTO key_list FROM unnest(d.key_columns) k;
 	PERFORM set_config('aibilling_polar.enqueue', CASE existing WHEN 'load' THEN 'off' ELSE 'on' END, true);
 	LOOP
@@ -874,12 +876,14 @@ BEGIN
 		EXIT WHEN next_key IS NULL;
 		last_key := next_key;
 		seen := seen + 10000;
+		PERFORM aibilling.note_progress(usage, seen, greatest(seen, rows_about), 'rows');
 		IF seen % 100000 = 0 THEN
 			RAISE NOTICE '% rows of % are read, % of them captured', seen, source, captured;
 		END IF;
 	END LOOP;
 	PERFORM set_config('aibilling_polar.enqueue', enqueue, true);
 	RAISE NOTICE '% rows of % that were there are captured%', captured, source, CASE existing WHEN 'load' THEN ', and not sent' ELSE '' END;
+	PERFORM aibilling.note_progress(NULL, NULL, NULL, 'rows');
 	RETURN captured;
 END
 $$;

@@ -158,6 +158,17 @@ LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'abp_sql_close_
 COMMENT ON FUNCTION aibilling.close_warning(regclass, timestamptz) IS
 'What aibilling.status says, from six hours before the end of a month (UTC) to a day after it, of rows that would miss its invoice; NULL: nothing. Looks at 10,000 rows of each state at most';
 
+CREATE OR REPLACE FUNCTION aibilling.work_done(OUT pid integer, OUT usage_table regclass, OUT done bigint, OUT total bigint, OUT unit text)
+RETURNS SETOF record
+LANGUAGE c VOLATILE STRICT PARALLEL RESTRICTED AS 'MODULE_PATHNAME', 'abp_sql_work_done';
+COMMENT ON FUNCTION aibilling.work_done() IS
+'How far the long work of sessions is that tell it, as far as the caller may see them in pg_stat_activity: for aibilling.progress';
+
+CREATE OR REPLACE FUNCTION aibilling.note_progress(usage regclass, done bigint, total bigint, unit text) RETURNS void
+LANGUAGE c VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME', 'abp_sql_note_progress';
+COMMENT ON FUNCTION aibilling.note_progress(regclass, bigint, bigint, text) IS
+'Notes how far the caller''s long work is: for aibilling.progress. done NULL: it has ended';
+
 CREATE OR REPLACE VIEW aibilling.progress WITH (security_barrier) AS
 SELECT CASE WHEN s.unknown THEN 'adding up what an older version has delivered' ELSE 'adding deliveries to the rollup' END AS work,
 	s.usage_table, NULL::integer AS pid, NULL::timestamptz AS started_at,
@@ -178,11 +189,11 @@ FROM pg_stat_activity a,
 	LATERAL (SELECT coalesce(sum(r.pending + r.in_flight), 0)::bigint AS rows FROM aibilling.status_rows() r) AS w
 WHERE a.datname = current_database() AND a.state = 'active' AND a.query ~* '^\s*call\s+aibilling\.sync\M'
 UNION ALL
-SELECT substring(a.query FROM 'aibilling\.(import_prices|load_bundled_prices|fetch_prices|reconcile|reconcile_rows|reprice|capture|capture_retry|attach)\M'),
-	NULL, a.pid, a.query_start, NULL, NULL, NULL
-FROM pg_stat_activity a
+SELECT substring(a.query FROM 'aibilling\.(import_prices|load_bundled_prices|fetch_prices|reconcile|reconcile_rows|reprice|capture|capture_history|capture_retry|attach)\M'),
+	d.usage_table, a.pid, a.query_start, d.done, d.total, d.unit
+FROM pg_stat_activity a LEFT JOIN aibilling.work_done() d ON d.pid = a.pid
 WHERE a.datname = current_database() AND a.state = 'active' AND a.pid <> pg_backend_pid()
-	AND a.query ~ 'aibilling\.(import_prices|load_bundled_prices|fetch_prices|reconcile|reconcile_rows|reprice|capture|capture_retry|attach)\M';
+	AND a.query ~ 'aibilling\.(import_prices|load_bundled_prices|fetch_prices|reconcile|reconcile_rows|reprice|capture|capture_history|capture_retry|attach)\M';
 COMMENT ON VIEW aibilling.progress IS
 'Long work that is under way: of the worker, for tables that the caller owns (pg_monitor: all), and of sessions, as far as the caller may see their queries in pg_stat_activity';
 COMMENT ON COLUMN aibilling.progress.work IS 'What is being done: by the worker, or the function that a session runs';
@@ -191,4 +202,4 @@ COMMENT ON COLUMN aibilling.progress.pid IS 'The session; NULL: the worker';
 COMMENT ON COLUMN aibilling.progress.started_at IS 'Since when; NULL: not told';
 COMMENT ON COLUMN aibilling.progress.done IS 'How much is done; NULL: not told';
 COMMENT ON COLUMN aibilling.progress.total IS 'Of how much, as far as is known by now';
-COMMENT ON COLUMN aibilling.progress.unit IS 'Of what: deliveries or rows';
+COMMENT ON COLUMN aibilling.progress.unit IS 'Of what: deliveries, rows, prices, or pages of Polar''s answers';

@@ -72,6 +72,8 @@ GRANT EXECUTE ON FUNCTION
 	aibilling.spend(regclass, text, timestamptz),
 	aibilling.close_check(regclass, timestamptz),
 	aibilling.close_warning(regclass, timestamptz),
+	aibilling.work_done(),
+	aibilling.note_progress(regclass, bigint, bigint, text),
 	aibilling.escape_html(text),
 	aibilling.usd_text(numeric),
 	aibilling.short_number(numeric),

@@ -20,6 +20,7 @@
 #include "utils/fmgrprotos.h"
 #include "utils/timestamp.h"
 
+#include "base/progress.h"
 #include "compat.h"
 #include "polar/token.h"
 #include "polar/verdict.h"
@@ -150,6 +151,7 @@ read_document(Reader *reader, const HttpReply *reply)
 	document = DirectFunctionCall1(jsonb_in,
 								   CStringGetDatum(pg_any_to_server(body, reply->body_len, PG_UTF8)));
 	reader->done++;
+	abp_progress_report(InvalidOid, "pages", reader->done, reader->total);
 	report_progress(reader);
 	return DatumGetJsonbP(document);
 }
@@ -297,6 +299,7 @@ abp_reader_run(Oid serverid, Oid token_of, const char *who, ReadingWork work, vo
 	{
 		abp_http_cancel_all();
 		abp_token_forget(reader.token);
+		abp_progress_end();
 	}
 	PG_END_TRY();
 }

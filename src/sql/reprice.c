@@ -21,6 +21,7 @@
 #include "utils/snapmgr.h"
 
 #include "base/numeric_math.h"
+#include "base/progress.h"
 #include "price/price.h"
 #include "queue/ledger.h"
 #include "queue/outbox.h"
@@ -49,6 +50,7 @@ PG_FUNCTION_INFO_V1(abp_sql_correct);
 typedef struct Repricing
 {
 	const UsageTable *table;
+	int64		looked_at;		/* rows so far */
 	bool		dry_run;
 	bool		corrects;		/* delivered rows, too */
 	HTAB	   *corrected;		/* ExternalIdKey of rows with corrections, or
@@ -296,6 +298,8 @@ look_at_part(SPITupleTable *part, uint64 nrows, void *arg)
 	const UsageTable *table = repricing->table;
 	IdSet		ids = {0};
 
+	abp_progress_report(table->relid, "rows", repricing->looked_at, 0);
+	repricing->looked_at += nrows;
 	abp_rows_query_ids(part, nrows, &ids, CurrentMemoryContext);
 	if (!repricing->dry_run)
 	{
@@ -406,6 +410,7 @@ abp_sql_reprice(PG_FUNCTION_ARGS)
 
 	repricing.corrected = abp_corrections_corrected(table->relid);
 	look_at_rows(&repricing, PG_GETARG_DATUM(1), PG_GETARG_DATUM(2));
+	abp_progress_end();
 
 	if (!repricing.dry_run)
 		check_corrections(&repricing, max_total);

@@ -38,6 +38,7 @@
 
 #include "base/extension.h"
 #include "base/idset.h"
+#include "base/progress.h"
 #include "base/rights.h"
 #include "compat.h"
 #include "polar/server.h"
@@ -497,6 +498,7 @@ typedef struct ExistingRows
 	OutboxEntry priced;
 	OutboxEntry unpriced;
 	OutboxEntry outcome_unknown;
+	int64		seen;
 	MemoryContext context;
 } ExistingRows;
 
@@ -506,6 +508,8 @@ sort_existing(SPITupleTable *part, uint64 nrows, void *arg)
 {
 	ExistingRows *rows = arg;
 
+	rows->seen += nrows;
+	abp_progress_report(rows->relid, "rows", rows->seen, 0);
 	for (uint64 i = 0; i < nrows; i++)
 	{
 		bool		isnull;
@@ -555,6 +559,7 @@ enqueue_existing(Oid relid, bool was_attached)
 							" pg_catalog.age(xmin) OPERATOR(pg_catalog.<) $1 FROM %s ORDER BY id",
 							table->name),
 				   1, argtypes, args, EXISTING_CHUNK, sort_existing, &rows);
+	abp_progress_end();
 
 	/*
 	 * Without those that the outbox or the ledger knows, at one moment: rows

@@ -5,8 +5,12 @@ MODULE_big = aibilling_polar
 OBJS = $(patsubst $(srcdir)/%.c,%.o,$(wildcard $(srcdir)/src/*.c $(srcdir)/src/*/*.c))
 
 EXTENSION = aibilling_polar
-# An install script is a name with "--"; every other file in sql/ is a test.
+# In sql/, a name with "--" is a script of a version that is out; any other file is a test.
 DATA = $(patsubst $(srcdir)/%,%,$(wildcard $(srcdir)/sql/$(EXTENSION)--*.sql $(srcdir)/data/$(EXTENSION)-*.json))
+# The scripts of this version are joined from parts, see below.
+INSTALL_SQL = $(EXTENSION)--$(EXTVERSION).sql
+UPDATE_SQL = $(EXTENSION)--1.1--$(EXTVERSION).sql
+DATA_built = $(INSTALL_SQL) $(UPDATE_SQL)
 PGFILEDESC = "aibilling_polar - price AI usage and deliver it to Polar"
 
 # In this order; lint tells when a file of sql/ or specs/ is not named here.
@@ -18,6 +22,7 @@ REGRESS = \
 	catalogue \
 	server \
 	usage \
+	event \
 	rows \
 	columns \
 	outbox \
@@ -56,6 +61,14 @@ $(OBJS): $(wildcard $(srcdir)/src/*.h $(srcdir)/src/*/*.h) $(srcdir)/Makefile $(
 ifdef VPATH
 $(shell $(MKDIR_P) $(sort $(dir $(OBJS))))
 endif
+
+# A new install runs all parts.  An update changes the tables of the version before, runs the parts again but for
+# those whose objects that version has and SQL cannot replace (*.once.sql), and brings the rows along.
+PARTS = $(sort $(wildcard $(srcdir)/sql/parts/*.sql))
+$(INSTALL_SQL): $(PARTS)
+$(UPDATE_SQL): $(srcdir)/sql/update/before.sql $(filter-out %.once.sql,$(PARTS)) $(srcdir)/sql/update/after.sql
+$(DATA_built): $(srcdir)/sql/parts $(srcdir)/Makefile
+	awk 'FNR == 1 && NR > 1 { print "" } { print }' $(filter %.sql,$^) >$@
 
 .PHONY: lint indent check-indent bench dist prove_installcheck
 

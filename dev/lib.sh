@@ -89,13 +89,19 @@ refresh_packages() {
 	packages_fresh=1
 }
 
-# watch LOG COMMAND...: runs it with its output in LOG.  Meanwhile, on a terminal, a line that lives: the seconds, and
-# what the log says last.
+# watch LOG COMMAND...: runs it with its output in LOG.
 watch() {
-	local log=$1 started=$SECONDS pid status=0
+	local log=$1 started=$SECONDS
 	shift
 	"$@" >"$log" 2>&1 &
-	pid=$!
+	watch_process "$log" "$!" "$started" || return
+	say "   done in $((SECONDS - started)) s"
+}
+
+# watch_process LOG PID STARTED: waits for a process of ours.  Meanwhile, on a terminal, a line that lives: the seconds
+# since then, and what the log says last.
+watch_process() {
+	local log=$1 pid=$2 started=$3 status=0
 	if [ -t 1 ]; then
 		while kill -0 "$pid" 2>/dev/null; do
 			printf '\r\033[K   %3d s  %.60s' "$((SECONDS - started))" "$(tail -c 300 "$log" | tr -c '[:print:]\n' ' ' | tail -n 1)"
@@ -104,7 +110,6 @@ watch() {
 		printf '\r\033[K'
 	fi
 	wait "$pid" || status=$?
-	[ "$status" -ne 0 ] || say "   done in $((SECONDS - started)) s"
 	return "$status"
 }
 
@@ -156,28 +161,33 @@ common_directory() {
 
 # A copy of the server below .cache/, into which the extension is installed: a server finds
 # its files relative to its programs, so a copy of the same shape works anywhere, and the
-# system's PostgreSQL is left alone.  Copied anew when the packages change.
-copy_server() {
-	local prefix dirs dir stamp
-
-	mapfile -t dirs < <(for dir in bindir pkglibdir sharedir includedir-server; do
+# system's PostgreSQL is left alone.  Copied anew when the packages change, and then the
+# extension is built anew: find_copy drops both, copy_server copies.
+find_copy() {
+	local dir
+	mapfile -t server_dirs < <(for dir in bindir pkglibdir sharedir includedir-server; do
 		realpath "$("$pg_config" --$dir)"
 	done)
-	prefix=$(common_directory "${dirs[@]}")
+	server_prefix=$(common_directory "${server_dirs[@]}")
 	pfx=$cache/pg$major/server
-	pfx_bin=$pfx${dirs[0]#"$prefix"}
-	stamp="$("$pg_config" --version) ${dirs[*]} $(stat -c %Y "${dirs[0]}/postgres")"
-	if [ "$(cat "$cache/pg$major/stamp" 2>/dev/null)" != "$stamp" ]; then
+	pfx_bin=$pfx${server_dirs[0]#"$server_prefix"}
+	server_stamp="$("$pg_config" --version) ${server_dirs[*]} $(stat -c %Y "${server_dirs[0]}/postgres")"
+	[ "$(cat "$cache/pg$major/stamp" 2>/dev/null)" = "$server_stamp" ] || rm -rf "$cache/pg$major"
+}
+
+copy_server() {
+	local dir
+
+	if [ ! -e "$cache/pg$major/stamp" ]; then
 		say "== copying PostgreSQL $major"
-		rm -rf "$cache/pg$major"
 		mkdir -p "$pfx"
-		for dir in "${dirs[@]}"; do
-			mkdir -p "$pfx${dir#"$prefix"}"
-			cp -aL --no-preserve=ownership "$dir/." "$pfx${dir#"$prefix"}"
+		for dir in "${server_dirs[@]}"; do
+			mkdir -p "$pfx${dir#"$server_prefix"}"
+			cp -aL --no-preserve=ownership "$dir/." "$pfx${dir#"$server_prefix"}"
 		done
 		# Its own copy of the extension, if the system has one, is not ours.
 		find "$pfx" -name 'aibilling_polar*' -exec rm -rf {} +
-		printf '%s\n' "$stamp" >"$cache/pg$major/stamp"
+		printf '%s\n' "$server_stamp" >"$cache/pg$major/stamp"
 	fi
 	pgxs_test=$(dirname "$("$pfx_bin/pg_config" --pgxs)")/../test
 	# dev/sanitize: servers start through this script, under the name that all tools call.
@@ -187,46 +197,60 @@ copy_server() {
 	fi
 }
 
-# Copies what the Makefile reads to a directory of this major's own and builds there, so that
-# objects of two majors never mix and a build as root leaves no file in the source directories.
-build_extension() {
-	local build=$cache/pg$major/build file log=$cache/pg$major/build.log
+# Copies what the Makefile reads to a directory of this major's own and starts to build there, so that objects of two
+# majors never mix and a build as root leaves no file in the source directories.  finish_build waits for it.
+start_build() {
+	local file
+	build=$cache/pg$major/build
+	build_log=$cache/pg$major/build.log
 	# By the original's pg_config: the copy's path may have a blank, with which PGXS cannot work.
-	local make=(make -C "$build" PG_CONFIG="$pg_config" with_llvm=no)
+	build_make=(make -C "$build" PG_CONFIG="$pg_config" with_llvm=no)
 
 	mkdir -p "$build"
 	cd "$root"
-	for file in Makefile aibilling_polar.control src/*.[ch] src/*/*.[ch] sql/*--*.sql data/*.json; do
+	for file in Makefile aibilling_polar.control src/*.[ch] src/*/*.[ch] sql/*--*.sql sql/*/*.sql data/*.json; do
 		if [ -f "$file" ] && ! cmp -s "$file" "$build/$file"; then
 			mkdir -p "$build/$(dirname "$file")"
 			cp "$file" "$build/$file"
 		fi
 	done
-	(cd "$build" && printf '%s\n' src/*.[ch] src/*/*.[ch] sql/*.sql data/*.json) | while read -r file; do
+	(cd "$build" && printf '%s\n' src/*.[ch] src/*/*.[ch] sql/*.sql sql/*/*.sql data/*.json) | while read -r file; do
 		[ -f "$file" ] || rm -f "$build/$file"
 	done
-	local built=0
-	if ! "${make[@]}" -q all >/dev/null 2>&1; then
+	build_pid=
+	build_started=$SECONDS
+	: >"$build_log"
+	if ! "${build_make[@]}" -q all >/dev/null 2>&1; then
 		say "== building the extension"
-		watch "$log" "${make[@]}" -j "$(nproc)" all || built=$?
-	else
-		: >"$log"
+		"${build_make[@]}" -j "$(nproc)" all >"$build_log" 2>&1 &
+		build_pid=$!
+	fi
+}
+
+# Waits for what start_build has started, and installs it into the copy of the server.
+finish_build() {
+	local built=0
+	if [ -n "$build_pid" ]; then
+		watch_process "$build_log" "$build_pid" "$build_started" || built=$?
+		[ "$built" -ne 0 ] || say "   built in $((SECONDS - build_started)) s"
 	fi
 	if [ "$built" -ne 0 ] ||
-		! "${make[@]}" pkglibdir="$("$pfx_bin/pg_config" --pkglibdir)" \
-			datadir="$("$pfx_bin/pg_config" --sharedir)" install >>"$log" 2>&1; then
-		grep -A 5 -E '(error|warning):|undefined reference' "$log" >&2 || tail -n 20 "$log" >&2
+		! "${build_make[@]}" pkglibdir="$("$pfx_bin/pg_config" --pkglibdir)" \
+			datadir="$("$pfx_bin/pg_config" --sharedir)" install >>"$build_log" 2>&1; then
+		grep -A 5 -E '(error|warning):|undefined reference' "$build_log" >&2 || tail -n 20 "$build_log" >&2
 		die "the build failed: see .cache/pg$major/build.log"
 	fi
-	grep -E 'warning:' "$log" >&2 || true
+	grep -E 'warning:' "$build_log" >&2 || true
 }
 
 # All of the above.
 setup() {
 	choose_server
 	install_packages
+	find_copy
+	start_build
 	copy_server
-	build_extension
+	finish_build
 	say "== aibilling_polar is installed in a private copy of PostgreSQL $major"
 }
 

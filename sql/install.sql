@@ -34,7 +34,7 @@ WHERE a.grantee = 0 AND a.privilege_type = 'EXECUTE'
 		'read_openrouter', 'read_narev', 'catalogue_units', 'image_price_is_by_token', 'complete_prices',
 		'correct_genai_prices', 'genai_names', 'put_aliases', 'priced_model', 'card_in_force', 'note_without',
 		'changed_price', 'price_in_tier', 'set_price', 'price_hint', 'check_setup', 'usage_daily',
-		'usage_by', 'spend', 'close_check', 'close_warning', 'escape_html', 'usd_text',
+		'usage_by', 'spend', 'close_check', 'close_warning', 'work_done', 'note_progress', 'escape_html', 'usd_text',
 		'short_number', 'percent_text', 'axis_top', 'cache_savings', 'report_style', 'report_trend', 'report_bars', 'report_waiting',
 		'report_delivery', 'report', 'chart',
 		'owns', 'check_expression', 'closest_word', 'provider_of_model', 'capture_preset', 'capture_by_name', 'capture_plan',

@@ -68,6 +68,8 @@ INSERT INTO aibilling.price (provider, model, valid_from, input, output) VALUES
 	('p', 'm', '2026-01-01', 1, 9), ('p', 'm', '2026-02-01', 2, NULL);
 SELECT status FROM aibilling.cost('p', 'm', 1, 1, at => '2026-01-15');
 SELECT status FROM aibilling.cost('p', 'm', 1, 1, at => '2026-02-15');
+-- and before the first one nothing is known
+SELECT split_part(note, '. ', 1) AS note FROM aibilling.explain_cost('p', 'm', 1, at => '2025-12-31');
 ROLLBACK;
 
 -- That goes for the hours of the day, too: then the next source has its say, and without one nobody.
@@ -312,7 +314,7 @@ SELECT pg_temp.cost_of('p', 'm');
 ROLLBACK;
 SELECT pg_temp.cost_of('p', 'm'), pg_temp.cost_of('p', 'alias'), pg_temp.cost_of('p', 'm', 'scale');
 
--- A column that a superuser adds does no harm, nor does an index that he drops.
+-- A column that a superuser adds does no harm, nor does an index that they drop.
 BEGIN;
 ALTER TABLE aibilling.price ADD mine text DEFAULT 'mine', DROP CONSTRAINT price_key;
 ALTER TABLE aibilling.price_source DROP CONSTRAINT price_source_pkey;

@@ -280,7 +280,7 @@ SELECT 'fits', :val, 'c', 999.999, jsonb_build_object('t', repeat('ü', 500), re
 SELECT state, error FROM u, aibilling.usage_status('u', id) WHERE external_id = 'fits';
 DELETE FROM u WHERE external_id = 'fits';
 
--- Mended by UPDATE, which checks again.
+-- Fixed by UPDATE, which checks again.
 UPDATE u SET external_customer_id = '' WHERE external_id = 'no customer';
 UPDATE u SET external_customer_id = 'c' WHERE external_id = 'no customer';
 UPDATE u SET customer_id = NULL, external_customer_id = 'c' WHERE external_id = 'uuid version';

@@ -22,6 +22,10 @@
 
 static object_access_hook_type next_hook = NULL;
 
+/*
+ * Called for every object: checks a server's options, and warns of an outbox
+ * that is dropped.
+ */
 static void
 on_object_access(ObjectAccessType access, Oid class_id, Oid object_id, int sub_id, void *arg)
 {

@@ -275,7 +275,7 @@ is( $node->safe_psql('postgres', q{SELECT string_agg(external_id || ' ' || state
 	'a row is refused for what is said of its own variant');
 $node->safe_psql('postgres', q{DELETE FROM usage WHERE external_id IN ('variant_1', 'variant_2')});
 
-# Mended and released.
+# Fixed and released.
 $polar->reset(keep => ['events']);
 is($node->safe_psql('postgres', q{SELECT aibilling.retry('usage')}), '2', 'retry() releases them');
 $node->wait_status('^idle');

@@ -426,7 +426,7 @@ $polar->prices([ row('role', 0.000001) ]);
 my $mapped = "SELECT action, price_column FROM aibilling.fetch_prices('mapped')";
 requests_since();
 fails($mapped, qr/permission denied for foreign server mapped/, 'a stranger', extra_params => [ '-U', 'stranger' ]);
-fails("SELECT * FROM aibilling.fetch_prices('polar')", qr/server "polar" is not a price server.*kind 'prices'/s, "a server of kind 'polar'");
+fails("SELECT * FROM aibilling.fetch_prices('polar')", qr/server "polar" is not a price service.*kind 'prices'/s, "a server of kind 'polar'");
 fails("SELECT * FROM aibilling.fetch_prices('nothing')", qr/server "nothing" does not exist/, 'a server that does not exist');
 is(scalar(requests_since()), 0, 'none of these asks anything');
 

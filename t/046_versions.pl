@@ -43,6 +43,24 @@ ELSE obj_description(d.objid, d.classid::regclass::name) END, '') = ''
 AND NOT EXISTS (SELECT FROM pg_class WHERE oid = d.objid AND relkind IN ('S', 'i') AND d.classid = 'pg_class'::regclass)
 SQL
 is("@old", '1.0 1.1', 'there are versions to update from');
+ok(-f $versions->config_data('--sharedir') . "/extension/aibilling_polar--$current.sql", 'a fresh install has a script of its own');
+
+# So it does where a role has other privileges by default: what is private is said, and what is for all.
+$versions->safe_psql('postgres', "CREATE DATABASE $_") foreach 'strict', map { "strict_$_" =~ tr/./_/r } @old;
+my %strict;
+foreach my $version ($current, @old)
+{
+	my $database = $version eq $current ? 'strict' : "strict_$version" =~ tr/./_/r;
+	$versions->safe_psql($database, <<SQL);
+ALTER DEFAULT PRIVILEGES REVOKE EXECUTE ON ROUTINES FROM PUBLIC;
+ALTER DEFAULT PRIVILEGES GRANT ALL ON TABLES TO PUBLIC;
+ALTER DEFAULT PRIVILEGES GRANT ALL ON SEQUENCES TO PUBLIC;
+CREATE EXTENSION aibilling_polar VERSION '$version';
+ALTER EXTENSION aibilling_polar UPDATE;
+SQL
+	$strict{$version} = [ split /\n/, value($versions, $database, $anatomy) ];
+}
+is_deeply($strict{$_}, $strict{$current}, "an update from $_ equals a fresh install under other default privileges") foreach @old;
 
 foreach my $old (@old)
 {

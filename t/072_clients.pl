@@ -24,10 +24,12 @@ my @clients = (
 	[ pg => 'node', 0 ], [ postgres => 'node', 0 ], [ drizzle => 'node', 0, 'drizzle-orm' ], [ knex => 'node', 0 ],
 	[ sequelize => 'node', 1 ], [ typeorm => 'node', 1 ],
 	[ psycopg2 => 'python', 0 ], [ psycopg => 'python', 0 ], [ asyncpg => 'python', 0 ],
-	[ sqlalchemy => 'python', 1 ], [ django => 'python', 1 ]);
+	[ sqlalchemy => 'python', 1 ], [ django => 'python', 1 ],
+	[ jdbc => 'java', 0 ]);
+my $driver = "$dir/java/usr/share/java/postgresql.jar";
 
 my $polar = PolarServer->new;
-my $node = AibillingNode->new('main', conf => "aibilling_polar.poll_interval = 1\n");
+my $node = AibillingNode->new('main', conf => "aibilling_polar.poll_interval = 1\nlisten_addresses = '127.0.0.1'\n");
 $node->create_server($polar);
 $node->safe_psql('postgres', q{
 INSERT INTO aibilling.price (provider, model, input, output) VALUES ('openai', 'gpt-5', 1.25, 10), ('tiny', 'tiny', 0.000000001, 0);});
@@ -38,7 +40,9 @@ sub run_client
 {
 	my ($client, $language, $step) = @_;
 	my @command =
-	  $language eq 'node' ? ('node', "$FindBin::Bin/clients/clients.js") : ('/usr/bin/python3', "$FindBin::Bin/clients/clients.py");
+	  $language eq 'node' ? ('node', "$FindBin::Bin/clients/clients.js")
+	  : $language eq 'java' ? ('java', '-cp', $driver, "$FindBin::Bin/clients/Jdbc.java")
+	  : ('/usr/bin/python3', "$FindBin::Bin/clients/clients.py");
 
 	local $ENV{NODE_PATH} = "$dir/node/node_modules";
 	local $ENV{PYTHONPATH} = "$dir/python/usr/lib/python3/dist-packages";
@@ -59,6 +63,7 @@ sub can_be_had
 	my ($client, $language, $package) = @_;
 
 	return -d "$dir/node/node_modules/" . ($package // $client) if $language eq 'node';
+	return -f $driver && system('java --list-modules 2>/dev/null | grep -q ^jdk.compiler') == 0 if $language eq 'java';
 	local $ENV{PYTHONPATH} = "$dir/python/usr/lib/python3/dist-packages";
 	return -x '/usr/bin/python3' && system("/usr/bin/python3 -c 'import $client' 2>/dev/null") == 0;
 }
@@ -145,7 +150,7 @@ foreach (@clients)
 
   SKIP:
 	{
-		skip "$client: dev/clients has not fetched it", 1 unless $dir ne '' && can_be_had($client, $language, $package);
+		skip "$client: " . ($language eq 'java' ? 'no JDK, or ' : '') . 'dev/clients has not fetched it', 1 unless $dir ne '' && can_be_had($client, $language, $package);
 		if ($own_ddl)
 		{
 			run_client($client, $language, 'create') // fail("$client makes a table");
@@ -168,7 +173,7 @@ foreach (@clients)
 		is_row($result->{upsert}, \%written, '0.5', "$client writes the same again");
 		is_row($result->{read}, \%read, '900.719925474099', "$client reads what no double holds");
 		ok(scalar(grep { /cannot be sent: no customer/ } @{ $result->{warnings} }), "$client shows warnings to who asks for them")
-		  if $client =~ /^(pg|postgres|psycopg2?)$/;
+		  if $client =~ /^(pg|postgres|psycopg2?|jdbc)$/;
 		is_deeply($result->{error}, [ '23514', $table, 'external_id' ], "$client: errors name table and column") if $client eq 'pg';
 	}
 }

@@ -17,6 +17,7 @@ plan skip_all => 'needs the whole source' unless -f "$tree/Makefile" && -d "$tre
 delete @ENV{qw(MAKEFLAGS MAKEOVERRIDES MFLAGS MAKELEVEL VPATH DESTDIR)};
 my $pg_config = $ENV{PG_CONFIG} // 'pg_config';
 my $place = PostgreSQL::Test::Utils::tempdir;
+my ($version) = slurp_file("$tree/aibilling_polar.control") =~ /^default_version = '(.*)'/m;
 my @quick = ("PG_CONFIG=$pg_config", 'with_llvm=no', 'COPT=-O0');
 
 # Runs a command in a directory, with its output in $output; false if it fails or is not there.
@@ -57,7 +58,8 @@ sub copy
 	my ($to) = @_;
 
 	mkdir $to or die "$to: $!";
-	runs($tree, 'sh', '-c', 'tar -cf - --exclude=./.git --exclude=./.cache --exclude="*.o" --exclude="*.so" . '
+	runs($tree, 'sh', '-c', 'tar -cf - --exclude=./.git --exclude=./.cache --exclude="*.o" --exclude="*.so" '
+		  . '--exclude="./aibilling_polar--*" . '
 		  . '| tar -xf - -C "$1"', 'sh', $to) or die $output;
 	return $to;
 }
@@ -71,7 +73,8 @@ ok_runs('installs into a root whose path has one', $blank, 'make', @quick, "DEST
 my $installed = files("$place/a root");
 like($installed, qr{/aibilling_polar\.so$}m, 'the library is installed');
 like($installed, qr{extension/\Q$_\E$}m, "$_ is installed")
-  foreach 'aibilling_polar.control', 'aibilling_polar--1.0.sql', 'aibilling_polar-prices.json';
+  foreach 'aibilling_polar.control', 'aibilling_polar-prices.json',
+  map { "aibilling_polar--$_.sql" } '1.0', '1.0--1.1', "1.1--$version", $version;
 
 my $before = files($source);
 my @beside = ('make', '-f', "$source/Makefile", "VPATH=$source", @quick);
@@ -193,7 +196,6 @@ ok_runs('builds from it', $unpacked, 'make', @quick, '-j2', 'all');
 # --- PGXN ---------------------------------------------------------------------------------------
 
 my $meta = decode_json(slurp_file("$unpacked/META.json"));
-my ($version) = slurp_file("$unpacked/aibilling_polar.control") =~ /^default_version = '(.*)'/m;
 my $three = $version . '.0' x (2 - ($version =~ tr/././));
 is($meta->{version}, $three, 'META.json has the version of the control file');
 like($zip, qr{/aibilling_polar-\Q$three\E\.zip$}, 'and so has the archive for PGXN');

@@ -79,6 +79,9 @@ subtest 'attempts of a row that is held' => sub {
 	sql("INSERT INTO held (external_id, external_customer_id, provider_cost) VALUES ('held_now', 'c', 1)");
 	becomes("SELECT count(*) > 0 AND min(attempts) >= 1 FROM aibilling.outbox WHERE usage_table = 'held'::regclass AND not_before IS NOT NULL",
 		't', 'count its requests');
+	sql("UPDATE aibilling.outbox_entry SET not_before = now() WHERE usage_table = 'held'::regclass");
+	sql("SELECT aibilling.resume('polar')");
+	becomes("SELECT min(attempts) >= 2 FROM aibilling.outbox WHERE usage_table = 'held'::regclass", 't', 'the next one too');
 	$polar->reset(keep => ['events']);
 	sql('DELETE FROM held');
 };

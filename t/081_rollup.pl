@@ -193,6 +193,13 @@ foreach my $range ([ 'NULL', 'NULL' ], [ 'current_date - 100', 'current_date - 3
 	[ 'current_date - 40', 'NULL' ], [ 'NULL', 'current_date - 40' ], [ 'current_date', 'current_date - 1' ])
 {
 	is($node->safe_psql('postgres', sprintf($by, @$range)), "model|0\ncustomer|0\ncustomers|0", "usage_by(), days @$range");
+	next if $range->[1] ne 'NULL' && $range->[1] !~ /^current_date$/;
+	is($node->safe_psql('postgres', sprintf(q{
+SELECT count(*), count(*) FILTER (WHERE (s.cost_cents, s.usage_rows) IS DISTINCT FROM (d.cost_cents, d.usage_rows)) FROM
+	(SELECT external_customer_id, sum(cost_cents) AS cost_cents, sum(usage_rows) AS usage_rows
+	 FROM aibilling.usage_daily('usage', %1$s) WHERE external_customer_id ~ '^c\d$' GROUP BY 1) d,
+	LATERAL aibilling.spend('usage', d.external_customer_id, (%1$s)::date::timestamp AT TIME ZONE 'UTC') s}, $range->[0])),
+		'4|0', "spend() since $range->[0]");
 }
 
 # A price comes; rows that are rejected are fixed.
@@ -288,6 +295,20 @@ $polar->release;
 $node->wait_settled;
 folded();
 same('delivered again, after the worker was killed', 'usage', gone => 'gone');
+
+# New rows under ids of before: the answer is lost, and then they are refused and go back to the outbox.
+$polar->fault(kind => 'drop_before_read');
+$polar->fault(kind => '422');
+my $reused = $node->safe_psql('postgres', q{
+INSERT INTO usage (id, provider, model, external_customer_id, input_tokens)
+SELECT id, 'p', 'm1', 'reuses', 1000 FROM gone g WHERE NOT EXISTS (SELECT FROM usage u WHERE u.id = g.id) ORDER BY id LIMIT 1 RETURNING id;});
+same('a new row with an id of before', 'usage', gone => 'gone');
+$node->poll_query_until('postgres', "SELECT state = 'rejected' AND outcome_unknown FROM aibilling.outbox WHERE usage_id = $reused AND usage_table = 'usage'::regclass");
+same('... whose answer was lost, and which was refused then', 'usage', gone => 'gone');
+$node->safe_psql('postgres', "SELECT aibilling.retry('usage')");
+$node->wait_settled;
+folded();
+same('... and delivered', 'usage', gone => 'gone');
 
 $node->safe_psql('postgres', q{
 INSERT INTO gone SELECT u.* FROM usage u, aibilling.usage_status('usage', u.id) s WHERE s.state = 'delivered';

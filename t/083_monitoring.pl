@@ -79,6 +79,52 @@ $sync->quit;
 $node->poll_query_until('postgres', 'SELECT count(*) = 0 FROM aibilling.progress');
 pass('and its end');
 
+# How far the others are: each is held up by what it needs.
+my $worker = $node->background_psql('postgres', on_error_stop => 0);
+
+sub progress_of
+{
+	my ($statement, $expected, $hold, $release) = @_;
+	my ($work) = $statement =~ /aibilling\.(\w+)/;
+
+	$hold->();
+	$worker->query_until(qr/started/, "\\echo started\n$statement;\n");
+	my $query = "SELECT usage_table, done, total, unit FROM aibilling.progress WHERE work = '$work'";
+	$node->poll_query_until('postgres', $query, $expected);
+	is($node->safe_psql('postgres', "SET ROLE monitor; $query"), $expected, "progress of $work");
+	is($node->safe_psql('postgres', 'SET ROLE stranger; SELECT count(*) FROM aibilling.work_done()'), '0', 'others see none of it');
+	$release->();
+	$node->poll_query_until('postgres', 'SELECT count(*) = 0 FROM aibilling.work_done()');
+	return;
+}
+
+my $locker = $node->background_psql('postgres');
+my @held_by = (sub { $locker->query_safe('BEGIN; SELECT pg_advisory_lock(1)') }, sub { $locker->query_safe('SELECT pg_advisory_unlock(1); COMMIT') });
+$node->safe_psql('postgres', q{
+CREATE FUNCTION waits() RETURNS text LANGUAGE plpgsql AS $$BEGIN PERFORM pg_advisory_xact_lock_shared(1); RETURN 'c'; END$$;
+SELECT aibilling.create_usage_table('captured', 'polar');
+CREATE TABLE calls (id int PRIMARY KEY, prompt_tokens int);
+INSERT INTO calls SELECT n, n FROM generate_series(1, 12000) n;
+ANALYZE calls;
+CREATE FUNCTION holds() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN PERFORM pg_advisory_xact_lock_shared(1); RETURN NEW; END$$;
+CREATE TRIGGER holds BEFORE INSERT ON aibilling.price FOR EACH ROW EXECUTE FUNCTION holds();
+});
+progress_of(q{SELECT aibilling.capture('calls', 'captured', columns => '{"external_customer_id": "CASE WHEN id = 11000 THEN public.waits() ELSE ''c'' END"}', existing => 'load')},
+	'captured|10000|12000|rows', @held_by);
+progress_of(q{SELECT count(*) FROM aibilling.import_prices('{"m": {"litellm_provider": "p", "mode": "chat", "input_cost_per_token": 1e-6, "output_cost_per_token": 2e-6}}', 'litellm', false)},
+	'|0|2|prices', @held_by);
+$node->safe_psql('postgres', 'DROP TRIGGER holds ON aibilling.price');
+$node->safe_psql('postgres', q{
+DROP TABLE calls, captured;
+SELECT aibilling.create_usage_table('many', 'polar');
+INSERT INTO many (external_customer_id, provider_cost) SELECT 'c', 0.01 FROM generate_series(1, 250)});
+$node->wait_settled;
+progress_of(q{SELECT count(*) FROM aibilling.reconcile('many', now() - interval '1 day', now() + interval '1 day')},
+	'|2|4|pages', sub { $polar->fault(kind => 'hang', times => 1, path => '/v1/events/', after => 2) }, sub { $polar->release });
+$node->safe_psql('postgres', 'DROP TABLE many');
+$worker->quit;
+$locker->quit;
+
 # ---------------------------------------------------------------------------
 # The alert rules
 # ---------------------------------------------------------------------------

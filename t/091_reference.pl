@@ -36,7 +36,7 @@ foreach my $name (split /\n/, objects(q{
 SELECT DISTINCT proname FROM pg_proc WHERE pronamespace = 'aibilling'::regnamespace
 UNION SELECT relname FROM pg_class WHERE relnamespace = 'aibilling'::regnamespace AND relkind IN ('r', 'v', 'p', 'c')
 UNION SELECT attname FROM pg_attribute JOIN pg_class c ON c.oid = attrelid
-	WHERE relnamespace = 'aibilling'::regnamespace AND relkind IN ('v', 'p') AND attnum > 0
+	WHERE relnamespace = 'aibilling'::regnamespace AND relkind = 'v' AND attnum > 0
 UNION SELECT attname FROM pg_attribute WHERE attrelid IN ('public.usage'::regclass, 'aibilling.price'::regclass) AND attnum > 0
 UNION SELECT name FROM pg_settings WHERE name LIKE 'aibilling%'}))
 {

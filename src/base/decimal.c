@@ -10,6 +10,7 @@
 #include "lib/stringinfo.h"
 
 #include "base/decimal.h"
+#include "base/numeric_math.h"
 
 /*
  * Read a decimal number with an optional sign, fraction and exponent; blanks
@@ -141,4 +142,33 @@ abp_decimal_write(const DecimalText *decimal)
 		appendStringInfoChar(&str, i < decimal->ndigits ? decimal->digits[i] : '0');
 	}
 	return str.data;
+}
+
+/*
+ * value / 10^scale as numeric, shown with all its decimals; palloc'd.
+ */
+Numeric
+abp_decimal_numeric(int128 value, int scale)
+{
+	char		buf[128];		/* a sign, 39 digits or zeros in front of
+								 * them, the point */
+	char	   *p = buf + sizeof(buf);
+	uint128		rest = value < 0 ? -(uint128) value : (uint128) value;
+	int			ndigits = 0;
+
+	if (value <= PG_INT64_MAX && value >= PG_INT64_MIN)
+		return int64_div_fast_to_numeric((int64) value, scale);
+
+	Assert(scale < 64);
+	*--p = '\0';
+	while (rest > 0 || ndigits <= scale)
+	{
+		*--p = '0' + (int) (rest % 10);
+		rest /= 10;
+		if (++ndigits == scale)
+			*--p = '.';
+	}
+	if (value < 0)
+		*--p = '-';
+	return numeric_of_text(p);
 }

@@ -46,10 +46,32 @@ numeric_compare(Numeric a, Numeric b)
 											 NumericGetDatum(b)));
 }
 
+static inline bool
+numeric_equal(Numeric a, Numeric b)
+{
+	return numeric_compare(a, b) == 0;
+}
+
 static inline int
 numeric_signum(Numeric a)
 {
 	return numeric_compare(a, int64_to_numeric(0));
+}
+
+static inline Numeric
+numeric_magnitude(Numeric a)
+{
+	return DatumGetNumeric(DirectFunctionCall1(numeric_abs, NumericGetDatum(a)));
+}
+
+/* What a text says that is known to be a number. */
+static inline Numeric
+numeric_of_text(const char *text)
+{
+	return DatumGetNumeric(DirectFunctionCall3(numeric_in,
+											   CStringGetDatum(text),
+											   ObjectIdGetDatum(InvalidOid),
+											   Int32GetDatum(-1)));
 }
 
 static inline char *

@@ -48,6 +48,8 @@ uint64
 abp_statement_open(Statement *statement, Datum *values, const char *nulls, SavedUser *saved)
 {
 	abp_become_extension_owner(saved);
+	for (int i = 0; i < lengthof(statement->off) && statement->off[i] != NULL; i++)
+		abp_set_locally(statement->off[i], "off");
 	SPI_connect();
 	return abp_statement_run(statement, values, nulls);
 }

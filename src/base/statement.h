@@ -22,6 +22,7 @@ typedef struct Statement
 	int			nargs;
 	Oid			argtypes[20];
 	bool		reads;			/* by the active snapshot, and changes nothing */
+	const char *off[2];			/* settings that are off for it */
 	SPIPlanPtr	plan;
 } Statement;
 

@@ -39,6 +39,7 @@ static const char digit_pairs[] =
 "50515253545556575859606162636465666768697071727374"
 "75767778798081828384858687888990919293949596979899";
 
+/* Two decimal digits. */
 static inline char *
 put_pair(char *p, int value)
 {

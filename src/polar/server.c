@@ -224,7 +224,7 @@ report_unknown_option(const char *name, Oid catalog)
 		hint = "It is an option of CREATE SERVER.";
 	else if (find_option(name, UserMappingRelationId) != NULL)
 		hint = catalog == ForeignServerRelationId ?
-			"A token belongs in a file named by option \"access_token_file\", or into CREATE USER MAPPING." :
+			"A token belongs in a file named by option \"access_token_file\", or in CREATE USER MAPPING." :
 			"It is an option of CREATE USER MAPPING.";
 	else
 	{

@@ -24,7 +24,7 @@ static void check_port(const char *option, const char *port, int len);
  * first is the one that a hint names) and fills url.
  *
  * This is deliberately narrower than RFC 3986: libraries differ in how they
- * read what is odd, and what was checked here must be what is connected to.
+ * parse unusual URLs, and what was checked here must be what is connected to.
  */
 void
 abp_url_read(DefElem *def, const char *const *schemes, bool allow_query, Url *url)

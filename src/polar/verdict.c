@@ -129,6 +129,7 @@ in_entry(const Answer *answer)
 		answer->container[2] == '[' && answer->container[3] == '{';
 }
 
+/* Inside the list that says where in the request an error is? */
 static bool
 in_loc(const Answer *answer)
 {
@@ -136,6 +137,7 @@ in_loc(const Answer *answer)
 		answer->depth == 4 && answer->container[4] == '[';
 }
 
+/* Forget what the entry before said. */
 static void
 start_entry(Answer *answer)
 {
@@ -271,6 +273,10 @@ answer_field(const char *name)
 	return FIELD_OTHER;
 }
 
+/*
+ * An object or a list begins: where a number was expected, the answer is
+ * malformed.
+ */
 static void
 start_container(Answer *answer, char kind)
 {
@@ -351,6 +357,7 @@ read_count(const char *token, JsonTokenType tokentype)
 	return strtoll(token, NULL, 10);
 }
 
+/* A string, number or word: kept if it is one of those that are read. */
 static ABP_JSON_ACTION
 answer_scalar(void *state, char *token, JsonTokenType tokentype)
 {

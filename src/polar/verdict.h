@@ -39,7 +39,7 @@ typedef struct Verdict
 	int64		inserted;
 	int64		duplicates;
 	int			nrefused;
-	RefusedEvent *refused;		/* ascending by index, one entry an event */
+	RefusedEvent *refused;		/* ascending by index, one entry per event */
 	int64		retry_after_ms; /* -1: not given */
 	char	   *error;			/* for ledger and status; no secret, no
 								 * customer data; NULL when delivered */

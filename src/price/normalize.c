@@ -82,6 +82,7 @@ append_term(StringInfo buf, const Count *count)
 						 abp_usage_path_name(count->name), (long long) count->value);
 }
 
+/* A count as messages show it. */
 static char *
 term(const Count *count)
 {

@@ -86,14 +86,11 @@ static const ModalityList modality_lists[] = {
 static bool
 add_modalities(Reading *r, const ModalityList *modality, Count *cached)
 {
-	JsonbContainer *list;
+	bool		go_on;
+	JsonbContainer *list = abp_usage_only_list(r, r->usage, modality->path, &go_on);
 
-	if (!abp_usage_has(r, r->usage, modality->path))
-		return true;
-	list = abp_usage_list(r, r->usage, modality->path);
 	if (list == NULL)
-		return abp_usage_doubt(r, "%s is not a list", modality->path);
-
+		return go_on;
 	for (uint32 i = 0; i < JsonContainerSize(list); i++)
 	{
 		JsonbContainer *item = abp_usage_list_item(list, i);
@@ -210,6 +207,7 @@ count_grounding_tools(Reading *r)
 	return true;
 }
 
+/* What its lists by modality say, and what grounding adds. */
 static bool
 extra_gemini(Reading *r)
 {
@@ -282,14 +280,11 @@ static const Envelope bedrock_envelopes[] = {
 static bool
 read_cache_details(Reading *r)
 {
-	JsonbContainer *list;
+	bool		go_on;
+	JsonbContainer *list = abp_usage_only_list(r, r->usage, "cacheDetails", &go_on);
 
-	if (!abp_usage_has(r, r->usage, "cacheDetails"))
-		return true;
-	list = abp_usage_list(r, r->usage, "cacheDetails");
 	if (list == NULL)
-		return abp_usage_doubt(r, "cacheDetails is not a list");
-
+		return go_on;
 	for (uint32 i = 0; i < JsonContainerSize(list); i++)
 	{
 		JsonbContainer *item = abp_usage_list_item(list, i);
@@ -313,6 +308,7 @@ read_cache_details(Reading *r)
 	return true;
 }
 
+/* The output of Titan and the kinds of cache writes are in lists. */
 static bool
 extra_bedrock(Reading *r)
 {

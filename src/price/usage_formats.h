@@ -221,6 +221,8 @@ extern JsonbContainer *abp_usage_object(Reading *r, JsonbContainer *container,
 										const char *path);
 extern JsonbContainer *abp_usage_list(Reading *r, JsonbContainer *container,
 									  const char *path);
+extern JsonbContainer *abp_usage_only_list(Reading *r, JsonbContainer *container,
+										   const char *path, bool *go_on);
 extern JsonbContainer *abp_usage_list_item(JsonbContainer *list, uint32 i);
 extern char *abp_usage_string(Reading *r, JsonbContainer *container,
 							  const char *path);

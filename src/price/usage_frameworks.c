@@ -353,6 +353,7 @@ count_provider_tools(Reading *r)
 	return true;
 }
 
+/* The provider's own object, where it is there, knows more than the SDK's. */
 static bool
 extra_ai_sdk(Reading *r)
 {
@@ -439,25 +440,27 @@ tier_ai_sdk(Reading *r)
 		"fast" : NULL;
 }
 
-#define AI_SDK_STRINGS \
+/* What both forms of it have in common. */
+#define AI_SDK \
+	.name = "ai_sdk", \
+	.harmless = ai_sdk_harmless, \
+	.beside = ai_sdk_beside, \
 	.model = {"response/modelId", "modelId"}, \
 	.generation_id = {"providerMetadata/gateway/generationId", \
 	"response/id", "id"}, \
 	.service_tier = {"providerMetadata/openai/serviceTier", \
 		"providerMetadata/anthropic/usage/service_tier", \
-	"raw/service_tier", "raw/serviceTier", "raw/trafficType"}
+	"raw/service_tier", "raw/serviceTier", "raw/trafficType"}, \
+	.extra = extra_ai_sdk, \
+	.cost = cost_ai_sdk, \
+	.tier = tier_ai_sdk
 
 static const UsageFormat ai_sdk_nested = {
-	.name = "ai_sdk",
-	RULES(ai_sdk_nested_rules),
-	.harmless = ai_sdk_harmless,
-	.beside = ai_sdk_beside,
-	AI_SDK_STRINGS,
-	.extra = extra_ai_sdk,
-	.cost = cost_ai_sdk,
-	.tier = tier_ai_sdk
+	AI_SDK,
+	RULES(ai_sdk_nested_rules)
 };
 
+/* Are the counts nested, as in newer versions? */
 static const UsageFormat *
 refine_ai_sdk(Reading *r)
 {
@@ -563,17 +566,11 @@ static const Envelope otel_envelopes[] = {
 };
 
 const UsageFormat abp_usage_ai_sdk = {
-	.name = "ai_sdk",
+	AI_SDK,
 	RULES(ai_sdk_flat_rules),
-	.harmless = ai_sdk_harmless,
-	.beside = ai_sdk_beside,
 	ENVELOPES(ai_sdk_envelopes),
-	AI_SDK_STRINGS,
 	.reasoning = REASONING_BY_TOTAL_INCLUDED,
-	.refine = refine_ai_sdk,
-	.extra = extra_ai_sdk,
-	.cost = cost_ai_sdk,
-	.tier = tier_ai_sdk
+	.refine = refine_ai_sdk
 };
 
 const UsageFormat abp_usage_otel = {

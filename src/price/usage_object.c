@@ -192,10 +192,7 @@ abp_usage_is_decimal(const char *str, int len)
 Numeric
 abp_usage_decimal(const char *str, int len)
 {
-	return DatumGetNumeric(DirectFunctionCall3(numeric_in,
-											   CStringGetDatum(pnstrdup(str, len)),
-											   ObjectIdGetDatum(InvalidOid),
-											   Int32GetDatum(-1)));
+	return numeric_of_text(pnstrdup(str, len));
 }
 
 /*
@@ -418,6 +415,24 @@ abp_usage_list(Reading *r, JsonbContainer *container, const char *path)
 	JsonbContainer *list = abp_usage_container(r, container, path);
 
 	return list && JsonContainerIsArray(list) ? list : NULL;
+}
+
+/*
+ * The list at a path where nothing else may be, or NULL.  Then *go_on says
+ * whether to read on: there is nothing, or a doubt about what is there.
+ */
+JsonbContainer *
+abp_usage_only_list(Reading *r, JsonbContainer *container, const char *path, bool *go_on)
+{
+	JsonbContainer *list;
+
+	*go_on = true;
+	if (!abp_usage_has(r, container, path))
+		return NULL;
+	list = abp_usage_list(r, container, path);
+	if (list == NULL)
+		*go_on = abp_usage_doubt(r, "%s is not a list", path);
+	return list;
 }
 
 /*

@@ -13,6 +13,14 @@
 #include "base/numeric_math.h"
 #include "price/usage_formats.h"
 
+/* Where nearly all replies that are like these have their names. */
+#define MODEL_AND_TIER \
+	.model = {"model"}, \
+	.service_tier = {"service_tier"}
+#define USUAL_STRINGS \
+	MODEL_AND_TIER, \
+	.generation_id = {"id"}
+
 /*
  * Chat Completions, Responses, Realtime, images, embeddings, transcription of
  * OpenAI; and the names that others have given the same things: in all of
@@ -646,6 +654,19 @@ same_model(const char *a, const char *b)
 		(*rest == '\0' || strncmp(rest, "-20", 3) == 0 || strncmp(rest, "@20", 3) == 0);
 }
 
+/* Add the counts of a part that are given. */
+static bool
+add_counts(Reading *r, Count *to, const Count *part)
+{
+	for (int f = 0; f < NUM_FIELDS; f++)
+	{
+		if (part[f].given &&
+			!abp_usage_add_count(r, &to[f], part[f].value, part[f].name))
+			return false;
+	}
+	return true;
+}
+
 /*
  * The top-level counts are those of the message, its tool loops included.
  * They leave out what compaction of the context took, what an advisor of
@@ -658,16 +679,13 @@ read_iterations(Reading *r)
 {
 	static const Field summed[] = {FIELD_INPUT, FIELD_CACHE_READ, FIELD_CACHE_WRITE, FIELD_OUTPUT};
 	char	   *model = abp_usage_string(r, r->root, "model");
-	JsonbContainer *list;
+	bool		go_on;
+	JsonbContainer *list = abp_usage_only_list(r, r->usage, "iterations", &go_on);
 	Count		sum[NUM_FIELDS] = {0};
 	bool		repeats = false;
 
-	if (!abp_usage_has(r, r->usage, "iterations"))
-		return true;
-	list = abp_usage_list(r, r->usage, "iterations");
 	if (list == NULL)
-		return abp_usage_doubt(r, "iterations is not a list");
-
+		return go_on;
 	for (uint32 i = 0; i < JsonContainerSize(list); i++)
 	{
 		JsonbContainer *item = abp_usage_list_item(list, i);
@@ -680,12 +698,8 @@ read_iterations(Reading *r)
 			return false;
 		if (abp_usage_string_is(r, item, "type", "compaction"))
 		{
-			for (int f = 0; f < NUM_FIELDS; f++)
-			{
-				if (part[f].given &&
-					!abp_usage_add_count(r, &r->count[f], part[f].value, part[f].name))
-					return false;
-			}
+			if (!add_counts(r, r->count, part))
+				return false;
 			continue;
 		}
 		if (abp_usage_string_is(r, item, "type", "advisor_message"))
@@ -699,12 +713,8 @@ read_iterations(Reading *r)
 			return abp_usage_doubt(r, "iterations has an attempt of %s that wrote %lld tokens, which are billed at that model's prices; insert them as a row of their own",
 								   by, (long long) part[FIELD_OUTPUT].value);
 		repeats = true;
-		for (int f = 0; f < NUM_FIELDS; f++)
-		{
-			if (part[f].given &&
-				!abp_usage_add_count(r, &sum[f], part[f].value, part[f].name))
-				return false;
-		}
+		if (!add_counts(r, sum, part))
+			return false;
 	}
 	for (int i = 0; repeats && i < lengthof(summed); i++)
 	{
@@ -789,9 +799,7 @@ static const UsageFormat openrouter_messages = {
 	.name = "openrouter",
 	RULES(anthropic_rules),
 	.harmless = anthropic_harmless,
-	.model = {"model"},
-	.generation_id = {"id"},
-	.service_tier = {"service_tier"},
+	USUAL_STRINGS,
 	.cache_excluded = true,
 	.output_required = true,
 	.extra = extra_anthropic,
@@ -799,6 +807,7 @@ static const UsageFormat openrouter_messages = {
 	.tier = tier_anthropic
 };
 
+/* An answer of its interface for Anthropic's Messages? */
 static const UsageFormat *
 refine_openrouter(Reading *r)
 {
@@ -912,18 +921,11 @@ static bool
 cost_xai(Reading *r)
 {
 	Numeric		ticks = NULL;
-	Datum		tick;
-	Datum		cost;
 
 	if (!abp_usage_read_amount(r, r->usage, "cost_in_usd_ticks", &ticks))
 		return false;
 	if (ticks)
-	{
-		tick = DirectFunctionCall3(numeric_in, CStringGetDatum("0.0000000001"),
-								   ObjectIdGetDatum(InvalidOid), Int32GetDatum(-1));
-		cost = DirectFunctionCall2(numeric_mul, NumericGetDatum(ticks), tick);
-		r->cost = DatumGetNumeric(DirectFunctionCall1(numeric_trim_scale, cost));
-	}
+		r->cost = numeric_trimmed(numeric_times(ticks, numeric_of_text("0.0000000001")));
 	return true;
 }
 
@@ -933,13 +935,12 @@ static const UsageFormat xai_responses = {
 	RULES(xai_rules),
 	GROUPS(openai_groups),
 	.harmless = xai_harmless,
-	.model = {"model"},
-	.generation_id = {"id"},
-	.service_tier = {"service_tier"},
+	USUAL_STRINGS,
 	.extra = extra_xai,
 	.cost = cost_xai
 };
 
+/* An answer of the Responses API? */
 static const UsageFormat *
 refine_xai(Reading *r)
 {
@@ -995,6 +996,7 @@ static const Envelope litellm_envelopes[] = {
 	{"", "metadata/usage_object"}	/* a row of LiteLLM_SpendLogs */
 };
 
+/* LiteLLM's own estimate first, then what the provider has reported. */
 static bool
 cost_litellm(Reading *r)
 {
@@ -1036,9 +1038,7 @@ const UsageFormat abp_usage_anthropic = {
 	RULES(anthropic_rules),
 	.harmless = anthropic_harmless,
 	ENVELOPES(anthropic_envelopes),
-	.model = {"model"},
-	.generation_id = {"id"},
-	.service_tier = {"service_tier"},
+	USUAL_STRINGS,
 	.cache_excluded = true,
 	.output_required = true,
 	.extra = extra_anthropic,
@@ -1051,9 +1051,7 @@ const UsageFormat abp_usage_openrouter = {
 	GROUPS(openai_groups),
 	.harmless = openrouter_harmless,
 	ENVELOPES(openrouter_envelopes),
-	.model = {"model"},
-	.generation_id = {"id"},
-	.service_tier = {"service_tier"},
+	USUAL_STRINGS,
 	.refine = refine_openrouter,
 	.extra = extra_openai_like,
 	.cost = cost_openrouter_any
@@ -1065,9 +1063,8 @@ const UsageFormat abp_usage_groq = {
 	GROUPS(openai_groups),
 	.harmless = openai_harmless,
 	ENVELOPES(groq_envelopes),
-	.model = {"model"},
+	MODEL_AND_TIER,
 	.generation_id = {"id", "x_groq/id"},
-	.service_tier = {"service_tier"},
 	.extra = extra_groq
 };
 
@@ -1077,9 +1074,7 @@ const UsageFormat abp_usage_xai = {
 	GROUPS(openai_groups),
 	.harmless = xai_harmless,
 	ENVELOPES(openai_envelopes),
-	.model = {"model"},
-	.generation_id = {"id"},
-	.service_tier = {"service_tier"},
+	USUAL_STRINGS,
 	.reasoning = REASONING_BY_TOTAL_SEPARATE,
 	.refine = refine_xai,
 	.extra = extra_xai,
@@ -1092,9 +1087,7 @@ const UsageFormat abp_usage_deepseek = {
 	GROUPS(openai_groups),
 	.harmless = openai_harmless,
 	ENVELOPES(openai_envelopes),
-	.model = {"model"},
-	.generation_id = {"id"},
-	.service_tier = {"service_tier"}
+	USUAL_STRINGS
 };
 
 const UsageFormat abp_usage_mistral = {
@@ -1103,9 +1096,8 @@ const UsageFormat abp_usage_mistral = {
 	GROUPS(openai_groups),
 	.harmless = openai_harmless,
 	ENVELOPES(mistral_envelopes),
-	.model = {"model"},
+	MODEL_AND_TIER,
 	.generation_id = {"id", "conversation_id"},
-	.service_tier = {"service_tier"},
 	.extra = extra_mistral
 };
 
@@ -1115,9 +1107,8 @@ const UsageFormat abp_usage_litellm = {
 	GROUPS(openai_groups),
 	.harmless = litellm_harmless,
 	ENVELOPES(litellm_envelopes),
-	.model = {"model"},
+	MODEL_AND_TIER,
 	.generation_id = {"id", "request_id"},
-	.service_tier = {"service_tier"},
 	.extra = extra_openai_like,
 	.cost = cost_litellm
 };

@@ -153,6 +153,7 @@ path_fits(const char *path, const char *pattern, bool other_case)
 	}
 }
 
+/* The path as messages show it. */
 static char *
 place_path(const Place *place)
 {
@@ -168,6 +169,7 @@ place_path(const Place *place)
 	return path.data;
 }
 
+/* Does the number say again what a count has said? */
 static bool
 is_repeated(const Count *counts, int64 value)
 {

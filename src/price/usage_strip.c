@@ -51,6 +51,7 @@ fold_key(const JsonbValue *key, char *folded)
 	folded[len] = '\0';
 }
 
+/* May the value of a key be usage?  By parts of its name. */
 static bool
 is_usage_key(const char *folded)
 {
@@ -62,6 +63,7 @@ is_usage_key(const char *folded)
 	return false;
 }
 
+/* Is the value of a key a name that pricing reads: a model, a tier, an id? */
 static bool
 is_name_key(const char *folded)
 {

@@ -184,7 +184,7 @@ abp_corrections_corrected(Oid usage_table)
 
 		CHECK_FOR_INTERRUPTS();
 		if (corrected == NULL)
-			corrected = hash_create("aibilling corrected rows", nrows, &ctl,
+			corrected = hash_create("aibilling_polar corrected rows", nrows, &ctl,
 									HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
 		abp_corrections_key(&key, corrects.data, corrects.len);
 		(void) hash_search(corrected, &key, HASH_ENTER, NULL);

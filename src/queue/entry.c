@@ -219,7 +219,7 @@ abp_entries_put(Oid relid, OutboxEntry *entries, int nentries)
 {
 	EntryWriter writer;
 	MemoryContext context = AllocSetContextCreate(CurrentMemoryContext,
-												  "aibilling outbox entries",
+												  "aibilling_polar outbox entries",
 												  ALLOCSET_DEFAULT_SIZES);
 	MemoryContext old = MemoryContextSwitchTo(context);
 

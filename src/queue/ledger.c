@@ -124,6 +124,23 @@ abp_delivery_key(const Delivery *delivery, int64 id, uint32 *key)
 	return true;
 }
 
+/* What a request sends, as the first parameters of a statement. */
+#define REQUEST_COLUMNS 7
+#define REQUEST_TYPES INT8MULTIRANGEOID, INT4OID, INT8OID, INT8OID, BOOLOID, INT8MULTIRANGEOID, BYTEAOID
+
+static void
+put_request(Delivery *delivery, Datum *values, char *nulls)
+{
+	values[0] = abp_idset_to_multirange(&delivery->ids);
+	values[1] = Int32GetDatum(delivery->nevents);
+	values[2] = Int64GetDatum(delivery->body.len);
+	values[3] = Int64GetDatum(delivery->vanished);
+	values[4] = BoolGetDatum(delivery->outcome_unknown);
+	values[5] = vanished_ids(delivery);
+	values[6] = event_keys(delivery);
+	nulls[5] = delivery->vanished_ids.nranges == 0 ? 'n' : ' ';
+}
+
 /*
  * Enter a delivery in the ledger, as sending its first request, or as one that
  * waits for it if attempts is 0.  Sets its id.
@@ -132,29 +149,20 @@ void
 abp_ledger_begin(Delivery *delivery)
 {
 	static Statement begin = {
-		"INSERT INTO aibilling.ledger (server, usage_table, usage_ids, events, bytes,"
-		" state, attempts, vanished, outcome_unknown, vanished_ids, event_keys, started_at)"
-		" VALUES ($1, $2, $3, $4, $5, 'sending', $6, $7, $8, $9, $10, pg_catalog.clock_timestamp())"
+		"INSERT INTO aibilling.ledger (usage_ids, events, bytes, vanished, outcome_unknown,"
+		" vanished_ids, event_keys, server, usage_table, attempts, state, started_at)"
+		" VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, 'sending', pg_catalog.clock_timestamp())"
 		" RETURNING id",
-		10, {NAMEOID, REGCLASSOID, INT8MULTIRANGEOID, INT4OID, INT8OID, INT4OID, INT8OID, BOOLOID,
-		INT8MULTIRANGEOID, BYTEAOID}
+		REQUEST_COLUMNS + 3, {REQUEST_TYPES, NAMEOID, REGCLASSOID, INT4OID}
 	};
-	Datum		values[10] = {
-		DirectFunctionCall1(namein, CStringGetDatum(delivery->server)),
-		ObjectIdGetDatum(delivery->usage_table),
-		abp_idset_to_multirange(&delivery->ids),
-		Int32GetDatum(delivery->nevents),
-		Int64GetDatum(delivery->body.len),
-		Int32GetDatum(delivery->attempts),
-		Int64GetDatum(delivery->vanished),
-		BoolGetDatum(delivery->outcome_unknown),
-		vanished_ids(delivery),
-		event_keys(delivery)
-	};
-	char		nulls[11] = "          ";
+	Datum		values[REQUEST_COLUMNS + 3];
+	char		nulls[] = "          ";
 	SavedUser	saved;
 
-	nulls[8] = delivery->vanished_ids.nranges == 0 ? 'n' : ' ';
+	put_request(delivery, values, nulls);
+	values[7] = DirectFunctionCall1(namein, CStringGetDatum(delivery->server));
+	values[8] = ObjectIdGetDatum(delivery->usage_table);
+	values[9] = Int32GetDatum(delivery->attempts);
 	abp_statement_open(&begin, values, nulls, &saved);
 	delivery->id = abp_result_int64(0, 1, 0);
 	abp_statement_close(&saved);
@@ -167,27 +175,18 @@ void
 abp_ledger_resend(Delivery *delivery)
 {
 	static Statement resend = {
-		"UPDATE aibilling.ledger SET usage_ids = $2, events = $3, bytes = $4,"
-		" vanished = $5, outcome_unknown = $6, vanished_ids = $7, event_keys = $8,"
+		"UPDATE aibilling.ledger SET usage_ids = $1, events = $2, bytes = $3,"
+		" vanished = $4, outcome_unknown = $5, vanished_ids = $6, event_keys = $7,"
 		" attempts = attempts + 1, not_before = NULL"
-		" WHERE id = $1 RETURNING attempts::pg_catalog.int8",
-		8, {INT8OID, INT8MULTIRANGEOID, INT4OID, INT8OID, INT8OID, BOOLOID, INT8MULTIRANGEOID,
-		BYTEAOID}
+		" WHERE id = $8 RETURNING attempts::pg_catalog.int8",
+		REQUEST_COLUMNS + 1, {REQUEST_TYPES, INT8OID}
 	};
-	Datum		values[8] = {
-		Int64GetDatum(delivery->id),
-		abp_idset_to_multirange(&delivery->ids),
-		Int32GetDatum(delivery->nevents),
-		Int64GetDatum(delivery->body.len),
-		Int64GetDatum(delivery->vanished),
-		BoolGetDatum(delivery->outcome_unknown),
-		vanished_ids(delivery),
-		event_keys(delivery)
-	};
-	char		nulls[9] = "        ";
+	Datum		values[REQUEST_COLUMNS + 1];
+	char		nulls[] = "        ";
 	SavedUser	saved;
 
-	nulls[6] = delivery->vanished_ids.nranges == 0 ? 'n' : ' ';
+	put_request(delivery, values, nulls);
+	values[7] = Int64GetDatum(delivery->id);
 	if (abp_statement_open(&resend, values, nulls, &saved) == 1)
 		delivery->attempts = abp_result_int64(0, 1, 1);
 	abp_statement_close(&saved);

@@ -177,7 +177,7 @@ delete_entry(Relation rel, HeapTuple tuple)
 static int
 tidy_block(Oid usage_table, char state, int64 first)
 {
-	MemoryContext context = AllocSetContextCreate(CurrentMemoryContext, "aibilling outbox block",
+	MemoryContext context = AllocSetContextCreate(CurrentMemoryContext, "aibilling_polar outbox block",
 												  ALLOCSET_DEFAULT_SIZES);
 	MemoryContext old = MemoryContextSwitchTo(context);
 	IdBlock    *block = palloc(sizeof(IdBlock));
@@ -649,7 +649,7 @@ abp_outbox_make_ready(Oid usage_table, char state, IdSet *only)
 	int64		count = 0;
 	OrderedScan scan;
 	OutboxEntry entry;
-	MemoryContext context = AllocSetContextCreate(CurrentMemoryContext, "aibilling outbox move",
+	MemoryContext context = AllocSetContextCreate(CurrentMemoryContext, "aibilling_polar outbox move",
 												  ALLOCSET_DEFAULT_SIZES);
 	MemoryContext old;
 

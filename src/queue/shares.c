@@ -258,6 +258,27 @@ abp_share_counted(Oid usage_table, IdSet *ids, int64 ledger_from)
 }
 
 /*
+ * Ids of a delivery, which counts them, go back to the outbox while Polar may
+ * have their events.  They are of new rows, whatever was delivered under these
+ * ids before: let no other delivery seem to count them.
+ */
+void
+abp_shares_disown(int64 delivery, Oid usage_table, IdSet *ids)
+{
+	static Statement disown = {
+		"UPDATE aibilling.ledger SET usage_ids = usage_ids - $2"
+		" WHERE usage_table = $1 AND usage_ids && $2 AND state = 'delivered' AND id <> $3",
+		3, {REGCLASSOID, INT8MULTIRANGEOID, INT8OID}
+	};
+	Datum		values[3] = {ObjectIdGetDatum(usage_table), (Datum) 0, Int64GetDatum(delivery)};
+
+	if (ids->nranges == 0)
+		return;
+	values[1] = abp_idset_to_multirange(ids);
+	(void) abp_statement_run_alone(&disown, values, NULL);
+}
+
+/*
  * A table has been emptied: of deliveries whose sums are not known, nothing is
  * left that could tell them.
  */
@@ -325,16 +346,69 @@ abp_rollup_add(Datum *columns)
 }
 
 /*
+ * Read what all customers of a table add up to, by the active snapshot: whole
+ * months, from the first of one to before the first of another, and the other
+ * days of the range.  Readers get the customer, usage_rows, cost_cents and
+ * unpriced; the rest is NULL.
+ */
+void
+abp_rollup_read_customers(const RollupRange *range, DateADT first, DateADT end,
+						  RollupReader reader, void *arg)
+{
+	static Statement sums = {
+		"SELECT c.external_customer_id, c.customer_id, sum(c.usage_rows)::int8, sum(c.cost_cents), sum(c.unpriced)::int8 FROM"
+		" (SELECT m.external_customer_id, m.customer_id, m.usage_rows, m.cost_cents, m.unpriced"
+		"  FROM aibilling.rollup_by_customer m WHERE m.usage_table = $1 AND m.day >= $4 AND m.day < $5"
+		" UNION ALL SELECT d.external_customer_id, d.customer_id, d.usage_rows, d.cost_cents, d.unpriced"
+		"  FROM aibilling.rollup_daily d WHERE d.usage_table = $1"
+		"  AND (d.day >= $2 AND d.day < $4 OR d.day >= $5 AND d.day <= $3)) c"
+		" GROUP BY 1, 2",
+		5, {REGCLASSOID, DATEOID, DATEOID, DATEOID, DATEOID}, true,
+		.off = {"enable_sort", "jit"}	/* many rows are few customers */
+	};
+	static const RollupColumn columns[] = {
+		ROLLUP_EXTERNAL_CUSTOMER_ID, ROLLUP_CUSTOMER_ID, ROLLUP_USAGE_ROWS, ROLLUP_COST_CENTS, ROLLUP_UNPRICED
+	};
+	Datum		arguments[5] = {
+		ObjectIdGetDatum(range->usage_table), DateADTGetDatum(range->from_day),
+		DateADTGetDatum(range->to_day), DateADTGetDatum(first), DateADTGetDatum(end)
+	};
+	MemoryContext caller = CurrentMemoryContext;
+	uint64		n;
+	SavedUser	saved;
+
+	n = abp_statement_open(&sums, arguments, NULL, &saved);
+	for (uint64 i = 0; i < n; i++)
+	{
+		Datum		values[NUM_ROLLUP_COLUMNS] = {0};
+		bool		nulls[NUM_ROLLUP_COLUMNS];
+		MemoryContext spi;
+
+		CHECK_FOR_INTERRUPTS();
+
+		memset(nulls, true, sizeof(nulls));
+		for (int c = 0; c < lengthof(columns); c++)
+			values[columns[c]] = abp_result_datum(i, c + 1, &nulls[columns[c]]);
+		spi = MemoryContextSwitchTo(caller);
+		(void) reader(values, nulls, arg);
+		MemoryContextSwitchTo(spi);
+	}
+	abp_statement_close(&saved);
+}
+
+/*
  * Read rows of the rollup, by the active snapshot, without SQL: one customer's
  * sums are asked for before each of their calls.
  */
 void
 abp_rollup_read(const RollupRange *range, RollupReader reader, void *arg)
 {
-	Relation	rel = table_open(abp_extension_relation("rollup"), AccessShareLock);
 	bool		by_day = range->level == ROLLUP_DAILY && !range->by_customer;
-	Relation	index = index_open(abp_extension_relation(by_day ? "rollup_day" : "rollup_pkey"),
-								   AccessShareLock);
+	const char *name = range->level == ROLLUP_DAILY ? "rollup_daily" :
+	range->level == ROLLUP_BY_MODEL ? "rollup_by_model" : "rollup_by_customer";
+	Relation	rel = table_open(abp_extension_needed(name), AccessShareLock);
+	Relation	index = index_open(abp_extension_needed(by_day ? "rollup_daily_day" :
+														psprintf("%s_pkey", name)), AccessShareLock);
 	ScanKeyData keys[5];
 	int			nkeys = 0;
 	SysScanDesc scan;

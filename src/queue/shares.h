@@ -12,6 +12,7 @@
 #include "postgres.h"
 
 #include "nodes/pg_list.h"
+#include "utils/date.h"
 
 #include "base/idset.h"
 
@@ -36,6 +37,7 @@ extern List *abp_shares_of(Oid usage_table);
 extern List *abp_shares_to_fold(int64 from_delivery, int max_shares, bool unknown);
 extern int64 abp_share_first_open(void);
 extern IdSet abp_share_counted(Oid usage_table, IdSet *ids, int64 ledger_from);
+extern void abp_shares_disown(int64 delivery, Oid usage_table, IdSet *ids);
 extern void abp_shares_truncated(Oid usage_table);
 extern void abp_rollup_forget(Oid usage_table);
 extern void abp_rollup_add(Datum *columns);
@@ -76,15 +78,17 @@ typedef struct RollupRange
 {
 	Oid			usage_table;
 	char		level;
-	bool		by_customer;	/* ROLLUP_DAILY: only those of "customer" */
+	bool		by_customer;	/* only rows of "customer" */
 	int64		customer;
-	int32		from_day;		/* both inclusive */
-	int32		to_day;
+	DateADT		from_day;		/* both inclusive */
+	DateADT		to_day;
 } RollupRange;
 
 /* Returns whether to go on. */
 typedef bool (*RollupReader) (const Datum *values, const bool *nulls, void *arg);
 
+extern void abp_rollup_read_customers(const RollupRange *range, DateADT first, DateADT end,
+									  RollupReader reader, void *arg);
 extern void abp_rollup_read(const RollupRange *range, RollupReader reader, void *arg);
 
 #endif							/* ABP_SHARES_H */

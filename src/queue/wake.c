@@ -16,9 +16,9 @@
 #include "storage/ipc.h"
 #include "storage/lwlock.h"
 #include "storage/proc.h"
-#include "storage/shmem.h"
 #include "utils/resowner.h"
 
+#include "base/shared_memory.h"
 #include "base/transaction.h"
 #include "compat.h"
 #include "queue/wake.h"
@@ -50,8 +50,6 @@ typedef struct WakeState
 	WorkerSlot	slots[FLEXIBLE_ARRAY_MEMBER];
 } WakeState;
 
-#define WAKE_TRANCHE "aibilling_polar"
-
 static int	wanted_slots = 0;
 static WakeState *state = NULL;
 static WorkerSlot *my_slot = NULL;
@@ -59,44 +57,17 @@ static bool wake_pending = false;	/* if the transaction commits */
 static bool wake_due = false;	/* it has committed */
 static bool has_prepared = false;	/* this process has prepared rows: their
 									 * commit is one of its next */
-static shmem_request_hook_type next_shmem_request_hook = NULL;
-static shmem_startup_hook_type next_shmem_startup_hook = NULL;
-
-static Size
-state_size(void)
-{
-	return offsetof(WakeState, slots) + sizeof(WorkerSlot) * wanted_slots;
-}
 
 static void
-request_shmem(void)
+use_state(void *memory, LWLock *lock)
 {
-	if (next_shmem_request_hook)
-		next_shmem_request_hook();
-
-	RequestAddinShmemSpace(state_size());
-	RequestNamedLWLockTranche(WAKE_TRANCHE, 1);
-}
-
-static void
-startup_shmem(void)
-{
-	bool		found;
-
-	if (next_shmem_startup_hook)
-		next_shmem_startup_hook();
-
-	LWLockAcquire(AddinShmemInitLock, LW_EXCLUSIVE);
-	state = ShmemInitStruct(WAKE_TRANCHE, state_size(), &found);
-	if (!found)
-	{
-		memset(state, 0, state_size());
-		state->lock = &GetNamedLWLockTranche(WAKE_TRANCHE)->lock;
-		state->nslots = wanted_slots;
-		for (int i = 0; i < state->nslots; i++)
-			pg_atomic_init_u32(&state->slots[i].listens, 0);
-	}
-	LWLockRelease(AddinShmemInitLock);
+	state = memory;
+	if (lock == NULL)
+		return;
+	state->lock = lock;
+	state->nslots = wanted_slots;
+	for (int i = 0; i < state->nslots; i++)
+		pg_atomic_init_u32(&state->slots[i].listens, 0);
 }
 
 /*
@@ -107,12 +78,13 @@ void
 abp_wake_init(int nworkers)
 {
 	wanted_slots = nworkers;
-	next_shmem_request_hook = shmem_request_hook;
-	shmem_request_hook = request_shmem;
-	next_shmem_startup_hook = shmem_startup_hook;
-	shmem_startup_hook = startup_shmem;
+	abp_shared_memory_request("aibilling_polar",
+							  offsetof(WakeState, slots) + sizeof(WorkerSlot) * nworkers, use_state);
 }
 
+/*
+ * At exit: the slot is free, but keeps the database's name for the next start.
+ */
 static void
 forget_worker(int code, Datum arg)
 {
@@ -213,6 +185,10 @@ abp_wake_has_database(void)
 	LWLockRelease(state->lock);
 }
 
+/*
+ * The worker of this database: its pid, 0 if there is none; wakes it if asked
+ * to.
+ */
 static int
 signal_worker(bool wake)
 {
@@ -259,6 +235,10 @@ worker_listens(void)
 	return false;
 }
 
+/*
+ * A commit makes the wake-up due; that of a prepared transaction is one of the
+ * next.
+ */
 static void
 note_outcome(XactEvent event, void *arg)
 {

@@ -284,6 +284,7 @@ read_guarded(void *arg)
 	abp_rows_read(read->filling->table, read->ids, read->whole, add_in_time, read->filling);
 }
 
+/* That rows can be read is all that matters. */
 static bool
 pass_over(const UsageRow *row, Jsonb *whole, void *arg)
 {
@@ -605,14 +606,14 @@ hold_children(Filling *filling, IdSet *ids, List **held)
 	IdSet		without = {0};
 	ListCell   *lc;
 
-	abp_parents_judge(filling->table, filling->children, &batch);
+	abp_parents_decide(filling->table, filling->children, &batch);
 	foreach(lc, filling->children)
 	{
 		ChildRow   *child = lfirst(lc);
 
-		if (child->verdict.state == OUTBOX_READY)
+		if (child->fate.state == OUTBOX_READY)
 			continue;
-		set_aside(filling, child->id, &child->verdict);
+		set_aside(filling, child->id, &child->fate);
 		*held = lappend(*held, llast(filling->exceptions));
 		abp_idset_add(&without, child->id, child->id, CurrentMemoryContext);
 	}
@@ -675,6 +676,8 @@ put_rest_back(Filling *filling, IdSet shared)
 			.ids = filling->left
 	};
 	abp_outbox_put(back, nback);
+	for (int i = 0; filling->taken_from == 0 && i < nback; i++)
+		abp_shipment_disown(delivery, &back[i].ids);
 }
 
 /*

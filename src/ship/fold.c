@@ -32,7 +32,8 @@
 #include "ship/turn.h"
 #include "usage/rollup.h"
 
-/* While there is always more to deliver, this share of the time is spent here. */
+/* While there is always more to deliver, from when on time is spent here, and which share of it. */
+#define BUSY_AFTER_MS 1000
 #define BUSY_SHARE 20
 
 /* When to try again what has failed. */
@@ -45,8 +46,8 @@
 
 static bool may_have_shares = true;
 static int64 fold_from = 0;
-static TimestampTz fold_at = 0; /* not before this */
-static bool warned = false;
+static TimestampTz fold_at = 0; /* not before this, if busy or failed */
+static bool fold_failed = false;	/* the last time */
 
 static bool may_have_unknown = true;
 static int64 unknown_from = 0;
@@ -62,7 +63,7 @@ abp_fold_reset(void)
 	may_have_shares = may_have_unknown = true;
 	fold_from = unknown_from = 0;
 	fold_at = unknown_at = 0;
-	unknown_failed = warned = false;
+	unknown_failed = fold_failed = false;
 }
 
 /*
@@ -71,7 +72,16 @@ abp_fold_reset(void)
 void
 abp_fold_delivered(void)
 {
+	if (!may_have_shares)
+		fold_at = abp_turn_in_ms(BUSY_AFTER_MS);
 	may_have_shares = true;
+}
+
+/* May known shares be folded now, by somebody who has nothing else to do? */
+static bool
+may_fold(TimestampTz now)
+{
+	return may_have_shares && !(fold_failed && fold_at > now);
 }
 
 /*
@@ -92,9 +102,10 @@ abp_fold_is_behind(void)
 {
 	TimestampTz now = GetCurrentTimestamp();
 
-	return (may_have_shares && fold_at <= now) || (may_have_unknown && unknown_at <= now);
+	return may_fold(now) || (may_have_unknown && unknown_at <= now);
 }
 
+/* Under guard: add one part of what was delivered to the rollup. */
 static void
 fold_step(void *arg)
 {
@@ -135,6 +146,10 @@ typedef struct SumStep
 	Share	   *share;
 } SumStep;
 
+/*
+ * Under guard: read the rows of a delivery whose sums are not known, and add
+ * them up.
+ */
 static void
 sum_step(void *arg)
 {
@@ -221,15 +236,16 @@ fold_some(bool idle)
 
 	if (abp_guard(NULL, fold_step, &more, &error) != GUARD_DONE)
 	{
-		if (!warned)
+		if (!fold_failed)
 			ereport(WARNING,
 					(errcode(error.sqlerrcode),
 					 errmsg("what was delivered cannot be added up yet: %s", error.message)));
-		warned = true;
+		fold_failed = true;
 		fold_from = 0;
 		fold_at = GetCurrentTimestamp() + AFTER_ERROR_MS * INT64CONST(1000);
 		return false;
 	}
+	fold_failed = false;
 	may_have_shares = more;
 	if (!idle)
 		fold_at = GetCurrentTimestamp() + (GetCurrentTimestamp() - start) * BUSY_SHARE;
@@ -247,7 +263,7 @@ abp_fold(Turn *turn, List *tables, bool idle)
 	TimestampTz now = GetCurrentTimestamp();
 	bool		more = false;
 
-	if (may_have_shares && (idle || fold_at <= now) && !(warned && fold_at > now))
+	if (may_fold(now) && (idle || fold_at <= now))
 		more = fold_some(idle);
 	if (idle && may_have_unknown && unknown_at <= now)
 		more |= sum_up_some(tables) || may_have_shares;

@@ -106,7 +106,7 @@ block_who_ended_us(int code, Datum arg)
 	if (table_at_work == NULL)
 		return;
 	if (resisted)
-		reason = "code that runs when its rows are read resisted its cancellation; correct it, then call aibilling.resume()";
+		reason = "code that runs when its rows are read resisted its cancellation; fix it, then call aibilling.resume()";
 	else if (abp_transaction_timed_out())
 	{
 		reason = "code that runs when its rows are read has set transaction_timeout";

@@ -91,6 +91,7 @@ static WatchedSocket *sockets = NULL;	/* malloc'd */
 static int	nsockets = 0;
 static int	sockets_capacity = 0;
 static int64 timer_due = -1;	/* monotonic microseconds; -1: no timer */
+static uint32 wait_event = 0;
 
 /* Every request is in one of these; all but unused belong to a caller. */
 static dlist_head running = DLIST_STATIC_INIT(running);
@@ -108,6 +109,7 @@ now_us(void)
 	return (int64) INSTR_TIME_GET_MICROSEC(now);
 }
 
+/* Threads that libcurl starts inherit this: signals are for the main one. */
 static void
 block_signals(sigset_t *saved)
 {
@@ -128,6 +130,7 @@ restore_signals(const sigset_t *saved)
  * ----------------------------------------------------------------
  */
 
+/* Keep a reply's body, up to a limit at which the transfer ends. */
 static size_t
 keep_body(char *data, size_t size, size_t count, void *arg)
 {
@@ -164,6 +167,7 @@ keep_body(char *data, size_t size, size_t count, void *arg)
 	return len;
 }
 
+/* Of the headers, Retry-After is kept, and that a reply has begun. */
 static size_t
 keep_header(char *data, size_t size, size_t count, void *arg)
 {
@@ -248,6 +252,7 @@ forget_socket(curl_socket_t fd)
 	}
 }
 
+/* libcurl closes a socket, which counts among this process's files. */
 static int
 close_socket(void *arg, curl_socket_t fd)
 {
@@ -258,6 +263,10 @@ close_socket(void *arg, curl_socket_t fd)
 	return result;
 }
 
+/*
+ * libcurl says what it waits for on a socket: that is what WaitEventSet waits
+ * for.
+ */
 static int
 watch_socket(CURL *easy, curl_socket_t fd, int what, void *arg, void *socket_arg)
 {
@@ -287,6 +296,7 @@ watch_socket(CURL *easy, curl_socket_t fd, int what, void *arg, void *socket_arg
 	return 0;
 }
 
+/* libcurl says when it wants to be called, whatever the sockets do. */
 static int
 set_timer(CURLM *handle, long timeout_ms, void *arg)
 {
@@ -533,16 +543,6 @@ drive_multi(curl_socket_t fd, int events)
 	restore_signals(&saved);
 }
 
-static uint32
-wait_event(void)
-{
-	static uint32 event = 0;
-
-	if (event == 0)
-		event = abp_wait_event_new("AibillingPolarHttp");
-	return event;
-}
-
 /*
  * Wait at most timeout_ms (-1: without limit) for the latch or for libcurl's
  * sockets.  Returns how many events occurred.
@@ -563,7 +563,7 @@ wait_for_events(WaitEvent *occurred, int max_events, long timeout_ms)
 		for (int i = 0; i < nsockets; i++)
 			AddWaitEventToSet(set, sockets[i].events, sockets[i].fd, NULL, NULL);
 		noccurred = WaitEventSetWait(set, timeout_ms, occurred, max_events,
-									 wait_event());
+									 abp_wait_event(&wait_event, "AibillingPolarHttp"));
 	}
 	PG_FINALLY();
 	{
@@ -589,7 +589,7 @@ wait_and_drive(long timeout_ms)
 		return (WaitLatch(MyLatch,
 						  WL_LATCH_SET | WL_EXIT_ON_PM_DEATH |
 						  (timeout_ms >= 0 ? WL_TIMEOUT : 0),
-						  timeout_ms, wait_event()) & WL_LATCH_SET) != 0;
+						  timeout_ms, abp_wait_event(&wait_event, "AibillingPolarHttp")) & WL_LATCH_SET) != 0;
 
 	noccurred = wait_for_events(occurred, lengthof(occurred), timeout_ms);
 	for (int i = 0; i < noccurred; i++)
@@ -622,7 +622,7 @@ wait_and_drive(long timeout_ms)
 }
 
 /*
- * Drive the requests in flight, without any just wait.  Returns true as soon
+ * Drive the requests in flight; if there are none, just wait.  Returns true as soon
  * as a request has finished (see abp_http_next_finished), false when
  * timeout_ms (milliseconds, -1: no limit) have passed or the latch was set.
  * Raises whatever CHECK_FOR_INTERRUPTS raises, in any state of the requests:

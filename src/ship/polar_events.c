@@ -21,6 +21,7 @@
 #include "utils/memutils.h"
 #include "utils/timestamp.h"
 
+#include "base/numeric_math.h"
 #include "ship/polar_events.h"
 
 #define EVENTS_PATH "/v1/events/"
@@ -104,10 +105,7 @@ abp_json_number(JsonbContainer *object, const char *key)
 		value.val.string.len < 100 &&
 		strspn(pnstrdup(value.val.string.val, value.val.string.len), "0123456789+-.eE") ==
 		(size_t) value.val.string.len)
-		return DatumGetNumeric(DirectFunctionCall3(numeric_in,
-												   CStringGetDatum(pnstrdup(value.val.string.val,
-																			value.val.string.len)),
-												   ObjectIdGetDatum(InvalidOid), Int32GetDatum(-1)));
+		return numeric_of_text(pnstrdup(value.val.string.val, value.val.string.len));
 	return NULL;
 }
 
@@ -179,6 +177,10 @@ read_event(JsonbContainer *item, PolarEvent *event)
 		event->metadata = DatumGetJsonbP(DirectFunctionCall1(jsonb_in, CStringGetDatum("{}")));
 }
 
+/*
+ * The request for a page.  Polar keeps times to the millisecond: a little more
+ * is asked for than wanted.
+ */
 static char *
 list_path(const EventQuery *query, TimestampTz from_time, TimestampTz to_time, int64 page)
 {
@@ -219,6 +221,7 @@ is_new(HTAB *seen, const PolarEvent *event)
 	return !found;
 }
 
+/* Events by their id. */
 static HTAB *
 create_seen(void)
 {
@@ -228,7 +231,7 @@ create_seen(void)
 		.hcxt = CurrentMemoryContext
 	};
 
-	return hash_create("aibilling events read", 1024, &ctl, HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
+	return hash_create("aibilling_polar events read", 1024, &ctl, HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
 }
 
 /*
@@ -238,7 +241,7 @@ create_seen(void)
 static EventPage
 read_page(EventList *list, TimestampTz from_time, TimestampTz to_time, int64 number, HTAB *here)
 {
-	MemoryContext context = AllocSetContextCreate(CurrentMemoryContext, "aibilling page of events",
+	MemoryContext context = AllocSetContextCreate(CurrentMemoryContext, "aibilling_polar page of events",
 												  ALLOCSET_DEFAULT_SIZES);
 	MemoryContext old = MemoryContextSwitchTo(context);
 	Jsonb	   *document = abp_reader_get(list->reader,

@@ -20,12 +20,10 @@
 #include "postgres.h"
 
 #include "miscadmin.h"
-#include "storage/ipc.h"
 #include "storage/lwlock.h"
-#include "storage/shmem.h"
 #include "utils/timestamp.h"
 
-#include "compat.h"
+#include "base/shared_memory.h"
 #include "queue/ledger.h"
 #include "ship/quota.h"
 
@@ -59,39 +57,15 @@ typedef struct QuotaState
 	Bucket		buckets[MAX_BUCKETS];
 } QuotaState;
 
-#define QUOTA_TRANCHE "aibilling_polar_quota"
-
 static QuotaState own_state;	/* without shared memory */
 static QuotaState *quotas = &own_state;
-static shmem_request_hook_type next_shmem_request_hook = NULL;
-static shmem_startup_hook_type next_shmem_startup_hook = NULL;
 
 static void
-request_shmem(void)
+use_state(void *memory, LWLock *lock)
 {
-	if (next_shmem_request_hook)
-		next_shmem_request_hook();
-
-	RequestAddinShmemSpace(sizeof(QuotaState));
-	RequestNamedLWLockTranche(QUOTA_TRANCHE, 1);
-}
-
-static void
-startup_shmem(void)
-{
-	bool		found;
-
-	if (next_shmem_startup_hook)
-		next_shmem_startup_hook();
-
-	LWLockAcquire(AddinShmemInitLock, LW_EXCLUSIVE);
-	quotas = ShmemInitStruct(QUOTA_TRANCHE, sizeof(QuotaState), &found);
-	if (!found)
-	{
-		memset(quotas, 0, sizeof(QuotaState));
-		quotas->lock = &GetNamedLWLockTranche(QUOTA_TRANCHE)->lock;
-	}
-	LWLockRelease(AddinShmemInitLock);
+	quotas = memory;
+	if (lock != NULL)
+		quotas->lock = lock;
 }
 
 /*
@@ -100,10 +74,7 @@ startup_shmem(void)
 void
 abp_quota_init(void)
 {
-	next_shmem_request_hook = shmem_request_hook;
-	shmem_request_hook = request_shmem;
-	next_shmem_startup_hook = shmem_startup_hook;
-	shmem_startup_hook = startup_shmem;
+	abp_shared_memory_request("aibilling_polar_quota", sizeof(QuotaState), use_state);
 }
 
 static void
@@ -150,6 +121,9 @@ us_per_token(int64 limit, int64 burst)
 	return (USECS_PER_MINUTE + rate - 1) / rate;
 }
 
+/*
+ * Let what has flowed into a bucket since then be in it, up to what it holds.
+ */
 static void
 fill(int64 *tokens, TimestampTz *tokens_at, int64 limit, int64 burst, TimestampTz now)
 {

@@ -20,6 +20,7 @@
 #include "utils/fmgrprotos.h"
 #include "utils/timestamp.h"
 
+#include "base/progress.h"
 #include "compat.h"
 #include "polar/token.h"
 #include "polar/verdict.h"
@@ -59,9 +60,12 @@ report_progress(Reader *reader)
 	reader->report_at = now + PROGRESS_MS * INT64CONST(1000);
 }
 
+/* Wait, but tell how far it is, and be interrupted. */
 static void
 wait_until(Reader *reader, TimestampTz until)
 {
+	static uint32 wait_event = 0;
+
 	for (;;)
 	{
 		TimestampTz now = GetCurrentTimestamp();
@@ -72,7 +76,7 @@ wait_until(Reader *reader, TimestampTz until)
 			return;
 		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
 						 Min(LOOK_AGAIN_MS, TimestampDifferenceMilliseconds(now, until)),
-						 PG_WAIT_EXTENSION);
+						 abp_wait_event(&wait_event, "AibillingPolarRead"));
 		ResetLatch(MyLatch);
 	}
 }
@@ -86,6 +90,10 @@ wait_for_quota(Reader *reader)
 		wait_until(reader, Min(next, GetCurrentTimestamp() + LOOK_AGAIN_MS * INT64CONST(1000)));
 }
 
+/*
+ * One request, from the quota of all who ask this server.  Returns when it has
+ * ended.
+ */
 static HttpRequest *
 ask(Reader *reader, const char *path)
 {
@@ -143,6 +151,7 @@ read_document(Reader *reader, const HttpReply *reply)
 	document = DirectFunctionCall1(jsonb_in,
 								   CStringGetDatum(pg_any_to_server(body, reply->body_len, PG_UTF8)));
 	reader->done++;
+	abp_progress_report(InvalidOid, "pages", reader->done, reader->total);
 	report_progress(reader);
 	return DatumGetJsonbP(document);
 }
@@ -290,6 +299,7 @@ abp_reader_run(Oid serverid, Oid token_of, const char *who, ReadingWork work, vo
 	{
 		abp_http_cancel_all();
 		abp_token_forget(reader.token);
+		abp_progress_end();
 	}
 	PG_END_TRY();
 }

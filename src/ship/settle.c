@@ -56,6 +56,7 @@ put_back(Shipment *shipment, IdSet ids, char state, TimestampTz not_before,
 	};
 
 	abp_outbox_put(&entry, 1);
+	abp_shipment_disown(&shipment->delivery, &ids);
 	if (state == OUTBOX_READY)
 		abp_position_of(entry.usage_table)->cursor = PG_INT64_MIN;
 }

@@ -11,6 +11,7 @@
 
 #include "base/idset.h"
 #include "queue/ledger.h"
+#include "queue/shares.h"
 #include "ship/http.h"
 #include "ship/shipment.h"
 #include "ship/turn.h"
@@ -23,7 +24,7 @@ List	   *abp_shipments = NIL;
 Shipment   *
 abp_shipment_new(Lane *lane, const char *server)
 {
-	MemoryContext context = AllocSetContextCreate(abp_shipper_memory, "aibilling shipment",
+	MemoryContext context = AllocSetContextCreate(abp_shipper_memory, "aibilling_polar shipment",
 												  ALLOCSET_DEFAULT_SIZES);
 	Shipment   *shipment = MemoryContextAllocZero(context, sizeof(Shipment));
 	MemoryContext old = MemoryContextSwitchTo(abp_shipper_memory);
@@ -79,6 +80,21 @@ abp_shipment_copy_keys(Delivery *to, const Delivery *from)
 		to->keys = palloc(sizeof(uint32) * Max(1, count));
 		memcpy(to->keys, from->keys, sizeof(uint32) * count);
 	}
+}
+
+/*
+ * Ids of a delivery go back to the outbox.  Those whose events Polar may have are
+ * no longer counted by an older delivery, if this one was to count them.
+ */
+void
+abp_shipment_disown(const Delivery *delivery, IdSet *ids)
+{
+	IdSet		own;
+
+	if (!delivery->outcome_unknown || !delivery->knows_counted)
+		return;
+	own = abp_idset_subtract(ids, unconstify(IdSet *, &delivery->counted));
+	abp_shares_disown(delivery->id, delivery->usage_table, &own);
 }
 
 /* Note who is whose parent among the rows of a shipment's request. */

@@ -51,6 +51,7 @@ extern Shipment *abp_shipment_new(Lane *lane, const char *server);
 extern void abp_shipment_drop(Turn *turn, Shipment *shipment);
 extern void abp_shipment_forget_request(Shipment *shipment);
 extern void abp_shipment_copy_keys(Delivery *to, const Delivery *from);
+extern void abp_shipment_disown(const Delivery *delivery, IdSet *ids);
 extern void abp_shipment_set_kin(Shipment *shipment, const Kinship *kin, int nkin);
 
 #endif							/* ABP_SHIPMENT_H */

@@ -205,6 +205,7 @@ abp_ship_commit(const ShipScope *scope)
 
 /* --- state in memory -------------------------------------------------------- */
 
+/* Which tables are attached may have changed, and what they cost. */
 static void
 on_relcache_change(Datum arg, Oid relid)
 {
@@ -230,11 +231,11 @@ init_ship(void)
 	if (abp_shipper_memory != NULL)
 		return;
 
-	abp_shipper_memory = AllocSetContextCreate(TopMemoryContext, "aibilling shipper",
+	abp_shipper_memory = AllocSetContextCreate(TopMemoryContext, "aibilling_polar shipper",
 											   ALLOCSET_DEFAULT_SIZES);
-	this_turn.context = AllocSetContextCreate(TopMemoryContext, "aibilling shipper turn",
+	this_turn.context = AllocSetContextCreate(TopMemoryContext, "aibilling_polar shipper turn",
 											  ALLOCSET_DEFAULT_SIZES);
-	tables_context = AllocSetContextCreate(TopMemoryContext, "aibilling shipper tables",
+	tables_context = AllocSetContextCreate(TopMemoryContext, "aibilling_polar shipper tables",
 										   ALLOCSET_DEFAULT_SIZES);
 	abp_server_init();
 	CacheRegisterRelcacheCallback(on_relcache_change, (Datum) 0);
@@ -393,6 +394,7 @@ typedef struct Departure
 	char	   *token;
 } Departure;
 
+/* One delivery that Polar fails at does not hold up the others. */
 static int
 fewest_errors_first(const ListCell *a, const ListCell *b)
 {
@@ -657,6 +659,10 @@ note_busy_servers(Turn *turn, List *tables)
 		abp_turn_due_at(turn, abp_turn_in_ms(LOCKED_MS));
 }
 
+/*
+ * Tables whose owner's code is slow come last, else whoever was served longest
+ * ago comes first.
+ */
 static int
 quick_first(const ListCell *a, const ListCell *b)
 {

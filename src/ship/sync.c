@@ -74,6 +74,7 @@ typedef struct Sync
 	TimestampTz fold_until;		/* 0: not all is delivered yet */
 } Sync;
 
+/* It commits, so it cannot be in a transaction of the caller's. */
 static void
 check_call(FunctionCallInfo fcinfo)
 {
@@ -319,9 +320,14 @@ goes_on_folding(Sync *sync, TimestampTz now)
 	return now < Min(sync->fold_until, sync->deadline);
 }
 
+/*
+ * Be the shipper while nobody else is, else wake and watch the one that is.
+ */
 static void
 deliver(Sync *sync)
 {
+	static uint32 wait_event = 0;
+
 	for (;;)
 	{
 		long		due = POLL_MS;
@@ -355,7 +361,7 @@ deliver(Sync *sync)
 		if (sync->deadline != DT_NOEND)
 			due = Min(due, Max(1, TimestampDifferenceMilliseconds(now, sync->deadline)));
 		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
-						 due, PG_WAIT_EXTENSION);
+						 due, abp_wait_event(&wait_event, "AibillingPolarSync"));
 		ResetLatch(MyLatch);
 	}
 }
@@ -377,7 +383,7 @@ abp_sql_sync(PG_FUNCTION_ARGS)
 	abp_extension_check_version();
 
 	/* Outlives the transactions that follow, and goes with the CALL. */
-	sync.context = AllocSetContextCreate(PortalContext, "aibilling sync", ALLOCSET_DEFAULT_SIZES);
+	sync.context = AllocSetContextCreate(PortalContext, "aibilling_polar sync", ALLOCSET_DEFAULT_SIZES);
 	SPI_connect_ext(SPI_OPT_NONATOMIC);
 	MemoryContextSwitchTo(sync.context);
 	if (!PG_ARGISNULL(0))

@@ -29,9 +29,9 @@
 #define TURN_MS 250
 
 /*
- * The time from a turn whose batch was not full to the next turn, for each row
- * of the batch, and its bounds: a stream of commits is sent in few batches, a
- * single one soon.
+ * After a batch that was not full, the next turn waits this long for each row
+ * of it, within these bounds, so that small commits share a request and a
+ * single one is sent soon.
  */
 #define GATHER_ROW_MS 4
 #define GATHER_MIN_MS 10

@@ -203,6 +203,10 @@ look_and_price(void *arg)
 	price_rows(arg);
 }
 
+/*
+ * Under guard: does storing prices fail whatever the row, as where rights are
+ * missing?
+ */
 static void
 price_no_row(void *arg)
 {

@@ -108,12 +108,9 @@ sleep_until_woken(long timeout_ms, const char *activity)
 {
 	static uint32 wait_event = 0;
 
-	if (wait_event == 0)
-		wait_event = abp_wait_event_new("AibillingPolarMain");
-
 	pgstat_report_activity(STATE_IDLE, activity);
 	(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
-					 timeout_ms, wait_event);
+					 timeout_ms, abp_wait_event(&wait_event, "AibillingPolarMain"));
 	ResetLatch(MyLatch);
 	CHECK_FOR_INTERRUPTS();
 

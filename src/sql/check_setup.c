@@ -3,7 +3,7 @@
  * check_setup.c
  *	  aibilling.check_setup(): what must be right before usage is billed.
  *
- * One row a thing, in the order in which people set them up: is it right, what
+ * One row per thing, in the order in which people set them up: is it right, what
  * is wrong, and the statement or the command of a shell that fixes it.  Each
  * thing is looked at by itself, so that one call shows all that is to do; what
  * cannot be known before another thing is right is said to be unknown.
@@ -17,19 +17,13 @@
 #include "funcapi.h"
 #include "miscadmin.h"
 #include "utils/builtins.h"
-#include "utils/timestamp.h"
 
 #include "base/extension.h"
-#include "base/idset.h"
 #include "compat.h"
 #include "polar/server.h"
 #include "queue/attachment.h"
-#include "queue/entry.h"
-#include "queue/ledger.h"
-#include "queue/outbox.h"
 #include "sql/setup.h"
 #include "usage/attach.h"
-#include "usage/row.h"
 
 PG_FUNCTION_INFO_V1(abp_sql_check_setup);
 
@@ -78,80 +72,8 @@ check_attached(Setup *setup)
 					  psprintf("SELECT aibilling.create_usage_table('usage', server => %s);", quote_literal_cstr(server)));
 }
 
-/* Does something stop a table's delivery until somebody does something? */
-static void
-check_table(Setup *setup, const UsageTable *table)
-{
-	char	   *item = psprintf("usage table %s: nothing stops its delivery", table->name);
-	char	   *resume = psprintf("SELECT aibilling.resume(%s);", quote_literal_cstr(table->server));
-	char	   *faults = abp_row_columns_faults(table->relid);
-
-	if (!OidIsValid(table->serverid))
-		abp_setup_put(setup, item, SETUP_WRONG, psprintf("its server \"%s\" does not exist any more", table->server),
-					  psprintf("SELECT aibilling.attach(%s, server => %s);", quote_literal_cstr(table->name),
-							   quote_literal_cstr(setup->servers == NIL ? "polar" :
-												  ((const ServerOptions *) linitial(setup->servers))->name)));
-	else if (*faults != '\0')
-		abp_setup_put(setup, item, SETUP_WRONG, faults, NULL);
-	else if (abp_ids_may_repeat(table->relid))
-		abp_setup_put(setup, item, SETUP_WRONG, "nothing keeps two of its rows from having the same id",
-					  psprintf("ALTER TABLE %s ADD UNIQUE (id);", table->name));
-	else if (table->paused_by_operator || table->paused_by_answer)
-		abp_setup_put(setup, item, SETUP_WRONG, psprintf("paused: %s", table->pause_reason), resume);
-	else if (table->blocked_reason != NULL)
-		abp_setup_put(setup, item, SETUP_WRONG, psprintf("blocked: %s", table->blocked_reason), resume);
-	else if (table->not_before > GetCurrentTimestamp())
-		abp_setup_put(setup, item, SETUP_WRONG, psprintf("waits until %s after %d failures: %s",
-														 timestamptz_to_str(table->not_before), table->failures,
-														 table->pause_reason), resume);
-	else
-		abp_setup_put(setup, item, SETUP_RIGHT, NULL, NULL);
-}
-
-/* The reason and the fix of a table's first row in a state, or false if it has none. */
-static bool
-first_waiting(const UsageTable *table, const char *state, char **reason, char **fix)
-{
-	Oid			types[2] = {REGCLASSOID, TEXTOID};
-	Datum		args[2] = {ObjectIdGetDatum(table->relid), CStringGetTextDatum(state)};
-
-	*reason = abp_setup_ask("SELECT pg_catalog.format('row %s: %s', usage_id, error) FROM aibilling.outbox"
-							" WHERE usage_table OPERATOR(pg_catalog.=) $1 AND state OPERATOR(pg_catalog.=) $2"
-							" ORDER BY usage_id LIMIT 1", 2, types, args);
-	if (*reason == NULL)
-		return false;
-	*fix = psprintf("SELECT * FROM aibilling.%s WHERE usage_table = %s::regclass%s;",
-					strcmp(state, "unpriced") == 0 ? "unpriced" : "outbox",
-					quote_literal_cstr(table->name),
-					strcmp(state, "unpriced") == 0 ? "" : " AND state = 'rejected'");
-	return true;
-}
-
-static void
-check_first_row(Setup *setup, const UsageTable *table)
-{
-	char	   *item = psprintf("usage table %s: a row of it is delivered", table->name);
-	LedgerTotals totals;
-	char	   *reason;
-	char	   *fix;
-
-	abp_ledger_totals(table->relid, &totals);
-	if (totals.delivered > 0)
-		abp_setup_put(setup, item, SETUP_RIGHT, NULL, NULL);
-	else if (totals.in_flight > 0 || abp_outbox_peek(table->relid, OUTBOX_READY, 1).nranges > 0)
-		abp_setup_put(setup, item, SETUP_WRONG, "rows wait for what is wrong above, or are on their way", "CALL aibilling.sync();");
-	else if (first_waiting(table, "rejected", &reason, &fix))
-		abp_setup_put(setup, item, SETUP_WRONG, psprintf("rejected; UPDATE the row, which is checked again then; %s", reason), fix);
-	else if (first_waiting(table, "unpriced", &reason, &fix))
-		abp_setup_put(setup, item, SETUP_WRONG, psprintf("there is no price; the hint says what to do; %s", reason), fix);
-	else
-		abp_setup_put(setup, item, SETUP_WRONG, "no row has been inserted since it was attached; this one costs nothing, and no meter counts its event",
-					  psprintf("INSERT INTO %s (event_name, external_customer_id, provider_cost) VALUES ('check_setup', 'check_setup', 0);",
-							   table->name));
-}
-
 /*
- * aibilling.check_setup(): one row a thing that must be right.  See the top of
+ * aibilling.check_setup(): one row per thing that must be right.  See the top of
  * this file.
  */
 Datum
@@ -185,9 +107,6 @@ abp_sql_check_setup(PG_FUNCTION_ARGS)
 	check_armed(&setup);
 	check_attached(&setup);
 	foreach(lc, setup.tables)
-	{
-		check_table(&setup, lfirst(lc));
-		check_first_row(&setup, lfirst(lc));
-	}
+		abp_setup_check_table(&setup, lfirst(lc));
 	return (Datum) 0;
 }

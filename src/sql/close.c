@@ -20,6 +20,7 @@
 #include "utils/timestamp.h"
 
 #include "compat.h"
+#include "base/numeric_math.h"
 #include "queue/ledger.h"
 #include "queue/outbox.h"
 #include "ship/guard.h"
@@ -63,6 +64,7 @@ typedef struct Late
 	TimestampTz oldest;
 } Late;
 
+/* Count a row of before the end of the period. */
 static bool
 note_late(const UsageRow *row, Jsonb *whole, void *arg)
 {
@@ -75,8 +77,7 @@ note_late(const UsageRow *row, Jsonb *whole, void *arg)
 	if (row->cost_cents != NULL)
 	{
 		MemoryContext old = MemoryContextSwitchTo(GetMemoryChunkContext(late->cents));
-		Numeric		sum = DatumGetNumeric(DirectFunctionCall2(numeric_add, NumericGetDatum(late->cents),
-															  NumericGetDatum(row->cost_cents)));
+		Numeric		sum = numeric_plus(late->cents, row->cost_cents);
 
 		pfree(late->cents);
 		late->cents = sum;
@@ -229,8 +230,7 @@ abp_close_words(const UsageTable *table, TimestampTz now)
 						 close_states[state]);
 		rows += late.rows;
 		more |= late.more;
-		cents = DatumGetNumeric(DirectFunctionCall2(numeric_add, NumericGetDatum(cents),
-													NumericGetDatum(late.cents)));
+		cents = numeric_plus(cents, late.cents);
 	}
 	UnlockRelationOid(table->relid, AccessShareLock);
 	if (rows == 0 || timestamp2tm(end - 1, NULL, &tm, &fsec, NULL, NULL) != 0)

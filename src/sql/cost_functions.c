@@ -29,6 +29,7 @@
 #include "utils/rel.h"
 #include "utils/timestamp.h"
 
+#include "base/numeric_math.h"
 #include "base/text_view.h"
 #include "base/usage_row.h"
 #include "compat.h"
@@ -193,15 +194,13 @@ abp_sql_polar_cost(PG_FUNCTION_ARGS)
 	ExactCost	cost;
 	CostStatus	status;
 	Numeric		cents;
-	Datum		thousand = NumericGetDatum(int64_to_numeric(1000));
 	char	   *json;
 
 	if (!price_arguments(fcinfo, &cost, &status))
 		PG_RETURN_NULL();
 
 	cents = abp_cost_cents(&cost);
-	if (DatumGetBool(DirectFunctionCall2(numeric_ge, NumericGetDatum(cents),
-										 thousand)))
+	if (numeric_compare(cents, int64_to_numeric(1000)) >= 0)
 		cents = abp_cost_cents_exact(&cost);
 
 	json = psprintf("{\"amount\": \"%s\", \"currency\": \"usd\"}",
@@ -929,7 +928,7 @@ abp_sql_fetch_prices(PG_FUNCTION_ARGS)
 	if (server->kind != SERVER_PRICES)
 		ereport(ERROR,
 				(errcode(ERRCODE_WRONG_OBJECT_TYPE),
-				 errmsg("server \"%s\" is not a price server", server->name),
+				 errmsg("server \"%s\" is not a price service", server->name),
 				 errhint("Create one with the options kind 'prices', format and url.")));
 	if (!PG_GETARG_BOOL(1))
 	{

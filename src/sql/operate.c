@@ -55,6 +55,7 @@ typedef struct Preview
 	MemoryContext context;
 } Preview;
 
+/* A row as it would be sent, or why it would not be. */
 static bool
 preview_row(const UsageRow *row, Jsonb *whole, void *arg)
 {
@@ -240,6 +241,10 @@ for_servers(FunctionCallInfo fcinfo, void (*action) (const ServerShare *share))
 	abp_wake_at_commit();
 }
 
+/*
+ * The whole server, or only for the tables of those whose rights the caller
+ * has.
+ */
 static void
 pause_server(const ServerShare *share)
 {

@@ -18,6 +18,7 @@
 #include "utils/fmgrprotos.h"
 #include "utils/timestamp.h"
 
+#include "base/numeric_math.h"
 #include "ship/polar_events.h"
 
 PG_FUNCTION_INFO_V1(abp_sql_polar_events);
@@ -59,18 +60,16 @@ set_uuid(Datum *values, bool *nulls, int column, const char *text)
 static bool
 nanos_fit(Numeric nanos, int64 *result)
 {
-	static const char *const limit = "9223372036854775807";
 	Datum		whole = DirectFunctionCall2(numeric_trunc, NumericGetDatum(nanos), Int32GetDatum(0));
-	Datum		most = DirectFunctionCall3(numeric_in, CStringGetDatum(limit),
-										   ObjectIdGetDatum(InvalidOid), Int32GetDatum(-1));
 
-	if (!DatumGetBool(DirectFunctionCall2(numeric_eq, whole, NumericGetDatum(nanos))) ||
-		DatumGetBool(DirectFunctionCall2(numeric_gt, DirectFunctionCall1(numeric_abs, whole), most)))
+	if (!numeric_equal(DatumGetNumeric(whole), nanos) ||
+		numeric_compare(numeric_magnitude(nanos), int64_to_numeric(PG_INT64_MAX)) > 0)
 		return false;
 	*result = DatumGetInt64(DirectFunctionCall1(numeric_int8, whole));
 	return true;
 }
 
+/* Return an event; false when there are enough. */
 static bool
 put_event(const PolarEvent *event, void *arg)
 {

@@ -29,6 +29,7 @@
 #include "utils/snapmgr.h"
 #include "utils/timestamp.h"
 
+#include "base/numeric_math.h"
 #include "base/rights.h"
 #include "compat.h"
 #include "polar/event.h"
@@ -135,18 +136,6 @@ typedef struct Reconciling
 } Reconciling;
 
 static Numeric
-plus(Numeric a, Numeric b)
-{
-	return DatumGetNumeric(DirectFunctionCall2(numeric_add, NumericGetDatum(a), NumericGetDatum(b)));
-}
-
-static Numeric
-minus(Numeric a, Numeric b)
-{
-	return DatumGetNumeric(DirectFunctionCall2(numeric_sub, NumericGetDatum(a), NumericGetDatum(b)));
-}
-
-static Numeric
 copy_number(Numeric number)
 {
 	return number == NULL ? NULL : DatumGetNumericCopy(NumericGetDatum(number));
@@ -160,7 +149,7 @@ add_nanos(Numeric *sum, int64 *part, int64 nanos)
 
 	if (pg_add_s64_overflow(*part, nanos, &both))
 	{
-		*sum = plus(*sum, int64_to_numeric(*part));
+		*sum = numeric_plus(*sum, int64_to_numeric(*part));
 		both = nanos;
 	}
 	*part = both;
@@ -172,30 +161,17 @@ same_number(Numeric a, Numeric b)
 {
 	if (a == NULL || b == NULL)
 		return a == b;
-	return DatumGetBool(DirectFunctionCall2(numeric_eq, NumericGetDatum(a), NumericGetDatum(b)));
+	return numeric_equal(a, b);
 }
 
 /* The same number but for what a double makes of it? */
 static bool
 close_number(Numeric a, Numeric b)
 {
-	Datum		margin;
-	Datum		off;
-
 	if (a == NULL || b == NULL)
 		return a == b;
-	off = DirectFunctionCall1(numeric_abs, NumericGetDatum(minus(a, b)));
-	margin = DirectFunctionCall2(numeric_mul,
-								 DirectFunctionCall1(numeric_abs, NumericGetDatum(a)),
-								 DirectFunctionCall3(numeric_in, CStringGetDatum("1e-15"),
-													 ObjectIdGetDatum(InvalidOid), Int32GetDatum(-1)));
-	return DatumGetBool(DirectFunctionCall2(numeric_le, off, margin));
-}
-
-static bool
-is_less(Numeric a, Numeric b)
-{
-	return DatumGetBool(DirectFunctionCall2(numeric_lt, NumericGetDatum(a), NumericGetDatum(b)));
+	return numeric_compare(numeric_magnitude(numeric_minus(a, b)),
+						   numeric_times(numeric_magnitude(a), numeric_of_text("1e-15"))) <= 0;
 }
 
 /* Nano-dollars of an amount in cents. */
@@ -224,34 +200,37 @@ same_text(const char *a, const char *b)
 
 /* --- rows here ------------------------------------------------------------------------- */
 
+/* The rows of a reconciliation by events, all of them in one part. */
+typedef struct RowsHere
+{
+	Reconciling *work;
+	IdSet	   *ids;
+} RowsHere;
+
+static void
+take_ids(SPITupleTable *part, uint64 nrows, void *arg)
+{
+	RowsHere   *here = arg;
+
+	if (nrows > MAX_EVENTS_READ)
+		ereport(ERROR,
+				(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
+				 errmsg("%s has more than %d rows in this time", here->work->table->name, MAX_EVENTS_READ),
+				 errhint("Events are compared one by one: ask for a shorter time, or compare days by a meter, with aibilling.reconcile(..., meter_id => ...).")));
+	abp_rows_query_ids(part, nrows, here->ids, here->work->context);
+}
+
 static void
 find_rows(Reconciling *work, IdSet *ids)
 {
 	Oid			argtypes[2] = {TIMESTAMPTZOID, TIMESTAMPTZOID};
 	Datum		args[2] = {TimestampTzGetDatum(work->from_time), TimestampTzGetDatum(work->to_time)};
-	SavedUser	saved;
+	RowsHere	here = {work, ids};
 
-	abp_become_table_owner(work->table->owner, &saved);
-	SPI_connect();
-	SPI_execute_with_args(psprintf("SELECT id::pg_catalog.int8 FROM %s"
-								   " WHERE occurred_at >= $1 AND occurred_at < $2",
-								   work->table->name),
-						  2, argtypes, args, NULL, true, MAX_EVENTS_READ + 1);
-	if (SPI_processed > MAX_EVENTS_READ)
-		ereport(ERROR,
-				(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
-				 errmsg("%s has more than %d rows in this time", work->table->name, MAX_EVENTS_READ),
-				 errhint("Events are compared one by one: ask for a shorter time, or compare days by a meter, with aibilling.reconcile(..., meter_id => ...).")));
-	for (uint64 i = 0; i < SPI_processed; i++)
-	{
-		bool		isnull;
-		int64		id = DatumGetInt64(SPI_getbinval(SPI_tuptable->vals[i], SPI_tuptable->tupdesc,
-													 1, &isnull));
-
-		abp_idset_add(ids, id, id, work->context);
-	}
-	SPI_finish();
-	abp_restore_user(&saved);
+	abp_rows_query(work->table,
+				   psprintf("SELECT id::pg_catalog.int8 FROM %s"
+							" WHERE occurred_at >= $1 AND occurred_at < $2", work->table->name),
+				   2, argtypes, args, MAX_EVENTS_READ + 1, take_ids, &here);
 }
 
 /* What a row's event says, as it is or would be sent. */
@@ -288,6 +267,7 @@ read_own_event(Reconciling *work, HereRow *here, const UsageRow *row, Jsonb *who
 				 errhint("Let the function keep the key external_id.")));
 }
 
+/* What is to be known of a row here when its event comes. */
 static bool
 keep_row(const UsageRow *row, Jsonb *whole, void *arg)
 {
@@ -358,6 +338,7 @@ compare_event(HereRow *here, const PolarEvent *event)
 		here->same_customer = true; /* it is rejected here */
 }
 
+/* An event that Polar has: of a row here, or of none. */
 static bool
 take_event(const PolarEvent *event, void *arg)
 {
@@ -479,7 +460,7 @@ find_known(Reconciling *work)
 	if (n == 0)
 		return;
 	args[0] = PointerGetDatum(construct_array(elements, n, TEXTOID, -1, false, TYPALIGN_INT));
-	known = hash_create("aibilling known events", 1024, &ctl, HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
+	known = hash_create("aibilling_polar known events", 1024, &ctl, HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
 
 	/* rows that have come since this call began are known, too */
 	PushActiveSnapshot(GetLatestSnapshot());
@@ -521,6 +502,7 @@ find_known(Reconciling *work)
 	hash_destroy(known);
 }
 
+/* What is to be said of a row, once all events have been read. */
 static Finding
 finding_of(const Reconciling *work, const HereRow *here)
 {
@@ -591,16 +573,17 @@ conclude_row(Reconciling *work, HereRow *here)
 	day = get_day(work, here->day);
 	day->rows_here++;
 	if (here->cost_nanos != NULL)
-		day->nanos_here = plus(day->nanos_here, here->cost_nanos);
+		day->nanos_here = numeric_plus(day->nanos_here, here->cost_nanos);
 	if (here->there)
 	{
 		day->rows_there++;
 		if (here->nanos_there != NULL)
-			day->nanos_there = plus(day->nanos_there, here->nanos_there);
+			day->nanos_there = numeric_plus(day->nanos_there, here->nanos_there);
 	}
 	day->findings[finding]++;
 }
 
+/* An event of no row here is another's, or its row was deleted. */
 static void
 conclude_event(Reconciling *work, const ThereEvent *there)
 {
@@ -616,7 +599,7 @@ conclude_event(Reconciling *work, const ThereEvent *there)
 	day = get_day(work, there->day);
 	day->rows_there++;
 	if (there->nanos != NULL)
-		day->nanos_there = plus(day->nanos_there, there->nanos);
+		day->nanos_there = numeric_plus(day->nanos_there, there->nanos);
 	day->findings[UNKNOWN_HERE]++;
 }
 
@@ -679,6 +662,7 @@ put_days(Reconciling *work)
 
 /* --- by the events ------------------------------------------------------------------------- */
 
+/* Event by event: all rows here, then all events there. */
 static void
 compare_events(Reader *reader, void *arg)
 {
@@ -706,71 +690,68 @@ compare_events(Reader *reader, void *arg)
 
 /* --- by a meter ------------------------------------------------------------------------------ */
 
+/* Where the rows of a table are, at one moment: they come and go between these. */
+typedef struct Whereabouts
+{
+	Reconciling *work;
+	IdSet		waiting;
+	IdSet		flying;
+	IdSet		known;
+} Whereabouts;
+
+/* Rows that were never queued, and Polar does not have, are passed over. */
+static void
+add_up_part(SPITupleTable *part, uint64 nrows, void *arg)
+{
+	Whereabouts *where = arg;
+	MemoryContext old = MemoryContextSwitchTo(where->work->context);
+
+	for (uint64 i = 0; i < nrows; i++)
+	{
+		bool		isnull;
+		int64		id = DatumGetInt64(SPI_getbinval(part->vals[i], part->tupdesc, 1, &isnull));
+		TimestampTz occurred_at = DatumGetTimestampTz(SPI_getbinval(part->vals[i], part->tupdesc, 2, &isnull));
+		Datum		nanos = SPI_getbinval(part->vals[i], part->tupdesc, 3, &isnull);
+		bool		flies = abp_idset_contains(&where->flying, id);
+		bool		waits = !flies && abp_idset_contains(&where->waiting, id);
+		Day		   *day;
+
+		if (!waits && !flies && !abp_idset_contains(&where->known, id))
+			continue;
+		day = get_day(where->work, day_of(occurred_at));
+		day->rows_here++;
+		if (waits || flies)
+			day->findings[NOT_SENT_YET]++;
+		if (isnull)
+			continue;
+		add_nanos(&day->nanos_here, &day->part_here, DatumGetInt64(nanos));
+		if (waits)
+			add_nanos(&day->nanos_waiting, &day->part_waiting, DatumGetInt64(nanos));
+		if (flies)
+			add_nanos(&day->nanos_flying, &day->part_flying, DatumGetInt64(nanos));
+	}
+	MemoryContextSwitchTo(old);
+}
+
 /* What rows say that Polar has or is to get, day by day. */
 static void
 add_up_rows(Reconciling *work)
 {
 	Oid			argtypes[2] = {TIMESTAMPTZOID, TIMESTAMPTZOID};
 	Datum		args[2] = {TimestampTzGetDatum(work->from_time), TimestampTzGetDatum(work->to_time)};
-	IdSet		waiting;
-	IdSet		flying;
-	IdSet		known;
-	Portal		cursor;
-	SavedUser	saved;
+	Whereabouts where = {.work = work};
 
-	/* at one moment: rows come and go between these */
 	PushActiveSnapshot(GetLatestSnapshot());
-	waiting = abp_outbox_all_ids(work->table->relid);
-	flying = abp_ledger_sending_ids(work->table->relid);
-	known = abp_ledger_ids(work->table->relid, work->table->ledger_from);
+	where.waiting = abp_outbox_all_ids(work->table->relid);
+	where.flying = abp_ledger_sending_ids(work->table->relid);
+	where.known = abp_ledger_ids(work->table->relid, work->table->ledger_from);
 	PopActiveSnapshot();
 
-	abp_become_table_owner(work->table->owner, &saved);
-	SPI_connect();
-	cursor = SPI_cursor_open_with_args(NULL,
-									   psprintf("SELECT id::pg_catalog.int8, occurred_at, cost_nanos::pg_catalog.int8"
-												" FROM %s WHERE occurred_at >= $1 AND occurred_at < $2",
-												work->table->name),
-									   2, argtypes, args, NULL, true, 0);
-	do
-	{
-		CHECK_FOR_INTERRUPTS();
-		SPI_cursor_fetch(cursor, true, RECONCILE_CHUNK);
-		for (uint64 i = 0; i < SPI_processed; i++)
-		{
-			HeapTuple	tuple = SPI_tuptable->vals[i];
-			TupleDesc	desc = SPI_tuptable->tupdesc;
-			bool		isnull;
-			int64		id = DatumGetInt64(SPI_getbinval(tuple, desc, 1, &isnull));
-			TimestampTz occurred_at = DatumGetTimestampTz(SPI_getbinval(tuple, desc, 2, &isnull));
-			Datum		nanos = SPI_getbinval(tuple, desc, 3, &isnull);
-			bool		flies = abp_idset_contains(&flying, id);
-			bool		waits = !flies && abp_idset_contains(&waiting, id);
-			MemoryContext spi;
-			Day		   *day;
-
-			if (!waits && !flies && !abp_idset_contains(&known, id))
-				continue;
-			spi = MemoryContextSwitchTo(work->context);
-			day = get_day(work, day_of(occurred_at));
-			day->rows_here++;
-			if (waits || flies)
-				day->findings[NOT_SENT_YET]++;
-			if (!isnull)
-			{
-				add_nanos(&day->nanos_here, &day->part_here, DatumGetInt64(nanos));
-				if (waits)
-					add_nanos(&day->nanos_waiting, &day->part_waiting, DatumGetInt64(nanos));
-				if (flies)
-					add_nanos(&day->nanos_flying, &day->part_flying, DatumGetInt64(nanos));
-			}
-			MemoryContextSwitchTo(spi);
-		}
-		SPI_freetuptable(SPI_tuptable);
-	} while (SPI_processed > 0);
-	SPI_cursor_close(cursor);
-	SPI_finish();
-	abp_restore_user(&saved);
+	abp_rows_query(work->table,
+				   psprintf("SELECT id::pg_catalog.int8, occurred_at, cost_nanos::pg_catalog.int8"
+							" FROM %s WHERE occurred_at >= $1 AND occurred_at < $2",
+							work->table->name),
+				   2, argtypes, args, RECONCILE_CHUNK, add_up_part, &where);
 }
 
 static void
@@ -795,20 +776,21 @@ conclude_day(Day *day)
 	Numeric		most;
 	Numeric		least;
 
-	day->nanos_here = plus(day->nanos_here, int64_to_numeric(day->part_here));
-	day->nanos_waiting = plus(day->nanos_waiting, int64_to_numeric(day->part_waiting));
-	day->nanos_flying = plus(day->nanos_flying, int64_to_numeric(day->part_flying));
-	most = minus(day->nanos_here, day->nanos_waiting);
-	least = minus(most, day->nanos_flying);
+	day->nanos_here = numeric_plus(day->nanos_here, int64_to_numeric(day->part_here));
+	day->nanos_waiting = numeric_plus(day->nanos_waiting, int64_to_numeric(day->part_waiting));
+	day->nanos_flying = numeric_plus(day->nanos_flying, int64_to_numeric(day->part_flying));
+	most = numeric_minus(day->nanos_here, day->nanos_waiting);
+	least = numeric_minus(most, day->nanos_flying);
 
 	if (close_number(day->nanos_here, day->nanos_there))
 		day->findings[NOT_SENT_YET] = 0;
 	else if (close_number(most, day->nanos_there) || close_number(least, day->nanos_there))
 		return;
-	else if (!is_less(least, day->nanos_there) || !is_less(day->nanos_there, most))
+	else if (numeric_compare(least, day->nanos_there) >= 0 || numeric_compare(day->nanos_there, most) >= 0)
 		day->findings[AMOUNT_DIFFERS] = 1;
 }
 
+/* Day by day, by what a meter has counted: one request. */
 static void
 compare_with_meter(Reader *reader, void *arg)
 {
@@ -877,9 +859,9 @@ begin(FunctionCallInfo fcinfo, Reconciling *work)
 	work->result = (ReturnSetInfo *) fcinfo->resultinfo;
 	work->context = CurrentMemoryContext;
 	check_times(work);
-	work->here = create_table("aibilling rows here", sizeof(ExternalIdKey), sizeof(HereRow), work->context);
-	work->ids = create_table("aibilling ids there", sizeof(ExternalIdKey), sizeof(ExternalIdKey), work->context);
-	work->days = create_table("aibilling days", sizeof(int), sizeof(Day), work->context);
+	work->here = create_table("aibilling_polar rows here", sizeof(ExternalIdKey), sizeof(HereRow), work->context);
+	work->ids = create_table("aibilling_polar ids there", sizeof(ExternalIdKey), sizeof(ExternalIdKey), work->context);
+	work->days = create_table("aibilling_polar days", sizeof(int), sizeof(Day), work->context);
 	return work->from_time < work->to_time;
 }
 
@@ -926,7 +908,7 @@ compare_days_and_events(Reader *reader, void *arg)
 
 		one.from_time = (TimestampTz) wrong[i]->day * USECS_PER_DAY;
 		one.to_time = one.from_time + USECS_PER_DAY;
-		one.here = create_table("aibilling rows here", sizeof(ExternalIdKey), sizeof(HereRow),
+		one.here = create_table("aibilling_polar rows here", sizeof(ExternalIdKey), sizeof(HereRow),
 								work->context);
 		compare_events(reader, &one);
 		work->events = one.events;

@@ -11,7 +11,6 @@
 #include "postgres.h"
 
 #include "catalog/pg_type.h"
-#include "executor/spi.h"
 #include "fmgr.h"
 #include "funcapi.h"
 #include "miscadmin.h"
@@ -21,8 +20,9 @@
 #include "utils/numeric.h"
 #include "utils/snapmgr.h"
 
+#include "base/numeric_math.h"
+#include "base/progress.h"
 #include "price/price.h"
-#include "base/rights.h"
 #include "queue/ledger.h"
 #include "queue/outbox.h"
 #include "queue/place.h"
@@ -50,6 +50,7 @@ PG_FUNCTION_INFO_V1(abp_sql_correct);
 typedef struct Repricing
 {
 	const UsageTable *table;
+	int64		looked_at;		/* rows so far */
 	bool		dry_run;
 	bool		corrects;		/* delivered rows, too */
 	HTAB	   *corrected;		/* ExternalIdKey of rows with corrections, or
@@ -74,37 +75,6 @@ typedef struct NewCost
 	char	   *problem;
 } NewCost;
 
-static bool
-same_cents(Numeric a, Numeric b)
-{
-	return DatumGetBool(DirectFunctionCall2(numeric_eq, NumericGetDatum(a), NumericGetDatum(b)));
-}
-
-static Numeric
-difference(Numeric a, Numeric b)
-{
-	return DatumGetNumeric(DirectFunctionCall2(numeric_sub, NumericGetDatum(a), NumericGetDatum(b)));
-}
-
-static bool
-is_at_least(Numeric a, Numeric b)
-{
-	return DatumGetBool(DirectFunctionCall2(numeric_ge, NumericGetDatum(a), NumericGetDatum(b)));
-}
-
-static Numeric
-number(const char *text)
-{
-	return DatumGetNumeric(DirectFunctionCall3(numeric_in, CStringGetDatum(text),
-											   ObjectIdGetDatum(InvalidOid), Int32GetDatum(-1)));
-}
-
-static Numeric
-magnitude(Numeric a)
-{
-	return DatumGetNumeric(DirectFunctionCall1(numeric_abs, NumericGetDatum(a)));
-}
-
 /* Is the cost of a row by the prices of now another one, or not to be told? */
 static bool
 cost_differs(const UsageRow *row, NewCost *new)
@@ -116,12 +86,13 @@ cost_differs(const UsageRow *row, NewCost *new)
 		return true;
 	if (!new->cost.known)
 		return false;
-	if (row->cost_cents == NULL || !same_cents(new->cost.cost_cents, row->cost_cents))
+	if (row->cost_cents == NULL || !numeric_equal(new->cost.cost_cents, row->cost_cents))
 		return true;
 	/* what a correcting row says in nano-dollars makes a sum right */
 	return new->cost.cost_nanos != row->cost_nanos && !abp_corrects(row, &ignored);
 }
 
+/* Then what Polar was told differs from what the row says. */
 static bool
 has_corrections(const Repricing *repricing, const UsageRow *row)
 {
@@ -133,6 +104,7 @@ has_corrections(const Repricing *repricing, const UsageRow *row)
 	return hash_search(repricing->corrected, &key, HASH_FIND, NULL) != NULL;
 }
 
+/* Which rows are worth a lock. */
 static bool
 note_difference(const UsageRow *row, Jsonb *whole, void *arg)
 {
@@ -156,7 +128,7 @@ note_kept(Repricing *repricing, int64 id, const char *problem)
 static void
 check_difference(const UsageTable *table, int64 id, Numeric cents)
 {
-	if (is_at_least(magnitude(cents), number(TOO_MANY_CENTS)))
+	if (numeric_compare(numeric_magnitude(cents), numeric_of_text(TOO_MANY_CENTS)) >= 0)
 		ereport(ERROR,
 				(errcode(ERRCODE_NUMERIC_VALUE_OUT_OF_RANGE),
 				 errmsg("the cost of usage row " INT64_FORMAT " of %s would change by %s cents: 1000 USD or more do not fit one event",
@@ -185,7 +157,7 @@ add_correction(Repricing *repricing, const UsageRow *row, const CorrectedCost *t
 			.hcxt = repricing->context
 		};
 
-		repricing->seen = hash_create("aibilling rows to correct", 1024, &ctl,
+		repricing->seen = hash_create("aibilling_polar rows to correct", 1024, &ctl,
 									  HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
 	}
 	abp_corrections_key(&key, row->external_id.data, row->external_id.len);
@@ -204,7 +176,7 @@ add_correction(Repricing *repricing, const UsageRow *row, const CorrectedCost *t
 		correction->id = row->id;
 		correction->external_id.data = pnstrdup(row->external_id.data, row->external_id.len);
 		correction->external_id.len = row->external_id.len;
-		correction->cost_cents = difference(cost->cost_cents, told->cost_cents);
+		correction->cost_cents = numeric_minus(cost->cost_cents, told->cost_cents);
 		correction->cost_nanos = cost->cost_nanos - told->cost_nanos;
 	}
 	MemoryContextSwitchTo(old);
@@ -229,8 +201,8 @@ put_result(Repricing *repricing, int64 id, const char *place, const int64 *old_n
 		values[3] = Int64GetDatum(*new_nanos);
 	nulls[4] = nulls[2] || nulls[3];
 	if (!nulls[4])
-		values[4] = NumericGetDatum(difference(int64_to_numeric(*new_nanos),
-											   int64_to_numeric(*old_nanos)));
+		values[4] = NumericGetDatum(numeric_minus(int64_to_numeric(*new_nanos),
+												  int64_to_numeric(*old_nanos)));
 	values[5] = CStringGetTextDatum(action);
 	tuplestore_putvalues(repricing->result->setResult, repricing->result->setDesc, values, nulls);
 }
@@ -257,7 +229,7 @@ reprice_delivered(Repricing *repricing, const UsageRow *row, NewCost *new)
 		action = "kept";
 	}
 	else if (told.ncorrections > 0 || row->has_cost_nanos ? new->cost.known &&
-			 same_cents(new->cost.cost_cents, told.cost_cents) : !new->cost.known)
+			 numeric_equal(new->cost.cost_cents, told.cost_cents) : !new->cost.known)
 		return;
 	else if (new->cost.known && repricing->corrects && !is_correction &&
 			 add_correction(repricing, row, &told, &new->cost))
@@ -268,6 +240,7 @@ reprice_delivered(Repricing *repricing, const UsageRow *row, NewCost *new)
 			   new->possible && new->cost.known ? &new->cost.cost_nanos : NULL, action);
 }
 
+/* Report a row whose cost differs, and note whether it can be changed. */
 static bool
 reprice_row(const UsageRow *row, Jsonb *whole, void *arg)
 {
@@ -317,54 +290,40 @@ reprice_row(const UsageRow *row, Jsonb *whole, void *arg)
 	return true;
 }
 
+/* Look at rows of these ids. */
+static void
+look_at_part(SPITupleTable *part, uint64 nrows, void *arg)
+{
+	Repricing  *repricing = arg;
+	const UsageTable *table = repricing->table;
+	IdSet		ids = {0};
+
+	abp_progress_report(table->relid, "rows", repricing->looked_at, 0);
+	repricing->looked_at += nrows;
+	abp_rows_query_ids(part, nrows, &ids, CurrentMemoryContext);
+	if (!repricing->dry_run)
+	{
+		/* Who has a row's lock can rely on where it is: it is not sent. */
+		abp_rows_read(table, &ids, false, note_difference, repricing);
+		if (repricing->differing.nranges == 0)
+			return;
+		ids = abp_rows_lock(table, &repricing->differing, true);
+		abp_idset_free(&repricing->differing);
+	}
+	abp_rows_read(table, &ids, false, reprice_row, repricing);
+}
+
 /* Look at all rows from one time to another. */
 static void
 look_at_rows(Repricing *repricing, Datum from_time, Datum to_time)
 {
-	const UsageTable *table = repricing->table;
 	Oid			argtypes[2] = {TIMESTAMPTZOID, TIMESTAMPTZOID};
 	Datum		args[2] = {from_time, to_time};
-	Portal		cursor;
-	SavedUser	saved;
 
-	abp_become_table_owner(table->owner, &saved);
-	SPI_connect();
-	cursor = SPI_cursor_open_with_args(NULL,
-									   psprintf("SELECT id::pg_catalog.int8 FROM %s"
-												" WHERE occurred_at >= $1 AND occurred_at < $2",
-												table->name),
-									   2, argtypes, args, NULL, true, 0);
-	for (;;)
-	{
-		IdSet		ids = {0};
-
-		CHECK_FOR_INTERRUPTS();
-		SPI_cursor_fetch(cursor, true, REPRICE_CHUNK);
-		if (SPI_processed == 0)
-			break;
-		for (uint64 i = 0; i < SPI_processed; i++)
-		{
-			bool		isnull;
-			int64		id = DatumGetInt64(SPI_getbinval(SPI_tuptable->vals[i],
-														 SPI_tuptable->tupdesc, 1, &isnull));
-
-			abp_idset_add(&ids, id, id, CurrentMemoryContext);
-		}
-		SPI_freetuptable(SPI_tuptable);
-		if (!repricing->dry_run)
-		{
-			/* Who has a row's lock can rely on where it is: it is not sent. */
-			abp_rows_read(table, &ids, false, note_difference, repricing);
-			if (repricing->differing.nranges == 0)
-				continue;
-			ids = abp_rows_lock(table, &repricing->differing, true);
-			abp_idset_free(&repricing->differing);
-		}
-		abp_rows_read(table, &ids, false, reprice_row, repricing);
-	}
-	SPI_cursor_close(cursor);
-	SPI_finish();
-	abp_restore_user(&saved);
+	abp_rows_query(repricing->table,
+				   psprintf("SELECT id::pg_catalog.int8 FROM %s"
+							" WHERE occurred_at >= $1 AND occurred_at < $2", repricing->table->name),
+				   2, argtypes, args, REPRICE_CHUNK, look_at_part, repricing);
 }
 
 /* Each correction fits an event, and all of them fit what the caller expects. */
@@ -379,15 +338,13 @@ check_corrections(const Repricing *repricing, Numeric max_total)
 
 		CHECK_FOR_INTERRUPTS();
 		check_difference(repricing->table, correction->id, correction->cost_cents);
-		total = DatumGetNumeric(DirectFunctionCall2(numeric_add, NumericGetDatum(total),
-													NumericGetDatum(magnitude(correction->cost_cents))));
+		total = numeric_plus(total, numeric_magnitude(correction->cost_cents));
 	}
 	if (max_total != NULL)
 	{
-		Numeric		limit = DatumGetNumeric(DirectFunctionCall2(numeric_mul, NumericGetDatum(max_total),
-																NumericGetDatum(int64_to_numeric(100))));
+		Numeric		limit = numeric_times(max_total, int64_to_numeric(100));
 
-		if (!is_at_least(limit, total))
+		if (numeric_compare(limit, total) < 0)
 			ereport(ERROR,
 					(errcode(ERRCODE_DATA_EXCEPTION),
 					 errmsg("corrections of %d usage rows of %s would come to %s cents, more than max_total, %s USD",
@@ -412,7 +369,7 @@ check_max_total(FunctionCallInfo fcinfo, bool corrects)
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg("max_total limits corrections, which are not asked for"),
 				 errhint("Set corrections to true.")));
-	if (numeric_is_nan(max_total) || !is_at_least(max_total, int64_to_numeric(0)))
+	if (numeric_is_nan(max_total) || numeric_signum(max_total) < 0)
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg("max_total must be a number and not negative, but is %s",
@@ -422,7 +379,7 @@ check_max_total(FunctionCallInfo fcinfo, bool corrects)
 
 /*
  * aibilling.reprice(usage, from_time, to_time, dry_run, corrections, max_total):
- * recompute costs.  A row a cost that differs; rows in flight are reported only,
+ * recompute costs.  One row per cost that differs; rows in flight are reported only,
  * delivered ones, too, unless "corrections" has each corrected by a further row.
  * A row whose cost cannot be told keeps what it has, and keeps no other from
  * being repriced.
@@ -453,6 +410,7 @@ abp_sql_reprice(PG_FUNCTION_ARGS)
 
 	repricing.corrected = abp_corrections_corrected(table->relid);
 	look_at_rows(&repricing, PG_GETARG_DATUM(1), PG_GETARG_DATUM(2));
+	abp_progress_end();
 
 	if (!repricing.dry_run)
 		check_corrections(&repricing, max_total);
@@ -518,6 +476,7 @@ typedef struct Correcting
 	MemoryContext context;
 } Correcting;
 
+/* By how much a row and its corrections miss the cost that is wanted. */
 static bool
 compare_with_wanted(const UsageRow *row, Jsonb *whole, void *arg)
 {
@@ -546,9 +505,9 @@ compare_with_wanted(const UsageRow *row, Jsonb *whole, void *arg)
 	correcting->correction.id = row->id;
 	correcting->correction.external_id.data = pnstrdup(row->external_id.data, row->external_id.len);
 	correcting->correction.external_id.len = row->external_id.len;
-	correcting->correction.cost_cents = difference(correcting->wanted->cost_cents, told.cost_cents);
+	correcting->correction.cost_cents = numeric_minus(correcting->wanted->cost_cents, told.cost_cents);
 	correcting->correction.cost_nanos = correcting->wanted->cost_nanos - told.cost_nanos;
-	correcting->needed = !same_cents(correcting->wanted->cost_cents, told.cost_cents);
+	correcting->needed = !numeric_equal(correcting->wanted->cost_cents, told.cost_cents);
 	MemoryContextSwitchTo(old);
 	return true;
 }

@@ -13,6 +13,8 @@
 #include "nodes/execnodes.h"
 #include "nodes/pg_list.h"
 
+#include "queue/attachment.h"
+
 typedef enum SetupAnswer
 {
 	SETUP_WRONG,
@@ -38,9 +40,10 @@ extern char *abp_setup_shell_word(const char *word);
 extern const char *abp_setup_server_user(void);
 extern char *abp_setup_ask(const char *query, int nargs, Oid *types, Datum *args);
 
-/* setup_worker.c, setup_server.c */
+/* setup_worker.c, setup_server.c, setup_table.c */
 extern void abp_setup_check_worker(Setup *setup);
 extern List *abp_setup_servers(void);
 extern void abp_setup_check_servers(Setup *setup);
+extern void abp_setup_check_table(Setup *setup, const UsageTable *table);
 
 #endif							/* ABP_SETUP_H */

@@ -12,7 +12,6 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "executor/spi.h"
 #include "foreign/foreign.h"
 #include "lib/stringinfo.h"
 #include "miscadmin.h"
@@ -20,7 +19,7 @@
 #include "utils/builtins.h"
 #include "utils/timestamp.h"
 
-#include "base/rights.h"
+#include "base/statement.h"
 #include "compat.h"
 #include "polar/limits.h"
 #include "polar/server.h"
@@ -55,31 +54,31 @@ write_token_command(const char *path)
 List	   *
 abp_setup_servers(void)
 {
+	static Statement find = {
+		"SELECT s.oid FROM pg_catalog.pg_foreign_server s"
+		" JOIN pg_catalog.pg_depend d ON d.classid OPERATOR(pg_catalog.=) 'pg_catalog.pg_foreign_data_wrapper'::pg_catalog.regclass"
+		"  AND d.objid OPERATOR(pg_catalog.=) s.srvfdw AND d.deptype OPERATOR(pg_catalog.=) 'e'"
+		" JOIN pg_catalog.pg_extension e ON e.oid OPERATOR(pg_catalog.=) d.refobjid"
+		"  AND e.extname OPERATOR(pg_catalog.=) 'aibilling_polar'"
+		" ORDER BY s.srvname",
+		0, {0}, true
+	};
+	uint64		nrows;
 	MemoryContext caller = CurrentMemoryContext;
 	List	   *oids = NIL;
 	List	   *servers = NIL;
 	SavedUser	saved;
 	ListCell   *lc;
 
-	abp_become_extension_owner(&saved);
-	SPI_connect();
-	SPI_execute("SELECT s.oid FROM pg_catalog.pg_foreign_server s"
-				" JOIN pg_catalog.pg_depend d ON d.classid OPERATOR(pg_catalog.=) 'pg_catalog.pg_foreign_data_wrapper'::pg_catalog.regclass"
-				"  AND d.objid OPERATOR(pg_catalog.=) s.srvfdw AND d.deptype OPERATOR(pg_catalog.=) 'e'"
-				" JOIN pg_catalog.pg_extension e ON e.oid OPERATOR(pg_catalog.=) d.refobjid"
-				"  AND e.extname OPERATOR(pg_catalog.=) 'aibilling_polar'"
-				" ORDER BY s.srvname", true, 0);
-	for (uint64 i = 0; i < SPI_processed; i++)
+	nrows = abp_statement_open(&find, NULL, NULL, &saved);
+	for (uint64 i = 0; i < nrows; i++)
 	{
-		bool		isnull;
 		MemoryContext old = MemoryContextSwitchTo(caller);
 
-		oids = lappend_oid(oids, DatumGetObjectId(SPI_getbinval(SPI_tuptable->vals[i],
-																SPI_tuptable->tupdesc, 1, &isnull)));
+		oids = lappend_oid(oids, abp_result_oid(i, 1));
 		MemoryContextSwitchTo(old);
 	}
-	SPI_finish();
-	abp_restore_user(&saved);
+	abp_statement_close(&saved);
 
 	foreach(lc, oids)
 	{
@@ -119,6 +118,7 @@ mapping_of(const ServerOptions *server, Oid role)
 	return psprintf("USER MAPPING FOR %s SERVER %s", whose, quote_identifier(server->name));
 }
 
+/* Is there a token for the role, its own or the one for all? */
 static bool
 is_mapped(const ServerOptions *server, Oid role)
 {
@@ -213,6 +213,7 @@ fix_of_address(const ServerOptions *server, const char *error)
 	return psprintf("curl -v %s%s", abp_setup_shell_word(server->url), POLAR_INGEST_PATH);
 }
 
+/* Does Polar take the token?  By a request that stores nothing. */
 static void
 check_answer(Setup *setup, const ServerOptions *server, Oid role, const char *token, char *item)
 {
@@ -281,6 +282,7 @@ check_token(Setup *setup, const ServerOptions *server, Oid role)
 	PG_END_TRY();
 }
 
+/* One for each server, and for each role that has its own. */
 static void
 check_tokens(Setup *setup)
 {

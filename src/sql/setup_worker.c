@@ -238,6 +238,15 @@ check_worker(Setup *setup)
 	List	   *names = NIL;
 	int			wanted;
 
+	/* one that ends again and again may be there just now */
+	error = abp_wake_worker_error(get_database_name(MyDatabaseId));
+	if (error != NULL)
+	{
+		abp_setup_put(setup, item, SETUP_WRONG,
+					  psprintf("it has ended with an error, of which the server's log has more, and starts again every second; the statement shows whether the cause is gone: %s", error),
+					  "CALL aibilling.sync();");
+		return;
+	}
 	if (abp_wake_worker_pid() != 0)
 	{
 		abp_setup_put(setup, item, SETUP_RIGHT, NULL, NULL);
@@ -251,12 +260,6 @@ check_worker(Setup *setup)
 	if (RecoveryInProgress())
 	{
 		abp_setup_put(setup, item, SETUP_UNKNOWN, "this server is a standby: the worker runs on the primary", NULL);
-		return;
-	}
-	error = abp_wake_worker_error(get_database_name(MyDatabaseId));
-	if (error != NULL)
-	{
-		abp_setup_put(setup, item, SETUP_WRONG, psprintf("it has ended with an error and starts again every second; the server's log has more: %s", error), NULL);
 		return;
 	}
 	if (!TimestampDifferenceExceeds(PgStartTime, GetCurrentTimestamp(), WORKER_START_MS))

@@ -24,6 +24,7 @@
 #include "utils/syscache.h"
 #include "utils/timestamp.h"
 
+#include "base/decimal.h"
 #include "base/extension.h"
 #include "compat.h"
 #include "polar/server.h"
@@ -226,6 +227,64 @@ read_pending(const UsageTable *table, KeyFilter wants, SumsReader reader, void *
 	abp_rows_read(table, &ids, false, read_pending_row, &pending);
 }
 
+/* --- months ------------------------------------------------------------------- */
+
+/* The first day of this one's month, or of a later month. */
+static DateADT
+first_of_month(DateADT day, int months_later)
+{
+	int			year;
+	int			month;
+	int			mday;
+
+	if (DATE_NOT_FINITE(day))
+		return day;
+	j2date(day + POSTGRES_EPOCH_JDATE, &year, &month, &mday);
+	month += months_later;
+	return date2j(year, month, 1) - POSTGRES_EPOCH_JDATE;
+}
+
+static bool
+note_row(const Datum *values, const bool *nulls, void *arg)
+{
+	*(bool *) arg = true;
+	return false;
+}
+
+/* Is nothing of a table in the rollup for the days from one to before another? */
+static bool
+is_empty(Oid relid, DateADT from_day, DateADT end)
+{
+	RollupRange range = {.usage_table = relid,.level = ROLLUP_BY_MODEL,.from_day = from_day};
+	bool		found = false;
+
+	if (from_day >= end)
+		return true;
+	range.to_day = end - 1;
+	abp_rollup_read(&range, note_row, &found);
+	return !found;
+}
+
+/*
+ * The whole months of a range: from the first of one to before the first of
+ * another.  A month in whose other days nothing was counted is as good as
+ * whole.  Without whole months both are the day behind the range.
+ */
+static void
+whole_months(const RollupRange *range, DateADT *first, DateADT *end)
+{
+	DateADT		behind = DATE_NOT_FINITE(range->to_day) ? range->to_day : range->to_day + 1;
+
+	*first = first_of_month(range->from_day, 0);
+	if (!is_empty(range->usage_table, *first, range->from_day))
+		*first = first_of_month(range->from_day, 1);
+	*end = first_of_month(behind, 1);
+	if (!is_empty(range->usage_table, behind, *end))
+		*end = first_of_month(behind, 0);
+	if (*first >= *end)
+		*first = *end = behind;
+}
+
 /* --- usage_daily, usage_by ---------------------------------------------------- */
 
 /* By what the sums of a result are kept. */
@@ -361,9 +420,9 @@ return_rollup_row(const Datum *rollup_values, const bool *nulls, void *arg)
 				Int64GetDatum(DatumGetInt64(values[ROLLUP_USAGE_ROWS]) + sums->rows);
 			for (int i = 0; i < NUM_SHARE_TOKENS; i++)
 				values[ROLLUP_INPUT_TOKENS + i] =
-					add_datums(values[ROLLUP_INPUT_TOKENS + i], abp_share_numeric(sums->tokens[i], 0));
+					add_datums(values[ROLLUP_INPUT_TOKENS + i], abp_decimal_numeric(sums->tokens[i], 0));
 			values[ROLLUP_COST_NANOS] =
-				add_datums(values[ROLLUP_COST_NANOS], abp_share_numeric(sums->nanos, 0));
+				add_datums(values[ROLLUP_COST_NANOS], abp_decimal_numeric(sums->nanos, 0));
 			values[ROLLUP_COST_CENTS] =
 				add_datums(values[ROLLUP_COST_CENTS], abp_share_cents(sums));
 			values[ROLLUP_UNPRICED] =
@@ -410,10 +469,10 @@ return_group(Daily *daily, const ShareGroup *group)
 	values[DAILY_USAGE_ROWS] = Int64GetDatum(sums->rows);
 	for (int i = 0; i < NUM_SHARE_TOKENS; i++)
 	{
-		values[DAILY_INPUT_TOKENS + i] = NumericGetDatum(abp_share_numeric(sums->tokens[i], 0));
+		values[DAILY_INPUT_TOKENS + i] = NumericGetDatum(abp_decimal_numeric(sums->tokens[i], 0));
 		nulls[DAILY_INPUT_TOKENS + i] = daily->by == BY_CUSTOMER;
 	}
-	values[DAILY_COST_NANOS] = NumericGetDatum(abp_share_numeric(sums->nanos, 0));
+	values[DAILY_COST_NANOS] = NumericGetDatum(abp_decimal_numeric(sums->nanos, 0));
 	nulls[DAILY_COST_NANOS] = daily->by == BY_CUSTOMER;
 	values[DAILY_COST_CENTS] = NumericGetDatum(abp_share_cents(sums));
 	values[DAILY_UNPRICED] = Int64GetDatum(sums->unpriced);
@@ -439,56 +498,27 @@ add_to_customer(const Datum *rollup_values, const bool *nulls, void *arg)
 	return true;
 }
 
-/* The day that follows the month of this one. */
-static DateADT
-next_month(DateADT day)
-{
-	int			year;
-	int			month;
-	int			mday;
-
-	j2date(day + POSTGRES_EPOCH_JDATE, &year, &month, &mday);
-	return date2j(month == 12 ? year + 1 : year, month == 12 ? 1 : month + 1, 1) - POSTGRES_EPOCH_JDATE;
-}
-
 static void
-read_days(Daily *daily, Oid relid, char level, DateADT from_day, DateADT to_day, RollupReader reader)
+read_days(Daily *daily, Oid relid, char level, RollupReader reader)
 {
-	RollupRange range = {.usage_table = relid,.level = level,.from_day = from_day,.to_day = to_day};
+	RollupRange range = {
+		.usage_table = relid,.level = level,.from_day = daily->from_day,.to_day = daily->to_day
+	};
 
-	if (from_day <= to_day)
+	if (daily->from_day <= daily->to_day)
 		abp_rollup_read(&range, reader, daily);
 }
 
-/* Add the rollup to customers: whole months, and the days before and after. */
+/* Add the rollup to customers. */
 static void
 read_customers(Daily *daily, Oid relid)
 {
-	DateADT		first = DATE_NOT_FINITE(daily->from_day) ? daily->from_day :
-	next_month(daily->from_day - 1);	/* of whole months */
-	DateADT		end;			/* the first day behind them */
-	int			year;
-	int			month;
-	int			mday;
+	RollupRange range = {.usage_table = relid,.from_day = daily->from_day,.to_day = daily->to_day};
+	DateADT		first;
+	DateADT		end;
 
-	if (DATE_NOT_FINITE(daily->to_day))
-		end = DATEVAL_NOEND;
-	else
-	{
-		j2date(daily->to_day + 1 + POSTGRES_EPOCH_JDATE, &year, &month, &mday);
-		end = date2j(year, month, 1) - POSTGRES_EPOCH_JDATE;
-	}
-	if (first >= end)
-	{
-		read_days(daily, relid, ROLLUP_DAILY, daily->from_day, daily->to_day, add_to_customer);
-		return;
-	}
-	if (first > daily->from_day)
-		read_days(daily, relid, ROLLUP_DAILY, daily->from_day, first - 1, add_to_customer);
-	read_days(daily, relid, ROLLUP_BY_CUSTOMER, first, end == DATEVAL_NOEND ? end : end - 1,
-			  add_to_customer);
-	if (end != DATEVAL_NOEND)
-		read_days(daily, relid, ROLLUP_DAILY, end, daily->to_day, add_to_customer);
+	whole_months(&range, &first, &end);
+	abp_rollup_read_customers(&range, first, end, add_to_customer, daily);
 }
 
 static void
@@ -508,7 +538,7 @@ return_sums(FunctionCallInfo fcinfo, Oid relid, SumsBy by, DateADT from_day, Dat
 		read_customers(&daily, relid);
 	daily.done = palloc0(sizeof(bool) * Max(1, daily.groups.ngroups));
 	if (by != BY_CUSTOMER)
-		read_days(&daily, relid, by == BY_MODEL ? ROLLUP_BY_MODEL : ROLLUP_DAILY, from_day, to_day,
+		read_days(&daily, relid, by == BY_MODEL ? ROLLUP_BY_MODEL : ROLLUP_DAILY,
 				  return_rollup_row);
 	for (int i = 0; i < daily.groups.ngroups; i++)
 	{
@@ -625,7 +655,8 @@ abp_sql_spend(PG_FUNCTION_ARGS)
 {
 	Oid			relid;
 	Spend		spend = {{NULL}};
-	RollupRange range = {.level = ROLLUP_DAILY,.by_customer = true,.to_day = DATEVAL_NOEND};
+	RollupRange range = {.by_customer = true};
+	DateADT		first;			/* of whole months */
 	ShareKey	key = {0};
 	TupleDesc	desc;
 	Datum		values[4];
@@ -651,7 +682,18 @@ abp_sql_spend(PG_FUNCTION_ARGS)
 	range.usage_table = relid;
 	key.external_customer_id = spend.customer;
 	range.customer = abp_rollup_customer(&key);
-	range.from_day = spend.from_day;
+	first = first_of_month(spend.from_day, 0);
+	if (first < spend.from_day)
+	{
+		first = first_of_month(spend.from_day, 1);
+		range.level = ROLLUP_DAILY;
+		range.from_day = spend.from_day;
+		range.to_day = first - 1;
+		abp_rollup_read(&range, add_spent_before, &spend);
+	}
+	range.level = ROLLUP_BY_CUSTOMER;
+	range.from_day = first;
+	range.to_day = DATEVAL_NOEND;
 	abp_rollup_read(&range, add_spent_before, &spend);
 
 	values[0] = add_datums(NumericGetDatum(spend.cents), abp_share_cents(&spend.all));

@@ -30,6 +30,7 @@
 #include "base/extension.h"
 #include "base/idset.h"
 #include "base/rights.h"
+#include "base/statement.h"
 #include "base/usage_row.h"
 #include "compat.h"
 #include "config.h"
@@ -86,7 +87,7 @@ abp_database_is_listed(bool in_other_case)
 	return false;
 }
 
-/* --- watching --------------------------------------------------------------------- */
+/* --- what the views ask --------------------------------------------------------- */
 
 /*
  * aibilling.waiting_ids(usage_table, state, entry, id, ids): what is left of an
@@ -272,19 +273,19 @@ append_missing_prices(StringInfo words, const UsageTable *table)
 static void
 append_held_prices(StringInfo words)
 {
-	SavedUser	saved;
+	static Statement find = {
+		"SELECT format('%s suspicious prices are held since %s (aibilling.price_quarantine)',"
+		" count(*), min(quarantined_at)::timestamptz(0))"
+		" FROM aibilling.price_quarantine HAVING count(*) > 0",
+		0, {0}, true
+	};
 	MemoryContext caller = CurrentMemoryContext;
 	char	   *held = NULL;
+	SavedUser	saved;
 
-	abp_become_extension_owner(&saved);
-	SPI_connect();
-	if (SPI_execute("SELECT format('%s suspicious prices are held since %s (aibilling.price_quarantine)',"
-					" count(*), min(quarantined_at)::timestamptz(0))"
-					" FROM aibilling.price_quarantine HAVING count(*) > 0",
-					true, 1) == SPI_OK_SELECT && SPI_processed > 0)
-		held = MemoryContextStrdup(caller, SPI_getvalue(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 1));
-	SPI_finish();
-	abp_restore_user(&saved);
+	if (abp_statement_open(&find, NULL, NULL, &saved) > 0)
+		held = abp_result_string(0, 1, caller);
+	abp_statement_close(&saved);
 
 	if (held != NULL)
 		appendStringInfo(words, "; %s", held);
@@ -408,6 +409,7 @@ oldest_time(const UsageTable *table, int64 id, bool *locked)
 	return oldest.occurred_at;
 }
 
+/* The row of one table. */
 static void
 status_of_table(const UsageTable *table, bool armed, int shipper, ReturnSetInfo *result)
 {
@@ -478,7 +480,7 @@ status_of_table(const UsageTable *table, bool armed, int shipper, ReturnSetInfo 
 }
 
 /*
- * aibilling.status_rows(): one row a usage table that the caller may see.
+ * aibilling.status_rows(): one row per usage table that the caller may see.
  */
 Datum
 abp_sql_status(PG_FUNCTION_ARGS)

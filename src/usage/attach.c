@@ -38,6 +38,7 @@
 
 #include "base/extension.h"
 #include "base/idset.h"
+#include "base/progress.h"
 #include "base/rights.h"
 #include "compat.h"
 #include "polar/server.h"
@@ -56,6 +57,9 @@
 
 /* How many tables a message names. */
 #define MAX_NAMED_TABLES 10
+
+/* How many rows that are there already are looked at at a time. */
+#define EXISTING_CHUNK 10000
 
 PG_FUNCTION_INFO_V1(abp_sql_create_usage_table);
 PG_FUNCTION_INFO_V1(abp_sql_attach);
@@ -487,6 +491,43 @@ warn_of_subscription(Oid relid)
 				 errhint("Attach the table with replicated => true, unless they are billed elsewhere.")));
 }
 
+/* The rows that are in a table already, by what becomes of them. */
+typedef struct ExistingRows
+{
+	Oid			relid;
+	OutboxEntry priced;
+	OutboxEntry unpriced;
+	OutboxEntry outcome_unknown;
+	int64		seen;
+	MemoryContext context;
+} ExistingRows;
+
+/* What becomes of each of them by what is in its row. */
+static void
+sort_existing(SPITupleTable *part, uint64 nrows, void *arg)
+{
+	ExistingRows *rows = arg;
+
+	rows->seen += nrows;
+	abp_progress_report(rows->relid, "rows", rows->seen, 0);
+	for (uint64 i = 0; i < nrows; i++)
+	{
+		bool		isnull;
+		int64		id = DatumGetInt64(SPI_getbinval(part->vals[i], part->tupdesc, 1, &isnull));
+		bool		has_cost;
+
+		if (isnull)
+			ereport(ERROR,
+					(errcode(ERRCODE_NOT_NULL_VIOLATION),
+					 errmsg("table \"%s\" has a row without an id", get_rel_name(rows->relid)),
+					 errhint("Give every row an id of its own, best by a primary key.")));
+		has_cost = DatumGetBool(SPI_getbinval(part->vals[i], part->tupdesc, 2, &isnull));
+		abp_idset_add(has_cost ? &rows->priced.ids : &rows->unpriced.ids, id, id, rows->context);
+		if (DatumGetBool(SPI_getbinval(part->vals[i], part->tupdesc, 3, &isnull)))
+			abp_idset_add(&rows->outcome_unknown.ids, id, id, rows->context);
+	}
+}
+
 /*
  * Enqueue the rows that are in a table already and were not delivered.  What the
  * ledger has of a table that was detached meanwhile may speak of others than the
@@ -496,60 +537,29 @@ warn_of_subscription(Oid relid)
 static void
 enqueue_existing(Oid relid, bool was_attached)
 {
-	OutboxEntry priced = {.usage_table = relid,.state = OUTBOX_READY};
-	OutboxEntry unpriced = {
-		.usage_table = relid,
-		.state = OUTBOX_UNPRICED,
-		.error = "was in the table before it was attached; not priced yet"
+	ExistingRows rows = {
+		.relid = relid,
+		.priced = {.usage_table = relid,.state = OUTBOX_READY},
+		.unpriced = {
+			.usage_table = relid,
+			.state = OUTBOX_UNPRICED,
+			.error = "was in the table before it was attached; not priced yet"
+		},
+		.outcome_unknown = {.usage_table = relid,.state = OUTBOX_READY,.outcome_unknown = true},
+		.context = CurrentMemoryContext
 	};
-	OutboxEntry outcome_unknown = {.usage_table = relid,.state = OUTBOX_READY,.outcome_unknown = true};
 	Oid			argtypes[1] = {INT4OID};
 	Datum		args[1] = {Int32GetDatum(was_attached ? 0 : abp_ledger_age(relid))};
-	MemoryContext context = CurrentMemoryContext;
-	Portal		cursor;
 	UsageTable *table = abp_attached_table(relid);
 	IdSet		queued;
 	IdSet		known;
-	SavedUser	saved;
 
-	abp_become_table_owner(table->owner, &saved);
-	SPI_connect();
-	cursor = SPI_cursor_open_with_args(NULL,
-									   psprintf("SELECT id::pg_catalog.int8, cost_nanos IS NOT NULL,"
-												" pg_catalog.age(xmin) OPERATOR(pg_catalog.<) $1 FROM %s ORDER BY id",
-												table->name),
-									   1, argtypes, args, NULL, true, 0);
-	for (;;)
-	{
-		CHECK_FOR_INTERRUPTS();
-		SPI_cursor_fetch(cursor, true, 10000);
-		if (SPI_processed == 0)
-			break;
-		for (uint64 i = 0; i < SPI_processed; i++)
-		{
-			bool		isnull;
-			int64		id = DatumGetInt64(SPI_getbinval(SPI_tuptable->vals[i],
-														 SPI_tuptable->tupdesc, 1, &isnull));
-			bool		has_cost;
-
-			if (isnull)
-				ereport(ERROR,
-						(errcode(ERRCODE_NOT_NULL_VIOLATION),
-						 errmsg("table \"%s\" has a row without an id", get_rel_name(relid)),
-						 errhint("Give every row an id of its own, best by a primary key.")));
-			has_cost = DatumGetBool(SPI_getbinval(SPI_tuptable->vals[i],
-												  SPI_tuptable->tupdesc, 2, &isnull));
-
-			abp_idset_add(has_cost ? &priced.ids : &unpriced.ids, id, id, context);
-			if (DatumGetBool(SPI_getbinval(SPI_tuptable->vals[i],
-										   SPI_tuptable->tupdesc, 3, &isnull)))
-				abp_idset_add(&outcome_unknown.ids, id, id, context);
-		}
-		SPI_freetuptable(SPI_tuptable);
-	}
-	SPI_cursor_close(cursor);
-	SPI_finish();
-	abp_restore_user(&saved);
+	abp_rows_query(table,
+				   psprintf("SELECT id::pg_catalog.int8, cost_nanos IS NOT NULL,"
+							" pg_catalog.age(xmin) OPERATOR(pg_catalog.<) $1 FROM %s ORDER BY id",
+							table->name),
+				   1, argtypes, args, EXISTING_CHUNK, sort_existing, &rows);
+	abp_progress_end();
 
 	/*
 	 * Without those that the outbox or the ledger knows, at one moment: rows
@@ -559,17 +569,21 @@ enqueue_existing(Oid relid, bool was_attached)
 	queued = abp_outbox_all_ids(relid);
 	known = abp_ledger_ids(relid, table->ledger_from);
 	PopActiveSnapshot();
-	priced.ids = abp_idset_subtract(&priced.ids, &queued);
-	unpriced.ids = abp_idset_subtract(&unpriced.ids, &queued);
-	outcome_unknown.ids = abp_idset_intersect(&outcome_unknown.ids, &known);
-	priced.ids = abp_idset_subtract(&priced.ids, &known);
-	unpriced.ids = abp_idset_subtract(&unpriced.ids, &known);
-	abp_outbox_put(&priced, 1);
-	abp_outbox_put(&unpriced, 1);
-	abp_outbox_put(&outcome_unknown, 1);
+	rows.priced.ids = abp_idset_subtract(&rows.priced.ids, &queued);
+	rows.unpriced.ids = abp_idset_subtract(&rows.unpriced.ids, &queued);
+	rows.outcome_unknown.ids = abp_idset_intersect(&rows.outcome_unknown.ids, &known);
+	rows.priced.ids = abp_idset_subtract(&rows.priced.ids, &known);
+	rows.unpriced.ids = abp_idset_subtract(&rows.unpriced.ids, &known);
+	abp_outbox_put(&rows.priced, 1);
+	abp_outbox_put(&rows.unpriced, 1);
+	abp_outbox_put(&rows.outcome_unknown, 1);
 	abp_correct_note_existing(table);
 }
 
+/*
+ * Attach a table, or attach it anew to another server.  Raises what keeps it
+ * from being a usage table.
+ */
 static void
 attach_table(Oid relid, const char *server, const char *existing, bool replicated)
 {

@@ -89,6 +89,10 @@ static void on_transaction_end(XactEvent event, void *arg);
 static void on_subtransaction_end(SubXactEvent event, SubTransactionId mine,
 								  SubTransactionId parent, void *arg);
 
+/*
+ * The first row of a transaction: what is collected is written when it
+ * commits.
+ */
 static void
 begin_collecting(void)
 {
@@ -102,7 +106,7 @@ begin_collecting(void)
 		RegisterSubXactCallback(on_subtransaction_end, NULL);
 		registered = true;
 	}
-	collect_context = AllocSetContextCreate(TopTransactionContext, "aibilling collected rows",
+	collect_context = AllocSetContextCreate(TopTransactionContext, "aibilling_polar collected rows",
 											ALLOCSET_DEFAULT_SIZES);
 }
 
@@ -145,6 +149,10 @@ find_group(Group *first, Oid usage_table, int nest_level, const RowState *state)
 	return NULL;
 }
 
+/*
+ * The rows of a table that were inserted at this depth of subtransactions, of
+ * a list with the deepest first.
+ */
 static Inserted *
 find_inserted(Inserted *first, Oid usage_table, int nest_level)
 {
@@ -166,6 +174,7 @@ copy_state(const RowState *state)
 	return copy;
 }
 
+/* Rows of one table with the same fate share an entry. */
 static void
 add_to_group(Oid usage_table, int64 id, int nest_level, const RowState *state)
 {
@@ -246,6 +255,7 @@ find_change(Oid usage_table, int64 id, HASHACTION action, bool *found)
 	return hash_search(changes, &key, action, found);
 }
 
+/* Was the row inserted by this transaction? */
 static bool
 is_inserted(Oid usage_table, int64 id)
 {
@@ -323,7 +333,7 @@ abp_collect_changed(Oid usage_table, int64 id, const RowPlace *place, const RowS
 			.hcxt = collect_context
 		};
 
-		changes = hash_create("aibilling changed rows", 64, &ctl,
+		changes = hash_create("aibilling_polar changed rows", 64, &ctl,
 							  HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
 	}
 
@@ -445,6 +455,7 @@ typedef struct Writing
 	int			max;
 } Writing;
 
+/* Room for one more entry among those that are written together. */
 static OutboxEntry *
 add_entry(Writing *writing, Oid usage_table, const RowState *state)
 {
@@ -577,6 +588,10 @@ flush(void)
 	MemoryContextSwitchTo(old);
 }
 
+/*
+ * Write what is collected just before the commit, so that it comes with the
+ * rows or not at all.
+ */
 static void
 on_transaction_end(XactEvent event, void *arg)
 {
@@ -679,6 +694,7 @@ keep_inserted(int level)
 	}
 }
 
+/* What a subtransaction has collected is its parent's, or undone with it. */
 static void
 on_subtransaction_end(SubXactEvent event, SubTransactionId mine,
 					  SubTransactionId parent, void *arg)

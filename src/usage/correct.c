@@ -27,6 +27,7 @@
 #include "utils/numeric.h"
 #include "utils/rel.h"
 
+#include "base/numeric_math.h"
 #include "base/rights.h"
 #include "queue/place.h"
 #include "usage/collect.h"
@@ -35,7 +36,7 @@
 #include "usage/row.h"
 #include "usage/rows.h"
 
-/* How many correcting rows a statement inserts. */
+/* How many rows are looked at, or inserted by a statement, at a time. */
 #define CORRECT_CHUNK 1000
 
 /* The correcting rows that abp_correct_insert is inserting, by what they correct. */
@@ -105,6 +106,21 @@ note_existing_row(const UsageRow *row, Jsonb *whole, void *arg)
 	return true;
 }
 
+/* Existing rows that may correct others. */
+typedef struct ExistingRows
+{
+	IdSet		ids;
+	MemoryContext context;
+} ExistingRows;
+
+static void
+gather_ids(SPITupleTable *part, uint64 nrows, void *arg)
+{
+	ExistingRows *rows = arg;
+
+	abp_rows_query_ids(part, nrows, &rows->ids, rows->context);
+}
+
 /*
  * Rows that were in a table before it was attached are to be sent, as far as
  * they were not: write down which of them correct others.
@@ -112,36 +128,18 @@ note_existing_row(const UsageRow *row, Jsonb *whole, void *arg)
 void
 abp_correct_note_existing(const UsageTable *table)
 {
-	MemoryContext context = CurrentMemoryContext;
-	IdSet		ids = {0};
+	ExistingRows rows = {.context = CurrentMemoryContext};
 	Oid			usage_table = table->relid;
-	SavedUser	saved;
 
-	abp_become_table_owner(table->owner, &saved);
-	SPI_connect();
-	SPI_execute(psprintf("SELECT u.id::pg_catalog.int8 FROM %s u"
-						 " WHERE pg_catalog.jsonb_typeof(u.tags OPERATOR(pg_catalog.->) 'corrects')"
-						 " OPERATOR(pg_catalog.=) 'string'", table->name), true, 0);
-	for (uint64 i = 0; i < SPI_processed; i++)
-	{
-		bool		isnull;
-		int64		id = DatumGetInt64(SPI_getbinval(SPI_tuptable->vals[i],
-													 SPI_tuptable->tupdesc, 1, &isnull));
-
-		abp_idset_add(&ids, id, id, context);
-	}
-	SPI_finish();
-	abp_restore_user(&saved);
-	(void) abp_rows_read(table, &ids, false, note_existing_row, &usage_table);
+	abp_rows_query(table,
+				   psprintf("SELECT u.id::pg_catalog.int8 FROM %s u"
+							" WHERE pg_catalog.jsonb_typeof(u.tags OPERATOR(pg_catalog.->) 'corrects')"
+							" OPERATOR(pg_catalog.=) 'string'", table->name),
+				   0, NULL, NULL, CORRECT_CHUNK, gather_ids, &rows);
+	(void) abp_rows_read(table, &rows.ids, false, note_existing_row, &usage_table);
 }
 
 /* --- what a row and its corrections say ------------------------------------- */
-
-static Numeric
-sum_of(Numeric a, Numeric b)
-{
-	return DatumGetNumeric(DirectFunctionCall2(numeric_add, NumericGetDatum(a), NumericGetDatum(b)));
-}
 
 /*
  * Does a correction count, because Polar has it or is to get it?  Not if it was
@@ -198,7 +196,7 @@ abp_corrected_cost(const UsageTable *table, const UsageRow *row, CorrectedCost *
 					(errcode(ERRCODE_NUMERIC_VALUE_OUT_OF_RANGE),
 					 errmsg("the corrections of usage row " INT64_FORMAT " of %s are beyond the range of cost_nanos",
 							row->id, table->name)));
-		corrected->cost_cents = sum_of(corrected->cost_cents, correction->cost_cents);
+		corrected->cost_cents = numeric_plus(corrected->cost_cents, correction->cost_cents);
 	}
 }
 
@@ -234,8 +232,7 @@ abp_correct_price(Oid usage_table, const UsageRow *row, PricedCost *cost)
 		return;
 	correction = find_expected(corrects.data, corrects.len);
 	if (correction != NULL &&
-		DatumGetBool(DirectFunctionCall2(numeric_eq, NumericGetDatum(cost->cost_cents),
-										 NumericGetDatum(correction->cost_cents))))
+		numeric_equal(cost->cost_cents, correction->cost_cents))
 		cost->cost_nanos = correction->cost_nanos;
 }
 
@@ -353,8 +350,7 @@ check_made(const UsageTable *table, int nwanted)
 									   VARSIZE_ANY_EXHDR(DatumGetTextPP(values[3])));
 		if (correction == NULL || isnull[0] || isnull[1] || isnull[2] ||
 			DatumGetInt64(values[1]) != correction->cost_nanos ||
-			!DatumGetBool(DirectFunctionCall2(numeric_eq, values[2],
-											  NumericGetDatum(correction->cost_cents))))
+			!numeric_equal(DatumGetNumeric(values[2]), correction->cost_cents))
 			ereport(ERROR,
 					(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 					 errmsg("a correcting row of %s is not stored as it was inserted", table->name),
@@ -373,11 +369,13 @@ check_made(const UsageTable *table, int nwanted)
 static Datum
 usd_of(Numeric cents)
 {
-	return DirectFunctionCall2(numeric_mul, NumericGetDatum(cents),
-							   DirectFunctionCall3(numeric_in, CStringGetDatum("0.01"),
-												   ObjectIdGetDatum(InvalidOid), Int32GetDatum(-1)));
+	return NumericGetDatum(numeric_times(cents, numeric_of_text("0.01")));
 }
 
+/*
+ * Insert some corrections, each to be found by what it corrects while its
+ * triggers run.
+ */
 static void
 insert_chunk(const UsageTable *table, SPIPlanPtr plan, CorrectionToMake *corrections, int n)
 {
@@ -390,7 +388,7 @@ insert_chunk(const UsageTable *table, SPIPlanPtr plan, CorrectionToMake *correct
 		.hcxt = CurrentMemoryContext
 	};
 
-	expected_rows = hash_create("aibilling correcting rows", n, &ctl,
+	expected_rows = hash_create("aibilling_polar correcting rows", n, &ctl,
 								HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
 	for (int i = 0; i < n; i++)
 	{

@@ -44,6 +44,7 @@ typedef struct RowProblem
 	const char *hint;			/* or NULL */
 } RowProblem;
 
+/* Say which column breaks which rule. */
 static bool
 breaks_rule(UsageColumn column, const char *rule, RowProblem *problem)
 {
@@ -105,6 +106,8 @@ abp_fate_check(Relation rel, const UsageRow *row, const bool *nulls)
 					(errcode(ERRCODE_NOT_NULL_VIOLATION),
 					 errmsg("null value in column \"%s\" of usage table \"%s\"",
 							name, RelationGetRelationName(rel)),
+					 rel->rd_rel->relispartition ?
+					 errhint("Give a value, or leave the column out: a partition does not take a default in place of NULL where it was chosen by that.") :
 					 errhint("Give a value, or the column a default."),
 					 errtablecolname(rel, name)));
 	}
@@ -141,7 +144,7 @@ usage_fits(const UsageRow *row, const NormalizedUsage *usage, StringInfo reason)
 		filled[n] = COL_PROVIDER_COST;
 		values[n++] = NumericGetDatum(usage->provider_cost);
 	}
-	if (abp_price_tier_is_standard(row->service_tier) && usage->service_tier != NULL)
+	if (abp_cards_tier_is_standard(row->service_tier) && usage->service_tier != NULL)
 	{
 		filled[n] = COL_SERVICE_TIER;
 		values[n++] = CStringGetTextDatum(usage->service_tier);
@@ -229,7 +232,7 @@ abp_fate_normalize(UsageRow *row, StringInfo reason, char **doubt)
 	/* What was given beside the object holds where the two make no sense. */
 	if (*doubt != NULL && !abp_cost_consistent(&row->counts, &problem))
 		row->counts = given;
-	if (abp_price_tier_is_standard(row->service_tier) && usage.service_tier != NULL)
+	if (abp_cards_tier_is_standard(row->service_tier) && usage.service_tier != NULL)
 		row->service_tier = text_view_of(usage.service_tier);
 	if (row->model.data == NULL && usage.model != NULL)
 		row->model = text_view_of(usage.model);
@@ -475,7 +478,7 @@ decide(const UsageRow *row, const UsageRow *filled, const ServerOptions *server,
 
 /* The fate of a row; "event": whether Polar would refuse it, too. */
 static void
-judge(const UsageRow *row, const ServerOptions *server, bool event, RowState *fate)
+find_fate(const UsageRow *row, const ServerOptions *server, bool event, RowState *fate)
 {
 	UsageRow	filled;
 
@@ -500,7 +503,7 @@ judge(const UsageRow *row, const ServerOptions *server, bool event, RowState *fa
 void
 abp_fate_of(const UsageRow *row, const ServerOptions *server, RowState *fate)
 {
-	judge(row, server, true, fate);
+	find_fate(row, server, true, fate);
 }
 
 /*
@@ -510,7 +513,7 @@ abp_fate_of(const UsageRow *row, const ServerOptions *server, RowState *fate)
 void
 abp_fate_before_encoding(const UsageRow *row, const ServerOptions *server, RowState *fate)
 {
-	judge(row, server, false, fate);
+	find_fate(row, server, false, fate);
 	if (fate->state != OUTBOX_READY && fate->state != OUTBOX_REJECTED)
-		judge(row, server, true, fate);
+		find_fate(row, server, true, fate);
 }

@@ -23,6 +23,7 @@
 #include "utils/snapmgr.h"
 
 #include "base/idset.h"
+#include "base/numeric_math.h"
 #include "usage/lookup.h"
 #include "usage/relation.h"
 #include "usage/row.h"
@@ -94,6 +95,10 @@ look_in_leaf(Relation rel, int64 id, Snapshot snapshot, RowLook look, void *arg)
 	return found;
 }
 
+/*
+ * In a table or, one by one, its partitions; where the row was is remembered
+ * for the next.
+ */
 static bool
 look_in_relation(Oid root, Relation rel, int64 id, Snapshot snapshot, RowLook look, void *arg)
 {
@@ -218,7 +223,7 @@ abp_same_value(UsageColumn column, Datum a, Datum b)
 			return datum_image_eq(a, b, false, UUID_LEN);
 		case NUMERICOID:
 			return datum_image_eq(a, b, false, -1) ||
-				DatumGetBool(DirectFunctionCall2(numeric_eq, a, b));
+				numeric_equal(DatumGetNumeric(a), DatumGetNumeric(b));
 		case JSONBOID:
 			return datum_image_eq(a, b, false, -1) ||
 				DatumGetBool(DirectFunctionCall2(jsonb_eq, a, b));

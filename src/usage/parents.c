@@ -99,8 +99,8 @@ abp_parents_child(const UsageRow *row)
 	child->id = row->id;
 	child->external_id = pnstrdup(row->external_id.data, row->external_id.len);
 	child->parent_id = pnstrdup(row->parent_id.data, row->parent_id.len);
-	child->verdict.state = OUTBOX_READY;
-	child->verdict.not_before = DT_NOBEGIN;
+	child->fate.state = OUTBOX_READY;
+	child->fate.not_before = DT_NOBEGIN;
 	return child;
 }
 
@@ -125,6 +125,7 @@ has_index(const UsageTable *table)
 	return found;
 }
 
+/* The relative of this external_id, new if it was not known. */
 static Relative *
 relative_of(Family *family, const char *external_id, bool *found)
 {
@@ -311,16 +312,12 @@ find_new_deliveries(Family *family)
 	args[1] = abp_idset_to_multirange(&parents);
 	args[2] = TimestampTzGetDatum(GetCurrentTimestamp() - PARENT_SETTLES_S * USECS_PER_SEC);
 
-	abp_become_extension_owner(&saved);
-	SPI_connect();
-	nrows = abp_statement_run(&recent, args, NULL);
+	nrows = abp_statement_open(&recent, args, NULL, &saved);
 	for (uint64 i = 0; i < nrows; i++)
 	{
-		HeapTuple	tuple = SPI_tuptable->vals[i];
-		TupleDesc	desc = SPI_tuptable->tupdesc;
 		bool		isnull;
-		IdSet		ids = abp_idset_from_multirange(SPI_getbinval(tuple, desc, 1, &isnull));
-		TimestampTz finished_at = DatumGetTimestampTz(SPI_getbinval(tuple, desc, 2, &isnull));
+		IdSet		ids = abp_result_idset(i, 1, CurrentMemoryContext);
+		TimestampTz finished_at = DatumGetTimestampTz(abp_result_datum(i, 2, &isnull));
 
 		hash_seq_init(&scan, family->relatives);
 		while ((relative = hash_seq_search(&scan)) != NULL)
@@ -329,8 +326,7 @@ find_new_deliveries(Family *family)
 				relative->delivered_at = Max(relative->delivered_at, finished_at);
 		}
 	}
-	SPI_finish();
-	abp_restore_user(&saved);
+	abp_statement_close(&saved);
 }
 
 /* What of this batch is set aside, and what has become of it; or waits. */
@@ -417,29 +413,30 @@ fate_of(Family *family, Relative *relative, TimestampTz *since)
 	return fate;
 }
 
+/* Sent now, later, or never: by what has become of its parent. */
 static void
-judge_child(Family *family, ChildRow *child)
+decide_child(Family *family, ChildRow *child)
 {
 	bool		known;
 	Relative   *relative = relative_of(family, child->external_id, &known);
 	Relative   *parent = parent_of(family, relative);
 	TimestampTz since;
 	Fate		fate = fate_of(family, relative, &since);
-	RowState   *verdict = &child->verdict;
+	RowState   *decided = &child->fate;
 
 	if (fate == FATE_WAITS || fate == FATE_IS_NEW)
 	{
 		/* in whole seconds, so that rows share an entry */
 		TimestampTz until = fate == FATE_IS_NEW ? since : GetCurrentTimestamp();
 
-		verdict->state = OUTBOX_WAITING;
-		verdict->not_before = until - until % USECS_PER_SEC + (PARENT_SETTLES_S + 1) * USECS_PER_SEC;
-		verdict->error = fate == FATE_IS_NEW ? PARENT_IS_NEW : WAITS_FOR_PARENT;
+		decided->state = OUTBOX_WAITING;
+		decided->not_before = until - until % USECS_PER_SEC + (PARENT_SETTLES_S + 1) * USECS_PER_SEC;
+		decided->error = fate == FATE_IS_NEW ? PARENT_IS_NEW : WAITS_FOR_PARENT;
 	}
 	else if (fate == FATE_REJECTED || fate == FATE_CYCLE)
 	{
-		verdict->state = OUTBOX_REJECTED;
-		verdict->error = relative->on_cycle ? PARENTS_ARE_CYCLE : PARENT_IS_REJECTED;
+		decided->state = OUTBOX_REJECTED;
+		decided->error = relative->on_cycle ? PARENTS_ARE_CYCLE : PARENT_IS_REJECTED;
 	}
 	else if (parent != NULL && abp_idset_contains(family->batch->sent, parent->id))
 	{
@@ -453,7 +450,7 @@ judge_child(Family *family, ChildRow *child)
  * snapshot: with its parent, or because that is not awaited.
  */
 void
-abp_parents_judge(const UsageTable *table, List *children, const ChildBatch *batch)
+abp_parents_decide(const UsageTable *table, List *children, const ChildBatch *batch)
 {
 	Family		family = {table, batch,.context = CurrentMemoryContext};
 	HASHCTL		ctl = {
@@ -467,7 +464,7 @@ abp_parents_judge(const UsageTable *table, List *children, const ChildBatch *bat
 
 	if (!has_index(table))
 		return;
-	family.relatives = hash_create("aibilling parents", 2 * list_length(children), &ctl,
+	family.relatives = hash_create("aibilling_polar parents", 2 * list_length(children), &ctl,
 								   HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
 	gather_family(&family, children);
 	find_cycles(&family, children);
@@ -476,6 +473,6 @@ abp_parents_judge(const UsageTable *table, List *children, const ChildBatch *bat
 		relative->fate = FATE_UNKNOWN;
 	find_new_deliveries(&family);
 	foreach(lc, children)
-		judge_child(&family, lfirst(lc));
+		decide_child(&family, lfirst(lc));
 	hash_destroy(family.relatives);
 }

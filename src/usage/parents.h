@@ -21,7 +21,7 @@ typedef struct ChildRow
 	int64		id;
 	char	   *external_id;
 	char	   *parent_id;
-	RowState	verdict;		/* out: OUTBOX_READY if it may be sent */
+	RowState	fate;			/* out: OUTBOX_READY if it may be sent */
 	bool		with_parent;	/* out: and its parent goes with it, */
 	int64		parent;			/* out: this row */
 } ChildRow;
@@ -36,7 +36,7 @@ typedef struct ChildBatch
 } ChildBatch;
 
 extern ChildRow *abp_parents_child(const UsageRow *row);
-extern void abp_parents_judge(const UsageTable *table, List *children,
-							  const ChildBatch *batch);
+extern void abp_parents_decide(const UsageTable *table, List *children,
+							   const ChildBatch *batch);
 
 #endif							/* ABP_PARENTS_H */

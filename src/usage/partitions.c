@@ -65,9 +65,10 @@ note_vanished(Oid usage_table, Oid serverid, IdSet *ids, bool outcome_unknown)
 }
 
 /*
- * What waits of a partition's rows goes with it.  "concurrently": the shipper
- * was not kept away, and finds most of them gone by itself; but not where
- * another row, which has stayed, has the id.
+ * A partition was detached: its rows that were not sent have vanished, until
+ * it comes back.  "concurrently": the shipper was not kept away, and finds most
+ * of them gone by itself; but not where another row, which has stayed, has the
+ * id.
  */
 static void
 partition_has_gone(Oid usage_table, Oid partition, Oid serverid, int64 ledger_from, bool concurrently)

@@ -8,6 +8,8 @@
 #include "postgres.h"
 
 #include "access/htup_details.h"
+#include "access/sysattr.h"
+#include "access/table.h"
 #include "access/xact.h"
 #include "catalog/partition.h"
 #include "executor/executor.h"
@@ -32,6 +34,8 @@
 
 static HTAB *relations = NULL;
 static Oid	attachments_relid = InvalidOid; /* aibilling.attachment */
+static List *ancestors = NIL;	/* OIDs of tables that known ones are
+								 * partitions of */
 
 /*
  * Expressions of columns' defaults, until the end of the transaction; NULL if
@@ -48,19 +52,92 @@ static const UsageColumn defaulted_columns[] = {
 	COL_ID, COL_EXTERNAL_ID, COL_OCCURRED_AT, COL_SERVICE_TIER, COL_TAGS, COL_FIRST_COUNT + COUNT_REQUEST
 };
 
-/* Which of them have a default: for abp_relation_know. */
+/* The table itself, and those that it is a partition of, from below. */
+static List *
+with_ancestors(Relation rel)
+{
+	List	   *tables = list_make1_oid(RelationGetRelid(rel));
+
+	if (rel->rd_rel->relispartition)
+		tables = list_concat(tables, get_partition_ancestors(RelationGetRelid(rel)));
+	return tables;
+}
+
+/*
+ * Does the column, its identity or its type have a value for a row that gives
+ * none?
+ */
+static bool
+column_has_default(Oid relid, const char *name)
+{
+	HeapTuple	tuple = SearchSysCacheAttName(relid, name);
+	Form_pg_attribute att;
+	bool		has_default;
+
+	if (!HeapTupleIsValid(tuple))
+		return false;
+	att = (Form_pg_attribute) GETSTRUCT(tuple);
+	has_default = att->attgenerated == '\0' &&
+		(att->atthasdef || att->attidentity != '\0' || get_typdefault(att->atttypid) != NULL);
+	ReleaseSysCache(tuple);
+	return has_default;
+}
+
+/* Does a column decide into which partition of the table a row goes? */
+static bool
+is_partition_key(Oid relid, const char *name)
+{
+	Relation	rel = table_open(relid, AccessShareLock);
+	Bitmapset  *attnums = bms_make_singleton(get_attnum(relid, name) - FirstLowInvalidHeapAttributeNumber);
+	bool		is_key = has_partition_attrs(rel, attnums, NULL);
+
+	bms_free(attnums);
+	table_close(rel, AccessShareLock);
+	return is_key;
+}
+
+/*
+ * Which of them have a default, and where: for abp_relation_know.  A partition
+ * without one takes that of the table it is a partition of, as an INSERT there
+ * that leaves the column out does; but for a partition's key, for which the
+ * partition was chosen by the NULL.
+ */
 static void
 find_defaults(UsageRelation *known, Relation rel)
 {
+	Oid			relid = RelationGetRelid(rel);
+	List	   *tables = with_ancestors(rel);
+	ListCell   *lc;
+
 	for (int i = 0; i < lengthof(defaulted_columns); i++)
 	{
-		AttrNumber	attnum = known->columns.attnums[defaulted_columns[i]];
-		Form_pg_attribute att = TupleDescAttr(RelationGetDescr(rel), attnum - 1);
+		UsageColumn column = defaulted_columns[i];
+		const char *name = abp_row_columns[column].name;
+		Oid			from = InvalidOid;
 
-		known->has_default[defaulted_columns[i]] = att->attgenerated == '\0' &&
-			(att->atthasdef || att->attidentity != '\0' ||
-			 get_typdefault(att->atttypid) != NULL);
+		foreach(lc, tables)
+		{
+			if (lfirst_oid(lc) != relid && is_partition_key(lfirst_oid(lc), name))
+				break;
+			if (column_has_default(lfirst_oid(lc), name))
+			{
+				from = lfirst_oid(lc);
+				break;
+			}
+		}
+		known->default_from[column] = from;
 	}
+
+	/* a change of theirs is one of ours */
+	foreach(lc, tables)
+	{
+		MemoryContext old = MemoryContextSwitchTo(TopMemoryContext);
+
+		if (lfirst_oid(lc) != relid)
+			ancestors = list_append_unique_oid(ancestors, lfirst_oid(lc));
+		MemoryContextSwitchTo(old);
+	}
+	list_free(tables);
 }
 
 /*
@@ -132,7 +209,7 @@ abp_relation_lacks_defaults(const UsageRelation *known, const bool *nulls)
 {
 	for (int i = 0; i < lengthof(defaulted_columns); i++)
 	{
-		if (nulls[defaulted_columns[i]] && known->has_default[defaulted_columns[i]])
+		if (nulls[defaulted_columns[i]] && OidIsValid(known->default_from[defaulted_columns[i]]))
 			return true;
 	}
 	return false;
@@ -149,7 +226,7 @@ default_of(UsageRelation *known, Relation rel, UsageColumn column)
 
 	if (defaults_context == NULL)
 		defaults_context = AllocSetContextCreate(TopTransactionContext,
-												 "aibilling column defaults",
+												 "aibilling_polar column defaults",
 												 ALLOCSET_SMALL_SIZES);
 	old = MemoryContextSwitchTo(defaults_context);
 	if (known->defaults == NULL || known->defaults_of != defaults_transaction ||
@@ -161,7 +238,12 @@ default_of(UsageRelation *known, Relation rel, UsageColumn column)
 	}
 	if (known->defaults[column] == NULL)
 	{
-		Node	   *expr = build_column_default(rel, known->columns.attnums[column]);
+		Oid			from = known->default_from[column];
+		Relation	has_it = from == RelationGetRelid(rel) ? rel : table_open(from, AccessShareLock);
+		Node	   *expr = build_column_default(has_it, get_attnum(from, abp_row_columns[column].name));
+
+		if (has_it != rel)
+			table_close(has_it, AccessShareLock);
 
 		if (expr == NULL)
 			elog(ERROR, "unexpected lack of a default");
@@ -183,7 +265,7 @@ abp_relation_renumber(UsageRelation *known, Relation rel, HeapTuple tuple, int64
 	Datum		value;
 	bool		isnull;
 
-	if (!known->has_default[COL_ID])
+	if (!OidIsValid(known->default_from[COL_ID]))
 		return tuple;
 	econtext = CreateStandaloneExprContext();
 	value = ExecEvalExpr(default_of(known, rel, COL_ID), econtext, &isnull);
@@ -212,7 +294,7 @@ tuple_with_defaults(UsageRelation *known, Relation rel, HeapTuple tuple, const b
 	{
 		UsageColumn column = defaulted_columns[i];
 
-		if (!nulls[column] || !known->has_default[column])
+		if (!nulls[column] || !OidIsValid(known->default_from[column]))
 			continue;
 		defaults[n] = default_of(known, rel, column);
 		replace[n++] = known->columns.attnums[column];
@@ -225,10 +307,14 @@ tuple_with_defaults(UsageRelation *known, Relation rel, HeapTuple tuple, const b
 	return heap_modify_tuple_by_cols(tuple, RelationGetDescr(rel), n, replace, values, isnull);
 }
 
+/*
+ * A table has changed: what is known of it is read again, or of all if others
+ * depend on it.
+ */
 static void
 forget_relation(Datum arg, Oid relid)
 {
-	if (relid == InvalidOid || relid == attachments_relid)
+	if (relid == InvalidOid || relid == attachments_relid || list_member_oid(ancestors, relid))
 		abp_relations_forget();
 	else
 	{
@@ -276,7 +362,7 @@ create_relations(void)
 {
 	HASHCTL		ctl = {.keysize = sizeof(Oid),.entrysize = sizeof(UsageRelation)};
 
-	relations = hash_create("aibilling usage tables", 16, &ctl, HASH_ELEM | HASH_BLOBS);
+	relations = hash_create("aibilling_polar usage tables", 16, &ctl, HASH_ELEM | HASH_BLOBS);
 	abp_server_init();
 	RegisterXactCallback(forget_defaults, NULL);
 	CacheRegisterRelcacheCallback(forget_relation, (Datum) 0);
@@ -287,14 +373,9 @@ create_relations(void)
 static Oid
 find_usage_table(Relation rel, Oid *serverid, int64 *ledger_from)
 {
-	List	   *candidates = list_make1_oid(RelationGetRelid(rel));
 	ListCell   *lc;
 
-	if (rel->rd_rel->relispartition)
-		candidates = list_concat(candidates,
-								 get_partition_ancestors(RelationGetRelid(rel)));
-
-	foreach(lc, candidates)
+	foreach(lc, with_ancestors(rel))
 	{
 		if (abp_attachment_find(lfirst_oid(lc), serverid, ledger_from))
 			return lfirst_oid(lc);

@@ -37,7 +37,10 @@ typedef struct UsageRelation
 	UsageColumns columns;
 	Datum	   *values;			/* scratch: one tuple's columns */
 	bool	   *nulls;
-	bool		has_default[NUM_USAGE_COLUMNS]; /* of defaulted_columns only */
+	Oid			default_from[NUM_USAGE_COLUMNS];	/* of defaulted_columns
+													 * only: the table that
+													 * has the default, itself
+													 * or one above it */
 	ExprState **defaults;		/* of NUM_USAGE_COLUMNS, see default_of */
 	uint64		defaults_of;	/* the defaults_transaction that made them */
 	Oid			defaults_for;	/* and the role */

@@ -190,7 +190,7 @@ abp_replicated_insert(UsageRelation *known, Relation rel, HeapTuple tuple)
 		skip_row(known, rel, &row);
 		return NULL;
 	}
-	if (known->has_default[COL_ID] && abp_lookup_exists(known->usage_table, row.id))
+	if (OidIsValid(known->default_from[COL_ID]) && abp_lookup_exists(known->usage_table, row.id))
 	{
 		int64		given;
 
@@ -239,7 +239,7 @@ find_unsaid(const Datum *old_values, const bool *old_nulls, const Datum *values,
 		text	   *tier = DatumGetTextPP(values[COL_SERVICE_TIER]);
 		TextView	view = {VARDATA_ANY(tier), VARSIZE_ANY_EXHDR(tier)};
 
-		take[COL_SERVICE_TIER] = abp_price_tier_is_standard(view);
+		take[COL_SERVICE_TIER] = abp_cards_tier_is_standard(view);
 	}
 }
 

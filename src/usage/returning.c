@@ -65,6 +65,9 @@ on_transaction_end(XactEvent event, void *arg)
 	returning_level = 0;
 }
 
+/*
+ * What a subtransaction has remembered is its parent's, or forgotten with it.
+ */
 static void
 on_subtransaction_end(SubXactEvent event, SubTransactionId mine,
 					  SubTransactionId parent, void *arg)
@@ -100,7 +103,7 @@ abp_returning_remember(Oid usage_table, int64 id, ReturnKind kind)
 			.hcxt = TopTransactionContext
 		};
 
-		returning = hash_create("aibilling returning rows", 64, &ctl,
+		returning = hash_create("aibilling_polar returning rows", 64, &ctl,
 								HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
 	}
 	row = abp_returning_find(usage_table, id, HASH_ENTER);

@@ -23,6 +23,7 @@
 #include "utils/timestamp.h"
 
 #include "compat.h"
+#include "base/decimal.h"
 #include "queue/shares.h"
 #include "usage/rollup.h"
 #include "usage/rows.h"
@@ -129,8 +130,8 @@ add_row(Columns *columns, char level, const ShareGroup *group)
 	values[ROLLUP_EVENT_NAME] = text_or_null(key.event_name, &nulls[ROLLUP_EVENT_NAME]);
 	values[ROLLUP_USAGE_ROWS] = Int64GetDatum(sums->rows);
 	for (int i = 0; i < NUM_SHARE_TOKENS; i++)
-		values[ROLLUP_INPUT_TOKENS + i] = NumericGetDatum(abp_share_numeric(sums->tokens[i], 0));
-	values[ROLLUP_COST_NANOS] = NumericGetDatum(abp_share_numeric(sums->nanos, 0));
+		values[ROLLUP_INPUT_TOKENS + i] = NumericGetDatum(abp_decimal_numeric(sums->tokens[i], 0));
+	values[ROLLUP_COST_NANOS] = NumericGetDatum(abp_decimal_numeric(sums->nanos, 0));
 	values[ROLLUP_COST_CENTS] = NumericGetDatum(abp_share_cents(sums));
 	values[ROLLUP_UNPRICED] = Int64GetDatum(sums->unpriced);
 

@@ -246,20 +246,28 @@ abp_row_columns_find(Relation rel, UsageColumns *columns, char **problem)
 	return missing.len == 0;
 }
 
-/* What keeps a column from being served; NULL if nothing does. */
+/*
+ * What keeps a column from being served; NULL if nothing does.  *fix becomes what
+ * ALTER TABLE ... ALTER column does about it, NULL if it can do nothing.
+ */
 static const char *
-column_fault(UsageColumn column, Form_pg_attribute att)
+column_fault(UsageColumn column, Form_pg_attribute att, const char **fix)
 {
 	bool		is_cost = column == COL_COST_NANOS || column == COL_COST_CENTS;
 	int32		typmod = att->atttypmod;
 	Oid			stored = getBaseTypeAndTypmod(att->atttypid, &typmod);
 
+	*fix = att->attgenerated == ATTRIBUTE_GENERATED_STORED ? "DROP EXPRESSION" : NULL;
 	if (att->attgenerated != '\0')
 		return "is generated, so that its triggers would see nothing there";
+	/* which counts had to be NOT NULL for */
+	*fix = psprintf("DROP IDENTITY, ALTER %s DROP NOT NULL", abp_row_columns[column].name);
 	if (att->attidentity != '\0' && column != COL_ID)
 		return "is an identity column, which would fill it with numbers";
+	*fix = "DROP NOT NULL";
 	if (is_cost && att->attnotnull)
 		return "is NOT NULL, but a row that waits for its price has no cost";
+	*fix = psprintf("TYPE %s", format_type_be(abp_row_columns[column].type));
 	if ((is_cost || column == COL_COST_STATUS) && att->atttypid != stored &&
 		DomainHasConstraints(att->atttypid))
 		return "is of a domain with constraints, which a row that waits for its price may break";
@@ -274,6 +282,7 @@ column_fault(UsageColumn column, Form_pg_attribute att)
 	if (column == COL_COST_STATUS && (stored == VARCHAROID || stored == BPCHAROID) &&
 		typmod >= (int32) VARHDRSZ && typmod - (int32) VARHDRSZ < COST_STATUS_CHARS)
 		return "must hold 10 characters";
+	*fix = "TYPE text COLLATE pg_catalog.\"default\"";
 	if (OidIsValid(att->attcollation) && !get_collation_isdeterministic(att->attcollation))
 		return "has a nondeterministic collation, but to Polar texts are the same if their bytes are";
 	return NULL;
@@ -295,15 +304,105 @@ abp_row_columns_faults(Oid relid)
 		const char *name = abp_row_columns[col].name;
 		HeapTuple	tuple = SearchSysCacheAttName(relid, name);
 		const char *fault;
+		const char *fix;
 
 		if (!HeapTupleIsValid(tuple))
 			continue;
-		fault = column_fault(col, (Form_pg_attribute) GETSTRUCT(tuple));
+		fault = column_fault(col, (Form_pg_attribute) GETSTRUCT(tuple), &fix);
 		if (fault != NULL)
 			appendStringInfo(&faults, "%scolumn \"%s\" %s", faults.len > 0 ? "; " : "", name, fault);
 		ReleaseSysCache(tuple);
 	}
 	return faults.data;
+}
+
+/* Is this the name of a usage table's column? */
+static bool
+is_usage_column(const char *name)
+{
+	for (int col = 0; col < NUM_USAGE_COLUMNS; col++)
+	{
+		if (strcmp(abp_row_columns[col].name, name) == 0)
+			return true;
+	}
+	return false;
+}
+
+/*
+ * The column that a missing one may have been renamed to: the nearest behind
+ * column number "after", or else the first, of those that could serve and are
+ * neither of a usage table's own nor taken.  NULL if there is none, or if a
+ * column that was dropped is nearer.
+ */
+static Form_pg_attribute
+find_renamed(TupleDesc desc, UsageColumn column, AttrNumber after, const Bitmapset *taken)
+{
+	Form_pg_attribute found = NULL;
+
+	for (int i = 0; i < desc->natts; i++)
+	{
+		Form_pg_attribute att = TupleDescAttr(desc, i);
+
+		if (att->attisdropped && att->attnum > after && (found == NULL || found->attnum < after))
+			return NULL;
+		if (att->attisdropped || bms_is_member(att->attnum, taken) ||
+			is_usage_column(NameStr(att->attname)) || !type_serves(column, getBaseType(att->atttypid)))
+			continue;
+		if (found == NULL || (found->attnum < after && att->attnum > after))
+			found = att;
+	}
+	return found;
+}
+
+/*
+ * The statements, one per line, that give an attached table the columns that
+ * abp_row_columns_find misses and end what abp_row_columns_faults says, in the
+ * current memory context; "" if there are none.  A missing column is taken for
+ * renamed where one that is there may be it.
+ */
+char	   *
+abp_row_columns_fix(Relation rel)
+{
+	TupleDesc	desc = RelationGetDescr(rel);
+	const char *table = quote_qualified_identifier(get_namespace_name(RelationGetNamespace(rel)),
+												   RelationGetRelationName(rel));
+	AttrNumber	last = 0;
+	Bitmapset  *taken = NULL;
+	StringInfoData statements;
+
+	initStringInfo(&statements);
+	for (int col = 0; col < NUM_USAGE_COLUMNS; col++)
+	{
+		const char *name = abp_row_columns[col].name;
+		const char *type = format_type_be(abp_row_columns[col].type);
+		AttrNumber	attnum = get_attnum(RelationGetRelid(rel), name);
+		Form_pg_attribute att = attnum == InvalidAttrNumber ? NULL : TupleDescAttr(desc, attnum - 1);
+		const char *fix = NULL;
+
+		if (att == NULL)
+		{
+			att = find_renamed(desc, col, last, taken);
+			if (att != NULL)
+			{
+				taken = bms_add_member(taken, att->attnum);
+				fix = psprintf("RENAME %s TO %s", quote_identifier(NameStr(att->attname)), name);
+			}
+			else
+				fix = psprintf("ADD %s %s", name, type);
+		}
+		else if (!type_serves(col, getBaseType(att->atttypid)))
+			fix = psprintf("ALTER %s TYPE %s USING %s%s", name, type, name,
+						   att->atttypid == TIMESTAMPOID ? " AT TIME ZONE 'UTC'" : psprintf("::%s", type));
+		else if (column_fault(col, att, &fix) != NULL)
+			fix = fix == NULL ? NULL : psprintf("ALTER %s %s", name, fix);
+		else
+			fix = NULL;
+		if (att != NULL)
+			last = att->attnum;
+		if (fix != NULL)
+			appendStringInfo(&statements, "%sALTER TABLE %s %s;", statements.len > 0 ? "\n" : "", table, fix);
+	}
+	return statements.data;
 }
 
 /*

@@ -75,6 +75,7 @@ extern Jsonb *abp_row_json(Datum value);
 extern bool abp_row_columns_find(Relation rel, UsageColumns *columns,
 								 char **problem);
 extern char *abp_row_columns_faults(Oid relid);
+extern char *abp_row_columns_fix(Relation rel);
 extern Datum abp_row_value_read(const UsageColumns *columns, UsageColumn column,
 								Datum value);
 extern Datum abp_row_value_write(const UsageColumns *columns, UsageColumn column,

@@ -101,6 +101,7 @@ abp_rows_forget_plans_except(List *tables)
 	}
 }
 
+/* The plans of a table, to be made anew if it has another name by now. */
 static ReadPlans *
 plans_of(const UsageTable *table)
 {
@@ -133,6 +134,10 @@ plans_of(const UsageTable *table)
 	return plans;
 }
 
+/*
+ * A plan that serves any ids: a generic one, which finds them by the index on
+ * id.
+ */
 static SPIPlanPtr
 prepare_read(const UsageTable *table, ReadKind kind, bool by_range)
 {
@@ -287,7 +292,7 @@ abp_rows_read(const UsageTable *table, IdSet *ids, bool whole,
 	table_close(rel, NoLock);
 
 	/* One context for what a row needs, emptied after each. */
-	context = AllocSetContextCreate(CurrentMemoryContext, "aibilling usage row",
+	context = AllocSetContextCreate(CurrentMemoryContext, "aibilling_polar usage row",
 									ALLOCSET_DEFAULT_SIZES);
 	do
 	{
@@ -465,4 +470,52 @@ abp_rows_update_prices(const UsageTable *table, IdSet *ids, bool held)
 	" WHERE u.id OPERATOR(pg_catalog.=) ANY ($1)" more " RETURNING u.id::pg_catalog.int8"
 
 	return select_ids(table, held ? UPDATE_PRICES(" AND u.cost_nanos IS NULL") : UPDATE_PRICES(""), ids, false);
+}
+
+/*
+ * Run a query that changes nothing on a usage table, as its owner, and give its
+ * result to "callback", at_a_time rows at a time, in SPI's memory context.  The
+ * callback may use SPI itself.  Raises what the query and the callback raise.
+ */
+void
+abp_rows_query(const UsageTable *table, const char *query, int nargs, Oid *argtypes,
+			   Datum *args, int at_a_time, QueryPartCallback callback, void *arg)
+{
+	Portal		cursor;
+	SavedUser	saved;
+
+	abp_become_table_owner(table->owner, &saved);
+	SPI_connect();
+	cursor = SPI_cursor_open_with_args(NULL, query, nargs, argtypes, args, NULL, true, 0);
+	for (;;)
+	{
+		SPITupleTable *part;
+
+		CHECK_FOR_INTERRUPTS();
+		SPI_cursor_fetch(cursor, true, at_a_time);
+		if (SPI_processed == 0)
+			break;
+		part = SPI_tuptable;
+		callback(part, SPI_processed, arg);
+		SPI_freetuptable(part);
+	}
+	SPI_cursor_close(cursor);
+	SPI_finish();
+	abp_restore_user(&saved);
+}
+
+/*
+ * Add the ids in the first column of such rows, none of them NULL, to a set whose
+ * ranges are in "context".
+ */
+void
+abp_rows_query_ids(SPITupleTable *part, uint64 nrows, IdSet *ids, MemoryContext context)
+{
+	for (uint64 i = 0; i < nrows; i++)
+	{
+		bool		isnull;
+		int64		id = DatumGetInt64(SPI_getbinval(part->vals[i], part->tupdesc, 1, &isnull));
+
+		abp_idset_add(ids, id, id, context);
+	}
 }

@@ -14,12 +14,21 @@
 #include "utils/jsonb.h"
 
 #include "base/idset.h"
+#include "base/statement.h"
 #include "base/usage_row.h"
 #include "queue/attachment.h"
 
 /* Returns whether to go on. */
 typedef bool (*UsageRowCallback) (const UsageRow *row, Jsonb *whole, void *arg);
 
+/* Rows of a query's result, of which there are "nrows". */
+typedef void (*QueryPartCallback) (SPITupleTable *part, uint64 nrows, void *arg);
+
+extern void abp_rows_query(const UsageTable *table, const char *query,
+						   int nargs, Oid *argtypes, Datum *args,
+						   int at_a_time, QueryPartCallback callback, void *arg);
+extern void abp_rows_query_ids(SPITupleTable *part, uint64 nrows, IdSet *ids,
+							   MemoryContext context);
 extern void abp_rows_forget_plans_except(List *tables);
 extern uint64 abp_rows_read(const UsageTable *table, IdSet *ids, bool whole,
 							UsageRowCallback callback, void *arg);

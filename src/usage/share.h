@@ -99,7 +99,6 @@ extern bytea *abp_share_encode(const ShareGroups *groups);
 typedef void (*ShareReader) (const char *key, int keylen, const ShareSums *sums, void *arg);
 
 extern void abp_share_decode(bytea *share, ShareReader reader, void *arg);
-extern Numeric abp_share_numeric(int128 value, int scale);
 extern Numeric abp_share_cents(const ShareSums *sums);
 
 #endif							/* ABP_SHARE_H */

@@ -13,6 +13,7 @@
 #include "utils/rel.h"
 #include "utils/timestamp.h"
 
+#include "base/numeric_math.h"
 #include "base/text_view.h"
 #include "base/transaction.h"
 #include "base/usage_row.h"
@@ -119,7 +120,7 @@ is_first_warning_of(const char *what)
 	{
 		HASHCTL		ctl = {.keysize = sizeof(key),.entrysize = sizeof(key)};
 
-		warned_models = hash_create("aibilling models warned of", 16, &ctl,
+		warned_models = hash_create("aibilling_polar models warned of", 16, &ctl,
 									HASH_ELEM | HASH_STRINGS);
 	}
 	if (hash_get_num_entries(warned_models) >= MAX_WARNED_MODELS || !may_warn())
@@ -179,8 +180,7 @@ abp_warn_no_output(const UsageRow *row, const PriceRequest *request, const Price
 	counts.value[COUNT_OUTPUT] = 1000;
 	with_output.counts = &counts;
 	if (!abp_price_compute(&with_output, true, &other) || !other.known ||
-		DatumGetBool(DirectFunctionCall2(numeric_eq, NumericGetDatum(other.cost_cents),
-										 NumericGetDatum(cost->cost_cents))))
+		numeric_equal(other.cost_cents, cost->cost_cents))
 		return;
 	statement_warnings++;
 	ereport(WARNING,

@@ -153,6 +153,26 @@ subtest 'a partition comes whose rows the shipper sees in the outbox only' => su
 	pass('its row is sent');
 };
 
+subtest 'a partition comes and is being detached when the shipper looks at it' => sub {
+	partitioned('leaving');
+	pause();
+	sql('ALTER TABLE leaving DETACH PARTITION leaving_b');
+	sql(q{ALTER TABLE leaving ATTACH PARTITION leaving_b FOR VALUES IN ('b')});
+	my $reader = $node->background_psql('postgres', on_error_die => 1);
+	my $session = $node->background_psql('postgres', on_error_die => 1);
+	$reader->query('BEGIN; LOCK TABLE leaving IN ACCESS SHARE MODE');
+	$session->{stdin} .= "ALTER TABLE leaving DETACH PARTITION leaving_b CONCURRENTLY;\n";
+	$session->{run}->pump_nb;
+	$node->poll_query_until('postgres', "SELECT inhdetachpending FROM pg_inherits WHERE inhrelid = 'leaving_b'::regclass");
+	my $pid = $node->worker_pid;
+	resume();
+	insert('leaving', 31, 'l1', 'a', 'm');
+	$polar->wait_for(sub { stored('l1') }, 'rows of others to be sent');
+	is($node->worker_pid, $pid, 'by the same worker');
+	$reader->query('COMMIT');
+	$_->quit foreach $reader, $session;
+};
+
 subtest 'a delivered row comes while another of its id is priced' => sub {
 	partitioned('priced');
 	insert('priced', 21, 'p1', 'b', 'm');

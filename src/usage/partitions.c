@@ -38,10 +38,13 @@
 
 PG_FUNCTION_INFO_V1(abp_sql_on_table_ddl);
 
+/* The table whose partition it is at last, or itself: one that is being detached has no parent. */
 static Oid
 root_of(Oid relid)
 {
-	return get_rel_relispartition(relid) ? llast_oid(get_partition_ancestors(relid)) : relid;
+	List	   *ancestors = get_rel_relispartition(relid) ? get_partition_ancestors(relid) : NIL;
+
+	return ancestors == NIL ? relid : llast_oid(ancestors);
 }
 
 /* --- a partition goes ------------------------------------------------------- */

@@ -156,12 +156,19 @@ is(places($new, 'app'), '', 'every row');
 is_deeply([ sort { $a <=> $b } values %{ stored($polar) } ], [ (1) x 14 ], 'once');
 is_deeply([ sort { $a <=> $b } values %{ stored($strict) } ], [ (1) x 5 ], 'where it belongs');
 
-# As if installed here: nothing of the extension is tied to the version that made it.
+# As if installed here: nothing of the extension is tied to the version that made it.  But for the names of
+# NOT NULL constraints, which PostgreSQL has from 18 on and pg_upgrade gives anew.
+sub anatomy_of
+{
+	my ($database) = @_;
+	return [ sort map { s/^(constraint\|.*)\.\w+(\|NOT NULL )/$1$2/r } split /\n/, value($new, $database, $anatomy) ];
+}
+
 $new->safe_psql('postgres', 'CREATE EXTENSION aibilling_polar');
-my $fresh = [ split /\n/, value($new, 'postgres', $anatomy) ];
-is_deeply([ split /\n/, value($new, 'app', $anatomy) ], $fresh, 'the extension equals a fresh install, object by object');
+my $fresh = anatomy_of('postgres');
+is_deeply(anatomy_of('app'), $fresh, 'the extension equals a fresh install, object by object');
 $new->safe_psql('former', 'SELECT aibilling.arm()');
-is_deeply([ split /\n/, value($new, 'former', $anatomy) ], $fresh, 'so does an older version of it, after an update');
+is_deeply(anatomy_of('former'), $fresh, 'so does an older version of it, after an update');
 wait_delivered($new, 'former', 'which delivers too');
 is(stored($polar)->{'former-pending-2'}, 1, 'once');
 $new->stop;

@@ -298,6 +298,34 @@ subtest 'an open UPDATE' => sub {
 	$session->quit;
 };
 
+subtest 'a server whose name is being changed' => sub {
+	my $theirs = PolarServer->new;
+	my $worker = $node->worker_pid;
+	my $session = eve_session();
+
+	$node->create_server($theirs, name => 'named', requests_per_minute => 0);
+	sql('ALTER SERVER named OWNER TO eve');
+	eve("SELECT aibilling.create_usage_table('eve.named', 'named')");
+	$theirs->fault(kind => 'hang');
+	eve(eves_rows('named', 5));
+	$theirs->wait(hung => 1);
+	$session->query_safe('BEGIN; ALTER SERVER named RENAME TO renamed;');
+	$theirs->release;
+	$theirs->wait(events => 5);
+	honest_rows_arrive('while the name of another server is being changed');
+	eve(eves_rows('named', 5, 'gpt-1'));
+	honest_rows_arrive('and rows wait that go there');
+	is($node->worker_pid, $worker, 'the worker goes on');
+	is(sql("SELECT in_flight, pending FROM aibilling.status WHERE usage_table = 'eve.named'::regclass"), '5|5', 'that server\'s rows wait');
+	$session->query_safe('COMMIT;');
+	ok($node->poll_query_until('postgres',
+			"SELECT delivered = 10 FROM aibilling.status WHERE usage_table = 'eve.named'::regclass AND server = 'renamed'"),
+		'until it is done') or diag $node->diagnosis;
+	is(sql("SELECT DISTINCT server FROM aibilling.delivery WHERE usage_table = 'eve.named'::regclass"), 'renamed', 'by its new name');
+	$session->quit;
+	$theirs->stop;
+};
+
 subtest 'memory' => sub {
 	plan skip_all => 'needs /proc' if !-r "/proc/$$/status" || $ENV{AIBILLING_POSTGRES};
 	eve(q{

@@ -142,7 +142,7 @@ subtest '1: ids that rows share crash nothing, and are rejected visibly' => sub 
 	ok(settled('hashed') && settled('shared'), 'nothing waits');
 	is($node->worker_pid, $pid, 'by the same worker');
 	is(outbox('hashed'), '1 rejected', 'five thousand rows of one id');
-	is(outbox('shared'), '101 rejected', 'two rows of one id');
+	is(outbox('shared'), '101 rejected, 101 rejected', 'two rows of one id');
 	like(sql("SELECT DISTINCT error FROM aibilling.outbox WHERE state = 'rejected'"), qr/^id: several rows have it/, 'with the reason');
 	is(at_polar('sh'), 'sh3 x1', 'the row beside them is sent, of theirs none');
 	sql("DELETE FROM shared WHERE external_id = 'sh2'");
@@ -184,6 +184,50 @@ subtest '1: ids that rows share crash nothing, and are rejected visibly' => sub 
 	is(at_polar('sh[89]'), '', 'neither of the two is sent');
 	is(at_polar("full") =~ tr/x//, 60, 'all others are');
 	sql("ALTER SERVER polar OPTIONS (DROP batch_bytes)");
+};
+
+subtest '1: who shared an id with a row that is gone is sent once' => sub {
+	partitioned('remain');
+	sql("ALTER SERVER polar OPTIONS (ADD batch_size '1')");
+	pause();
+	sql(ins('remain', 'le1', 'id', '1'));
+	sql(ins('remain', 'le2', 'id, region', "1, 'b'"));
+	sql("DELETE FROM remain_b");
+	resume();
+	ok(settled('remain'), 'a row whose twin was deleted while both waited');
+	is(sql("SELECT count(*), sum(duplicates) FROM aibilling.delivery WHERE usage_table = 'remain'::regclass"), '1|0', 'by one request');
+	is(sql("SELECT sum(usage_rows) FROM aibilling.usage_daily('remain')"), '1', 'and counted once');
+
+	# The shipper comes upon both while one is being deleted.
+	pause();
+	sql(ins('remain', 'le3', 'id', '3'));
+	sql(ins('remain', 'le4', 'id, region', "3, 'b'"));
+	my $session = $node->background_psql('postgres', on_error_die => 1);
+	$session->query("BEGIN; DELETE FROM remain_b");
+	sql(ins('remain', 'le5', 'id', '5'));
+	resume();
+	$polar->wait_for(sub { at_polar('le5') eq 'le5 x1' }, 'the shipper to look at them');
+	is(outbox('remain'), '3 pending, 3 pending', 'nothing is decided');
+	$session->query('COMMIT');
+	$session->quit;
+	ok(settled('remain'), 'until it is gone');
+	is(at_polar('le[34]'), 'le3 x1', 'the other is sent then');
+	is(outbox('remain'), '', 'and not rejected');
+	is(sql("SELECT sum(usage_rows) FROM aibilling.usage_daily('remain')"), '3', 'all are counted once');
+
+	# A row that is in the outbox twice, as no statement leaves it.
+	pause();
+	sql(ins('remain', 'le6', 'id', '6'));
+	sql("INSERT INTO aibilling.outbox_entry SELECT * FROM aibilling.outbox_entry WHERE usage_table = 'remain'::regclass AND id = 6");
+	$polar->fault(kind => 'hang', store => \1);
+	resume();
+	$polar->wait(hung => 1);
+	$polar->wait_for(sub { sql("SELECT sum(duplicates) FROM aibilling.delivery WHERE usage_table = 'remain'::regclass") == 1 }, 'the second request');
+	$polar->release;
+	ok(settled('remain'), 'the first');
+	is(unexpected('remain'), '0', 'it is no surprise that Polar has it');
+	ok($node->poll_query_until('postgres', "SELECT sum(usage_rows) = 4 FROM aibilling.usage_daily('remain')"), 'and it is counted once');
+	sql("ALTER SERVER polar OPTIONS (DROP batch_size)");
 };
 
 subtest '1: a table whose ids may repeat is not attached, and named if it is' => sub {
@@ -385,6 +429,34 @@ subtest '5: partitions that go and come' => sub {
 	$polar->wait_for(sub { at_polar('twin') eq 'twin1 x1, twin2 x1' }, 'and the other when it is back');
 	ok(settled('parts'), 'both are settled');
 	is(sql("SELECT sum(unexpected_duplicates) FROM aibilling.delivery WHERE usage_table = 'parts'::regclass"), '0', 'without a surprise');
+
+	# DETACH CONCURRENTLY does not keep the shipper away: what it finds gone is as what goes along.
+	pause();
+	sql(ins('parts', 'con1,con2') . ins('parts', 'con3', 'region', "'b'"));
+	my $vanished = sql("SELECT vanished FROM aibilling.status WHERE usage_table = 'parts'::regclass");
+	sql('ALTER TABLE parts DETACH PARTITION parts_a CONCURRENTLY');
+	is(outbox('parts') =~ tr/,//, 2, 'DETACH CONCURRENTLY leaves what waits in the outbox');
+	resume();
+	ok(settled('parts'), 'the shipper misses it');
+	is(at_polar('con'), 'con3 x1', 'and sends the others');
+	is(sql("SELECT vanished - $vanished FROM aibilling.status WHERE usage_table = 'parts'::regclass"), '2', 'it is counted');
+	sql("ALTER TABLE parts ATTACH PARTITION parts_a FOR VALUES IN ('a')");
+	$polar->wait_for(sub { at_polar('con') eq 'con1 x1, con2 x1, con3 x1' }, 'it is sent when it is back');
+	ok(settled('parts'), 'and settled');
+
+	# Also what was in flight, without an answer.
+	$polar->fault(kind => 'hang');
+	sql(ins('parts', 'con4'));
+	$polar->wait(hung => 1);
+	$polar->fault(kind => '503');
+	sql('ALTER TABLE parts DETACH PARTITION parts_a CONCURRENTLY');
+	$node->safe_psql('postgres', "SELECT pg_terminate_backend($_)") foreach $node->worker_pid;
+	ok(settled('parts'), 'a request without an answer, whose row has left');
+	sql("ALTER TABLE parts ATTACH PARTITION parts_a FOR VALUES IN ('a')");
+	$polar->wait_for(sub { at_polar('con4') eq 'con4 x1' }, 'is sent again');
+	ok(settled('parts'), 'and settled');
+	$polar->clear_faults;
+	is(unexpected('parts'), '0', 'without a surprise');
 
 	# A usage table becomes a partition, as doc/delivery.md says.
 	sql("SELECT aibilling.create_usage_table('old', 'polar'); ALTER TABLE old ADD region text NOT NULL DEFAULT 'c'");

@@ -68,7 +68,8 @@ FROM pg_subscription_rel r
 JOIN pg_subscription s ON s.oid = r.srsubid
 -- of several workers of one subscription the first one hears from the publisher
 LEFT JOIN LATERAL (
-	SELECT * FROM pg_stat_subscription l WHERE l.subid = s.oid AND l.relid IS NULL AND l.pid IS NOT NULL
+	SELECT l.pid, l.received_lsn, l.latest_end_lsn, l.last_msg_receipt_time, l.last_msg_send_time
+	FROM pg_stat_subscription l WHERE l.subid = s.oid AND l.relid IS NULL AND l.pid IS NOT NULL
 	ORDER BY l.received_lsn DESC NULLS LAST LIMIT 1
 ) AS w ON true;
 COMMENT ON VIEW aibilling.feed IS 'Private: the subscriptions that feed tables, and how far behind they are; shown by aibilling.status';

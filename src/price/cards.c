@@ -167,10 +167,10 @@ const TextView abp_standard_tier = {"standard", 8};
 
 /* Is this a name of the standard tier, or none? */
 bool
-abp_price_tier_is_standard(TextView tier)
+abp_cards_tier_is_standard(TextView tier)
 {
 	return abp_canonical_tier(tier).data == abp_standard_tier.data ||
-		abp_canonical_tier(abp_fold_name(tier)).data == abp_standard_tier.data;
+		abp_canonical_tier(abp_names_fold(tier)).data == abp_standard_tier.data;
 }
 
 /*
@@ -178,11 +178,11 @@ abp_price_tier_is_standard(TextView tier)
  * case and white space?
  */
 bool
-abp_same_tier(TextView name, TextView requested, bool fold)
+abp_cards_same_tier(TextView name, TextView requested, bool fold)
 {
 	if (!fold)
 		return text_view_equal(name, requested);
-	return text_view_equal(abp_canonical_tier(abp_fold_name(name)), requested);
+	return text_view_equal(abp_canonical_tier(abp_names_fold(name)), requested);
 }
 
 /* Prices, rules or aliases have changed, perhaps in another session. */
@@ -343,7 +343,7 @@ merge_row(MemoryContext context, Rate *rate, const PriceRow *row,
 
 			/* The table's constraint refuses what is not a number. */
 			if (v.type == jbvNumeric &&
-				abp_find_unit_price(rate->units, nearer, name) == NULL)
+				abp_cost_find_unit_price(rate->units, nearer, name) == NULL)
 			{
 				UnitPrice  *unit = &rate->units[rate->nunits++];
 				Size		size = VARSIZE_ANY(v.val.numeric);
@@ -353,7 +353,7 @@ merge_row(MemoryContext context, Rate *rate, const PriceRow *row,
 				memcpy(unit->price, v.val.numeric, size);
 			}
 		}
-		qsort(rate->units, rate->nunits, sizeof(UnitPrice), abp_compare_unit_prices);
+		qsort(rate->units, rate->nunits, sizeof(UnitPrice), abp_cost_compare_unit_prices);
 	}
 
 #undef VALUE
@@ -451,7 +451,7 @@ build_rates(MemoryContext context, PriceWindow *window,
 		rest.scale = PRICE_SCALE;
 		times.digits = multiplier;
 		times.scale = PRICE_SCALE;
-		rate->factor = abp_decimal_multiply(rest, times);
+		rate->factor = abp_exact_multiply(rest, times);
 	}
 	pfree(thresholds);
 }
@@ -794,7 +794,7 @@ load_rules(PriceModel *model, TextView provider, Snapshot snapshot)
 		rule->has_multiplier = true;
 		rule->multiplier.digits = decimal_nanos(value);
 		rule->multiplier.scale = PRICE_SCALE;
-		rule->multiplier = abp_decimal_multiply(rule->multiplier, one);
+		rule->multiplier = abp_exact_multiply(rule->multiplier, one);
 	}
 	systable_endscan(scan);
 	table_close(rel, NoLock);
@@ -809,7 +809,7 @@ typedef struct CardSearch
 	Snapshot	snapshot;
 } CardSearch;
 
-/* abp_find_name() asks for the cards of a name. */
+/* abp_names_find() asks for the cards of a name. */
 static bool
 find_cards(ModelKey key, void *arg)
 {
@@ -889,7 +889,7 @@ read_model(ModelKey key)
 	model->provider.data = model->model.data = "";
 
 	search.snapshot = begin_reading(&saved);
-	(void) abp_find_name(key, search.snapshot, find_cards, &search);
+	(void) abp_names_find(key, search.snapshot, find_cards, &search);
 	load_rules(model, key.provider, search.snapshot);
 	end_reading(&saved, search.snapshot);
 	return model;
@@ -1002,7 +1002,7 @@ abp_cards_similar_name(PriceModel *model, ModelKey key)
 	PG_TRY();
 	{
 		snapshot = begin_reading(&saved);
-		similar = abp_similar_name(key, snapshot);
+		similar = abp_names_similar(key, snapshot);
 		if (similar != NULL)
 			model->similar = MemoryContextStrdup(model->context, similar);
 		end_reading(&saved, snapshot);

@@ -92,8 +92,8 @@ abp_canonical_tier(TextView tier)
 	return tier;
 }
 
-extern bool abp_price_tier_is_standard(TextView tier);
-extern bool abp_same_tier(TextView name, TextView requested, bool fold);
+extern bool abp_cards_tier_is_standard(TextView tier);
+extern bool abp_cards_same_tier(TextView name, TextView requested, bool fold);
 extern void abp_cards_init(void);
 extern PriceModel *abp_cards_find(ModelKey key);
 extern const char *abp_cards_similar_name(PriceModel *model, ModelKey key);

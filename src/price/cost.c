@@ -163,7 +163,7 @@ decimal_reduced(ExactDecimal value)
  * that the digits' product fits 128 bits.
  */
 ExactDecimal
-abp_decimal_multiply(ExactDecimal a, ExactDecimal b)
+abp_exact_multiply(ExactDecimal a, ExactDecimal b)
 {
 	ExactDecimal product;
 
@@ -174,7 +174,7 @@ abp_decimal_multiply(ExactDecimal a, ExactDecimal b)
 
 /* A decimal as numeric, without trailing zeros; palloc'd. */
 Numeric
-abp_decimal_to_numeric(ExactDecimal value)
+abp_exact_to_numeric(ExactDecimal value)
 {
 	value = decimal_reduced(value);
 	return abp_decimal_numeric(value.digits, value.scale);
@@ -600,7 +600,7 @@ abp_cost_fast(const UsageCounts *counts, const Rate *rate,
 
 /* The order of names in a rate's units: as jsonb has them, the shorter first. */
 int
-abp_compare_unit_prices(const void *a, const void *b)
+abp_cost_compare_unit_prices(const void *a, const void *b)
 {
 	TextView	x = ((const UnitPrice *) a)->name;
 	TextView	y = ((const UnitPrice *) b)->name;
@@ -612,13 +612,13 @@ abp_compare_unit_prices(const void *a, const void *b)
 
 /* The price of a unit among nunits of them, in order; NULL if there is none. */
 const UnitPrice *
-abp_find_unit_price(const UnitPrice *units, int nunits, TextView name)
+abp_cost_find_unit_price(const UnitPrice *units, int nunits, TextView name)
 {
 	UnitPrice	key = {.name = name};
 
 	if (nunits == 0)
 		return NULL;
-	return bsearch(&key, units, nunits, sizeof(UnitPrice), abp_compare_unit_prices);
+	return bsearch(&key, units, nunits, sizeof(UnitPrice), abp_cost_compare_unit_prices);
 }
 
 /* Fill in a bucket's amount from its quantity and price. */
@@ -627,11 +627,11 @@ price_bucket(CostBucket *bucket, bool tokens, const Rate *rate,
 			 const ExactDecimal *tier)
 {
 	const ExactDecimal per_token = {1, TOKENS_PER_SCALE};
-	Numeric		factor = abp_decimal_to_numeric(rate->factor);
+	Numeric		factor = abp_exact_to_numeric(rate->factor);
 
 	if (tokens && tier != NULL)
 		factor = numeric_trimmed(numeric_times(factor,
-											   abp_decimal_to_numeric(*tier)));
+											   abp_exact_to_numeric(*tier)));
 
 	bucket->per = tokens ? TOKENS_PER : 1;
 	bucket->factor = factor;
@@ -644,7 +644,7 @@ price_bucket(CostBucket *bucket, bool tokens, const Rate *rate,
 
 		/* A product by 10^-6 is exact where a quotient by 10^6 might not be. */
 		if (tokens)
-			amount = numeric_times(amount, abp_decimal_to_numeric(per_token));
+			amount = numeric_times(amount, abp_exact_to_numeric(per_token));
 		bucket->amount = numeric_trimmed(numeric_times(amount, factor));
 	}
 }
@@ -707,7 +707,7 @@ abp_cost_buckets(const UsageCounts *counts, const Rate *rate,
 		{
 			ExactDecimal price = {rate->price[i], PRICE_SCALE};
 
-			bucket->price = abp_decimal_to_numeric(price);
+			bucket->price = abp_exact_to_numeric(price);
 		}
 		price_bucket(bucket, i < NUM_TOKEN_PRICES, rate, tier);
 		n++;
@@ -716,7 +716,7 @@ abp_cost_buckets(const UsageCounts *counts, const Rate *rate,
 	for (int i = 0; i < units.nunits; i++)
 	{
 		const UnitQuantity *unit = &units.units[i];
-		const UnitPrice *unit_price = abp_find_unit_price(rate->units, rate->nunits, unit->name);
+		const UnitPrice *unit_price = abp_cost_find_unit_price(rate->units, rate->nunits, unit->name);
 		CostBucket *bucket = &buckets[n];
 
 		CHECK_FOR_INTERRUPTS();
@@ -785,7 +785,7 @@ abp_cost_add_difference(CostBucket **buckets, int *nbuckets, Numeric stored_cent
 	bucket->name.len = strlen(bucket->name.data);
 	bucket->quantity = int64_to_numeric(1);
 	bucket->price = numeric_trimmed(numeric_minus(numeric_times(stored_cents,
-																abp_decimal_to_numeric(cent)),
+																abp_exact_to_numeric(cent)),
 												  sum));
 	bucket->per = 1;
 	bucket->factor = int64_to_numeric(1);
@@ -927,7 +927,7 @@ Numeric
 abp_cost_usd(const ExactCost *cost)
 {
 	return cost->usd_numeric != NULL ?
-		numeric_trimmed(cost->usd_numeric) : abp_decimal_to_numeric(cost->usd);
+		numeric_trimmed(cost->usd_numeric) : abp_exact_to_numeric(cost->usd);
 }
 
 /*
@@ -944,7 +944,7 @@ abp_cost_cents(const ExactCost *cost)
 		cents.digits = divide_rounded(cents.digits,
 									  cents.scale - CENTS_ROUNDED_SCALE);
 		cents.scale = Min(cents.scale, CENTS_ROUNDED_SCALE);
-		return abp_decimal_to_numeric(cents);
+		return abp_exact_to_numeric(cents);
 	}
 	return numeric_trimmed(numeric_rounded(abp_cost_cents_exact(cost),
 										   CENTS_ROUNDED_SCALE));
@@ -1008,5 +1008,5 @@ abp_cost_convert(Numeric amount, TextView from, TextView to)
 		factor.scale = -shift;
 
 	return numeric_trimmed(numeric_times(amount,
-										 abp_decimal_to_numeric(factor)));
+										 abp_exact_to_numeric(factor)));
 }

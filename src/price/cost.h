@@ -79,7 +79,8 @@ typedef struct Rate
 									 * price[] is 0 then */
 	ExactDecimal factor;
 	int			nunits;
-	UnitPrice  *units;			/* in the order of abp_compare_unit_prices() */
+	UnitPrice  *units;			/* in the order of
+								 * abp_cost_compare_unit_prices() */
 } Rate;
 
 /* An exact amount in USD: usd_numeric if that is set, else usd. */
@@ -101,9 +102,9 @@ typedef struct CostBucket
 	const char *note;			/* or NULL */
 } CostBucket;
 
-extern int	abp_compare_unit_prices(const void *a, const void *b);
-extern const UnitPrice *abp_find_unit_price(const UnitPrice *units, int nunits,
-											TextView name);
+extern int	abp_cost_compare_unit_prices(const void *a, const void *b);
+extern const UnitPrice *abp_cost_find_unit_price(const UnitPrice *units, int nunits,
+												 TextView name);
 extern bool abp_cost_consistent(const UsageCounts *counts, CountsProblem *problem);
 extern void abp_cost_check(const UsageCounts *counts);
 extern bool abp_cost_finite(Numeric provider_cost, char **problem);
@@ -119,8 +120,8 @@ extern CostBucket *abp_cost_buckets(const UsageCounts *counts,
 extern void abp_cost_add_difference(CostBucket **buckets, int *nbuckets,
 									Numeric stored_cents);
 extern void abp_cost_reported(Numeric provider_cost, ExactCost *cost);
-extern ExactDecimal abp_decimal_multiply(ExactDecimal a, ExactDecimal b);
-extern Numeric abp_decimal_to_numeric(ExactDecimal value);
+extern ExactDecimal abp_exact_multiply(ExactDecimal a, ExactDecimal b);
+extern Numeric abp_exact_to_numeric(ExactDecimal value);
 extern bool abp_cost_fits_nanos(const ExactCost *cost, int64 *result);
 extern int64 abp_cost_nanos(const ExactCost *cost);
 extern Numeric abp_cost_usd(const ExactCost *cost);

@@ -430,7 +430,7 @@ without_provider(TextView model, const TextView *providers, int nproviders)
  * white space around it.  palloc'd.
  */
 TextView
-abp_fold_name(TextView name)
+abp_names_fold(TextView name)
 {
 	TextView	folded;
 	char	   *data;
@@ -456,7 +456,7 @@ abp_fold_name(TextView name)
 static TextView
 fold_provider(TextView name)
 {
-	TextView	folded = abp_fold_name(name);
+	TextView	folded = abp_names_fold(name);
 
 	for (int i = 0; i < folded.len; i++)
 	{
@@ -477,7 +477,7 @@ fold_model(TextView name)
 	static const TextView models = {"models/", 7};
 	static const TextView inner = {"/models/", 8};
 	static const TextView publishers = {"publishers/", 11};
-	TextView	folded = abp_fold_name(name);
+	TextView	folded = abp_names_fold(name);
 	const char *publisher = folded.data;
 	const char *rest;
 
@@ -559,7 +559,7 @@ folded_synonyms(TextView given, TextView *names)
  * are part of a model's price.  Returns whether something was found.
  */
 bool
-abp_find_name(ModelKey key, Snapshot snapshot, TryName try_name, void *arg)
+abp_names_find(ModelKey key, Snapshot snapshot, TryName try_name, void *arg)
 {
 	static SPIPlanPtr alias_plan = NULL;
 	static SPIPlanPtr folded_plan = NULL;
@@ -656,7 +656,7 @@ static TextView
 closest_name(TextView name)
 {
 	TextView	closest = {NULL, 0};
-	TextView	folded = abp_fold_name(name);
+	TextView	folded = abp_names_fold(name);
 	char	   *words = sorted_words(folded);
 	int			limit = Min(4, (folded.len + 1) / 3);
 
@@ -672,7 +672,7 @@ closest_name(TextView name)
 
 		if (candidate.len > MAX_COMPARED || abs(candidate.len - folded.len) > 4 * limit)
 			continue;
-		other = abp_fold_name(candidate);
+		other = abp_names_fold(candidate);
 		if (other.len == folded.len && strcmp(sorted_words(other), words) == 0)
 			return candidate;
 		distance = varstr_levenshtein_less_equal(folded.data, folded.len, other.data, other.len,
@@ -692,7 +692,7 @@ closest_name(TextView name)
  * of all prices of the provider, so call it rarely.
  */
 char	   *
-abp_similar_name(ModelKey key, Snapshot snapshot)
+abp_names_similar(ModelKey key, Snapshot snapshot)
 {
 	static SPIPlanPtr models_plan = NULL;
 	static SPIPlanPtr providers_plan = NULL;

@@ -24,9 +24,9 @@ typedef struct ModelKey
 /* Tries one meaning of a name.  Returns whether the price table has it. */
 typedef bool (*TryName) (ModelKey key, void *arg);
 
-extern bool abp_find_name(ModelKey key, Snapshot snapshot, TryName try_name,
-						  void *arg);
-extern char *abp_similar_name(ModelKey key, Snapshot snapshot);
-extern TextView abp_fold_name(TextView name);
+extern bool abp_names_find(ModelKey key, Snapshot snapshot, TryName try_name,
+						   void *arg);
+extern char *abp_names_similar(ModelKey key, Snapshot snapshot);
+extern TextView abp_names_fold(TextView name);
 
 #endif							/* ABP_NAMES_H */

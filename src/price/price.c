@@ -82,7 +82,7 @@ find_rate(const PriceModel *model, TextView tier_name, bool fold, TimestampTz at
 
 	for (int i = 0; i < model->ntiers && tier == NULL; i++)
 	{
-		if (abp_same_tier(model->tiers[i].name, tier_name, fold))
+		if (abp_cards_same_tier(model->tiers[i].name, tier_name, fold))
 			tier = &model->tiers[i];
 	}
 	if (tier == NULL)
@@ -131,7 +131,7 @@ find_rule(const PriceModel *model, TextView tier, bool fold)
 	{
 		const TierRule *rule = &model->rules[i];
 
-		if (abp_same_tier(rule->name, tier, fold))
+		if (abp_cards_same_tier(rule->name, tier, fold))
 			return rule->has_multiplier ? rule : NULL;
 	}
 	return NULL;
@@ -171,7 +171,7 @@ rate_in_force(const PriceRequest *request, RateInForce *result)
 	for (int fold = 0;; fold++)
 	{
 		if (fold)
-			tier = abp_canonical_tier(abp_fold_name(tier));
+			tier = abp_canonical_tier(abp_names_fold(tier));
 		if (find_rate(result->model, tier, fold, request->at, input_tokens, result))
 			return NULL;
 		if (text_view_equal(tier, abp_standard_tier))
@@ -336,7 +336,7 @@ abp_price_hint(const PriceRequest *request)
 
 	/* A tier that a rule prices has the standard tier's prices. */
 	if (of_tier && (in_force.tier_factor != NULL ||
-					(what != NULL && find_rule(model, abp_canonical_tier(abp_fold_name(tier)), true) != NULL)))
+					(what != NULL && find_rule(model, abp_canonical_tier(abp_names_fold(tier)), true) != NULL)))
 		of_tier = false;
 
 	appendStringInfo(&hint, "SELECT * FROM aibilling.set_price(%s, %s",

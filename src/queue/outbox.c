@@ -312,12 +312,25 @@ abp_outbox_tidy(Oid usage_table, int max_removals)
 	return finished;
 }
 
+/* Has one of the ids, sorted, been taken? */
+static bool
+is_taken(IdSet *taken, int64 highest, IdSet *ids)
+{
+	IdSet		again;
+
+	if (ids->ranges[0].first > highest)
+		return false;
+	again = abp_idset_intersect(ids, taken);
+	return again.nranges > 0;
+}
+
 /*
  * Take up to max_ids ids out of the outbox, by the active snapshot: their
  * entries are deleted in the current transaction.  Entries that another
  * transaction has are passed over, never waited for, and so are those that
- * begin with an id of "except".  All that are taken may have been stored by
- * Polar, or none.
+ * begin with an id of "except", and of several of one id all but one: rows that
+ * share it may each have theirs taken out of the outbox at this moment.  All
+ * that are taken may have been stored by Polar, or none.
  *
  * OUTBOX_WAITING: entries whose not_before is at most "until".  Other states:
  * from *cursor on, which is moved to a little before the last entry seen: rows
@@ -332,6 +345,7 @@ abp_outbox_take(Oid usage_table, char state, TimestampTz until, IdSet *except,
 {
 	IdSet		taken = {0};
 	int64		ntaken = 0;
+	int64		highest = PG_INT64_MIN; /* id that is taken */
 	OrderedScan scan;
 	HeapTuple	tuple;
 	OutboxEntry rest = {0};
@@ -347,7 +361,8 @@ abp_outbox_take(Oid usage_table, char state, TimestampTz until, IdSet *except,
 		if (ntaken > 0 && entry.outcome_unknown != entries->outcome_unknown)
 			break;
 		*cursor = first > PG_INT64_MIN + CURSOR_MARGIN ? first - CURSOR_MARGIN : PG_INT64_MIN + 1;
-		if (abp_idset_contains(except, first) || !delete_entry(scan.rel, tuple))
+		if (abp_idset_contains(except, first) || is_taken(&taken, highest, &entry.ids) ||
+			!delete_entry(scan.rel, tuple))
 			continue;
 
 		entries->attempts = Max(entries->attempts, entry.attempts);
@@ -359,6 +374,7 @@ abp_outbox_take(Oid usage_table, char state, TimestampTz until, IdSet *except,
 			rest.ids = abp_idset_split(&entry.ids, max_ids - ntaken);
 		}
 		ntaken += abp_idset_count(&entry.ids);
+		highest = Max(highest, entry.ids.ranges[entry.ids.nranges - 1].last);
 		abp_idset_add_set(&taken, &entry.ids, CurrentMemoryContext);
 	}
 

@@ -238,6 +238,20 @@ shared_ids(Filling *filling)
 	return shared;
 }
 
+/*
+ * Ids of several rows: one that another transaction may just be taking away
+ * leaves its id to the other, which waits until then.
+ */
+static void
+note_shared(Filling *filling, IdSet *ids, IdSet *shared, IdSet *changing)
+{
+	IdSet		settled = abp_rows_settled(filling->table, ids);
+	IdSet		others = abp_idset_subtract(ids, &settled);
+
+	abp_idset_add_set(shared, &settled, filling->context);
+	abp_idset_add_set(changing, &others, filling->context);
+}
+
 /* Rows to be read under guard. */
 typedef struct GuardedRead
 {
@@ -681,6 +695,7 @@ abp_fill_shipment(Turn *turn, Shipment *shipment, const UsageTable *table,
 	Filling		filling;
 	IdSet		unseen;
 	IdSet		shared = {0};
+	IdSet		changing = {0};
 	List	   *held = NIL;
 	IdSet		wanted = *ids;
 	bool		whole = server->event_name_function != NULL || server->metadata_function != NULL;
@@ -704,7 +719,8 @@ abp_fill_shipment(Turn *turn, Shipment *shipment, const UsageTable *table,
 		/* A batch that has become full has not read all of their rows. */
 		more = filling.full && taken_from != 0 ? abp_rows_shared(table, &wanted) :
 			shared_ids(&filling);
-		abp_idset_add_set(&shared, &more, CurrentMemoryContext);
+		if (more.nranges > 0)
+			note_shared(&filling, &more, &shared, &changing);
 		if (more.nranges == 0 && filling.children != NIL)
 			more = hold_children(&filling, ids, &held);
 		if (more.nranges == 0)
@@ -721,6 +737,8 @@ abp_fill_shipment(Turn *turn, Shipment *shipment, const UsageTable *table,
 		abp_idset_add_set(&delivery->vanished_ids, &unseen, shipment->context);
 	}
 
+	abp_idset_add_set(&filling.left, &changing, CurrentMemoryContext);
+	abp_idset_add_set(&filling.changing, &changing, CurrentMemoryContext);
 	filling.exceptions = list_concat(held, filling.exceptions);
 	put_rest_back(&filling, shared);
 

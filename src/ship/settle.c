@@ -175,6 +175,44 @@ reject_shipment(Turn *turn, Shipment *shipment, const char *error)
 	abp_shipment_drop(turn, shipment);
 }
 
+/* Those of its rows that another delivery is bringing to Polar, too. */
+static void
+add_rows_in_flight(const Shipment *shipment, IdSet *before)
+{
+	const Delivery *delivery = &shipment->delivery;
+	ListCell   *lc;
+
+	foreach(lc, abp_shipments)
+	{
+		Shipment   *other = lfirst(lc);
+		IdSet		both;
+		IdWalk		walk = {0};
+
+		if (other == shipment || other->delivery.usage_table != delivery->usage_table)
+			continue;
+		both = abp_idset_intersect(unconstify(IdSet *, &delivery->ids), &other->delivery.ids);
+		while (abp_idset_walk(&both, &walk))
+		{
+			uint32		key;
+			uint32		other_key;
+
+			if (abp_delivery_key(delivery, walk.id, &key) &&
+				abp_delivery_key(&other->delivery, walk.id, &other_key) && key == other_key)
+				abp_idset_add(before, walk.id, walk.id, CurrentMemoryContext);
+		}
+	}
+	abp_idset_sort(before);
+}
+
+/* Rows of a delivery, all duplicates, are in what another one adds up to. */
+static void
+count_without(Shipment *shipment, const IdSet *ids)
+{
+	abp_idset_add_set(&shipment->delivery.counted, ids, shipment->context);
+	forget_share(&shipment->delivery);
+	abp_fold_has_unknown();
+}
+
 /* Polar has the events of a delivery. */
 static void
 settle_delivered(Turn *turn, Shipment *shipment, const Verdict *verdict, double elapsed_ms,
@@ -187,15 +225,19 @@ settle_delivered(Turn *turn, Shipment *shipment, const Verdict *verdict, double 
 	delivery->duplicates = verdict->duplicates;
 
 	/*
-	 * An id that was delivered before may be of a row that has come back.  Or
-	 * the row that was to be sent has gone with its partition, and this one
-	 * has its id: then it is looked at when it is there again.
+	 * An id that was delivered before, or is just being, may be of a row that
+	 * has come back.  Or the row that was to be sent has gone with its
+	 * partition, and this one has its id: then it is looked at when it is
+	 * there again.
 	 */
 	if (verdict->duplicates > 0 && !delivery->outcome_unknown)
 	{
 		IdSet		before = abp_ledger_delivered_before(delivery, ledger_from);
 
+		add_rows_in_flight(shipment, &before);
 		delivery->unexpected_duplicates = Max(0, verdict->duplicates - abp_idset_count(&before));
+		if (before.nranges > 0 && verdict->duplicates >= abp_idset_count(&before))
+			count_without(shipment, &before);
 		abp_idset_add_set(&delivery->vanished_ids, &before, shipment->context);
 	}
 	if (delivery->unexpected_duplicates > 0)
@@ -394,13 +436,13 @@ abp_settle_answered(Turn *turn, List *tables)
 	{
 		Shipment   *shipment = lfirst(lc);
 
-		if (shipment->stage == SHIPMENT_ANSWERED)
-		{
-			UsageTable *table = abp_find_table(tables, shipment->delivery.usage_table);
+		UsageTable *table = abp_find_table(tables, shipment->delivery.usage_table);
 
-			settle(turn, shipment, table == NULL ? NULL : abp_options_of(table),
-				   table == NULL ? 0 : table->ledger_from);
-		}
+		if (shipment->stage != SHIPMENT_ANSWERED ||
+			(table != NULL && list_member_oid(turn->busy_servers, table->serverid)))
+			continue;
+		settle(turn, shipment, table == NULL ? NULL : abp_options_of(table),
+			   table == NULL ? 0 : table->ledger_from);
 	}
 }
 

@@ -19,6 +19,7 @@
 
 #include "access/xact.h"
 #include "catalog/pg_extension.h"
+#include "catalog/pg_foreign_server.h"
 #include "commands/dbcommands.h"
 #include "commands/extension.h"
 #include "executor/spi.h"
@@ -631,6 +632,34 @@ current_tables(bool *armed)
 }
 
 /*
+ * Who changes a server's name, or drops it, has what the ledger says of its
+ * deliveries until their transaction ends: these wait, and no others.  What we
+ * get here we keep until ours does.
+ */
+static void
+note_busy_servers(Turn *turn, List *tables)
+{
+	List	   *asked = NIL;
+	ListCell   *lc;
+
+	turn->busy_servers = NIL;
+	foreach(lc, tables)
+	{
+		Oid			serverid = ((UsageTable *) lfirst(lc))->serverid;
+		LOCKTAG		tag;
+
+		if (!OidIsValid(serverid) || list_member_oid(asked, serverid))
+			continue;
+		asked = lappend_oid(asked, serverid);
+		SET_LOCKTAG_OBJECT(tag, MyDatabaseId, ForeignServerRelationId, serverid, 0);
+		if (LockAcquire(&tag, AccessShareLock, false, true) == LOCKACQUIRE_NOT_AVAIL)
+			turn->busy_servers = lappend_oid(turn->busy_servers, serverid);
+	}
+	if (turn->busy_servers != NIL)
+		abp_turn_due_at(turn, abp_turn_in_ms(LOCKED_MS));
+}
+
+/*
  * Tables whose owner's code is slow come last, else whoever was served longest
  * ago comes first.
  */
@@ -776,6 +805,7 @@ settle_and_prepare(Turn *turn, const ShipScope *scope)
 	if (!recovered)
 		recover(tables);
 	notice_resumed(tables);
+	note_busy_servers(turn, tables);
 	abp_settle_answered(turn, tables);
 	change_lanes(tables);
 	abp_lanes_write_down(turn);
@@ -802,7 +832,8 @@ settle_and_prepare(Turn *turn, const ShipScope *scope)
 
 		CHECK_FOR_INTERRUPTS();
 
-		if (!OidIsValid(table->owner) || !abp_ship_in_scope(scope, table))
+		if (!OidIsValid(table->owner) || !abp_ship_in_scope(scope, table) ||
+			list_member_oid(turn->busy_servers, table->serverid))
 			continue;
 		if (abp_turn_is_over(turn))
 		{

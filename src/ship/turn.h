@@ -11,6 +11,7 @@
 #include "postgres.h"
 
 #include "datatype/timestamp.h"
+#include "nodes/pg_list.h"
 
 #define PROBE_MS (5 * 60 * 1000)	/* between tries while a server refuses us */
 #define TRANSIENT_MS (10 * 1000)	/* after an error that passes by itself */
@@ -53,6 +54,8 @@ typedef struct Turn
 	bool		backlog;		/* does any table have one? */
 	bool		room_left;		/* could more requests fly, if there were
 								 * more? */
+	List	   *busy_servers;	/* OIDs: others are changing what they are
+								 * called */
 	int64		delivered;		/* events, since this process is the shipper */
 	int			settled;		/* deliveries since the ledger was summed up */
 } Turn;

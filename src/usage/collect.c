@@ -515,8 +515,12 @@ write_removals(Writing *writing)
 		{
 			RowState	removal = {OUTBOX_REMOVAL(abp_outbox_states[i]), DT_NOBEGIN};
 
-			for (int n = 0; n < change->count[i]; n++)
+			if (change->count[i] > 0)
 				write_id(writing, change->key.usage_table, &removal, change->key.id);
+			/* each of the others is an entry of its own: ids are a set */
+			for (int n = 1; n < change->count[i]; n++)
+				abp_idset_add(&add_entry(writing, change->key.usage_table, &removal)->ids,
+							  change->key.id, change->key.id, CurrentMemoryContext);
 		}
 	}
 }

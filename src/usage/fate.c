@@ -144,7 +144,7 @@ usage_fits(const UsageRow *row, const NormalizedUsage *usage, StringInfo reason)
 		filled[n] = COL_PROVIDER_COST;
 		values[n++] = NumericGetDatum(usage->provider_cost);
 	}
-	if (abp_price_tier_is_standard(row->service_tier) && usage->service_tier != NULL)
+	if (abp_cards_tier_is_standard(row->service_tier) && usage->service_tier != NULL)
 	{
 		filled[n] = COL_SERVICE_TIER;
 		values[n++] = CStringGetTextDatum(usage->service_tier);
@@ -232,7 +232,7 @@ abp_fate_normalize(UsageRow *row, StringInfo reason, char **doubt)
 	/* What was given beside the object holds where the two make no sense. */
 	if (*doubt != NULL && !abp_cost_consistent(&row->counts, &problem))
 		row->counts = given;
-	if (abp_price_tier_is_standard(row->service_tier) && usage.service_tier != NULL)
+	if (abp_cards_tier_is_standard(row->service_tier) && usage.service_tier != NULL)
 		row->service_tier = text_view_of(usage.service_tier);
 	if (row->model.data == NULL && usage.model != NULL)
 		row->model = text_view_of(usage.model);

@@ -239,7 +239,7 @@ find_unsaid(const Datum *old_values, const bool *old_nulls, const Datum *values,
 		text	   *tier = DatumGetTextPP(values[COL_SERVICE_TIER]);
 		TextView	view = {VARDATA_ANY(tier), VARSIZE_ANY_EXHDR(tier)};
 
-		take[COL_SERVICE_TIER] = abp_price_tier_is_standard(view);
+		take[COL_SERVICE_TIER] = abp_cards_tier_is_standard(view);
 	}
 }
 

@@ -371,14 +371,15 @@ is_settled(Relation rel, ItemPointer tid)
 }
 
 /*
- * Those of the rows, by the active snapshot, that no other transaction has
- * changed since or is about to, in the current memory context.
+ * Those of the ids of which no other transaction has changed a row that is there
+ * by the active snapshot, or is about to, in the current memory context.
  */
 IdSet
 abp_rows_settled(const UsageTable *table, IdSet *ids)
 {
 	MemoryContext caller = CurrentMemoryContext;
 	IdSet		settled = {0};
+	IdSet		changing = {0};
 	uint64		nrows;
 	SavedUser	saved;
 
@@ -391,13 +392,13 @@ abp_rows_settled(const UsageTable *table, IdSet *ids)
 		bool		isnull;
 
 		CHECK_FOR_INTERRUPTS();
-		if (rel->rd_tableam != GetHeapamTableAmRoutine() ||
-			is_settled(rel, (ItemPointer) DatumGetPointer(abp_result_datum(i, 3, &isnull))))
-			abp_idset_add(&settled, id, id, caller);
+		abp_idset_add(rel->rd_tableam != GetHeapamTableAmRoutine() ||
+					  is_settled(rel, (ItemPointer) DatumGetPointer(abp_result_datum(i, 3, &isnull))) ?
+					  &settled : &changing, id, id, caller);
 		table_close(rel, NoLock);
 	}
 	abp_statement_close(&saved);
-	return settled;
+	return abp_idset_subtract(&settled, &changing);
 }
 
 /* The first column of a statement about rows, run as the table's owner. */

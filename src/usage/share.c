@@ -4,7 +4,9 @@
  *	  What usage rows add up to, by day, customer, provider, model and event name.
  *
  * A batch's share of these sums is made while its request is written, and kept
- * as bytes: a version, the number of groups, and each group's key and sums.
+ * as bytes: a version; the kinds of calls, which are the ends of keys (provider,
+ * model and event name), each once; and each group's sums behind the rest of its
+ * key and its kind.
  * Numbers have seven bits a byte, the lowest first; those that can be
  * negative have their sign in the lowest bit.  Nothing depends on the machine.
  *
@@ -36,6 +38,7 @@
 #define MAX_CENTS_DIGITS 30
 
 #define FIRST_SLOTS 64			/* a power of 2 */
+#define MAX_NUMBER_BYTES 19		/* of 128 bits, seven a byte */
 
 /* Flags of a key: which of its parts are not NULL. */
 #define HAS_EXTERNAL_CUSTOMER 0x01
@@ -44,7 +47,7 @@
 #define HAS_MODEL 0x08
 #define HAS_EVENT_NAME 0x10
 
-/* --- numbers as bytes ------------------------------------------------------ */
+/* --- numbers and texts as bytes -------------------------------------------------- */
 
 /*
  * Seven bits a byte, the lowest first; the highest bit says that more follow.
@@ -52,23 +55,31 @@
 static void
 put_unsigned(StringInfo to, uint128 value)
 {
-	char		bytes[19];		/* 128 bits */
-	int			n = 0;
+	char	   *at;
 	uint64		low;
 
+	if (to->maxlen - to->len <= MAX_NUMBER_BYTES)
+		enlargeStringInfo(to, MAX_NUMBER_BYTES);
+	at = to->data + to->len;
 	for (; value > PG_UINT64_MAX; value >>= 7)
-		bytes[n++] = (char) (0x80 | (value & 0x7f));
+		*at++ = (char) (0x80 | (value & 0x7f));
 	for (low = (uint64) value; low >= 0x80; low >>= 7)	/* 128 bits are slow */
-		bytes[n++] = (char) (0x80 | (low & 0x7f));
-	bytes[n++] = (char) low;
-	appendBinaryStringInfoNT(to, bytes, n);
+		*at++ = (char) (0x80 | (low & 0x7f));
+	*at++ = (char) low;
+	to->len = at - to->data;
 }
 
-/* The sign is the lowest bit. */
 static void
 put_signed(StringInfo to, int128 value)
 {
 	put_unsigned(to, value < 0 ? ((~(uint128) value) << 1) | 1 : (uint128) value << 1);
+}
+
+static void
+put_bytes(StringInfo to, const char *bytes, int len)
+{
+	put_unsigned(to, len);
+	appendBinaryStringInfoNT(to, bytes, len);
 }
 
 /* Bytes that are being read; what ends too early raises an error. */
@@ -122,6 +133,16 @@ get_signed(ByteReader *reader)
 	return (int128) ((value >> 1) ^ -(value & 1));
 }
 
+/* Bytes that put_bytes has written. */
+static TextView
+get_view(ByteReader *reader)
+{
+	uint64		len = (uint64) get_unsigned(reader);
+	TextView	view = {get_bytes(reader, len), (int) len};
+
+	return view;
+}
+
 /* --- keys -------------------------------------------------------------------- */
 
 /* In UTF-8, whatever the database's encoding. */
@@ -135,8 +156,7 @@ put_text(StringInfo to, TextView view)
 		return;
 	utf8 = pg_server_to_any(view.data, view.len, PG_UTF8);
 	len = utf8 == view.data ? view.len : strlen(utf8);
-	put_unsigned(to, len);
-	appendBinaryStringInfo(to, utf8, len);
+	put_bytes(to, utf8, len);
 }
 
 /*
@@ -167,17 +187,15 @@ static TextView
 get_text(ByteReader *reader, bool present)
 {
 	TextView	view = {NULL, 0};
-	uint64		len;
 	const char *utf8;
-	char	   *ours;
 
 	if (!present)
 		return view;
-	len = (uint64) get_unsigned(reader);
-	utf8 = get_bytes(reader, len);
-	ours = pg_any_to_server(utf8, len, PG_UTF8);
-	view.data = ours;
-	view.len = ours == utf8 ? len : strlen(ours);
+	view = get_view(reader);
+	utf8 = view.data;
+	view.data = pg_any_to_server(utf8, view.len, PG_UTF8);
+	if (view.data != utf8)
+		view.len = strlen(view.data);
 	return view;
 }
 
@@ -481,89 +499,139 @@ abp_share_note(ShareGroups *groups, ShareNote *note, const UsageRow *row, const 
 
 /* --- shares as bytes -------------------------------------------------------------- */
 
+/* How long is a key without its end? */
+static int
+length_before_kind(const char *key, int keylen)
+{
+	ByteReader	reader = {key, key + keylen};
+	int			flags = *get_bytes(&reader, 1);
+
+	(void) get_signed(&reader);
+	if (flags & HAS_EXTERNAL_CUSTOMER)
+		(void) get_bytes(&reader, (uint64) get_unsigned(&reader));
+	if (flags & HAS_CUSTOMER)
+		(void) get_bytes(&reader, UUID_LEN);
+	return reader.at - key;
+}
+
+static void
+put_sums(StringInfo to, const ShareSums *sums)
+{
+	const char *more = sums->more_cents == NULL ? "" : numeric_text(sums->more_cents);
+
+	put_unsigned(to, sums->rows);
+	put_unsigned(to, sums->unpriced);
+	for (int t = 0; t < NUM_SHARE_TOKENS; t++)
+		put_signed(to, sums->tokens[t]);
+	put_signed(to, sums->nanos);
+	put_signed(to, scaled_cents(sums));
+	put_unsigned(to, sums->cents_scale);
+	put_bytes(to, more, strlen(more));
+}
+
 /*
  * The sums as bytes, palloc'd.  Groups of no rows are left out.
  */
 bytea	   *
 abp_share_encode(const ShareGroups *groups)
 {
+	ShareGroups kinds;
+	StringInfoData sums;
 	StringInfoData to;
 	int			used = 0;
 
+	abp_share_init(&kinds, CurrentMemoryContext);
+	initStringInfo(&sums);
 	for (int i = 0; i < groups->ngroups; i++)
-		used += groups->groups[i].sums.rows > 0;
+	{
+		const ShareGroup *group = &groups->groups[i];
+		int			before;
+		ShareGroup *kind;
+
+		if (group->sums.rows == 0)
+			continue;
+		before = length_before_kind(group->key, group->keylen);
+		kind = abp_share_group(&kinds, group->key + before, group->keylen - before);
+		put_bytes(&sums, group->key, before);
+		put_unsigned(&sums, kind - kinds.groups);
+		put_sums(&sums, &group->sums);
+		used++;
+	}
 
 	initStringInfo(&to);
 	appendStringInfoSpaces(&to, VARHDRSZ);
 	put_unsigned(&to, SHARE_VERSION);
+	put_unsigned(&to, kinds.ngroups);
+	for (int i = 0; i < kinds.ngroups; i++)
+		put_bytes(&to, kinds.groups[i].key, kinds.groups[i].keylen);
 	put_unsigned(&to, used);
-	for (int i = 0; i < groups->ngroups; i++)
-	{
-		const ShareGroup *group = &groups->groups[i];
-		const ShareSums *sums = &group->sums;
-		char	   *more = "";
-
-		if (sums->rows == 0)
-			continue;
-		if (sums->more_cents != NULL)
-			more = numeric_text(sums->more_cents);
-		put_unsigned(&to, group->keylen);
-		appendBinaryStringInfo(&to, group->key, group->keylen);
-		put_unsigned(&to, sums->rows);
-		put_unsigned(&to, sums->unpriced);
-		for (int t = 0; t < NUM_SHARE_TOKENS; t++)
-			put_signed(&to, sums->tokens[t]);
-		put_signed(&to, sums->nanos);
-		put_signed(&to, scaled_cents(sums));
-		put_unsigned(&to, sums->cents_scale);
-		put_unsigned(&to, strlen(more));
-		appendBinaryStringInfo(&to, more, strlen(more));
-	}
+	appendBinaryStringInfoNT(&to, sums.data, sums.len);
 	SET_VARSIZE(to.data, to.len);
 	return (bytea *) to.data;
 }
 
+static void
+get_sums(ByteReader *reader, ShareSums *sums)
+{
+	TextView	more;
+
+	memset(sums, 0, sizeof(*sums));
+	sums->rows = (int64) get_unsigned(reader);
+	sums->unpriced = (int64) get_unsigned(reader);
+	for (int t = 0; t < NUM_SHARE_TOKENS; t++)
+		sums->tokens[t] = get_signed(reader);
+	sums->nanos = get_signed(reader);
+	sums->cents = get_signed(reader);
+	sums->cents_scale = (int) get_unsigned(reader);
+	if (sums->cents_scale < 0 || sums->cents_scale > CENTS_SCALE)
+		corrupted();
+	sums->cents *= unit_of_scale(sums->cents_scale);
+	more = get_view(reader);
+	if (more.len > 0)
+		sums->more_cents = numeric_of_text(pnstrdup(more.data, more.len));
+}
+
 /*
- * Hand each group of a share to a reader.
+ * Hand each group of a share to a reader, with a key that lives as long as the call.
  */
 void
 abp_share_decode(bytea *share, ShareReader reader, void *arg)
 {
 	ByteReader	bytes = {VARDATA_ANY(share), VARDATA_ANY(share) + VARSIZE_ANY_EXHDR(share)};
+	uint64		nkinds;
+	TextView   *kinds;
 	uint64		ngroups;
+	StringInfoData key;
 
 	if (get_unsigned(&bytes) != SHARE_VERSION)
 		corrupted();
+	nkinds = (uint64) get_unsigned(&bytes);
+	if (nkinds > (uint64) (bytes.end - bytes.at))
+		corrupted();
+	kinds = palloc(sizeof(TextView) * Max(nkinds, 1));
+	for (uint64 i = 0; i < nkinds; i++)
+		kinds[i] = get_view(&bytes);
+
+	initStringInfo(&key);
 	ngroups = (uint64) get_unsigned(&bytes);
 	for (uint64 i = 0; i < ngroups; i++)
 	{
-		ShareSums	sums = {0};
-		uint64		keylen = (uint64) get_unsigned(&bytes);
-		const char *key = get_bytes(&bytes, keylen);
-		uint64		len;
+		TextView	before = get_view(&bytes);
+		uint64		kind = (uint64) get_unsigned(&bytes);
+		ShareSums	sums;
 
 		CHECK_FOR_INTERRUPTS();
 
-		sums.rows = (int64) get_unsigned(&bytes);
-		sums.unpriced = (int64) get_unsigned(&bytes);
-		for (int t = 0; t < NUM_SHARE_TOKENS; t++)
-			sums.tokens[t] = get_signed(&bytes);
-		sums.nanos = get_signed(&bytes);
-		sums.cents = get_signed(&bytes);
-		sums.cents_scale = (int) get_unsigned(&bytes);
-		if (sums.cents_scale < 0 || sums.cents_scale > CENTS_SCALE)
+		if (kind >= nkinds)
 			corrupted();
-		sums.cents *= unit_of_scale(sums.cents_scale);
-		len = (uint64) get_unsigned(&bytes);
-		if (len > 0)
-		{
-			const char *text = get_bytes(&bytes, len);
-
-			sums.more_cents =
-				numeric_of_text(pnstrdup(text, len));
-		}
-		reader(key, keylen, &sums, arg);
+		resetStringInfo(&key);
+		appendBinaryStringInfo(&key, before.data, before.len);
+		appendBinaryStringInfo(&key, kinds[kind].data, kinds[kind].len);
+		get_sums(&bytes, &sums);
+		reader(key.data, key.len, &sums, arg);
 	}
+	pfree(key.data);
+	pfree(kinds);
 }
 
 /*

@@ -403,16 +403,20 @@ abp_sql_enqueue_usage(PG_FUNCTION_ARGS)
 
 /*
  * A row is gone that shared its id with another, and what waits under that id
- * may be of either: the shipper looks at the other one, which Polar may have.
+ * may be of either, or of both: the shipper looks at the other one, once, which
+ * Polar may have.
  */
 static void
 leave_to_other(Oid usage_table, int64 id, int64 ledger_from, const RowPlace *place, bool own)
 {
 	RowState	ready = {OUTBOX_READY, DT_NOBEGIN};
+	int			count = 0;
 
+	for (int i = 0; i < NUM_OUTBOX_STATES; i++)
+		count += place->count[i];
 	ready.outcome_unknown = place->outcome_unknown ||
 		abp_ledger_has(usage_table, id, ledger_from);
-	if (place->state == OUTBOX_REJECTED || ready.outcome_unknown)
+	if (place->state != OUTBOX_READY || count > 1 || ready.outcome_unknown)
 		abp_collect_changed(usage_table, id, own ? NULL : place, &ready);
 }
 

@@ -39,7 +39,31 @@ INSERT INTO e (provider_cost, customer_id, external_customer_id, tags) VALUES
 	(1, '6f9c1f5e-0d5c-4b3f-8d3a-0c9f4f1f2a3c', 'column', '{"userId": "e"}');
 SELECT event ->> 'customer_id' AS customer_id, event ->> 'external_customer_id' AS external_customer_id
 FROM aibilling.preview('e', 100) ORDER BY usage_id;
+DELETE FROM e;
+
+-- Metadata of one's own: what Polar would refuse or read as another amount is refused here.
+CREATE FUNCTION own_metadata(usage_row jsonb) RETURNS jsonb LANGUAGE sql IMMUTABLE AS $$SELECT usage_row -> 'own'$$;
+ALTER TABLE e ADD own jsonb;
+ALTER SERVER templates OPTIONS (SET event_name 'e', ADD metadata_function 'public.own_metadata');
+INSERT INTO e (external_customer_id, provider_cost, own) SELECT 'c', 1, own::jsonb FROM unnest(ARRAY[
+	'{"feature": "chat", "seats": 3, "_cost": {"amount": 12.50, "currency": "usd"}}',
+	'{"_cost": {"amount": "0.0000000000015", "currency": "usd"}}',
+	'{"_cost": {"amount": "0.000000000001", "currency": "USD"}}',
+	'{"_cost": {"amount": 1.5e2, "currency": "usd"}}', '{"_cost": {"amount": "1E-3", "currency": "usd"}}', '{"_cost": {"amount": -7, "currency": "usd"}}', '{"_cost": {"amount": "+7"}}',
+	'{"_cost": {"amount": 99999.999999999999}}', '{"_cost": {"amount": 100000}}', '{"_cost": {"amount": "NaN"}}',
+	'{"_cost": {"amount": "12 cents"}}', '{"_cost": {"amount": true}}', '{"_cost": {"currency": "usd"}}',
+	'{"_cost": {"amount": 1, "currency": "eur"}}', '{"_cost": 5}', '{"_cost": null, "_llm": "", "kept": "x"}',
+	'{"_llm": {"vendor": "openai", "model": "gpt-5", "input_tokens": 10, "output_tokens": "5", "total_tokens": 15.0, "cached_input_tokens": null, "prompt": "p", "response": "r", "more": 1}}',
+	'{"_llm": {"vendor": "openai", "input_tokens": 10, "output_tokens": 5, "total_tokens": 15}}',
+	'{"_llm": {"vendor": 7, "model": "m", "input_tokens": 10, "output_tokens": 5, "total_tokens": 15}}',
+	'{"_llm": {"vendor": "v", "model": "m", "input_tokens": 10.5, "output_tokens": 5, "total_tokens": 15}}',
+	'{"_llm": {"vendor": "v", "model": "m", "input_tokens": "1e3", "output_tokens": 5, "total_tokens": 15}}',
+	'{"_llm": {"vendor": "v", "model": "m", "input_tokens": 1000000000000000000, "output_tokens": 5, "total_tokens": 15}}',
+	'["no object"]', '7', '{"nested": {"a": 1}}', '{}']) own;
+SELECT own, CASE WHEN state = 'rejected' THEN error ELSE (event -> 'metadata')::text END AS sent
+FROM aibilling.preview('e', 100) p JOIN e ON e.id = usage_id ORDER BY e.id;
 
 DROP TABLE e;
+DROP FUNCTION own_metadata;
 DROP SERVER templates;
 DELETE FROM aibilling.price WHERE provider = 'pen';

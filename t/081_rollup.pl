@@ -92,7 +92,7 @@ SELECT now() - n * interval '5 hours', 'p', CASE n % 5 WHEN 4 THEN NULL WHEN 3 T
 	CASE n % 12 WHEN 3 THEN '{"userId": "by tag"}' WHEN 7 THEN '{"customerId": "22222222-2222-4222-8222-222222222222"}'
 		WHEN 11 THEN '{"x": 1, "externalId": "other tag"}' ELSE '{}' END::jsonb,
 	n * 10, n, CASE WHEN n % 2 = 0 AND n % 5 <> 3 THEN n END, CASE WHEN n % 10 = 0 THEN n END, CASE WHEN n % 10 = 0 THEN 1 END,
-	CASE n % 6 WHEN 1 THEN 0.000000000123456 * n WHEN 5 THEN -1.5 END
+	CASE n % 6 WHEN 1 THEN 0.000000000123456 * n WHEN 5 THEN -1.5 WHEN 3 THEN CASE n % 9 WHEN 0 THEN 0.0000000000000000000123 * n END END
 FROM generate_series(1, 120) n;};
 
 is($node->safe_psql('postgres', "SELECT * FROM aibilling.usage_daily('usage')"), '', 'an empty table has no sums');

@@ -181,13 +181,24 @@ is(newest("state || ' ' || inserted + duplicates || ' ' || unexpected_duplicates
 
 # --- too many requests ----------------------------------------------------------------
 
-my $date = strftime('%a, %d %b %Y %H:%M:%S GMT', gmtime(time + 3000));
+my @later = gmtime(time + 3000);
+my $date = strftime('%a, %d %b %Y %H:%M:%S GMT', @later);
 round_of('429 with seconds', { kind => '429', retry_after => 1033 },
 	error => 'too many', ledger => 'failed 429', outbox => '10 0', status => qr/^waiting until .*too many/,
 	meanwhile => sub { is(held_for(1033), 't', '429: Retry-After in seconds is obeyed') });
 round_of('429 with a date', { kind => '429', retry_after => $date },
 	error => 'too many', ledger => 'failed 429', outbox => '10 0', status => qr/^waiting until/,
 	meanwhile => sub { is(held_for(0, "'$date'"), 't', '429: Retry-After as a date is obeyed') });
+
+# The two other forms that HTTP has for a date, both from before 1999
+foreach my $form ('%A, %d-%b-%y %H:%M:%S GMT', '%a %b %e %H:%M:%S %Y')
+{
+	my $old_date = strftime($form, @later);
+
+	round_of("429 with a date as $old_date", { kind => '429', retry_after => $old_date },
+		error => 'too many', ledger => 'failed 429', outbox => '10 0', status => qr/^waiting until .*too many/,
+		meanwhile => sub { is(held_for(0, "'$date'"), 't', "429: Retry-After as $old_date is obeyed") });
+}
 round_of('429 without Retry-After', { kind => '429', retry_after => undef },
 	error => 'too many', ledger => 'failed 429', outbox => '10 0', status => qr/^waiting until/,
 	meanwhile => sub { is(held_for(60), 't', '429 without Retry-After: a minute') });

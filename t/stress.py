@@ -223,8 +223,9 @@ class Stress:
             (5, "BEGIN ISOLATION LEVEL %s; %s; SAVEPOINT s; UPDATE %s SET input_tokens = input_tokens + 2 WHERE id IN (%s); %s; COMMIT" % (
                 rng.choice(("REPEATABLE READ", "SERIALIZABLE")), insert, table, some, rng.choice(("ROLLBACK TO s", "RELEASE s")))),
             # what is deleted and inserted again, by its owner
-            (5, "BEGIN; CREATE TEMP TABLE t ON COMMIT DROP AS SELECT * FROM %s WHERE id IN (%s); DELETE FROM %s WHERE id IN (SELECT id FROM t);"
-                " INSERT INTO %s SELECT * FROM t; COMMIT" % (table, some, table, table)),
+            (5, "BEGIN; CREATE TEMP TABLE t (LIKE %s) ON COMMIT DROP;"
+                " WITH gone AS (DELETE FROM %s WHERE id IN (%s) RETURNING *) INSERT INTO t SELECT * FROM gone;"
+                " INSERT INTO %s SELECT * FROM t; COMMIT" % (table, table, some, table)),
         ]
         if table in PARTITIONED:
             column, values = PARTITIONED[table]

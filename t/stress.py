@@ -14,7 +14,8 @@ cease, and then
 
 All the while, what aibilling.usage_daily() says is compared with the rows, within one snapshot.
 
-Exit status 1, with what is wrong, if not.
+Exit status 1, with the first failures of each kind, if not: of a row what it holds, what Polar has of it,
+and what the ledger says.
 """
 import argparse
 import collections
@@ -28,6 +29,9 @@ import urllib.request
 
 TABLES = ("one", "two", "parts", "tenants")
 PARTITIONED = {"parts": ("region", ("'a'", "'b'", "'c'")), "tenants": ("tenant", ("0", "1"))}
+# partitions that go and come, with their table and their bound
+LEAVES = (("parts_a", "parts", "'a'"), ("parts_b", "parts", "'b'"), ("tenants_1", "tenants", "1"))
+FAILURES_SHOWN = 5      # of each kind
 CUSTOMERS = ("c1", "c2", "c3")
 
 SETUP = """
@@ -168,7 +172,11 @@ class Stress:
         self.lock = threading.Lock()
         self.used = 0
         self.compared = 0
-        self.failures = []
+        self.failures = collections.defaultdict(list)   # by kind, the lines of each
+
+    def fail(self, kind, *lines):
+        with self.lock:
+            self.failures[kind].append(lines)
 
     def ask(self, path, data=None, method=None):
         request = urllib.request.Request(self.base + path, None if data is None else json.dumps(data).encode(),
@@ -230,8 +238,7 @@ class Stress:
         if table in PARTITIONED:
             column, values = PARTITIONED[table]
             value = rng.choice(values)
-            leaf = rng.choice(("parts_a", "parts_b")) if table == "parts" else "tenants_1"
-            bound = {"parts_a": "'a'", "parts_b": "'b'", "tenants_1": "1"}[leaf]
+            leaf, _, bound = rng.choice([leaf for leaf in LEAVES if leaf[1] == table])
             choices += [
                 (12, "UPDATE %s SET %s = %s WHERE id IN (%s)" % (table, column, value, some)),
                 (4, "UPDATE %s SET %s = %s, input_tokens = input_tokens + 3 WHERE id IN (%s)" % (table, column, value, waiting)),
@@ -262,7 +269,12 @@ class Stress:
 
     def operation(self, rng):
         table = rng.choice(TABLES)
+        leaf, of_table, bound = rng.choice(LEAVES)
         return rng.choice((
+            # to its end, or cancelled and finalized
+            "SET statement_timeout = %d; ALTER TABLE %s DETACH PARTITION %s CONCURRENTLY; RESET statement_timeout; SELECT pg_sleep(%f);"
+            " ALTER TABLE %s DETACH PARTITION %s FINALIZE; ALTER TABLE %s ATTACH PARTITION %s FOR VALUES IN (%s)" % (
+                rng.choice((0, 2, 10, 50)), of_table, leaf, rng.random() / 3, of_table, leaf, of_table, leaf, bound),
             "CALL aibilling.sync(timeout => '1s')",
             "CALL aibilling.sync('other', timeout => '1s')",
             "SELECT aibilling.pause('polar'); SELECT pg_sleep(0.2); SELECT aibilling.resume('polar')",
@@ -318,7 +330,7 @@ class Stress:
                 if rng.random() < 0.3:
                     self.ask("/_test/release", {})
             except OSError as error:
-                self.failures.append("the stand-in: %s" % error)
+                self.fail("the stand-in has gone", str(error))
                 return
             time.sleep(rng.random() * 1.5)
 
@@ -335,10 +347,10 @@ class Stress:
         if not lines:
             return
         if not lines[-1].startswith("compared "):
-            self.failures.append("sums: %s" % lines)
-        elif len(lines) > 1:
-            self.failures.append("the sums differ:")
-            self.failures += ["  " + line for line in sorted(lines, key=lambda line: line.split("(")[-1])[:8]]
+            self.fail("the sums cannot be compared", *lines)
+            return
+        if len(lines) > 1:
+            self.fail("the sums differ", *sorted(lines, key=lambda line: line.split("(")[-1])[:8])
         with self.lock:
             self.compared += int(lines[-1].split()[-1]) > 0
 
@@ -351,7 +363,8 @@ class Stress:
         for gid in session.run("SELECT gid FROM pg_prepared_xacts") or []:
             session.run("ROLLBACK PREPARED '%s'" % gid)
         session.run("ALTER SERVER renamed RENAME TO polar")
-        for leaf, table, bound in (("parts_a", "parts", "'a'"), ("parts_b", "parts", "'b'"), ("tenants_1", "tenants", "1")):
+        for leaf, table, bound in LEAVES:
+            session.run("ALTER TABLE %s DETACH PARTITION %s FINALIZE" % (table, leaf))
             session.run("ALTER TABLE %s ATTACH PARTITION %s FOR VALUES IN (%s)" % (table, leaf, bound))
         session.run("INSERT INTO aibilling.price (provider, model, input, output)"
                     " SELECT 'p', 'later' || n, 1, 2 FROM generate_series(0, 3) n ON CONFLICT DO NOTHING")
@@ -370,12 +383,42 @@ class Stress:
                 return
             session.run("SELECT aibilling.resume()")
             time.sleep(1)
-        self.failures.append("left after three minutes: %s" % left)
-        for line in session.run("SELECT usage_table, pending, unpriced, rejected, in_flight, status FROM aibilling.status") or []:
-            self.failures.append("  " + line)
-        for line in session.run("SELECT usage_table, usage_id, state, not_before, error FROM aibilling.outbox WHERE state <> 'rejected'"
-                                " AND usage_table <> 'eve.usage'::regclass LIMIT 10") or []:
-            self.failures.append("  " + line)
+        status = session.run("SELECT usage_table, pending, unpriced, rejected, in_flight, status FROM aibilling.status") or []
+        rows = session.run("SELECT usage_table, usage_id, state, not_before, error FROM aibilling.outbox WHERE state <> 'rejected'"
+                           " AND usage_table <> 'eve.usage'::regclass LIMIT 10") or []
+        self.fail("left after three minutes", str(left), *status, *rows)
+
+    @staticmethod
+    def faults_of(row, found):
+        """What is wrong with a row of which Polar has these events."""
+        faults = []
+        if row["state"] == "rejected":
+            if not row["error"]:
+                faults.append("rejected without a reason")
+        elif row["state"] != "delivered":
+            faults.append("not delivered")
+        elif not found and not row["shared"]:
+            faults.append("delivered, and not at Polar")
+        if len(found) > 1:
+            faults.append("more than once at Polar")
+        here = row["row"]
+        if found and (found[0]["metadata"].get("cost_nanos") != here.get("cost_nanos") or
+                      found[0]["metadata"].get("input_tokens") != here.get("input_tokens") or
+                      found[0].get("external_customer_id") != here.get("external_customer_id")):
+            faults.append("not as it is at Polar")
+        return faults
+
+    @staticmethod
+    def all_of_row(session, table, row, found):
+        """A row, its events and what the ledger has of its id, as lines."""
+        lines = ["%s id %s, external_id %s: %s %s" % (table, row["id"], row["key"], row["state"], row["error"] or ""),
+                 "  row: %s" % json.dumps(row["row"])]
+        lines += ["  at Polar: %s" % json.dumps(event) for event in found]
+        ledger = session.run(
+            "SELECT id, state, events, attempts, inserted, duplicates, outcome_unknown, vanished_ids, started_at, finished_at, error"
+            " FROM aibilling.ledger WHERE usage_table = '%s'::regclass"
+            " AND (usage_ids @> %s::bigint OR vanished_ids @> %s::bigint) ORDER BY id" % (table, row["id"], row["id"])) or []
+        return lines + ["  ledger: %s" % line for line in ledger]
 
     def compare(self, session):
         events = collections.defaultdict(list)
@@ -384,47 +427,31 @@ class Stress:
         states = collections.Counter()
         for table in TABLES:
             lines = session.run(
-                "SELECT json_build_object('key', t.external_id, 'id', t.id, 'cost', t.cost_nanos, 'input', t.input_tokens,"
-                " 'customer', t.external_customer_id, 'state', s.state, 'error', s.error,"
-                " 'shared', count(*) OVER (PARTITION BY t.id) > 1) FROM %s t, aibilling.usage_status('%s', t.id) s" % (table, table)) or []
+                "SELECT json_build_object('key', t.external_id, 'id', t.id, 'row', jsonb_strip_nulls(to_jsonb(t)), 'state', s.state,"
+                " 'error', s.error, 'shared', count(*) OVER (PARTITION BY t.id) > 1) FROM %s t, aibilling.usage_status('%s', t.id) s" % (table, table)) or []
             for row in map(json.loads, lines):
                 found = events.pop(row["key"], [])
-                place = "%s %s (id %s, %s)" % (table, row["key"], row["id"], row["state"])
                 states[row["state"]] += 1
-                if row["state"] == "rejected":
-                    if not row["error"]:
-                        self.failures.append("%s: rejected without a reason" % place)
-                elif row["state"] != "delivered":
-                    self.failures.append("%s: is not delivered" % place)
-                elif len(found) != 1 and not row["shared"]:
-                    self.failures.append("%s: is at Polar %d times" % (place, len(found)))
-                if found and (found[0]["metadata"].get("cost_nanos") != row["cost"] or
-                              found[0]["metadata"].get("input_tokens") != row["input"] or
-                              found[0].get("external_customer_id") != row["customer"]):
-                    self.failures.append("%s: differs: here %s, %s, %s, there %s, %s, %s" % (
-                        place, row["cost"], row["input"], row["customer"], found[0]["metadata"].get("cost_nanos"),
-                        found[0]["metadata"].get("input_tokens"), found[0].get("external_customer_id")))
-                if len(found) > 1:
-                    self.failures.append("%s: twice at Polar" % place)
+                for fault in self.faults_of(row, found):
+                    self.fail(fault, *self.all_of_row(session, table, row, found))
         for key, found in events.items():
             number = int(key[1:]) if key[1:].isdigit() and key[0] == "e" else None
             if number is None and found[0].get("external_customer_id") == "e":
                 continue                # eve's
             if number is None or number > self.used:
-                self.failures.append("%s: is at Polar and was never here" % key)
+                self.fail("at Polar, and was never here", "%s: %s" % (key, json.dumps(found[0])))
         unexpected = session.run("SELECT coalesce(sum(unexpected_duplicates), 0) FROM aibilling.delivery WHERE usage_table <> 'eve.usage'::regclass")
         print("%d external ids, rows: %s, unexpected duplicates: %s" % (self.used, dict(states), unexpected))
         if not states["delivered"]:
-            self.failures.append("no row was delivered")
+            self.fail("no row was delivered")
 
-    @staticmethod
-    def history(session, failure):
-        """What the ledger has of the row that a failure names."""
-        words = failure.replace("(", "").replace(",", "").split()
-        if len(words) < 4 or words[0] not in TABLES or words[2] != "id":
-            return []
-        return session.run("SELECT id, state, events, attempts, inserted, duplicates, outcome_unknown, started_at, finished_at, error"
-                           " FROM aibilling.delivery WHERE usage_table = '%s'::regclass AND usage_ids @> %s::bigint ORDER BY id" % (words[0], words[3])) or []
+    def report(self):
+        """Print the first failures of each kind."""
+        for kind, failures in self.failures.items():
+            print("%s (%d times)" % (kind, len(failures)))
+            for lines in failures[:FAILURES_SHOWN]:
+                for line in lines:
+                    print("    " + line)
 
     def run(self):
         session = Session()
@@ -442,11 +469,8 @@ class Stress:
         self.compare(session)
         print("the sums were compared %d times" % self.compared)
         if not self.compared:
-            self.failures.append("no sums were compared")
-        for failure in self.failures[:50]:
-            print(failure)
-            for line in self.history(session, failure):
-                print("    " + line)
+            self.fail("no sums were compared")
+        self.report()
         return 1 if self.failures else 0
 
 

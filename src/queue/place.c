@@ -8,6 +8,7 @@
 #include "postgres.h"
 
 #include "access/transam.h"
+#include "access/xact.h"
 #include "miscadmin.h"
 #include "storage/lmgr.h"
 #include "utils/fmgroids.h"
@@ -23,7 +24,7 @@
 /*
  * Count the entries of one table and state, or the removals from it, that hold
  * an id.  *busy is a transaction that is about to change that, if there is
- * one.
+ * one, or has since the active snapshot was taken.
  */
 static int
 count_holders(Oid usage_table, char state, int64 id, bool *outcome_unknown, TransactionId *busy)
@@ -46,8 +47,10 @@ count_holders(Oid usage_table, char state, int64 id, bool *outcome_unknown, Tran
 
 			if (!abp_entry_holds(tuple, RelationGetDescr(scan.rel), id))
 				continue;
-			other = OUTBOX_IS_REMOVAL(state) && TransactionIdIsValid(dirty.xmin) ? dirty.xmin :
-				abp_entry_deleter(tuple);
+			other = OUTBOX_IS_REMOVAL(state) ? HeapTupleHeaderGetXmin(tuple->t_data) : InvalidTransactionId;
+			if (!TransactionIdIsValid(other) || TransactionIdIsCurrentTransactionId(other) ||
+				!XidInMVCCSnapshot(other, GetActiveSnapshot()))
+				other = abp_entry_deleter(tuple);
 			if (TransactionIdIsValid(other))
 				*busy = other;
 			*outcome_unknown |= ENTRY_FORM(tuple)->outcome_unknown;
@@ -70,10 +73,15 @@ look_into_outbox(Oid usage_table, int64 id, RowPlace *place, TransactionId *busy
 	for (int i = 0; i < NUM_OUTBOX_STATES; i++)
 	{
 		bool		outcome_unknown = false;
-		int			count = count_holders(usage_table, abp_outbox_states[i], id, &outcome_unknown, busy);
+		int			count = 0;
 
-		if (count > 0 && removals)
+		/*
+		 * Removals first: should the shipper bring both together meanwhile,
+		 * the entries tell.
+		 */
+		if (removals)
 			count -= count_holders(usage_table, OUTBOX_REMOVAL(abp_outbox_states[i]), id, &ignored, busy);
+		count += count_holders(usage_table, abp_outbox_states[i], id, &outcome_unknown, busy);
 		place->count[i] = Max(count, 0);
 		if (count > 0)
 		{

@@ -173,6 +173,30 @@ subtest 'a partition comes and is being detached when the shipper looks at it' =
 	$_->quit foreach $reader, $session;
 };
 
+subtest 'a row is deleted while the partition of another of its id is being detached' => sub {
+	partitioned('parting');
+	pause();
+	insert('parting', 41, 'd1', 'a', 'm');
+	insert('parting', 41, 'd2', 'b', 'm');
+	my $reader = $node->background_psql('postgres', on_error_die => 1);
+	my $session = $node->background_psql('postgres', on_error_die => 1);
+	$reader->query('BEGIN; LOCK TABLE parting IN ACCESS SHARE MODE');
+	$session->{stdin} .= "ALTER TABLE parting DETACH PARTITION parting_b CONCURRENTLY;\n";
+	$session->{run}->pump_nb;
+	$node->poll_query_until('postgres', "SELECT inhdetachpending FROM pg_inherits WHERE inhrelid = 'parting_b'::regclass");
+	resume();
+	$polar->wait_for(sub { stored('d1') }, 'the row that is in sight to be sent');
+	pause();
+	sql("DELETE FROM parting WHERE external_id = 'd1'");
+	$reader->query('COMMIT');
+	is($session->query('SELECT 1'), '1', 'the partition goes');
+	sql(q{ALTER TABLE parting ATTACH PARTITION parting_b FOR VALUES IN ('b')});
+	resume();
+	$polar->wait_for(sub { stored('d2') }, 'the other row to be sent');
+	is(stored('d1') + stored('d2'), 2, 'each is sent once');
+	$_->quit foreach $reader, $session;
+};
+
 subtest 'a delivered row comes while another of its id is priced' => sub {
 	partitioned('priced');
 	insert('priced', 21, 'p1', 'b', 'm');

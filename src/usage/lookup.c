@@ -96,11 +96,11 @@ look_in_leaf(Relation rel, int64 id, Snapshot snapshot, RowLook look, void *arg)
 }
 
 /*
- * In a table or, one by one, its partitions; where the row was is remembered
- * for the next.
+ * In a table or, one by one, its partitions, "leaving": those, too, whose DETACH
+ * CONCURRENTLY is under way; where the row was is remembered for the next.
  */
 static bool
-look_in_relation(Oid root, Relation rel, int64 id, Snapshot snapshot, RowLook look, void *arg)
+look_in_relation(Oid root, Relation rel, int64 id, bool leaving, Snapshot snapshot, RowLook look, void *arg)
 {
 	PartitionDesc partitions;
 	bool		found = false;
@@ -118,23 +118,20 @@ look_in_relation(Oid root, Relation rel, int64 id, Snapshot snapshot, RowLook lo
 	if (rel->rd_rel->relkind != RELKIND_PARTITIONED_TABLE)
 		return false;
 
-	partitions = RelationGetPartitionDesc(rel, true);
+	partitions = RelationGetPartitionDesc(rel, !leaving);
 	for (int i = 0; i < partitions->nparts && !found; i++)
 	{
 		Relation	partition = table_open(partitions->oids[i], AccessShareLock);
 
-		found = look_in_relation(root, partition, id, snapshot, look, arg);
+		found = look_in_relation(root, partition, id, leaving, snapshot, look, arg);
 		table_close(partition, NoLock);
 	}
 	return found;
 }
 
-/*
- * Look at the rows of an id in a usage table, until "look" returns true.
- * Returns whether it has.  Without SQL: no code of anybody's runs.
- */
-bool
-abp_lookup_rows(Oid usage_table, int64 id, Snapshot snapshot, RowLook look, void *arg)
+/* The same, first where a row was found last. */
+static bool
+look_in_table(Oid usage_table, int64 id, bool leaving, Snapshot snapshot, RowLook look, void *arg)
 {
 	Relation	rel = table_open(usage_table, AccessShareLock);
 	bool		found = false;
@@ -152,9 +149,19 @@ abp_lookup_rows(Oid usage_table, int64 id, Snapshot snapshot, RowLook look, void
 		}
 	}
 	if (!found)
-		found = look_in_relation(usage_table, rel, id, snapshot, look, arg);
+		found = look_in_relation(usage_table, rel, id, leaving, snapshot, look, arg);
 	table_close(rel, NoLock);
 	return found;
+}
+
+/*
+ * Look at the rows of an id in a usage table, until "look" returns true.
+ * Returns whether it has.  Without SQL: no code of anybody's runs.
+ */
+bool
+abp_lookup_rows(Oid usage_table, int64 id, Snapshot snapshot, RowLook look, void *arg)
+{
+	return look_in_table(usage_table, id, false, snapshot, look, arg);
 }
 
 /* Is this the same row, by its external_id? */
@@ -180,11 +187,14 @@ is_any_row(UsageRelation *known, Relation rel, HeapTuple tuple, void *arg)
 	return true;
 }
 
-/* Is there a row of this id now? */
+/*
+ * Is there a row of this id now?  Also one that leaves with its partition: what
+ * waits may be of it.
+ */
 bool
 abp_lookup_exists(Oid usage_table, int64 id)
 {
-	return abp_lookup_rows(usage_table, id, SnapshotSelf, is_any_row, NULL);
+	return look_in_table(usage_table, id, true, SnapshotSelf, is_any_row, NULL);
 }
 
 /*

@@ -198,6 +198,29 @@ subtest '1: who shared an id with a row that is gone is sent once' => sub {
 	is(sql("SELECT count(*), sum(duplicates) FROM aibilling.delivery WHERE usage_table = 'remain'::regclass"), '1|0', 'by one request');
 	is(sql("SELECT sum(usage_rows) FROM aibilling.usage_daily('remain')"), '1', 'and counted once');
 
+	# Which of the two a transaction has inserted, and which it deletes: one is left, and waits once.
+	foreach my $gone (qw(a b))
+	{
+		foreach my $between ('', "UPDATE remain SET input_tokens = 7 WHERE id = 2; ",
+			"SAVEPOINT s; DELETE FROM remain WHERE id = 2; ROLLBACK TO s; ")
+		{
+			pause();
+			sql("DELETE FROM remain WHERE id = 2; " . ins('remain', 'tw1', 'id', '2'));
+			sql('BEGIN; ' . ins('remain', 'tw2', 'id, region', "2, 'b'") . $between . "DELETE FROM remain_$gone WHERE id = 2; COMMIT");
+			is(outbox('remain'), '2 pending', "one that waits, and one that is new: that in $gone goes, after \"$between\"");
+		}
+	}
+	sql('BEGIN; ' . ins('remain', 'tw2', 'id, region', "2, 'b'") . "DELETE FROM remain WHERE id = 2; COMMIT");
+	is(outbox('remain'), '', 'both go');
+	sql('BEGIN; ' . ins('remain', 'tw3', 'id', '2') . ins('remain', 'tw4', 'id, region, occurred_at', "2, 'b', now() + interval '1 hour'")
+		  . "DELETE FROM remain_b WHERE id = 2; COMMIT");
+	is(outbox('remain'), '2 pending', 'both are new, and wait for different times');
+	resume();
+	ok(settled('remain'), 'it is sent');
+	is(at_polar('tw'), 'tw3 x1', 'once');
+	like(error_of('BEGIN; ' . ins('remain', 'tw5', 'id, region', "2, 'b'") . "UPDATE remain SET input_tokens = 8 WHERE external_id = 'tw3'; COMMIT"),
+		qr/has been delivered/, 'a new row of its id opens no delivered one');
+
 	# The shipper comes upon both while one is being deleted.
 	pause();
 	sql(ins('remain', 'le3', 'id', '3'));
@@ -213,7 +236,7 @@ subtest '1: who shared an id with a row that is gone is sent once' => sub {
 	ok(settled('remain'), 'until it is gone');
 	is(at_polar('le[34]'), 'le3 x1', 'the other is sent then');
 	is(outbox('remain'), '', 'and not rejected');
-	is(sql("SELECT sum(usage_rows) FROM aibilling.usage_daily('remain')"), '3', 'all are counted once');
+	is(sql("SELECT sum(usage_rows) FROM aibilling.usage_daily('remain')"), '4', 'all are counted once');
 
 	# A row that is in the outbox twice, as no statement leaves it.
 	pause();
@@ -226,7 +249,7 @@ subtest '1: who shared an id with a row that is gone is sent once' => sub {
 	$polar->release;
 	ok(settled('remain'), 'the first');
 	is(unexpected('remain'), '0', 'it is no surprise that Polar has it');
-	ok($node->poll_query_until('postgres', "SELECT sum(usage_rows) = 4 FROM aibilling.usage_daily('remain')"), 'and it is counted once');
+	ok($node->poll_query_until('postgres', "SELECT sum(usage_rows) = 5 FROM aibilling.usage_daily('remain')"), 'and it is counted once');
 	sql("ALTER SERVER polar OPTIONS (DROP batch_size)");
 };
 
@@ -283,6 +306,12 @@ SQL
 	$polar->wait(hung => 1);
 	sql("UPDATE moved SET region = 'a' WHERE external_id IN ('mv4', 'mv5')");
 	like(error_of("DELETE FROM moved WHERE external_id = 'mv4'"), qr/is being sent/, 'a row in flight may move, not go');
+	my $twin = sql("SELECT id FROM moved WHERE external_id = 'mv4'");
+	foreach my $change ("UPDATE moved SET input_tokens = 3", "DELETE FROM moved")
+	{
+		like(error_of('BEGIN; ' . ins('moved', 'twin', 'id, region', "$twin, 'b'") . "$change WHERE external_id = 'mv4'; COMMIT"),
+			qr/is being sent/, "nor behind a new row of its id: $change");
+	}
 	$polar->release;
 	ok(settled('moved'), 'it arrives');
 	is(at_polar('mv'), 'mv1 x1, mv2 x1, mv3 x1, mv4 x1, mv5 x1', 'every row once');
@@ -334,6 +363,12 @@ subtest '3: a row that comes back keeps its cost' => sub {
 	like(error_of("DELETE FROM back WHERE external_id = 'ba1'; SELECT aibilling.pause('polar'); INSERT INTO back SELECT * FROM archive WHERE external_id = 'ba1';"
 			  . "UPDATE back SET input_tokens = 5 WHERE external_id = 'ba1'"), qr/may have been delivered/, 'what came back is a fact');
 	resume();
+	foreach my $level ('', 'SAVEPOINT s; ')
+	{
+		like(error_of("BEGIN; DELETE FROM back WHERE external_id = 'ba2'; ${level}INSERT INTO back SELECT * FROM archive WHERE external_id = 'ba2'; "
+				  . ($level ? 'RELEASE s; ' : '') . "UPDATE back SET input_tokens = 5 WHERE external_id = 'ba2'; COMMIT"),
+			qr/may have been delivered/, 'for the transaction that brings it, too');
+	}
 	ok(settled('back'), 'until an answer tells');
 
 	# Not by a role that does not own the table, nor with a cost of its own.

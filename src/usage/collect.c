@@ -48,6 +48,8 @@ typedef struct Inserted
 	struct Inserted *next;
 	Oid			usage_table;
 	int			nest_level;
+	bool		unsure;			/* some of them have come back, and Polar may
+								 * have them */
 	IdSet		ids;
 } Inserted;
 
@@ -226,6 +228,7 @@ abp_collect_inserted(Oid usage_table, int64 id, const RowState *state)
 		all->next = inserted;
 		inserted = all;
 	}
+	all->unsure |= state->outcome_unknown;
 	abp_idset_add(&all->ids, id, id, collect_context);
 }
 
@@ -255,16 +258,26 @@ find_change(Oid usage_table, int64 id, HASHACTION action, bool *found)
 	return hash_search(changes, &key, action, found);
 }
 
-/* Was the row inserted by this transaction? */
+/*
+ * Was the row inserted by this transaction?  Then *outcome_unknown: it has come
+ * back, and Polar may have it.
+ */
 static bool
-is_inserted(Oid usage_table, int64 id)
+is_inserted(Oid usage_table, int64 id, bool *outcome_unknown)
 {
-	for (Inserted *all = inserted; all != NULL; all = all->next)
+	Inserted   *all = inserted;
+
+	while (all != NULL && (all->usage_table != usage_table || !abp_idset_contains(&all->ids, id)))
+		all = all->next;
+	if (all == NULL)
+		return false;
+	for (Group *group = all->unsure ? groups : NULL; group != NULL; group = group->next)
 	{
-		if (all->usage_table == usage_table && abp_idset_contains(&all->ids, id))
-			return true;
+		if (group->usage_table == usage_table && group->state.outcome_unknown &&
+			abp_idset_contains(&group->ids, id))
+			*outcome_unknown = true;
 	}
-	return false;
+	return true;
 }
 
 /*
@@ -288,7 +301,7 @@ abp_collect_find(Oid usage_table, int64 id, RowPlace *place)
 		place->outcome_unknown = change->waits && change->state.outcome_unknown;
 		return true;
 	}
-	if (!is_inserted(usage_table, id))
+	if (!is_inserted(usage_table, id, &place->outcome_unknown))
 		return false;
 	place->where = ROW_IN_OUTBOX;
 	place->state = OUTBOX_READY;
@@ -315,8 +328,8 @@ keep_old_change(const Change *change, bool known)
 
 /*
  * Collect what becomes of a row that was there: its state, or NULL if it is
- * deleted.  "place" is where the row stands by abp_place_find, or NULL if it
- * is this transaction that put it there.
+ * deleted.  "place" is where the row stands by abp_place_find, whatever this
+ * transaction has collected, or NULL if it is this transaction that put it there.
  */
 void
 abp_collect_changed(Oid usage_table, int64 id, const RowPlace *place, const RowState *state)
@@ -341,7 +354,7 @@ abp_collect_changed(Oid usage_table, int64 id, const RowPlace *place, const RowS
 	if (GetCurrentTransactionNestLevel() > 1 &&
 		(!found || change->nest_level < GetCurrentTransactionNestLevel()))
 		keep_old_change(change, found);
-	if (!found)
+	if (!found || place != NULL)
 	{
 		memset(change->count, 0, sizeof(change->count));
 		for (int i = 0; place != NULL && i < NUM_OUTBOX_STATES; i++)
@@ -683,7 +696,10 @@ keep_inserted(int level)
 		Inserted   *of_parent = find_inserted(inserted, all->usage_table, level - 1);
 
 		if (of_parent != NULL)
+		{
+			of_parent->unsure |= all->unsure;
 			abp_idset_add_set(&of_parent->ids, &all->ids, collect_context);
+		}
 		else
 		{
 			all->nest_level = level - 1;

@@ -116,14 +116,20 @@ requeue_row(UsageRelation *known, Relation rel, const UsageRow *row,
 		refuse_change(&place, rel, row->id, "update");
 
 	/*
-	 * Rows of partitions may share an id: the outbox may speak of the other
-	 * one.
+	 * Rows of partitions may share an id: the outbox, or what this
+	 * transaction knows, may speak of the other one.
 	 */
-	if (!own && rel->rd_rel->relispartition &&
-		abp_ledger_has(known->usage_table, row->id, known->ledger_from))
+	if (rel->rd_rel->relispartition)
 	{
-		place.where = ROW_DELIVERED;
-		refuse_change(&place, rel, row->id, "update");
+		RowPlace	other = place;
+
+		if (own)
+			abp_place_find(known->usage_table, row->id, known->ledger_from, &other);
+		if (other.where != ROW_SENDING &&
+			abp_ledger_has(known->usage_table, row->id, known->ledger_from))
+			other.where = ROW_DELIVERED;
+		if (other.where == ROW_SENDING || other.where == ROW_DELIVERED)
+			refuse_change(&other, rel, row->id, "update");
 	}
 
 	abp_requeue(known, rel, row, server, own ? NULL : &place);
@@ -404,20 +410,22 @@ abp_sql_enqueue_usage(PG_FUNCTION_ARGS)
 /*
  * A row is gone that shared its id with another, and what waits under that id
  * may be of either, or of both: the shipper looks at the other one, once, which
- * Polar may have.
+ * Polar may have.  "before" is where the id stood before this transaction, and
+ * "place" where it stands by what that knows, if own, or the same.
  */
 static void
-leave_to_other(Oid usage_table, int64 id, int64 ledger_from, const RowPlace *place, bool own)
+leave_to_other(Oid usage_table, int64 id, int64 ledger_from, const RowPlace *place,
+			   const RowPlace *before, bool own)
 {
 	RowState	ready = {OUTBOX_READY, DT_NOBEGIN};
 	int			count = 0;
 
 	for (int i = 0; i < NUM_OUTBOX_STATES; i++)
-		count += place->count[i];
-	ready.outcome_unknown = place->outcome_unknown ||
-		abp_ledger_has(usage_table, id, ledger_from);
-	if (place->state != OUTBOX_READY || count > 1 || ready.outcome_unknown)
-		abp_collect_changed(usage_table, id, own ? NULL : place, &ready);
+		count += before->count[i];
+	ready.outcome_unknown = place->outcome_unknown || before->outcome_unknown ||
+		before->where == ROW_SENDING || abp_ledger_has(usage_table, id, ledger_from);
+	if (own || place->state != OUTBOX_READY || count > 1 || ready.outcome_unknown)
+		abp_collect_changed(usage_table, id, before, &ready);
 }
 
 /*
@@ -429,10 +437,12 @@ bool
 abp_trigger_row_left(Oid usage_table, int64 id, int64 ledger_from, bool *outcome_unknown)
 {
 	RowPlace	place;
+	RowPlace	before;
 	bool		own = abp_collect_find(usage_table, id, &place);
 
+	abp_place_find(usage_table, id, ledger_from, &before);
 	if (!own)
-		abp_place_find(usage_table, id, ledger_from, &place);
+		place = before;
 	if (place.state == 0)
 		return false;
 
@@ -441,9 +451,9 @@ abp_trigger_row_left(Oid usage_table, int64 id, int64 ledger_from, bool *outcome
 	if (place.where == ROW_SENDING)
 		return true;
 	if (abp_lookup_exists(usage_table, id))
-		leave_to_other(usage_table, id, ledger_from, &place, own);
+		leave_to_other(usage_table, id, ledger_from, &place, &before, own);
 	else
-		abp_collect_changed(usage_table, id, own ? NULL : &place, NULL);
+		abp_collect_changed(usage_table, id, &before, NULL);
 	return true;
 }
 
@@ -464,8 +474,11 @@ abp_sql_guard_usage(PG_FUNCTION_ARGS)
 	RowColumns	row;
 	int64		id;
 	RowPlace	place;
+	RowPlace	stored;
+	const RowPlace *before = &place;	/* NULL: it was nowhere */
 	bool		own;
 	bool		is_there;		/* the statement has put it elsewhere */
+	bool		shared;			/* another row has its id */
 
 	abp_extension_check_version();
 	check_trigger(fcinfo, "guard_usage",
@@ -515,11 +528,23 @@ abp_sql_guard_usage(PG_FUNCTION_ARGS)
 		abp_returning_find(known->usage_table, id, HASH_FIND) != NULL)
 		return PointerGetDatum(NULL);
 
-	if (!is_there && abp_lookup_exists(known->usage_table, id))
-		leave_to_other(known->usage_table, id, known->ledger_from, &place, own);
+	/* What this transaction has inserted may share its id with another. */
+	shared = !is_there && abp_lookup_exists(known->usage_table, id);
+	if (own)
+	{
+		before = shared || rel->rd_rel->relispartition ? &stored : NULL;
+		if (before != NULL)
+			abp_place_find(known->usage_table, id, known->ledger_from, &stored);
+		if (before != NULL && stored.where == ROW_SENDING && !is_there &&
+			!TransactionIdIsCurrentTransactionId(HeapTupleHeaderGetXmin(trigdata->tg_trigtuple->t_data)))
+			refuse_change(&stored, rel, id, "delete");
+	}
+
+	if (shared)
+		leave_to_other(known->usage_table, id, known->ledger_from, &place, before, own);
 	else if (!place.outcome_unknown)
 	{
-		abp_collect_changed(known->usage_table, id, own ? NULL : &place, NULL);
+		abp_collect_changed(known->usage_table, id, before, NULL);
 		if (!is_there)
 			abp_correct_changed(known->usage_table, values, nulls, NULL);
 	}

@@ -9,7 +9,11 @@ INSERT INTO aibilling.price (provider, model, input, cache_write, cache_write_1h
 INSERT INTO e (external_customer_id, provider_cost) VALUES
 	('c', 0.000000000000015), ('c', 0.0000000000000149), ('c', 0.0000000000049999999), ('c', 0.00000000000499999),
 	('c', 1.2345678901234449), ('c', 1.2345678901234451), ('c', 345.678901234564999), ('c', 345.678901234565),
-	('c', 0.00999999999999996), ('c', 999.99), ('c', 0.1), ('c', 0), ('c', 7);
+	('c', 0.00999999999999996), ('c', 999.99), ('c', 0.1), ('c', 0), ('c', 7),
+	('c', 12.34567890123456), ('c', 8);
+ALTER TABLE e DISABLE TRIGGER USER; -- a cost that we have not rounded
+UPDATE e SET cost_cents = 0.0000000000015 WHERE provider_cost = 8;
+ALTER TABLE e ENABLE TRIGGER USER;
 SELECT e.provider_cost, event #> '{metadata,_cost}' AS cost FROM aibilling.preview('e', 100) JOIN e ON e.id = usage_id ORDER BY e.id;
 DELETE FROM e;
 

@@ -28,7 +28,10 @@ my $pid = $node->worker_pid;
 local $ENV{PGHOST} = $node->host;
 local $ENV{PGPORT} = $node->port;
 local $ENV{PGDATABASE} = 'postgres';
-my $ok = IPC::Run::run([ PolarServer->python, 't/stress.py', '--seconds', $seconds, '--seed', $seed, '--polar', $polar->port ],
+
+# DETACH PARTITION CONCURRENTLY shows a fault that is not found yet (one row of shared ids in minutes): by hand only.
+my @concurrently = $ENV{AIBILLING_STRESS_CONCURRENTLY} ? ('--concurrently') : ();
+my $ok = IPC::Run::run([ PolarServer->python, 't/stress.py', '--seconds', $seconds, '--seed', $seed, '--polar', $polar->port, @concurrently ],
 	'<', \undef, '>&', \my $output);
 ok($ok, "rows and events agree (seed $seed)") or diag($output);
 note $output;

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Random statements and operators against a server with faults; then rows and events must agree.
 
-    stress.py --seconds N --seed N --polar PORT       (the server by PGHOST, PGPORT, PGDATABASE, PGUSER)
+    stress.py --seconds N --seed N --polar PORT [--concurrently]    (the server by PGHOST, PGPORT, PGDATABASE, PGUSER)
 
 Several sessions insert, change, move, delete and bring back rows of plain and partitioned tables, whose
 ids are shared, reused and moved; operators pause, retry, reprice, detach and kill; a role of its own
@@ -164,8 +164,9 @@ class Session:
 
 
 class Stress:
-    def __init__(self, seconds, seed, port):
+    def __init__(self, seconds, seed, port, concurrently):
         self.seed = seed
+        self.concurrently = concurrently
         self.stop_at = time.monotonic() + seconds
         self.base = "http://127.0.0.1:%d" % port
         self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -270,11 +271,11 @@ class Stress:
     def operation(self, rng):
         table = rng.choice(TABLES)
         leaf, of_table, bound = rng.choice(LEAVES)
-        return rng.choice((
-            # to its end, or cancelled and finalized
-            "SET statement_timeout = %d; ALTER TABLE %s DETACH PARTITION %s CONCURRENTLY; RESET statement_timeout; SELECT pg_sleep(%f);"
-            " ALTER TABLE %s DETACH PARTITION %s FINALIZE; ALTER TABLE %s ATTACH PARTITION %s FOR VALUES IN (%s)" % (
-                rng.choice((0, 2, 10, 50)), of_table, leaf, rng.random() / 3, of_table, leaf, of_table, leaf, bound),
+        # to its end, or cancelled and finalized
+        leaves = ("SET statement_timeout = %d; ALTER TABLE %s DETACH PARTITION %s CONCURRENTLY; RESET statement_timeout; SELECT pg_sleep(%f);"
+                  " ALTER TABLE %s DETACH PARTITION %s FINALIZE; ALTER TABLE %s ATTACH PARTITION %s FOR VALUES IN (%s)" % (
+                      rng.choice((0, 2, 10, 50)), of_table, leaf, rng.random() / 3, of_table, leaf, of_table, leaf, bound))
+        return rng.choice((leaves,) * self.concurrently + (
             "CALL aibilling.sync(timeout => '1s')",
             "CALL aibilling.sync('other', timeout => '1s')",
             "SELECT aibilling.pause('polar'); SELECT pg_sleep(0.2); SELECT aibilling.resume('polar')",
@@ -482,8 +483,9 @@ def main():
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--polar", type=int, required=True)
+    parser.add_argument("--concurrently", action="store_true", help="partitions are detached concurrently, too")
     arguments = parser.parse_args()
-    sys.exit(Stress(arguments.seconds, arguments.seed, arguments.polar).run())
+    sys.exit(Stress(arguments.seconds, arguments.seed, arguments.polar, arguments.concurrently).run())
 
 
 main()

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Random statements and operators against a server with faults; then rows and events must agree.
 
-    stress.py --seconds N --seed N --polar PORT [--concurrently]    (the server by PGHOST, PGPORT, PGDATABASE, PGUSER)
+    stress.py --seconds N --seed N --polar PORT    (the server by PGHOST, PGPORT, PGDATABASE, PGUSER)
 
 Several sessions insert, change, move, delete and bring back rows of plain and partitioned tables, whose
 ids are shared, reused and moved; operators pause, retry, reprice, detach and kill; a role of its own
@@ -164,9 +164,8 @@ class Session:
 
 
 class Stress:
-    def __init__(self, seconds, seed, port, concurrently):
+    def __init__(self, seconds, seed, port):
         self.seed = seed
-        self.concurrently = concurrently
         self.stop_at = time.monotonic() + seconds
         self.base = "http://127.0.0.1:%d" % port
         self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -275,7 +274,8 @@ class Stress:
         leaves = ("SET statement_timeout = %d; ALTER TABLE %s DETACH PARTITION %s CONCURRENTLY; RESET statement_timeout; SELECT pg_sleep(%f);"
                   " ALTER TABLE %s DETACH PARTITION %s FINALIZE; ALTER TABLE %s ATTACH PARTITION %s FOR VALUES IN (%s)" % (
                       rng.choice((0, 2, 10, 50)), of_table, leaf, rng.random() / 3, of_table, leaf, of_table, leaf, bound))
-        return rng.choice((leaves,) * self.concurrently + (
+        return rng.choice((
+            leaves,
             "CALL aibilling.sync(timeout => '1s')",
             "CALL aibilling.sync('other', timeout => '1s')",
             "SELECT aibilling.pause('polar'); SELECT pg_sleep(0.2); SELECT aibilling.resume('polar')",
@@ -435,7 +435,7 @@ class Stress:
             for row in map(json.loads, lines):
                 found = events.pop(row["key"], [])
                 states[row["state"]] += 1
-                row["left"] = self.concurrently and table in PARTITIONED
+                row["left"] = table in PARTITIONED
                 for fault in self.faults_of(row, found):
                     self.fail(fault, *self.all_of_row(session, table, row, found))
         for key, found in events.items():
@@ -483,9 +483,8 @@ def main():
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--polar", type=int, required=True)
-    parser.add_argument("--concurrently", action="store_true", help="partitions are detached concurrently, too")
     arguments = parser.parse_args()
-    sys.exit(Stress(arguments.seconds, arguments.seed, arguments.polar, arguments.concurrently).run())
+    sys.exit(Stress(arguments.seconds, arguments.seed, arguments.polar).run())
 
 
 main()

@@ -141,7 +141,7 @@ prepare_next(Turn *turn, const UsageTable *table, const ServerOptions *server, v
 	else
 		next->gather_ms = Min(Max(count * GATHER_ROW_MS, GATHER_MIN_MS), GATHER_MAX_MS);
 	abp_report_vanished(delivery, table, 0);
-	if (delivery->nevents > 0 || delivery->vanished > 0)
+	if (delivery->nevents > 0 || delivery->vanished_ids.nranges > 0)
 		abp_ledger_begin(delivery);
 	if (delivery->nevents > 0)
 	{
@@ -155,7 +155,7 @@ prepare_next(Turn *turn, const UsageTable *table, const ServerOptions *server, v
 	}
 	else
 	{
-		if (delivery->vanished > 0)
+		if (delivery->vanished_ids.nranges > 0)
 			abp_ledger_finish(delivery, "failed", "the rows were gone before they were sent");
 		abp_shipment_drop(turn, next->shipment);
 		next->shipment = NULL;

@@ -31,6 +31,7 @@
 #include "ship/user_code.h"
 #include "usage/fate.h"
 #include "usage/parents.h"
+#include "usage/partitions.h"
 #include "usage/rows.h"
 
 #define ROW_TOO_LARGE_TRIES 3	/* for our memory, before it is held */
@@ -203,8 +204,8 @@ add_event(const UsageRow *row, Jsonb *whole, void *arg)
 	else
 	{
 		filling->event_keys[delivery->nevents] = external_id_key(row);
-		abp_share_note(&filling->groups, &filling->notes[delivery->nevents], row,
-					   &filling->server->format);
+		abp_share_note(&filling->shipment->groups, &filling->shipment->notes[delivery->nevents],
+					   row, &filling->server->format);
 		delivery->event_ids[delivery->nevents++] = row->id;
 		abp_idset_add(&filling->sent, row->id, row->id, filling->context);
 		note_child(filling, row);
@@ -474,8 +475,7 @@ read_batch(Filling *filling, IdSet *ids, bool whole)
 
 	filling->row_ids = palloc(sizeof(int64) * (filling->max_rows + 1));
 	filling->event_keys = palloc(sizeof(uint32) * Max(1, filling->max_rows));
-	filling->notes = palloc(sizeof(ShareNote) * Max(1, filling->max_rows));
-	abp_share_init(&filling->groups, filling->context);
+	abp_shipment_begin_sums(filling->shipment, filling->max_rows);
 	appendStringInfoString(&delivery->body, "{\"events\":[");
 	read_rows(filling, ids, whole);
 	if (filling->changing.nranges > 0)
@@ -536,13 +536,11 @@ keep_keys(Filling *filling)
 	abp_idset_add_set(&delivery->key_ids, &delivery->ids, filling->shipment->context);
 }
 
-/* Add up what the events of a request are, but for those that others count. */
+/* Add up what the events of a request are: those that older deliveries count are theirs. */
 static void
 add_up(Filling *filling)
 {
 	Delivery   *delivery = &filling->shipment->delivery;
-	ShareGroups *groups = &filling->groups;
-	MemoryContext old;
 
 	if (!delivery->knows_counted)
 	{
@@ -554,21 +552,7 @@ add_up(Filling *filling)
 		abp_idset_add_set(&delivery->counted, &counted, filling->shipment->context);
 		delivery->knows_counted = true;
 	}
-	for (int i = 0; i < delivery->nevents; i++)
-	{
-		ShareNote  *note = &filling->notes[i];
-
-		if (delivery->counted.nranges == 0 ||
-			!abp_idset_contains(&delivery->counted, delivery->event_ids[i]))
-			abp_share_add(groups, &groups->groups[note->group].sums, &note->sums);
-	}
-
-	old = MemoryContextSwitchTo(filling->shipment->context);
-	if (delivery->share != NULL)
-		pfree(delivery->share);
-	delivery->share = NULL;
-	delivery->share = abp_share_encode(groups);
-	MemoryContextSwitchTo(old);
+	abp_shipment_add_up(filling->shipment);
 }
 
 /*
@@ -728,6 +712,13 @@ abp_fill_shipment(Turn *turn, Shipment *shipment, const UsageTable *table,
 		wanted = abp_idset_subtract(&wanted, &more);
 	}
 
+	if (taken_from != 0)
+	{
+		/* Of two rows of an id we have seen but one. */
+		IdSet		leaving = abp_partitions_leaving(table->relid, ids);
+
+		abp_idset_add_set(&delivery->vanished_ids, &leaving, shipment->context);
+	}
 	unseen = abp_idset_subtract(&wanted, &filling.seen);
 	if (filling.full)
 		abp_idset_add_set(&filling.left, &unseen, CurrentMemoryContext);

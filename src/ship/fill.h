@@ -14,7 +14,6 @@
 #include "queue/attachment.h"
 #include "ship/shipment.h"
 #include "ship/turn.h"
-#include "usage/share.h"
 
 /* Why rows are rejected of which the outbox cannot tell one from the other. */
 #define SHARED_ID "id: several rows have it; delete all but one, and insert them with ids of their own"
@@ -33,8 +32,6 @@ typedef struct Filling
 	int64		nrows;
 	int64	   *row_ids;		/* of each row, as they came */
 	uint32	   *event_keys;		/* of each event */
-	ShareGroups groups;			/* what the events add up to, */
-	ShareNote  *notes;			/* each one's part */
 	IdSet		seen;
 	IdSet		changing;		/* another transaction may be changing them */
 	IdSet		sent;

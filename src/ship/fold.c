@@ -85,16 +85,6 @@ may_fold(TimestampTz now)
 }
 
 /*
- * What a delivered batch adds up to is to be told from its rows.
- */
-void
-abp_fold_has_unknown(void)
-{
-	may_have_unknown = true;
-	unknown_from = 0;
-}
-
-/*
  * Is there more to fold at once?
  */
 bool

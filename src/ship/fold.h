@@ -16,7 +16,6 @@
 
 extern void abp_fold_reset(void);
 extern void abp_fold_delivered(void);
-extern void abp_fold_has_unknown(void);
 extern bool abp_fold_is_behind(void);
 extern bool abp_fold(Turn *turn, List *tables, bool idle);
 

@@ -17,6 +17,7 @@
 #include "ship/guard.h"
 #include "ship/position.h"
 #include "ship/turn.h"
+#include "usage/partitions.h"
 
 #define LOCKED_LONG_MS (10 * 1000)	/* and when to call it blocked */
 
@@ -163,7 +164,8 @@ abp_position_guarded(Turn *turn, TableWork work, const UsageTable *table, const 
 	GuardOutcome outcome;
 	TimestampTz until;
 
-	if (!ConditionalLockRelationOid(table->relid, AccessShareLock))
+	if (!abp_partitions_hold(table->relid) ||
+		!ConditionalLockRelationOid(table->relid, AccessShareLock))
 	{
 		note_locked(turn, table);
 		return GUARD_PASSES;

@@ -208,9 +208,12 @@ add_rows_in_flight(const Shipment *shipment, IdSet *before)
 static void
 count_without(Shipment *shipment, const IdSet *ids)
 {
-	abp_idset_add_set(&shipment->delivery.counted, ids, shipment->context);
-	forget_share(&shipment->delivery);
-	abp_fold_has_unknown();
+	Delivery   *delivery = &shipment->delivery;
+
+	abp_idset_add_set(&delivery->counted, ids, shipment->context);
+	abp_idset_sort(&delivery->counted);
+	abp_shipment_add_up(shipment);
+	abp_share_write(delivery->id, delivery->usage_table, delivery->share, &delivery->counted);
 }
 
 /* Polar has the events of a delivery. */

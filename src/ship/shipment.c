@@ -15,6 +15,7 @@
 #include "ship/http.h"
 #include "ship/shipment.h"
 #include "ship/turn.h"
+#include "usage/share.h"
 
 List	   *abp_shipments = NIL;
 
@@ -30,6 +31,8 @@ abp_shipment_new(Lane *lane, const char *server)
 	MemoryContext old = MemoryContextSwitchTo(abp_shipper_memory);
 
 	shipment->context = context;
+	shipment->sums_context = AllocSetContextCreate(context, "aibilling_polar shipment's sums",
+												   ALLOCSET_DEFAULT_SIZES);
 	shipment->lane = lane;
 	shipment->delivery.server = MemoryContextStrdup(context, server);
 	abp_shipments = lappend(abp_shipments, shipment);
@@ -65,6 +68,43 @@ abp_shipment_forget_request(Shipment *shipment)
 	if (delivery->event_ids != NULL)
 		pfree(delivery->event_ids);
 	delivery->event_ids = NULL;
+}
+
+/* The sums of a new request, of at most so many events: nothing yet. */
+void
+abp_shipment_begin_sums(Shipment *shipment, int64 max_events)
+{
+	MemoryContextReset(shipment->sums_context);
+	abp_share_init(&shipment->groups, shipment->sums_context);
+	shipment->notes = MemoryContextAllocHuge(shipment->sums_context,
+											 sizeof(ShareNote) * Max(1, max_events));
+}
+
+/* Add up what the events of its request are, but for those that others count. */
+void
+abp_shipment_add_up(Shipment *shipment)
+{
+	Delivery   *delivery = &shipment->delivery;
+	ShareGroups *groups = &shipment->groups;
+	MemoryContext old;
+
+	for (int i = 0; i < groups->ngroups; i++)
+		memset(&groups->groups[i].sums, 0, sizeof(ShareSums));
+	for (int i = 0; i < delivery->nevents; i++)
+	{
+		const ShareNote *note = &shipment->notes[i];
+
+		if (delivery->counted.nranges == 0 ||
+			!abp_idset_contains(&delivery->counted, delivery->event_ids[i]))
+			abp_share_add(groups, &groups->groups[note->group].sums, &note->sums);
+	}
+
+	old = MemoryContextSwitchTo(shipment->context);
+	if (delivery->share != NULL)
+		pfree(delivery->share);
+	delivery->share = NULL;
+	delivery->share = abp_share_encode(groups);
+	MemoryContextSwitchTo(old);
 }
 
 /* Two deliveries know the same rows again; in the current memory context. */

@@ -8,21 +8,31 @@
  * of its rows goes with it, noted in the ledger as vanished, and is put into
  * the outbox again when it is back.
  *
+ * DETACH CONCURRENTLY takes two transactions.  After the first one nobody sees
+ * the partition's rows any more, though their entries are there: the shipper
+ * notes what it takes of those (abp_partitions_leaving).  The second one does the
+ * rest, while the shipper is kept away (abp_partitions_hold).
+ *
  *-------------------------------------------------------------------------
  */
 #include "postgres.h"
 
+#include "access/table.h"
 #include "catalog/namespace.h"
 #include "catalog/partition.h"
 #include "catalog/pg_class.h"
+#include "catalog/pg_inherits.h"
 #include "commands/event_trigger.h"
 #include "fmgr.h"
 #include "foreign/foreign.h"
 #include "miscadmin.h"
 #include "nodes/parsenodes.h"
+#include "partitioning/partdesc.h"
 #include "storage/lmgr.h"
+#include "storage/lock.h"
 #include "utils/builtins.h"
 #include "utils/lsyscache.h"
+#include "utils/rel.h"
 #include "utils/snapmgr.h"
 
 #include "base/extension.h"
@@ -32,8 +42,10 @@
 #include "queue/ledger.h"
 #include "queue/outbox.h"
 #include "queue/wake.h"
+#include "usage/attach.h"
 #include "usage/lookup.h"
 #include "usage/partitions.h"
+#include "usage/rows.h"
 #include "usage/triggers.h"
 
 PG_FUNCTION_INFO_V1(abp_sql_on_table_ddl);
@@ -68,10 +80,44 @@ note_vanished(Oid usage_table, Oid serverid, IdSet *ids, bool outcome_unknown)
 }
 
 /*
+ * The lock, until the transaction ends, by which the shipper and the end of a DETACH
+ * CONCURRENTLY keep each other away: that one leaves a table's rows to all others.
+ */
+static bool
+lock_partitions(Oid usage_table, LOCKMODE mode, bool wait)
+{
+	LOCKTAG		tag;
+
+	SET_LOCKTAG_OBJECT(tag, MyDatabaseId, RelationRelationId, usage_table, 0);
+	return LockAcquire(&tag, mode, false, !wait) != LOCKACQUIRE_NOT_AVAIL;
+}
+
+/*
+ * Keep the partitions of a table from leaving it until the transaction ends: for the
+ * shipper, before it takes the snapshot by which it reads.  Returns false if one is
+ * just leaving.
+ */
+bool
+abp_partitions_hold(Oid usage_table)
+{
+	return lock_partitions(usage_table, ShareLock, false);
+}
+
+/* Those of the ids, of a table's other rows, of which we have locked the rows. */
+static IdSet
+lock_others(Oid usage_table, const IdSet *ids)
+{
+	IdSet		others = abp_lookup_existing(usage_table, ids);
+
+	if (others.nranges == 0)
+		return others;
+	return abp_rows_lock(abp_attached_table(usage_table), &others, false);
+}
+
+/*
  * A partition was detached: its rows that were not sent have vanished, until
- * it comes back.  "concurrently": the shipper was not kept away, and finds most
- * of them gone by itself; but not where another row, which has stayed, has the
- * id.
+ * it comes back.  "concurrently": others are changing the table's rows.  Who
+ * changes one that has the id of a row that has gone says where that id stands.
  */
 static void
 partition_has_gone(Oid usage_table, Oid partition, Oid serverid, int64 ledger_from, bool concurrently)
@@ -79,23 +125,29 @@ partition_has_gone(Oid usage_table, Oid partition, Oid serverid, int64 ledger_fr
 	IdWalk		walk = {0};
 	IdSet		waiting;
 	IdSet		ids;
+	IdSet		locked = {0};
 	IdSet		unsent = {0};
 	IdSet		unknown = {0};
 	int64		count;
 
+	if (concurrently)
+		(void) lock_partitions(usage_table, ExclusiveLock, true);
 	PushActiveSnapshot(GetLatestSnapshot());
 	waiting = abp_outbox_all_ids(usage_table);
-	PopActiveSnapshot();
 	ids = abp_lookup_existing(partition, &waiting);
+	if (concurrently)
+		locked = lock_others(usage_table, &ids);
+	PopActiveSnapshot();
 	while (abp_idset_walk(&ids, &walk))
 	{
-		bool		outcome_unknown;
+		bool		outcome_unknown = true;
+		bool		is_changing;	/* the other row of the id */
 
 		CHECK_FOR_INTERRUPTS();
 
-		if (concurrently && !abp_lookup_exists(usage_table, walk.id))
-			continue;
-		if (abp_trigger_row_left(usage_table, walk.id, ledger_from, &outcome_unknown))
+		is_changing = concurrently && !abp_idset_contains(&locked, walk.id) &&
+			abp_lookup_exists(usage_table, walk.id);
+		if (is_changing || abp_trigger_row_left(usage_table, walk.id, ledger_from, &outcome_unknown))
 			abp_idset_add(outcome_unknown ? &unknown : &unsent, walk.id, walk.id, CurrentMemoryContext);
 	}
 	note_vanished(usage_table, serverid, &unsent, false);
@@ -190,6 +242,53 @@ abp_partitions_look(Oid usage_table, int64 ledger_from)
 		abp_outbox_forget_partition(usage_table, partition);
 	}
 	return all;
+}
+
+/* Add those of the ids of which there is a row in a partition that is leaving, or may be. */
+static void
+add_leaving(Relation rel, const IdSet *ids, IdSet *leaving)
+{
+	PartitionDesc partitions = RelationGetPartitionDesc(rel, false);
+
+	for (int i = 0; i < partitions->nparts; i++)
+	{
+		Oid			partition = partitions->oids[i];
+
+		if (partitions->detached_exist && PartitionHasPendingDetach(partition))
+		{
+			IdSet		found = *ids;
+
+			/* its DETACH waits for our transaction, or for others' */
+			if (ConditionalLockRelationOid(partition, AccessShareLock))
+				found = abp_lookup_existing(partition, ids);
+			abp_idset_add_set(leaving, &found, CurrentMemoryContext);
+		}
+		else if (!partitions->is_leaf[i])
+		{
+			Relation	branch = table_open(partition, AccessShareLock);
+
+			add_leaving(branch, ids, leaving);
+			table_close(branch, NoLock);
+		}
+	}
+}
+
+/*
+ * Those of the ids of which a row leaves with its partition, whose DETACH CONCURRENTLY
+ * is under way: nobody sees it any more, but what was taken from the outbox may have
+ * been its.  In the current memory context; it may have some too many.
+ */
+IdSet
+abp_partitions_leaving(Oid usage_table, const IdSet *ids)
+{
+	IdSet		leaving = {0};
+	Relation	rel = table_open(usage_table, AccessShareLock);
+
+	if (rel->rd_rel->relkind == RELKIND_PARTITIONED_TABLE)
+		add_leaving(rel, ids, &leaving);
+	table_close(rel, NoLock);
+	abp_idset_sort(&leaving);
+	return leaving;
 }
 
 /* --- ALTER TABLE ------------------------------------------------------------ */

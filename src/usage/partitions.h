@@ -10,6 +10,10 @@
 
 #include "postgres.h"
 
+#include "base/idset.h"
+
+extern bool abp_partitions_hold(Oid usage_table);
+extern IdSet abp_partitions_leaving(Oid usage_table, const IdSet *ids);
 extern bool abp_partitions_look(Oid usage_table, int64 ledger_from);
 
 #endif							/* ABP_PARTITIONS_H */

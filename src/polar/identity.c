@@ -7,6 +7,7 @@
  */
 #include "postgres.h"
 
+#include "base/json_member.h"
 #include "base/json_writer.h"
 #include "base/text_view.h"
 #include "base/usage_row.h"
@@ -91,8 +92,7 @@ find_identity_tag(JsonWriter *w, JsonbContainer *tags, const char *key,
 	{
 		if (*keys == NULL)
 			return true;
-		if (getKeyJsonValueFromContainer(tags, *keys, strlen(*keys), &value) != NULL &&
-			value.type != jbvNull)
+		if (abp_json_member(tags, *keys, &value))
 			break;
 	}
 	key = *keys;

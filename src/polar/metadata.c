@@ -13,6 +13,7 @@
 #include "mb/pg_wchar.h"
 
 #include "base/decimal.h"
+#include "base/json_member.h"
 #include "base/json_walk.h"
 #include "base/json_writer.h"
 #include "base/numeric_math.h"
@@ -647,8 +648,7 @@ put_own_llm(JsonWriter *w, JsonbContainer *llm)
 		const char *key = fields[i].key;
 		JsonbValue	value;
 
-		if (getKeyJsonValueFromContainer(llm, key, strlen(key), &value) == NULL ||
-			value.type == jbvNull)
+		if (!abp_json_member(llm, key, &value))
 		{
 			if (fields[i].required)
 				return abp_json_refuse(w, "metadata \"_llm\" must have %s", key);

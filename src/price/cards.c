@@ -169,8 +169,8 @@ const TextView abp_standard_tier = {"standard", 8};
 bool
 abp_cards_tier_is_standard(TextView tier)
 {
-	return abp_canonical_tier(tier).data == abp_standard_tier.data ||
-		abp_canonical_tier(abp_names_fold(tier)).data == abp_standard_tier.data;
+	return abp_cards_canonical_tier(tier).data == abp_standard_tier.data ||
+		abp_cards_canonical_tier(abp_names_fold(tier)).data == abp_standard_tier.data;
 }
 
 /*
@@ -182,7 +182,7 @@ abp_cards_same_tier(TextView name, TextView requested, bool fold)
 {
 	if (!fold)
 		return text_view_equal(name, requested);
-	return text_view_equal(abp_canonical_tier(abp_names_fold(name)), requested);
+	return text_view_equal(abp_cards_canonical_tier(abp_names_fold(name)), requested);
 }
 
 /* Prices, rules or aliases have changed, perhaps in another session. */
@@ -720,7 +720,7 @@ load_cards(PriceModel *model, ModelKey key, Snapshot snapshot)
 		if (tier == NULL || !text_view_equal(tier->name, row->tier))
 		{
 			tier = &model->tiers[model->ntiers++];
-			tier->name = abp_canonical_tier(row->tier);
+			tier->name = abp_cards_canonical_tier(row->tier);
 			if (tier->name.data != abp_standard_tier.data)
 				tier->name = abp_text_view_copy(row->tier, model->context);
 			tier->cards = MemoryContextAllocZero(model->context,

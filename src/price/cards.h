@@ -75,7 +75,7 @@ extern const TextView abp_standard_tier;
  * name is always abp_standard_tier itself, so that comparing it is quick.
  */
 static inline TextView
-abp_canonical_tier(TextView tier)
+abp_cards_canonical_tier(TextView tier)
 {
 	static const TextView other_names[] = {
 		{"", 0}, {"default", 7}, {"auto", 4}, {"on_demand", 9}

@@ -621,7 +621,7 @@ find_format(TextView name)
  * Is this the name of a usage format?  Names are matched exactly.
  */
 bool
-abp_usage_format_known(TextView format)
+abp_normalize_knows_format(TextView format)
 {
 	return find_format(format) != NULL;
 }
@@ -631,7 +631,7 @@ abp_usage_format_known(TextView format)
  * if one is near, and all names.
  */
 char	   *
-abp_usage_format_hint(TextView format)
+abp_normalize_format_hint(TextView format)
 {
 	int			nformats;
 	const UsageFormat *const *formats = abp_usage_formats(&nformats);

@@ -32,8 +32,8 @@ typedef struct NormalizedUsage
 								 * cost is known, or NULL */
 } NormalizedUsage;
 
-extern bool abp_usage_format_known(TextView format);
-extern char *abp_usage_format_hint(TextView format);
+extern bool abp_normalize_knows_format(TextView format);
+extern char *abp_normalize_format_hint(TextView format);
 extern bool abp_normalize_usage(TextView format, Jsonb *raw, const UsageCall *call,
 								NormalizedUsage *usage, StringInfo reason);
 extern Jsonb *abp_usage_strip(TextView format, Jsonb *raw, const UsageCall *call);

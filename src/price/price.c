@@ -157,7 +157,7 @@ static const char *
 rate_in_force(const PriceRequest *request, RateInForce *result)
 {
 	const UsageCounts *counts = request->counts;
-	TextView	tier = abp_canonical_tier(request->service_tier);
+	TextView	tier = abp_cards_canonical_tier(request->service_tier);
 	int64		input_tokens = counts->given[COUNT_INPUT] ?
 	counts->value[COUNT_INPUT] : 0;
 	const TierRule *rule;
@@ -171,7 +171,7 @@ rate_in_force(const PriceRequest *request, RateInForce *result)
 	for (int fold = 0;; fold++)
 	{
 		if (fold)
-			tier = abp_canonical_tier(abp_names_fold(tier));
+			tier = abp_cards_canonical_tier(abp_names_fold(tier));
 		if (find_rate(result->model, tier, fold, request->at, input_tokens, result))
 			return NULL;
 		if (text_view_equal(tier, abp_standard_tier))
@@ -195,7 +195,7 @@ rate_in_force(const PriceRequest *request, RateInForce *result)
 static char *
 unpriced_reason(const PriceRequest *request, PriceModel *model, const char *what)
 {
-	TextView	tier = abp_canonical_tier(request->service_tier);
+	TextView	tier = abp_cards_canonical_tier(request->service_tier);
 	const char *names = psprintf("(provider \"%.*s\", model \"%.*s\", service tier \"%.*s\")",
 								 request->provider.len,
 								 request->provider.data ? request->provider.data : "",
@@ -302,7 +302,7 @@ abp_price_hint(const PriceRequest *request)
 {
 	ModelKey	key = {request->provider, request->model};
 	RateInForce in_force;
-	TextView	tier = abp_canonical_tier(request->service_tier);
+	TextView	tier = abp_cards_canonical_tier(request->service_tier);
 	bool		of_tier = !text_view_equal(tier, abp_standard_tier);
 	const char *what;
 	PriceModel *model;
@@ -336,7 +336,7 @@ abp_price_hint(const PriceRequest *request)
 
 	/* A tier that a rule prices has the standard tier's prices. */
 	if (of_tier && (in_force.tier_factor != NULL ||
-					(what != NULL && find_rule(model, abp_canonical_tier(abp_names_fold(tier)), true) != NULL)))
+					(what != NULL && find_rule(model, abp_cards_canonical_tier(abp_names_fold(tier)), true) != NULL)))
 		of_tier = false;
 
 	appendStringInfo(&hint, "SELECT * FROM aibilling.set_price(%s, %s",

@@ -337,6 +337,24 @@ abp_attachments(bool *armed)
 }
 
 /*
+ * The table of this OID in a list of UsageTable, or NULL.
+ */
+UsageTable *
+abp_attachment_of(List *tables, Oid relid)
+{
+	ListCell   *lc;
+
+	foreach(lc, tables)
+	{
+		UsageTable *table = lfirst(lc);
+
+		if (table->relid == relid)
+			return table;
+	}
+	return NULL;
+}
+
+/*
  * Is a table attached?  Then *serverid is its server, InvalidOid if that is
  * gone, and *ledger_from the last delivery before its last TRUNCATE.
  */

@@ -172,7 +172,7 @@ sum_up(List *tables, Share *share)
 		abp_rollup_forget(share->usage_table);
 		return true;
 	}
-	table = abp_find_table(tables, share->usage_table);
+	table = abp_attachment_of(tables, share->usage_table);
 	step.table = table != NULL ? table : detached_table(share->usage_table);
 	if (abp_guard(step.table, sum_step, &step, &error) == GUARD_DONE)
 		return true;

@@ -63,6 +63,20 @@ abp_lane_of_table(const UsageTable *table)
 	return abp_lane_of(table->server, table->role);
 }
 
+/*
+ * Options of the server that a table is delivered to; NULL without one.
+ */
+const ServerOptions *
+abp_lane_options(const UsageTable *table)
+{
+	const ServerOptions *server;
+
+	if (!OidIsValid(table->serverid))
+		return NULL;
+	server = abp_server_options(table->serverid);
+	return server->kind == SERVER_POLAR ? server : NULL;
+}
+
 /* A lane in messages. */
 static const char *
 lane_name(const Lane *lane)
@@ -164,6 +178,15 @@ abp_lane_back_off(Turn *turn, Lane *lane, int64 ms, const char *reason)
 	lane->failures++;
 	lane->not_before = abp_turn_in_ms(ms);
 	save_lane(turn, lane, reason);
+}
+
+/*
+ * The same for longer each time, where nobody says for how long.
+ */
+void
+abp_lane_failed(Turn *turn, Lane *lane, const char *reason)
+{
+	abp_lane_back_off(turn, lane, abp_lane_backoff_ms(lane->failures + 1), reason);
 }
 
 /* The server will not have us: stop, loudly, until something changes. */

@@ -42,9 +42,11 @@ struct Lane
 
 extern Lane *abp_lane_of(const char *server, Oid role);
 extern Lane *abp_lane_of_table(const UsageTable *table);
+extern const ServerOptions *abp_lane_options(const UsageTable *table);
 extern void abp_lanes_write_down(Turn *turn);
 extern int64 abp_lane_backoff_ms(int failures);
 extern void abp_lane_back_off(Turn *turn, Lane *lane, int64 ms, const char *reason);
+extern void abp_lane_failed(Turn *turn, Lane *lane, const char *reason);
 extern void abp_lane_pause(Turn *turn, Lane *lane, const char *reason);
 extern void abp_lane_try_now(Lane *lane);
 extern void abp_lane_succeeded(Turn *turn, Lane *lane);

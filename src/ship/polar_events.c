@@ -21,6 +21,7 @@
 #include "utils/memutils.h"
 #include "utils/timestamp.h"
 
+#include "base/json_member.h"
 #include "base/numeric_math.h"
 #include "ship/polar_events.h"
 
@@ -65,54 +66,10 @@ typedef struct EventPage
 
 /* --- JSON ----------------------------------------------------------------------- */
 
-/*
- * A member of an object that is there and not null.
- */
-bool
-abp_json_member(JsonbContainer *object, const char *key, JsonbValue *value)
-{
-	return JsonContainerIsObject(object) &&
-		getKeyJsonValueFromContainer(object, key, strlen(key), value) != NULL &&
-		value->type != jbvNull;
-}
-
-/*
- * A member of an object that is a string, palloc'd, else NULL.
- */
-const char *
-abp_json_string(JsonbContainer *object, const char *key)
-{
-	JsonbValue	value;
-
-	return abp_json_member(object, key, &value) && value.type == jbvString ?
-		pnstrdup(value.val.string.val, value.val.string.len) : NULL;
-}
-
-/*
- * A member of an object that is a number, or a string that reads as one ("1E-12"),
- * else NULL.
- */
-Numeric
-abp_json_number(JsonbContainer *object, const char *key)
-{
-	JsonbValue	value;
-
-	if (!abp_json_member(object, key, &value))
-		return NULL;
-	if (value.type == jbvNumeric)
-		return value.val.numeric;
-	if (value.type == jbvString && value.val.string.len > 0 &&
-		value.val.string.len < 100 &&
-		strspn(pnstrdup(value.val.string.val, value.val.string.len), "0123456789+-.eE") ==
-		(size_t) value.val.string.len)
-		return numeric_of_text(pnstrdup(value.val.string.val, value.val.string.len));
-	return NULL;
-}
-
 static TimestampTz
 json_time(JsonbContainer *object, const char *key)
 {
-	const char *text = abp_json_string(object, key);
+	const char *text = abp_json_member_string(object, key);
 
 	if (text == NULL)
 		ereport(ERROR,
@@ -139,7 +96,7 @@ json_array(Jsonb *document, const char *key)
 static int64
 json_count(JsonbContainer *object, const char *key)
 {
-	Numeric		number = abp_json_number(object, key);
+	Numeric		number = abp_json_member_number(object, key);
 
 	return number == NULL ? 0 : DatumGetInt64(DirectFunctionCall1(numeric_int8, NumericGetDatum(number)));
 }
@@ -153,25 +110,25 @@ read_event(JsonbContainer *item, PolarEvent *event)
 	const char *source;
 
 	memset(event, 0, sizeof(*event));
-	event->polar_id = abp_json_string(item, "id");
+	event->polar_id = abp_json_member_string(item, "id");
 	event->timestamp = json_time(item, "timestamp");
-	event->name = abp_json_string(item, "name");
-	event->customer_id = abp_json_string(item, "customer_id");
-	source = abp_json_string(item, "source");
+	event->name = abp_json_member_string(item, "name");
+	event->customer_id = abp_json_member_string(item, "customer_id");
+	source = abp_json_member_string(item, "source");
 	event->is_systems = source != NULL && strcmp(source, "system") == 0;
-	event->external_customer_id = abp_json_string(item, "external_customer_id");
+	event->external_customer_id = abp_json_member_string(item, "external_customer_id");
 	if (abp_json_member(item, "customer", &value) && value.type == jbvBinary)
-		event->linked_customer = abp_json_string(value.val.binary.data, "external_id");
+		event->linked_customer = abp_json_member_string(value.val.binary.data, "external_id");
 	if (abp_json_member(item, "metadata", &value) && value.type == jbvBinary)
 	{
 		JsonbContainer *metadata = value.val.binary.data;
 		JsonbValue	cost;
 
 		event->metadata = JsonbValueToJsonb(&value);
-		event->external_id = abp_json_string(metadata, "external_id");
-		event->cost_nanos = abp_json_number(metadata, "cost_nanos");
+		event->external_id = abp_json_member_string(metadata, "external_id");
+		event->cost_nanos = abp_json_member_number(metadata, "cost_nanos");
 		if (abp_json_member(metadata, "_cost", &cost) && cost.type == jbvBinary)
-			event->cost_cents = abp_json_number(cost.val.binary.data, "amount");
+			event->cost_cents = abp_json_member_number(cost.val.binary.data, "amount");
 	}
 	else
 		event->metadata = DatumGetJsonbP(DirectFunctionCall1(jsonb_in, CStringGetDatum("{}")));
@@ -352,9 +309,9 @@ abp_polar_events_read(Reader *reader, const EventQuery *query, PolarEventCallbac
  * begin before to_time.
  */
 void
-abp_polar_meter_read(Reader *reader, const pg_uuid_t *meter, TimestampTz from_time,
-					 TimestampTz to_time, const char *step, const char *external_customer_id,
-					 QuantityCallback callback, void *arg)
+abp_polar_events_read_meter(Reader *reader, const pg_uuid_t *meter, TimestampTz from_time,
+							TimestampTz to_time, const char *step, const char *external_customer_id,
+							QuantityCallback callback, void *arg)
 {
 	StringInfoData path;
 	JsonbContainer *quantities;
@@ -381,7 +338,7 @@ abp_polar_meter_read(Reader *reader, const pg_uuid_t *meter, TimestampTz from_ti
 		if (item == NULL || item->type != jbvBinary)
 			continue;
 		timestamp = json_time(item->val.binary.data, "timestamp");
-		quantity = abp_json_number(item->val.binary.data, "quantity");
+		quantity = abp_json_member_number(item->val.binary.data, "quantity");
 		if (timestamp < to_time && quantity != NULL)
 			callback(timestamp, quantity, arg);
 	}

@@ -54,12 +54,9 @@ typedef void (*QuantityCallback) (TimestampTz timestamp, Numeric quantity, void 
 
 extern int64 abp_polar_events_read(Reader *reader, const EventQuery *query,
 								   PolarEventCallback callback, void *arg);
-extern void abp_polar_meter_read(Reader *reader, const pg_uuid_t *meter,
-								 TimestampTz from_time, TimestampTz to_time,
-								 const char *step, const char *external_customer_id,
-								 QuantityCallback callback, void *arg);
-extern bool abp_json_member(JsonbContainer *object, const char *key, JsonbValue *value);
-extern const char *abp_json_string(JsonbContainer *object, const char *key);
-extern Numeric abp_json_number(JsonbContainer *object, const char *key);
+extern void abp_polar_events_read_meter(Reader *reader, const pg_uuid_t *meter,
+										TimestampTz from_time, TimestampTz to_time,
+										const char *step, const char *external_customer_id,
+										QuantityCallback callback, void *arg);
 
 #endif							/* ABP_POLAR_EVENTS_H */

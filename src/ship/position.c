@@ -204,36 +204,6 @@ abp_position_guarded(Turn *turn, TableWork work, const UsageTable *table, const 
 	return outcome;
 }
 
-/*
- * The table of this OID in a list of UsageTable, or NULL.
- */
-UsageTable *
-abp_find_table(List *tables, Oid relid)
-{
-	ListCell   *lc;
-
-	foreach(lc, tables)
-	{
-		UsageTable *table = lfirst(lc);
-
-		if (table->relid == relid)
-			return table;
-	}
-	return NULL;
-}
-
-/* Options of a table's server; NULL without a server to deliver to. */
-const ServerOptions *
-abp_options_of(const UsageTable *table)
-{
-	const ServerOptions *server;
-
-	if (!OidIsValid(table->serverid))
-		return NULL;
-	server = abp_server_options(table->serverid);
-	return server->kind == SERVER_POLAR ? server : NULL;
-}
-
 /* Keep a table from being delivered for a while, with the reason. */
 void
 abp_position_refuse(Turn *turn, const UsageTable *table, const char *reason)
@@ -258,7 +228,7 @@ abp_positions_forget_except(List *tables)
 	{
 		Position   *position = lfirst(lc);
 
-		if (abp_find_table(tables, position->usage_table) == NULL)
+		if (abp_attachment_of(tables, position->usage_table) == NULL)
 		{
 			positions = foreach_delete_current(positions, lc);
 			abp_idset_free(&position->held);

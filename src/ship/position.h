@@ -69,8 +69,6 @@ extern GuardOutcome abp_position_guarded(Turn *turn, TableWork work,
 										 const UsageTable *table,
 										 const ServerOptions *server,
 										 void *arg);
-extern UsageTable *abp_find_table(List *tables, Oid relid);
-extern const ServerOptions *abp_options_of(const UsageTable *table);
 extern void abp_position_refuse(Turn *turn, const UsageTable *table, const char *reason);
 extern void abp_positions_forget_except(List *tables);
 extern bool abp_positions_saw_prices(Oid relid);

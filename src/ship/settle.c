@@ -79,12 +79,11 @@ rate_limit_words(const Lane *lane, const ServerOptions *server, char *error)
 					error, recent, server->requests_per_minute, lane->server);
 }
 
-/* Settle a delivery without success: its rows go back to be sent anew. */
+/* Nothing more becomes of a delivery than this. */
 static void
-give_back(Turn *turn, Shipment *shipment, const char *error, bool burn_attempt)
+finish_shipment(Turn *turn, Shipment *shipment, const char *state, const char *error)
 {
-	put_back(shipment, shipment->delivery.ids, OUTBOX_READY, DT_NOBEGIN, error, burn_attempt);
-	abp_ledger_finish(&shipment->delivery, "failed", error);
+	abp_ledger_finish(&shipment->delivery, state, error);
 	abp_shipment_drop(turn, shipment);
 }
 
@@ -101,14 +100,20 @@ keep_for_retry(Shipment *shipment, TimestampTz retry_at, const char *error)
 	abp_ledger_note(&shipment->delivery, error, retry_at);
 }
 
-/* Nothing of this request was stored, or so the answer says. */
+/*
+ * Nothing of this request was stored, or so the answer says: unless an earlier
+ * one may have been, its rows go back to be sent anew.
+ */
 static void
 return_or_keep(Turn *turn, Shipment *shipment, const char *error, bool burn_attempt)
 {
 	if (shipment->delivery.outcome_unknown)
+	{
 		keep_for_retry(shipment, shipment->lane->not_before, error);
-	else
-		give_back(turn, shipment, error, burn_attempt);
+		return;
+	}
+	put_back(shipment, shipment->delivery.ids, OUTBOX_READY, DT_NOBEGIN, error, burn_attempt);
+	finish_shipment(turn, shipment, "failed", error);
 }
 
 /* What is left of a delivery's rows is added up when they are sent again. */
@@ -171,8 +176,7 @@ static void
 reject_shipment(Turn *turn, Shipment *shipment, const char *error)
 {
 	put_back(shipment, shipment->delivery.ids, OUTBOX_REJECTED, DT_NOBEGIN, error, true);
-	abp_ledger_finish(&shipment->delivery, "rejected", error);
-	abp_shipment_drop(turn, shipment);
+	finish_shipment(turn, shipment, "rejected", error);
 }
 
 /* Those of its rows that another delivery is bringing to Polar, too. */
@@ -301,8 +305,7 @@ settle_refused(Turn *turn, Shipment *shipment, const Verdict *verdict)
 	rest = abp_idset_subtract(&delivery->ids, &refused);
 	if (rest.nranges == 0)
 	{
-		abp_ledger_finish(delivery, only_skew ? "failed" : "rejected", verdict->error);
-		abp_shipment_drop(turn, shipment);
+		finish_shipment(turn, shipment, only_skew ? "failed" : "rejected", verdict->error);
 		return;
 	}
 
@@ -363,7 +366,7 @@ settle(Turn *turn, Shipment *shipment, const ServerOptions *server, int64 ledger
 
 		if (reply->outcome == HTTP_UNKNOWN)
 			delivery->outcome_unknown = true;
-		abp_lane_back_off(turn, lane, abp_lane_backoff_ms(lane->failures + 1), error);
+		abp_lane_failed(turn, lane, error);
 		if (timed_out || out_of_memory)
 			lane->batch_size = Max(1, delivery->nevents / 2);
 
@@ -420,7 +423,7 @@ settle(Turn *turn, Shipment *shipment, const ServerOptions *server, int64 ledger
 			break;
 		case VERDICT_UNKNOWN:
 			delivery->outcome_unknown = true;
-			abp_lane_back_off(turn, lane, abp_lane_backoff_ms(lane->failures + 1), verdict->error);
+			abp_lane_failed(turn, lane, verdict->error);
 			keep_for_retry(shipment, lane->not_before, verdict->error);
 			break;
 	}
@@ -438,13 +441,12 @@ abp_settle_answered(Turn *turn, List *tables)
 	foreach(lc, all)
 	{
 		Shipment   *shipment = lfirst(lc);
-
-		UsageTable *table = abp_find_table(tables, shipment->delivery.usage_table);
+		UsageTable *table = abp_attachment_of(tables, shipment->delivery.usage_table);
 
 		if (shipment->stage != SHIPMENT_ANSWERED ||
 			(table != NULL && list_member_oid(turn->busy_servers, table->serverid)))
 			continue;
-		settle(turn, shipment, table == NULL ? NULL : abp_options_of(table),
+		settle(turn, shipment, table == NULL ? NULL : abp_lane_options(table),
 			   table == NULL ? 0 : table->ledger_from);
 	}
 }
@@ -459,14 +461,13 @@ abp_settle_orphans(Turn *turn, List *tables)
 	foreach(lc, all)
 	{
 		Shipment   *shipment = lfirst(lc);
-		UsageTable *table = abp_find_table(tables, shipment->delivery.usage_table);
+		UsageTable *table = abp_attachment_of(tables, shipment->delivery.usage_table);
 
 		if (shipment->stage != SHIPMENT_WAITING ||
 			(table != NULL && OidIsValid(table->owner)))
 			continue;
 		shipment->delivery.vanished += shipment->delivery.nevents;
-		abp_ledger_finish(&shipment->delivery, "failed",
-						  "the usage table is gone; the last request's outcome is not known");
-		abp_shipment_drop(turn, shipment);
+		finish_shipment(turn, shipment, "failed",
+						"the usage table is gone; the last request's outcome is not known");
 	}
 }

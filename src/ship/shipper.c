@@ -275,7 +275,7 @@ recover(List *tables)
 	foreach(lc, unsettled)
 	{
 		Delivery   *left = lfirst(lc);
-		UsageTable *table = abp_find_table(tables, left->usage_table);
+		UsageTable *table = abp_attachment_of(tables, left->usage_table);
 		Shipment   *shipment =
 		abp_shipment_new(abp_lane_of(left->server, table == NULL ? InvalidOid : table->role),
 						 left->server);
@@ -376,7 +376,7 @@ change_lanes(List *tables)
 	foreach(lc, abp_shipments)
 	{
 		Shipment   *shipment = lfirst(lc);
-		UsageTable *table = abp_find_table(tables, shipment->delivery.usage_table);
+		UsageTable *table = abp_attachment_of(tables, shipment->delivery.usage_table);
 
 		if (shipment->stage != SHIPMENT_WAITING || table == NULL ||
 			abp_lane_of_table(table) == shipment->lane)
@@ -693,7 +693,7 @@ static void
 serve_table(Turn *turn, const UsageTable *table, bool fresh, List **departures)
 {
 	Position   *position = abp_position_of(table->relid);
-	const ServerOptions *server = abp_options_of(table);
+	const ServerOptions *server = abp_lane_options(table);
 	TimestampTz start = GetCurrentTimestamp();
 	TimestampTz due;
 

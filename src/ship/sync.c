@@ -187,16 +187,9 @@ goal_is_reached(const Sync *sync, Goal *goal)
 static UsageTable *
 find_table(List *tables, Oid relid)
 {
-	ListCell   *lc;
+	UsageTable *table = abp_attachment_of(tables, relid);
 
-	foreach(lc, tables)
-	{
-		UsageTable *table = lfirst(lc);
-
-		if (table->relid == relid && OidIsValid(table->owner))
-			return table;
-	}
-	return NULL;
+	return table != NULL && OidIsValid(table->owner) ? table : NULL;
 }
 
 #define TABLE_GONE "a usage table has been dropped or detached"

@@ -134,8 +134,8 @@ abp_sql_close_check(PG_FUNCTION_ARGS)
 
 	InitMaterializedSRF(fcinfo, 0);
 	if (get_rel_name(relid) != NULL && !has_privs_of_role(GetUserId(), ROLE_PG_MONITOR))
-		abp_check_table_owner(relid);
-	table = abp_attached_table(relid);
+		abp_attach_check_owner(relid);
+	table = abp_attach_needed(relid);
 	for (CloseState state = 0; state < NUM_CLOSE_STATES; state++)
 	{
 		Late		late = begin_late(relid, state, period_end, PG_INT64_MAX);
@@ -255,8 +255,8 @@ abp_sql_close_warning(PG_FUNCTION_ARGS)
 	char	   *words;
 
 	if (get_rel_name(relid) != NULL && !has_privs_of_role(GetUserId(), ROLE_PG_MONITOR))
-		abp_check_table_owner(relid);
-	words = abp_close_words(abp_attached_table(relid), PG_GETARG_TIMESTAMPTZ(1));
+		abp_attach_check_owner(relid);
+	words = abp_close_words(abp_attach_needed(relid), PG_GETARG_TIMESTAMPTZ(1));
 	if (words == NULL)
 		PG_RETURN_NULL();
 	PG_RETURN_TEXT_P(cstring_to_text(words));

@@ -574,11 +574,11 @@ abp_sql_normalize_usage(PG_FUNCTION_ARGS)
 	if (get_call_result_type(fcinfo, NULL, &tupdesc) != TYPEFUNC_COMPOSITE)
 		elog(ERROR, "return type must be a row type");
 
-	if (!abp_usage_format_known(format))
+	if (!abp_normalize_knows_format(format))
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg("unknown usage format \"%.*s\"", format.len, format.data),
-				 errhint("%s", abp_usage_format_hint(format))));
+				 errhint("%s", abp_normalize_format_hint(format))));
 
 	initStringInfo(&reason);
 	if (!abp_normalize_usage(format, raw, &call, &usage, &reason))

@@ -109,8 +109,8 @@ abp_sql_preview(PG_FUNCTION_ARGS)
 	const char	states[] = {OUTBOX_READY, OUTBOX_REJECTED, OUTBOX_UNPRICED};
 
 	InitMaterializedSRF(fcinfo, 0);
-	abp_check_table_owner(relid);
-	table = abp_attached_table(relid);
+	abp_attach_check_owner(relid);
+	table = abp_attach_needed(relid);
 	if (!OidIsValid(table->serverid))
 		ereport(ERROR,
 				(errcode(ERRCODE_UNDEFINED_OBJECT),
@@ -343,8 +343,8 @@ abp_sql_retry(PG_FUNCTION_ARGS)
 	if (PG_ARGISNULL(0))
 		PG_RETURN_NULL();
 	relid = PG_GETARG_OID(0);
-	abp_check_table_owner(relid);
-	table = abp_attached_table(relid);
+	abp_attach_check_owner(relid);
+	table = abp_attach_needed(relid);
 
 	if (!PG_ARGISNULL(1))
 	{

@@ -173,8 +173,8 @@ read_meter(Reader *reader, void *arg)
 {
 	MeterCall  *call = arg;
 
-	abp_polar_meter_read(reader, call->meter, call->from_time, call->to_time, call->step,
-						 call->external_customer_id, put_quantity, call);
+	abp_polar_events_read_meter(reader, call->meter, call->from_time, call->to_time, call->step,
+								call->external_customer_id, put_quantity, call);
 }
 
 /*

@@ -29,6 +29,7 @@
 #include "utils/snapmgr.h"
 #include "utils/timestamp.h"
 
+#include "base/json_member.h"
 #include "base/numeric_math.h"
 #include "base/rights.h"
 #include "compat.h"
@@ -252,14 +253,14 @@ read_own_event(Reconciling *work, HereRow *here, const UsageRow *row, Jsonb *who
 		return;					/* it is rejected, or will be */
 
 	event = DatumGetJsonbP(DirectFunctionCall1(jsonb_in, CStringGetDatum(body.data)));
-	here->customer_id = abp_json_string(&event->root, "customer_id");
-	here->external_customer_id = abp_json_string(&event->root, "external_customer_id");
+	here->customer_id = abp_json_member_string(&event->root, "customer_id");
+	here->external_customer_id = abp_json_member_string(&event->root, "external_customer_id");
 	if (!abp_json_member(&event->root, "metadata", &metadata) || metadata.type != jbvBinary)
 		return;
-	here->cost_nanos = copy_number(abp_json_number(metadata.val.binary.data, "cost_nanos"));
+	here->cost_nanos = copy_number(abp_json_member_number(metadata.val.binary.data, "cost_nanos"));
 	if (abp_json_member(metadata.val.binary.data, "_cost", &cost) && cost.type == jbvBinary)
-		here->cost_cents = copy_number(abp_json_number(cost.val.binary.data, "amount"));
-	if (abp_json_string(metadata.val.binary.data, "external_id") == NULL)
+		here->cost_cents = copy_number(abp_json_member_number(cost.val.binary.data, "amount"));
+	if (abp_json_member_string(metadata.val.binary.data, "external_id") == NULL)
 		ereport(ERROR,
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 				 errmsg("events of server \"%s\" cannot be told apart at Polar", work->server->name),
@@ -799,8 +800,8 @@ compare_with_meter(Reader *reader, void *arg)
 	Day		   *day;
 
 	add_up_rows(work);
-	abp_polar_meter_read(reader, work->meter, work->from_time, work->to_time, "day", NULL,
-						 take_quantity, work);
+	abp_polar_events_read_meter(reader, work->meter, work->from_time, work->to_time, "day", NULL,
+								take_quantity, work);
 	hash_seq_init(&scan, work->days);
 	while ((day = hash_seq_search(&scan)) != NULL)
 		conclude_day(day);
@@ -845,7 +846,7 @@ begin(FunctionCallInfo fcinfo, Reconciling *work)
 	InitMaterializedSRF(fcinfo, 0);
 	if (PG_ARGISNULL(0) || PG_ARGISNULL(1) || PG_ARGISNULL(2))
 		return false;
-	work->table = abp_attached_table(PG_GETARG_OID(0));
+	work->table = abp_attach_needed(PG_GETARG_OID(0));
 	may_read = pg_class_aclcheck(work->table->relid, GetUserId(), ACL_SELECT);
 	if (may_read != ACLCHECK_OK)
 		aclcheck_error(may_read, OBJECT_TABLE, get_rel_name(work->table->relid));

@@ -89,7 +89,7 @@ cost_differs(const UsageRow *row, NewCost *new)
 	if (row->cost_cents == NULL || !numeric_equal(new->cost.cost_cents, row->cost_cents))
 		return true;
 	/* what a correcting row says in nano-dollars makes a sum right */
-	return new->cost.cost_nanos != row->cost_nanos && !abp_corrects(row, &ignored);
+	return new->cost.cost_nanos != row->cost_nanos && !abp_correct_target(row, &ignored);
 }
 
 /* Then what Polar was told differs from what the row says. */
@@ -214,9 +214,9 @@ reprice_delivered(Repricing *repricing, const UsageRow *row, NewCost *new)
 	CorrectedCost told;
 	TextView	ignored;
 	const char *action = "reported";
-	bool		is_correction = abp_corrects(row, &ignored);
+	bool		is_correction = abp_correct_target(row, &ignored);
 
-	abp_corrected_cost(repricing->table, row, &told);
+	abp_correct_told(repricing->table, row, &told);
 	if (new->possible && !told.known)
 	{
 		new->possible = false;
@@ -398,8 +398,8 @@ abp_sql_reprice(PG_FUNCTION_ARGS)
 		if (PG_ARGISNULL(i))
 			return (Datum) 0;
 	}
-	abp_check_table_owner(PG_GETARG_OID(0));
-	table = abp_attached_table(PG_GETARG_OID(0));
+	abp_attach_check_owner(PG_GETARG_OID(0));
+	table = abp_attach_needed(PG_GETARG_OID(0));
 	repricing.table = table;
 	repricing.dry_run = PG_GETARG_BOOL(3);
 	repricing.corrects = PG_NARGS() > 4 && PG_GETARG_BOOL(4);
@@ -486,14 +486,14 @@ compare_with_wanted(const UsageRow *row, Jsonb *whole, void *arg)
 	MemoryContext old;
 
 	correcting->found = true;
-	if (abp_corrects(row, &corrects))
+	if (abp_correct_target(row, &corrects))
 		ereport(ERROR,
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 				 errmsg("usage row " INT64_FORMAT " of %s is itself a correction, of the row with external_id \"%.*s\"",
 						row->id, correcting->table->name, corrects.len, corrects.data),
 				 errhint("Correct that row again: what was corrected before counts.")));
 
-	abp_corrected_cost(correcting->table, row, &told);
+	abp_correct_told(correcting->table, row, &told);
 	if (!told.known)
 		ereport(ERROR,
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
@@ -529,8 +529,8 @@ abp_sql_correct(PG_FUNCTION_ARGS)
 	IdSet		ids = {0};
 	UsageTable *table;
 
-	abp_check_table_owner(relid);
-	table = abp_attached_table(relid);
+	abp_attach_check_owner(relid);
+	table = abp_attach_needed(relid);
 	correcting.table = table;
 	(void) abp_price_compute(&request, false, &wanted);
 

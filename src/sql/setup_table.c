@@ -102,7 +102,7 @@ check_delivery(Setup *setup, const UsageTable *table)
 		abp_setup_put(setup, item, SETUP_WRONG, "its owner may not use its server",
 					  psprintf("GRANT USAGE ON FOREIGN SERVER %s TO %s;", quote_identifier(table->server),
 							   quote_identifier(GetUserNameFromId(table->owner, false))));
-	else if (abp_ids_may_repeat(table->relid))
+	else if (abp_attach_ids_may_repeat(table->relid))
 		abp_setup_put(setup, item, SETUP_WRONG, "nothing keeps two of its rows from having the same id",
 					  psprintf("ALTER TABLE %s ADD UNIQUE (id);", table->name));
 	else if (table->paused_by_operator || table->paused_by_answer)

@@ -190,7 +190,7 @@ check_database(Setup *setup)
 								 get_database_name(MyDatabaseId));
 	char	   *databases;
 
-	if (abp_preloaded && abp_database_is_listed(false))
+	if (abp_preloaded && abp_status_lists_database(false))
 	{
 		abp_setup_put(setup, item, SETUP_RIGHT, NULL, NULL);
 		return;
@@ -216,7 +216,7 @@ check_database(Setup *setup)
 							   wrong), NULL);
 		return;
 	}
-	if (abp_database_is_listed(true))
+	if (abp_status_lists_database(true))
 		wrong = psprintf("%s: a name with capital letters is written in double quotes there", wrong);
 
 	/*
@@ -252,7 +252,7 @@ check_worker(Setup *setup)
 		abp_setup_put(setup, item, SETUP_RIGHT, NULL, NULL);
 		return;
 	}
-	if (!abp_preloaded || !abp_database_is_listed(false))
+	if (!abp_preloaded || !abp_status_lists_database(false))
 	{
 		abp_setup_put(setup, item, SETUP_UNKNOWN, "comes with the two things above; until then, deliver with CALL aibilling.sync()", NULL);
 		return;

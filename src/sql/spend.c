@@ -115,16 +115,11 @@ find_usage_table(Oid relid)
 	UsageColumns columns;
 	UsageTable *found;
 	char	   *problem;
-	ListCell   *lc;
 
 	abp_extension_check_version();
-	foreach(lc, abp_attachments(&armed))
-	{
-		UsageTable *table = lfirst(lc);
-
-		if (table->relid == relid)
-			return table;
-	}
+	found = abp_attachment_of(abp_attachments(&armed), relid);
+	if (found != NULL)
+		return found;
 
 	rel = table_open(relid, AccessShareLock);
 	if (rel->rd_rel->relispartition || !abp_row_columns_find(rel, &columns, &problem))

@@ -71,7 +71,7 @@ may_see(Oid relid)
  * with other capital letters, as a name without quotes is.
  */
 bool
-abp_database_is_listed(bool in_other_case)
+abp_status_lists_database(bool in_other_case)
 {
 	List	   *names;
 	ListCell   *lc;
@@ -222,10 +222,10 @@ no_worker_words(void)
 
 	if (!abp_preloaded)
 		return "no worker: the library is not preloaded (shared_preload_libraries)";
-	if (!abp_database_is_listed(false))
+	if (!abp_status_lists_database(false))
 		return psprintf("no worker: aibilling_polar.databases does not name \"%s\"%s",
 						get_database_name(MyDatabaseId),
-						abp_database_is_listed(true) ? " (a name with capital letters is written in double quotes there)" : "");
+						abp_status_lists_database(true) ? " (a name with capital letters is written in double quotes there)" : "");
 	if (RecoveryInProgress())
 		return "no worker: this server is a standby";
 	error = abp_wake_worker_error(get_database_name(MyDatabaseId));
@@ -352,7 +352,7 @@ status_words(const UsageTable *table, bool armed, int worker_pid, int shipper,
 	if (not_queued > 0)
 		appendStringInfo(&words, "; " INT64_FORMAT " rows were priced and not queued: aibilling_polar.enqueue was off",
 						 not_queued);
-	if (abp_ids_may_repeat(table->relid))
+	if (abp_attach_ids_may_repeat(table->relid))
 		appendStringInfoString(&words, "; warning: nothing keeps two rows from having the same id; add a UNIQUE index on (id)");
 	faults = abp_row_columns_faults(table->relid);
 	if (*faults != '\0')

@@ -10,6 +10,6 @@
 
 #include "postgres.h"
 
-extern bool abp_database_is_listed(bool in_other_case);
+extern bool abp_status_lists_database(bool in_other_case);
 
 #endif							/* ABP_STATUS_H */

@@ -104,7 +104,7 @@ begin_safe_names(void)
  * Raise an error unless the caller owns the table, or may act as its owner.
  */
 void
-abp_check_table_owner(Oid relid)
+abp_attach_check_owner(Oid relid)
 {
 	if (get_rel_name(relid) == NULL)
 		ereport(ERROR,
@@ -119,28 +119,23 @@ abp_check_table_owner(Oid relid)
  * error if it is not attached.
  */
 UsageTable *
-abp_attached_table(Oid relid)
+abp_attach_needed(Oid relid)
 {
 	bool		armed;
 	List	   *tables;
-	ListCell   *lc;
+	UsageTable *table;
 
 	abp_extension_check_version();
 	tables = abp_attachments(&armed);
 	abp_rows_forget_plans_except(tables);
-	foreach(lc, tables)
-	{
-		UsageTable *table = lfirst(lc);
-
-		if (table->relid == relid)
-			return table;
-	}
-	ereport(ERROR,
-			(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-			 errmsg("table %s is not attached", qualified_name(relid)),
-			 errhint("Attach it with SELECT aibilling.attach('%s', server => '...').",
-					 qualified_name(relid))));
-	return NULL;				/* keep the compiler quiet */
+	table = abp_attachment_of(tables, relid);
+	if (table == NULL)
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("table %s is not attached", qualified_name(relid)),
+				 errhint("Attach it with SELECT aibilling.attach('%s', server => '...').",
+						 qualified_name(relid))));
+	return table;
 }
 
 /* --- usage tables ------------------------------------------------------------ */
@@ -367,7 +362,7 @@ index_on(Oid relid, const char *column, bool unique)
  * table, whose key may hold more: there the rows themselves are looked at.
  */
 bool
-abp_ids_may_repeat(Oid relid)
+abp_attach_ids_may_repeat(Oid relid)
 {
 	return get_rel_relkind(relid) == RELKIND_RELATION && !OidIsValid(index_on(relid, "id", true));
 }
@@ -379,7 +374,7 @@ abp_ids_may_repeat(Oid relid)
 static void
 check_id_index(Oid relid)
 {
-	if (abp_ids_may_repeat(relid))
+	if (abp_attach_ids_may_repeat(relid))
 		ereport(ERROR,
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 				 errmsg("table \"%s\" has no unique index on column \"id\"",
@@ -550,7 +545,7 @@ enqueue_existing(Oid relid, bool was_attached)
 	};
 	Oid			argtypes[1] = {INT4OID};
 	Datum		args[1] = {Int32GetDatum(was_attached ? 0 : abp_ledger_age(relid))};
-	UsageTable *table = abp_attached_table(relid);
+	UsageTable *table = abp_attach_needed(relid);
 	IdSet		queued;
 	IdSet		known;
 
@@ -604,7 +599,7 @@ attach_table(Oid relid, const char *server, const char *existing, bool replicate
 				 errmsg("invalid value for parameter \"existing\": \"%s\"", existing),
 				 errhint("Use 'ignore' or 'send'.")));
 
-	abp_check_table_owner(relid);
+	abp_attach_check_owner(relid);
 	foreign = GetForeignServerByName(server, false);
 	may_use = abp_server_aclcheck(foreign->serverid, GetUserId());
 	if (may_use != ACLCHECK_OK)
@@ -615,7 +610,7 @@ attach_table(Oid relid, const char *server, const char *existing, bool replicate
 				 errmsg("server \"%s\" is a price service", server),
 				 errhint("Name a server of kind 'polar'.")));
 	LockRelationOid(relid, ShareRowExclusiveLock);
-	abp_check_table_owner(relid);	/* it may have changed hands meanwhile */
+	abp_attach_check_owner(relid);	/* it may have changed hands meanwhile */
 	check_usage_relation(relid);
 	was_attached = abp_attachment_find(relid, &old_server, &ledger_from);
 
@@ -689,11 +684,11 @@ abp_sql_detach(PG_FUNCTION_ARGS)
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg("invalid value for parameter \"pending\": \"%s\"", pending),
 				 errhint("Use 'refuse' or 'discard'.")));
-	abp_check_table_owner(relid);
-	(void) abp_attached_table(relid);
+	abp_attach_check_owner(relid);
+	(void) abp_attach_needed(relid);
 	/* against those who change rows, and the shipper: what is asked stays so */
 	LockRelationOid(relid, AccessExclusiveLock);
-	abp_check_table_owner(relid);	/* it may have changed hands meanwhile */
+	abp_attach_check_owner(relid);	/* it may have changed hands meanwhile */
 
 	if (abp_ledger_sending(relid))
 		ereport(ERROR,

@@ -12,8 +12,8 @@
 
 #include "queue/attachment.h"
 
-extern void abp_check_table_owner(Oid relid);
-extern UsageTable *abp_attached_table(Oid relid);
-extern bool abp_ids_may_repeat(Oid relid);
+extern void abp_attach_check_owner(Oid relid);
+extern UsageTable *abp_attach_needed(Oid relid);
+extern bool abp_attach_ids_may_repeat(Oid relid);
 
 #endif							/* ABP_ATTACH_H */

@@ -27,6 +27,7 @@
 #include "utils/numeric.h"
 #include "utils/rel.h"
 
+#include "base/json_member.h"
 #include "base/numeric_math.h"
 #include "base/rights.h"
 #include "queue/place.h"
@@ -54,12 +55,11 @@ static HTAB *expected_rows = NULL;	/* NULL: it is not inserting */
  * in the row's memory.
  */
 bool
-abp_corrects(const UsageRow *row, TextView *external_id)
+abp_correct_target(const UsageRow *row, TextView *external_id)
 {
 	JsonbValue	value;
 
-	if (row->tags_are_null || !JB_ROOT_IS_OBJECT(row->tags) ||
-		getKeyJsonValueFromContainer(&row->tags->root, "corrects", strlen("corrects"), &value) == NULL ||
+	if (row->tags_are_null || !abp_json_member(&row->tags->root, "corrects", &value) ||
 		value.type != jbvString ||
 		value.val.string.len == 0 || value.val.string.len > MAX_EXTERNAL_ID_LEN)
 		return false;
@@ -77,7 +77,7 @@ abp_correct_note(Oid usage_table, const UsageRow *row)
 {
 	TextView	corrects;
 
-	if (abp_corrects(row, &corrects))
+	if (abp_correct_target(row, &corrects))
 		abp_corrections_put(usage_table, corrects, row);
 }
 
@@ -93,7 +93,7 @@ abp_correct_changed(Oid usage_table, const Datum *old_values, const bool *old_nu
 	TextView	corrects;
 
 	abp_row_read(old_values, old_nulls, &old);
-	if (abp_corrects(&old, &corrects))
+	if (abp_correct_target(&old, &corrects))
 		abp_corrections_remove(usage_table, old.external_id);
 	if (row != NULL)
 		abp_correct_note(usage_table, row);
@@ -168,7 +168,7 @@ counts(const UsageTable *table, int64 id)
  * delivery.  A row that was sent without a cost has told nothing.
  */
 void
-abp_corrected_cost(const UsageTable *table, const UsageRow *row, CorrectedCost *corrected)
+abp_correct_told(const UsageTable *table, const UsageRow *row, CorrectedCost *corrected)
 {
 	ListCell   *lc;
 
@@ -228,7 +228,7 @@ abp_correct_price(Oid usage_table, const UsageRow *row, PricedCost *cost)
 	CorrectionToMake *correction;
 
 	if (likely(expected_rows == NULL) || usage_table != correcting_table || !cost->known ||
-		!abp_corrects(row, &corrects))
+		!abp_correct_target(row, &corrects))
 		return;
 	correction = find_expected(corrects.data, corrects.len);
 	if (correction != NULL &&

@@ -35,14 +35,14 @@ typedef struct CorrectionToMake
 	int64		made;			/* out: id of the correcting row */
 } CorrectionToMake;
 
-extern bool abp_corrects(const UsageRow *row, TextView *external_id);
+extern bool abp_correct_target(const UsageRow *row, TextView *external_id);
 extern void abp_correct_note(Oid usage_table, const UsageRow *row);
 extern void abp_correct_changed(Oid usage_table, const Datum *old_values,
 								const bool *old_nulls, const UsageRow *row);
 extern void abp_correct_note_existing(const UsageTable *table);
 extern void abp_correct_price(Oid usage_table, const UsageRow *row, PricedCost *cost);
-extern void abp_corrected_cost(const UsageTable *table, const UsageRow *row,
-							   CorrectedCost *corrected);
+extern void abp_correct_told(const UsageTable *table, const UsageRow *row,
+							 CorrectedCost *corrected);
 extern void abp_correct_insert(const UsageTable *table, CorrectionToMake *corrections,
 							   int ncorrections);
 

@@ -76,13 +76,13 @@ row_is_sound(const UsageRow *row, RowProblem *problem)
 		return breaks_rule(COL_UNITS, "must be a JSON object", problem);
 	if (row->raw_usage != NULL && row->usage_format.data == NULL)
 		return breaks_rule(COL_USAGE_FORMAT, "must name the format of raw_usage", problem);
-	if (row->usage_format.data != NULL && !abp_usage_format_known(row->usage_format))
+	if (row->usage_format.data != NULL && !abp_normalize_knows_format(row->usage_format))
 	{
 		problem->column = COL_USAGE_FORMAT;
 		problem->sqlerrcode = ERRCODE_INVALID_PARAMETER_VALUE;
 		problem->message = psprintf("unknown usage format \"%.*s\"",
 									row->usage_format.len, row->usage_format.data);
-		problem->hint = abp_usage_format_hint(row->usage_format);
+		problem->hint = abp_normalize_format_hint(row->usage_format);
 		return false;
 	}
 	return true;
@@ -349,7 +349,7 @@ abp_fate_doubt(const UsageRow *row)
 	char	   *doubt = NULL;
 
 	if (row->raw_usage == NULL || row->provider_cost == NULL ||
-		!abp_usage_format_known(row->usage_format))
+		!abp_normalize_knows_format(row->usage_format))
 		return NULL;
 	initStringInfo(&reason);
 	return abp_fate_normalize(&filled, &reason, &doubt) ? doubt : NULL;

@@ -16,14 +16,11 @@
 #include "fmgr.h"
 #include "miscadmin.h"
 #include "partitioning/partdesc.h"
-#include "utils/datum.h"
 #include "utils/fmgroids.h"
-#include "utils/fmgrprotos.h"
 #include "utils/rel.h"
 #include "utils/snapmgr.h"
 
 #include "base/idset.h"
-#include "base/numeric_math.h"
 #include "usage/lookup.h"
 #include "usage/relation.h"
 #include "usage/row.h"
@@ -175,9 +172,9 @@ abp_lookup_same_row(UsageRelation *known, Relation rel, HeapTuple tuple, void *a
 
 	abp_relation_read(known, tuple, RelationGetDescr(rel), values, nulls);
 	if (nulls[COL_EXTERNAL_ID] || row->nulls[COL_EXTERNAL_ID] ||
-		!abp_same_value(COL_EXTERNAL_ID, values[COL_EXTERNAL_ID], row->values[COL_EXTERNAL_ID]))
+		!abp_row_value_equal(COL_EXTERNAL_ID, values[COL_EXTERNAL_ID], row->values[COL_EXTERNAL_ID]))
 		return false;
-	row->unchanged = !abp_billed_columns_changed(values, nulls, row->values, row->nulls, &ignored);
+	row->unchanged = !abp_row_billed_changed(values, nulls, row->values, row->nulls, &ignored);
 	return true;
 }
 
@@ -215,51 +212,4 @@ abp_lookup_existing(Oid usage_table, const IdSet *ids)
 			abp_idset_add(&existing, walk.id, walk.id, CurrentMemoryContext);
 	}
 	return existing;
-}
-
-/*
- * Are two values of a column, not NULL, the same?  Numbers are if they are
- * equal, whatever zeros they end in, and JSON with such numbers, too.
- */
-bool
-abp_same_value(UsageColumn column, Datum a, Datum b)
-{
-	switch (abp_row_columns[column].type)
-	{
-		case INT8OID:
-		case TIMESTAMPTZOID:
-			return DatumGetInt64(a) == DatumGetInt64(b);
-		case UUIDOID:
-			return datum_image_eq(a, b, false, UUID_LEN);
-		case NUMERICOID:
-			return datum_image_eq(a, b, false, -1) ||
-				numeric_equal(DatumGetNumeric(a), DatumGetNumeric(b));
-		case JSONBOID:
-			return datum_image_eq(a, b, false, -1) ||
-				DatumGetBool(DirectFunctionCall2(jsonb_eq, a, b));
-		default:
-			return datum_image_eq(a, b, false, -1);
-	}
-}
-
-/* Has anything that is billed changed? */
-bool
-abp_billed_columns_changed(const Datum *old_values, const bool *old_nulls,
-						   const Datum *new_values, const bool *new_nulls,
-						   bool *raw_changed)
-{
-	bool		changed = false;
-
-	*raw_changed = false;
-	for (int i = 0; i < NUM_USAGE_COLUMNS; i++)
-	{
-		if (old_nulls[i] == new_nulls[i] &&
-			(old_nulls[i] || abp_same_value(i, old_values[i], new_values[i])))
-			continue;
-		if (abp_row_columns[i].billed)
-			changed = true;
-		else
-			*raw_changed = true;
-	}
-	return changed;
 }

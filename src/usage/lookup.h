@@ -35,11 +35,5 @@ extern bool abp_lookup_same_row(UsageRelation *known, Relation rel,
 								HeapTuple tuple, void *arg);
 extern bool abp_lookup_exists(Oid usage_table, int64 id);
 extern IdSet abp_lookup_existing(Oid usage_table, const IdSet *ids);
-extern bool abp_same_value(UsageColumn column, Datum a, Datum b);
-extern bool abp_billed_columns_changed(const Datum *old_values,
-									   const bool *old_nulls,
-									   const Datum *new_values,
-									   const bool *new_nulls,
-									   bool *raw_changed);
 
 #endif							/* ABP_LOOKUP_H */

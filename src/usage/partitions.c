@@ -111,7 +111,7 @@ lock_others(Oid usage_table, const IdSet *ids)
 
 	if (others.nranges == 0)
 		return others;
-	return abp_rows_lock(abp_attached_table(usage_table), &others, false);
+	return abp_rows_lock(abp_attach_needed(usage_table), &others, false);
 }
 
 /*
@@ -147,7 +147,7 @@ partition_has_gone(Oid usage_table, Oid partition, Oid serverid, int64 ledger_fr
 
 		is_changing = concurrently && !abp_idset_contains(&locked, walk.id) &&
 			abp_lookup_exists(usage_table, walk.id);
-		if (is_changing || abp_trigger_row_left(usage_table, walk.id, ledger_from, &outcome_unknown))
+		if (is_changing || abp_triggers_row_left(usage_table, walk.id, ledger_from, &outcome_unknown))
 			abp_idset_add(outcome_unknown ? &unknown : &unsent, walk.id, walk.id, CurrentMemoryContext);
 	}
 	note_vanished(usage_table, serverid, &unsent, false);

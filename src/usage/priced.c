@@ -99,7 +99,7 @@ abp_priced_tuple(UsageRelation *known, TupleDesc desc, const UsageRow *row,
  * Is this UPDATE, of a row of this table, ours?
  */
 bool
-abp_is_repriced(const UsageRelation *known, int64 id)
+abp_priced_by_us(const UsageRelation *known, int64 id)
 {
 	return OidIsValid(repricing_table) && known->usage_table == repricing_table &&
 		abp_idset_contains(repricing_ids, id);
@@ -109,7 +109,7 @@ abp_is_repriced(const UsageRelation *known, int64 id)
  * What a table's row deserves.  A cost beyond cost_nanos, which an INSERT refuses, rejects the row of a subscription.
  */
 void
-abp_deserved(const UsageRelation *known, const UsageRow *row, const ServerOptions *server, RowState *state)
+abp_priced_state(const UsageRelation *known, const UsageRow *row, const ServerOptions *server, RowState *state)
 {
 	PricedCost	cost;
 	char	   *problem;
@@ -124,12 +124,12 @@ abp_deserved(const UsageRelation *known, const UsageRow *row, const ServerOption
  * that this transaction has put into the outbox (NULL).
  */
 void
-abp_requeue(UsageRelation *known, Relation rel, const UsageRow *row, const ServerOptions *server,
-			const RowPlace *place)
+abp_priced_requeue(UsageRelation *known, Relation rel, const UsageRow *row, const ServerOptions *server,
+				   const RowPlace *place)
 {
 	RowState	state;
 
-	abp_deserved(known, row, server, &state);
+	abp_priced_state(known, row, server, &state);
 	if (state.state == OUTBOX_REJECTED)
 		abp_warn_rejected(rel, row->id, state.error);
 

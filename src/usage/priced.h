@@ -26,11 +26,11 @@
 extern HeapTuple abp_priced_tuple(UsageRelation *known, TupleDesc desc,
 								  const UsageRow *row, bool normalized, bool stripped,
 								  const PricedCost *cost);
-extern bool abp_is_repriced(const UsageRelation *known, int64 id);
-extern void abp_deserved(const UsageRelation *known, const UsageRow *row,
-						 const ServerOptions *server, RowState *state);
-extern void abp_requeue(UsageRelation *known, Relation rel, const UsageRow *row,
-						const ServerOptions *server, const RowPlace *place);
+extern bool abp_priced_by_us(const UsageRelation *known, int64 id);
+extern void abp_priced_state(const UsageRelation *known, const UsageRow *row,
+							 const ServerOptions *server, RowState *state);
+extern void abp_priced_requeue(UsageRelation *known, Relation rel, const UsageRow *row,
+							   const ServerOptions *server, const RowPlace *place);
 extern IdSet abp_priced_reprice(const UsageTable *table, IdSet *ids, bool held);
 
 #endif							/* ABP_PRICED_H */

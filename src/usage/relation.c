@@ -26,6 +26,7 @@
 #include "base/extension.h"
 #include "base/transaction.h"
 #include "base/usage_row.h"
+#include "compat.h"
 #include "polar/server.h"
 #include "queue/attachment.h"
 #include "queue/feed.h"
@@ -138,6 +139,18 @@ find_defaults(UsageRelation *known, Relation rel)
 		MemoryContextSwitchTo(old);
 	}
 	list_free(tables);
+}
+
+/*
+ * Does the caller own a usage table?  Not by way of a SECURITY DEFINER function
+ * of the owner's: what the owner may leave out of the bill, whoever calls their
+ * function may not.
+ */
+bool
+abp_relation_is_callers(Oid usage_table)
+{
+	return abp_owns_table(usage_table, GetUserId()) &&
+		abp_owns_table(usage_table, GetOuterUserId());
 }
 
 /*

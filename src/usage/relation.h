@@ -46,6 +46,7 @@ typedef struct UsageRelation
 	Oid			defaults_for;	/* and the role */
 } UsageRelation;
 
+extern bool abp_relation_is_callers(Oid usage_table);
 extern bool abp_relation_lacks_kept(const bool *nulls, const bool *old_nulls);
 extern HeapTuple abp_relation_keep(const UsageRelation *known, TupleDesc desc,
 								   HeapTuple tuple, HeapTuple old,

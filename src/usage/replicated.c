@@ -133,7 +133,7 @@ price_row(UsageRelation *known, TupleDesc desc, UsageRow *row, PricedCost *cost)
 {
 	const ServerOptions *server = OidIsValid(known->serverid) ? abp_server_options(known->serverid) : NULL;
 	bool		strips = server != NULL && server->strip_raw_usage && row->raw_usage != NULL &&
-	abp_usage_format_known(row->usage_format);
+	abp_normalize_knows_format(row->usage_format);
 	Jsonb	   *kept = NULL;
 	bool		normalized;
 
@@ -218,7 +218,7 @@ find_unsaid(const Datum *old_values, const bool *old_nulls, const Datum *values,
 {
 	bool		had_raw = !old_nulls[COL_RAW_USAGE] || !old_nulls[COL_USAGE_FORMAT];
 	bool		new_raw = !nulls[COL_RAW_USAGE] && !old_nulls[COL_RAW_USAGE] &&
-	!abp_same_value(COL_RAW_USAGE, values[COL_RAW_USAGE], old_values[COL_RAW_USAGE]);
+	!abp_row_value_equal(COL_RAW_USAGE, values[COL_RAW_USAGE], old_values[COL_RAW_USAGE]);
 
 	memset(take, 0, sizeof(bool) * NUM_USAGE_COLUMNS);
 	take[COL_EXTERNAL_ID] = nulls[COL_EXTERNAL_ID];
@@ -301,17 +301,17 @@ abp_replicated_update(UsageRelation *known, Relation rel, HeapTuple old, HeapTup
 
 	abp_relation_read(known, old, desc, old_values, old_nulls);
 	abp_relation_read(known, tuple, desc, values, nulls);
-	repriced = abp_is_repriced(known, DatumGetInt64(old_values[COL_ID]));
+	repriced = abp_priced_by_us(known, DatumGetInt64(old_values[COL_ID]));
 	find_unsaid(old_values, old_nulls, values, nulls, take);
 	tuple = abp_relation_take_old(known, desc, tuple, old, take);
 	abp_relation_read(known, tuple, desc, values, nulls);
 	if (abp_relation_lacks_defaults(known, nulls))
 		known = abp_relation_fill_defaults(known, rel, &tuple, values, nulls);
-	if (!abp_billed_columns_changed(old_values, old_nulls, values, nulls, &raw_changed) && !repriced &&
+	if (!abp_row_billed_changed(old_values, old_nulls, values, nulls, &raw_changed) && !repriced &&
 		(!raw_changed || nulls[COL_RAW_USAGE]))
 		return tuple;
 	abp_row_read(values, nulls, &row);
-	if (!abp_same_value(COL_EXTERNAL_ID, old_values[COL_EXTERNAL_ID], values[COL_EXTERNAL_ID]) &&
+	if (!abp_row_value_equal(COL_EXTERNAL_ID, old_values[COL_EXTERNAL_ID], values[COL_EXTERNAL_ID]) &&
 		(row.external_id.len > MAX_STORED_EXTERNAL_ID ||
 		 external_id_exists(known, rel, values[COL_EXTERNAL_ID])))
 	{
@@ -344,7 +344,7 @@ abp_replicated_update(UsageRelation *known, Relation rel, HeapTuple old, HeapTup
 			new_values[i] = old_values[i];
 			new_nulls[i] = old_nulls[i];
 		}
-		if (abp_billed_columns_changed(old_values, old_nulls, new_values, new_nulls, &raw_changed))
+		if (abp_row_billed_changed(old_values, old_nulls, new_values, new_nulls, &raw_changed))
 			keep_billed(known, rel, row.id, place.where == ROW_SENDING ? "it is being sent" :
 						place.where == ROW_DELIVERED ? "it has been delivered" : "it may have been delivered");
 		return abp_relation_take_old(known, desc, tuple, old, take);
@@ -358,7 +358,7 @@ abp_replicated_update(UsageRelation *known, Relation rel, HeapTuple old, HeapTup
 		row.cost_nanos = cost.cost_nanos;
 		row.cost_cents = cost.cost_cents;
 		abp_correct_changed(known->usage_table, old_values, old_nulls, &row);
-		abp_requeue(known, rel, &row, server, own ? NULL : &place);
+		abp_priced_requeue(known, rel, &row, server, own ? NULL : &place);
 	}
 	return priced;
 }

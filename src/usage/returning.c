@@ -14,7 +14,6 @@
 #include "utils/snapmgr.h"
 
 #include "base/transaction.h"
-#include "compat.h"
 #include "queue/ledger.h"
 #include "usage/lookup.h"
 #include "usage/relation.h"
@@ -113,18 +112,6 @@ abp_returning_remember(Oid usage_table, int64 id, ReturnKind kind)
 }
 
 /*
- * Does the caller own a usage table?  Not by way of a SECURITY DEFINER function
- * of the owner's: what the owner may leave out of the bill, whoever calls their
- * function may not.
- */
-bool
-abp_is_owned_by_caller(Oid usage_table)
-{
-	return abp_owns_table(usage_table, GetUserId()) &&
-		abp_owns_table(usage_table, GetOuterUserId());
-}
-
-/*
  * Is a row that is inserted with its cost filled in one that was there?  When
  * its statement began it was visible, or Polar has it and it is its owner who
  * brings it back.
@@ -138,7 +125,7 @@ returning_kind(UsageRelation *known, RowColumns *row, int64 id, ReturnKind *kind
 		*kind = row->unchanged ? RETURN_MOVED : RETURN_CHANGED;
 		return true;
 	}
-	if (abp_is_owned_by_caller(known->usage_table) &&
+	if (abp_relation_is_callers(known->usage_table) &&
 		abp_ledger_has(known->usage_table, id, known->ledger_from))
 	{
 		*kind = RETURN_DELIVERED;

@@ -44,7 +44,6 @@ typedef struct Returning
 extern Returning *abp_returning_find(Oid usage_table, int64 id,
 									 HASHACTION action);
 extern void abp_returning_remember(Oid usage_table, int64 id, ReturnKind kind);
-extern bool abp_is_owned_by_caller(Oid usage_table);
 extern bool abp_returning_remains(UsageRelation *known, const Datum *values,
 								  const bool *nulls);
 

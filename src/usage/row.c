@@ -11,6 +11,7 @@
 #include "catalog/pg_type.h"
 #include "mb/pg_wchar.h"
 #include "utils/builtins.h"
+#include "utils/datum.h"
 #include "utils/fmgrprotos.h"
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
@@ -19,6 +20,7 @@
 #include "utils/timestamp.h"
 #include "utils/typcache.h"
 
+#include "base/numeric_math.h"
 #include "base/text_view.h"
 #include "base/usage_row.h"
 #include "compat.h"
@@ -513,4 +515,53 @@ abp_row_value_fits(const UsageColumns *columns, UsageColumn column, Datum value)
 		default:
 			return true;
 	}
+}
+
+/*
+ * Are two values of a column, not NULL, the same?  Numbers are if they are
+ * equal, whatever zeros they end in, and JSON with such numbers, too.
+ */
+bool
+abp_row_value_equal(UsageColumn column, Datum a, Datum b)
+{
+	switch (abp_row_columns[column].type)
+	{
+		case INT8OID:
+		case TIMESTAMPTZOID:
+			return DatumGetInt64(a) == DatumGetInt64(b);
+		case UUIDOID:
+			return datum_image_eq(a, b, false, UUID_LEN);
+		case NUMERICOID:
+			return datum_image_eq(a, b, false, -1) ||
+				numeric_equal(DatumGetNumeric(a), DatumGetNumeric(b));
+		case JSONBOID:
+			return datum_image_eq(a, b, false, -1) ||
+				DatumGetBool(DirectFunctionCall2(jsonb_eq, a, b));
+		default:
+			return datum_image_eq(a, b, false, -1);
+	}
+}
+
+/*
+ * Has anything that is billed changed?
+ */
+bool
+abp_row_billed_changed(const Datum *old_values, const bool *old_nulls,
+					   const Datum *new_values, const bool *new_nulls,
+					   bool *raw_changed)
+{
+	bool		changed = false;
+
+	*raw_changed = false;
+	for (int i = 0; i < NUM_USAGE_COLUMNS; i++)
+	{
+		if (old_nulls[i] == new_nulls[i] &&
+			(old_nulls[i] || abp_row_value_equal(i, old_values[i], new_values[i])))
+			continue;
+		if (abp_row_columns[i].billed)
+			changed = true;
+		else
+			*raw_changed = true;
+	}
+	return changed;
 }

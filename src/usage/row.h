@@ -82,5 +82,11 @@ extern Datum abp_row_value_write(const UsageColumns *columns, UsageColumn column
 								 Datum value, bool isnull);
 extern bool abp_row_value_fits(const UsageColumns *columns, UsageColumn column,
 							   Datum value);
+extern bool abp_row_value_equal(UsageColumn column, Datum a, Datum b);
+extern bool abp_row_billed_changed(const Datum *old_values,
+								   const bool *old_nulls,
+								   const Datum *new_values,
+								   const bool *new_nulls,
+								   bool *raw_changed);
 
 #endif							/* ABP_ROW_H */

@@ -88,12 +88,8 @@ abp_rows_forget_plans_except(List *tables)
 	foreach(lc, read_plans)
 	{
 		ReadPlans  *plans = lfirst(lc);
-		bool		attached = false;
-		ListCell   *t;
 
-		foreach(t, tables)
-			attached |= ((UsageTable *) lfirst(t))->relid == plans->relid;
-		if (attached)
+		if (abp_attachment_of(tables, plans->relid) != NULL)
 			continue;
 		free_plans(plans);
 		pfree(plans);

@@ -104,7 +104,7 @@ requeue_row(UsageRelation *known, Relation rel, const UsageRow *row,
 	RowPlace	place;
 	bool		own;
 
-	if (abp_is_repriced(known, row->id))
+	if (abp_priced_by_us(known, row->id))
 		return;					/* whoever reprices moves the ids themselves */
 
 	own = abp_collect_find(known->usage_table, row->id, &place);
@@ -132,7 +132,7 @@ requeue_row(UsageRelation *known, Relation rel, const UsageRow *row,
 			refuse_change(&other, rel, row->id, "update");
 	}
 
-	abp_requeue(known, rel, row, server, own ? NULL : &place);
+	abp_priced_requeue(known, rel, row, server, own ? NULL : &place);
 }
 
 /* Tell, once a session, of triggers on a table that is not attached. */
@@ -192,9 +192,9 @@ read_updated(NewRow *row, HeapTuple old)
 		abp_relation_read(row->known, row->tuple, desc, row->values, row->nulls);
 	}
 	fill_in_defaults(row);
-	changed = abp_billed_columns_changed(old_values, old_nulls, row->values, row->nulls,
-										 &raw_changed);
-	if (!changed && !abp_is_repriced(row->known, DatumGetInt64(old_values[COL_ID])) &&
+	changed = abp_row_billed_changed(old_values, old_nulls, row->values, row->nulls,
+									 &raw_changed);
+	if (!changed && !abp_priced_by_us(row->known, DatumGetInt64(old_values[COL_ID])) &&
 		(!raw_changed || row->nulls[COL_RAW_USAGE]))
 		return false;
 	if (!row->nulls[COL_ID] && !old_nulls[COL_ID] &&
@@ -330,7 +330,7 @@ enqueue_is_off(Oid usage_table)
 
 	if (abp_enqueue)
 		return false;
-	if (abp_is_owned_by_caller(usage_table))
+	if (abp_relation_is_callers(usage_table))
 		return true;
 
 	if (!warned)
@@ -395,7 +395,7 @@ abp_sql_enqueue_usage(PG_FUNCTION_ARGS)
 
 	if (server != NULL)
 	{
-		abp_deserved(known, &row, server, &state);
+		abp_priced_state(known, &row, server, &state);
 		state.outcome_unknown = was_there != NULL;
 		if (state.state == OUTBOX_REJECTED)
 			abp_warn_rejected(rel, row.id, state.error);
@@ -434,7 +434,7 @@ leave_to_other(Oid usage_table, int64 id, int64 ledger_from, const RowPlace *pla
  * waits, and whether Polar may have it.
  */
 bool
-abp_trigger_row_left(Oid usage_table, int64 id, int64 ledger_from, bool *outcome_unknown)
+abp_triggers_row_left(Oid usage_table, int64 id, int64 ledger_from, bool *outcome_unknown)
 {
 	RowPlace	place;
 	RowPlace	before;

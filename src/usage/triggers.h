@@ -13,7 +13,7 @@
 #include "base/idset.h"
 #include "queue/attachment.h"
 
-extern bool abp_trigger_row_left(Oid usage_table, int64 id, int64 ledger_from,
-								 bool *outcome_unknown);
+extern bool abp_triggers_row_left(Oid usage_table, int64 id, int64 ledger_from,
+								  bool *outcome_unknown);
 
 #endif							/* ABP_TRIGGERS_H */

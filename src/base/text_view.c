@@ -33,12 +33,9 @@ abp_text_view_copy(TextView view, MemoryContext context)
  * A reason as text, cut to MAX_REASON_LEN; palloc'd.
  */
 text	   *
-abp_reason_text(const char *error)
+abp_reason_text(const char *reason)
 {
-	int			len = strlen(error);
-
-	return cstring_to_text_with_len(error, len <= MAX_REASON_LEN ? len :
-									pg_mbcliplen(error, len, MAX_REASON_LEN));
+	return cstring_to_text_with_len(reason, abp_short_length(reason));
 }
 
 /* How many bytes of a string of the user's a reason may repeat. */

@@ -69,6 +69,14 @@ text_view_datum(TextView view)
 	return PointerGetDatum(cstring_to_text_with_len(view.data, view.len));
 }
 
+/* The same of one that may be NULL. */
+static inline Datum
+text_view_or_null(TextView view, bool *isnull)
+{
+	*isnull = view.data == NULL;
+	return *isnull ? (Datum) 0 : text_view_datum(view);
+}
+
 /* Is a string what a constant says? */
 static inline bool
 text_view_is(TextView view, const char *other)

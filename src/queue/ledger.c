@@ -257,7 +257,7 @@ abp_ledger_finish(Delivery *delivery, const char *state, const char *error)
 
 	abp_statement_run_alone(&finish, values, nulls);
 	if (strcmp(state, "delivered") != 0)
-		abp_share_drop(delivery->id);
+		abp_shares_drop(&delivery->id, 1);
 }
 
 /* What event_keys has written, in the current memory context; NULL if nothing. */

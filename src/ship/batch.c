@@ -99,7 +99,7 @@ take_ids(Turn *turn, const UsageTable *table, Position *position, int64 max_ids,
 static void
 write_share(const Delivery *delivery)
 {
-	abp_share_write(delivery->id, delivery->usage_table, delivery->share, &delivery->counted);
+	abp_shares_write(delivery->id, delivery->usage_table, delivery->share, &delivery->counted);
 }
 
 /* Take ids, fill a request with their rows, and enter it in the ledger. */

@@ -547,8 +547,8 @@ add_up(Filling *filling)
 		IdSet		counted = {0};
 
 		if (delivery->outcome_unknown)
-			counted = abp_share_counted(delivery->usage_table, &delivery->ids,
-										filling->table->ledger_from);
+			counted = abp_shares_counted(delivery->usage_table, &delivery->ids,
+										 filling->table->ledger_from);
 		abp_idset_add_set(&delivery->counted, &counted, filling->shipment->context);
 		delivery->knows_counted = true;
 	}

@@ -24,7 +24,6 @@
 #include "utils/timestamp.h"
 
 #include "compat.h"
-#include "polar/server.h"
 #include "queue/shares.h"
 #include "ship/fold.h"
 #include "ship/guard.h"
@@ -121,14 +120,6 @@ detached_table(Oid relid)
 	return table;
 }
 
-static const EventFormat *
-format_of(const UsageTable *table)
-{
-	static const EventFormat plain = {.tag_prefix = ""};
-
-	return OidIsValid(table->serverid) ? &abp_server_options(table->serverid)->format : &plain;
-}
-
 /* A delivery whose rows are to be summed up. */
 typedef struct SumStep
 {
@@ -151,11 +142,11 @@ sum_step(void *arg)
 	CommandCounterIncrement();
 	PushActiveSnapshot(GetLatestSnapshot());
 	counted = share->knows_counted ? share->counted :
-		abp_share_counted(share->usage_table, &share->ids, step->table->ledger_from);
+		abp_shares_counted(share->usage_table, &share->ids, step->table->ledger_from);
 	ids = abp_idset_subtract(&share->ids, &counted);
 	abp_guard_start_clock();
-	abp_share_set_sums(share->delivery, abp_rollup_sum_rows(step->table, &ids,
-															format_of(step->table)));
+	abp_shares_set_sums(share->delivery,
+						abp_rollup_sum_rows(step->table, &ids, abp_share_format(step->table->serverid)));
 	PopActiveSnapshot();
 }
 
@@ -169,7 +160,7 @@ sum_up(List *tables, Share *share)
 
 	if (!SearchSysCacheExists1(RELOID, ObjectIdGetDatum(share->usage_table)))
 	{
-		abp_rollup_forget(share->usage_table);
+		abp_shares_forget(share->usage_table);
 		return true;
 	}
 	table = abp_attachment_of(tables, share->usage_table);

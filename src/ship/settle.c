@@ -121,8 +121,8 @@ static void
 forget_share(Delivery *delivery)
 {
 	delivery->share = NULL;
-	abp_share_write(delivery->id, delivery->usage_table, NULL,
-					delivery->knows_counted ? &delivery->counted : NULL);
+	abp_shares_write(delivery->id, delivery->usage_table, NULL,
+					 delivery->knows_counted ? &delivery->counted : NULL);
 }
 
 /* From now on these rows, of those that it has, are all that a delivery has. */
@@ -217,7 +217,7 @@ count_without(Shipment *shipment, const IdSet *ids)
 	abp_idset_add_set(&delivery->counted, ids, shipment->context);
 	abp_idset_sort(&delivery->counted);
 	abp_shipment_add_up(shipment);
-	abp_share_write(delivery->id, delivery->usage_table, delivery->share, &delivery->counted);
+	abp_shares_write(delivery->id, delivery->usage_table, delivery->share, &delivery->counted);
 }
 
 /* Polar has the events of a delivery. */

@@ -289,7 +289,7 @@ recover(List *tables)
 		shipment->delivery.vanished_ids = abp_idset_copy(&left->vanished_ids);
 		abp_shipment_copy_keys(&shipment->delivery, left);
 		shipment->delivery.knows_counted =
-			abp_share_load_counted(left->id, &shipment->delivery.counted);
+			abp_shares_load_counted(left->id, &shipment->delivery.counted);
 		MemoryContextSwitchTo(old);
 		shipment->delivery.nevents = abp_idset_count(&left->ids);
 		shipment->stage = SHIPMENT_WAITING;
@@ -357,7 +357,7 @@ forget_dropped(List *tables)
 			continue;
 		count = abp_outbox_discard(table->relid);
 		abp_attachment_forget(table->relid);
-		abp_rollup_forget(table->relid);
+		abp_shares_forget(table->relid);
 		tables_stale = true;
 		if (count > 0)
 			ereport(WARNING,

@@ -244,14 +244,6 @@ abp_sql_cost(PG_FUNCTION_ARGS)
 }
 
 static Datum
-text_view_value(TextView view, bool *isnull)
-{
-	*isnull = view.data == NULL;
-	return *isnull ? (Datum) 0 :
-		text_view_datum(view);
-}
-
-static Datum
 numeric_value(Numeric value, bool *isnull)
 {
 	*isnull = value == NULL;
@@ -285,7 +277,7 @@ put_explanation(ReturnSetInfo *rsinfo, const PriceRequest *request, Numeric stor
 		CHECK_FOR_INTERRUPTS();
 
 		memset(nulls, true, sizeof(nulls));
-		values[0] = text_view_value(bucket->name, &nulls[0]);
+		values[0] = text_view_or_null(bucket->name, &nulls[0]);
 		values[1] = numeric_value(bucket->quantity, &nulls[1]);
 		values[2] = numeric_value(bucket->price, &nulls[2]);
 		values[3] = Int64GetDatum(bucket->per);
@@ -294,12 +286,12 @@ put_explanation(ReturnSetInfo *rsinfo, const PriceRequest *request, Numeric stor
 		values[5] = numeric_value(bucket->amount, &nulls[5]);
 		if (explanation.provider.data != NULL)
 		{
-			values[6] = text_view_value(explanation.provider, &nulls[6]);
-			values[7] = text_view_value(explanation.model, &nulls[7]);
-			values[8] = text_view_value(explanation.service_tier, &nulls[8]);
+			values[6] = text_view_or_null(explanation.provider, &nulls[6]);
+			values[7] = text_view_or_null(explanation.model, &nulls[7]);
+			values[8] = text_view_or_null(explanation.service_tier, &nulls[8]);
 			values[9] = Int64GetDatum(explanation.context_above);
 			nulls[9] = false;
-			values[10] = text_view_value(explanation.source, &nulls[10]);
+			values[10] = text_view_or_null(explanation.source, &nulls[10]);
 			values[11] = TimestampTzGetDatum(explanation.valid_from);
 			nulls[11] = false;
 			nulls[12] = nulls[13] = !explanation.has_window;
@@ -534,8 +526,8 @@ abp_sql_priced_model(PG_FUNCTION_ARGS)
 		elog(ERROR, "return type must be a row type");
 	if (abp_price_find_model(&provider, &model))
 	{
-		values[0] = text_view_value(provider, &nulls[0]);
-		values[1] = text_view_value(model, &nulls[1]);
+		values[0] = text_view_or_null(provider, &nulls[0]);
+		values[1] = text_view_or_null(model, &nulls[1]);
 	}
 	PG_RETURN_DATUM(HeapTupleGetDatum(heap_form_tuple(BlessTupleDesc(tupdesc), values, nulls)));
 }

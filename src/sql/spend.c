@@ -17,7 +17,6 @@
 #include "utils/acl.h"
 #include "utils/builtins.h"
 #include "utils/date.h"
-#include "utils/datetime.h"
 #include "utils/lsyscache.h"
 #include "utils/rel.h"
 #include "utils/rls.h"
@@ -27,8 +26,8 @@
 #include "base/decimal.h"
 #include "base/extension.h"
 #include "compat.h"
-#include "polar/server.h"
 #include "queue/outbox.h"
+#include "queue/rollup_table.h"
 #include "queue/shares.h"
 #include "usage/collect.h"
 #include "usage/rollup.h"
@@ -38,27 +37,6 @@
 PG_FUNCTION_INFO_V1(abp_sql_usage_daily);
 PG_FUNCTION_INFO_V1(abp_sql_usage_by);
 PG_FUNCTION_INFO_V1(abp_sql_spend);
-
-/* Columns of usage_daily() and usage_by(). */
-enum
-{
-	DAILY_DAY,
-	DAILY_EXTERNAL_CUSTOMER_ID,
-	DAILY_CUSTOMER_ID,
-	DAILY_PROVIDER,
-	DAILY_MODEL,
-	DAILY_EVENT_NAME,
-	DAILY_USAGE_ROWS,
-	DAILY_INPUT_TOKENS,
-	DAILY_CACHE_READ_TOKENS,
-	DAILY_CACHE_WRITE_TOKENS,
-	DAILY_OUTPUT_TOKENS,
-	DAILY_REASONING_TOKENS,
-	DAILY_COST_NANOS,
-	DAILY_COST_CENTS,
-	DAILY_UNPRICED,
-	NUM_DAILY
-};
 
 /* --- what is not in the rollup ---------------------------------------------- */
 
@@ -173,8 +151,7 @@ read_pending_row(const UsageRow *row, Jsonb *whole, void *arg)
 static void
 read_pending(const UsageTable *table, KeyFilter wants, SumsReader reader, void *arg)
 {
-	static const EventFormat plain = {.tag_prefix = ""};
-	Pending		pending = {.wants = wants,.reader = reader,.arg = arg,.format = &plain};
+	Pending		pending = {.wants = wants,.reader = reader,.arg = arg};
 	IdSet		ids = {0};
 	IdSet		unsure = {0};
 	IdSet		unknown = {0};	/* of shares without known sums */
@@ -208,7 +185,7 @@ read_pending(const UsageTable *table, KeyFilter wants, SumsReader reader, void *
 	/* What has come back, or has an id of before, may be counted already. */
 	abp_idset_add_set(&unsure, &unknown, CurrentMemoryContext);
 	abp_idset_sort(&unsure);
-	counted = abp_share_counted(table->relid, &unsure, table->ledger_from);
+	counted = abp_shares_counted(table->relid, &unsure, table->ledger_from);
 	unsure = abp_idset_subtract(&unsure, &counted);
 	abp_idset_add_set(&ids, &unsure, CurrentMemoryContext);
 	abp_idset_sort(&ids);
@@ -216,28 +193,12 @@ read_pending(const UsageTable *table, KeyFilter wants, SumsReader reader, void *
 	if (ids.nranges == 0)
 		return;
 
-	if (OidIsValid(table->serverid))
-		pending.format = &abp_server_options(table->serverid)->format;
+	pending.format = abp_share_format(table->serverid);
 	abp_share_init(&pending.scratch, CurrentMemoryContext);
 	abp_rows_read(table, &ids, false, read_pending_row, &pending);
 }
 
 /* --- months ------------------------------------------------------------------- */
-
-/* The first day of this one's month, or of a later month. */
-static DateADT
-first_of_month(DateADT day, int months_later)
-{
-	int			year;
-	int			month;
-	int			mday;
-
-	if (DATE_NOT_FINITE(day))
-		return day;
-	j2date(day + POSTGRES_EPOCH_JDATE, &year, &month, &mday);
-	month += months_later;
-	return date2j(year, month, 1) - POSTGRES_EPOCH_JDATE;
-}
 
 static bool
 note_row(const Datum *values, const bool *nulls, void *arg)
@@ -256,7 +217,7 @@ is_empty(Oid relid, DateADT from_day, DateADT end)
 	if (from_day >= end)
 		return true;
 	range.to_day = end - 1;
-	abp_rollup_read(&range, note_row, &found);
+	abp_rollup_table_read(&range, note_row, &found);
 	return !found;
 }
 
@@ -270,12 +231,12 @@ whole_months(const RollupRange *range, DateADT *first, DateADT *end)
 {
 	DateADT		behind = DATE_NOT_FINITE(range->to_day) ? range->to_day : range->to_day + 1;
 
-	*first = first_of_month(range->from_day, 0);
+	*first = abp_share_month(range->from_day, 0);
 	if (!is_empty(range->usage_table, *first, range->from_day))
-		*first = first_of_month(range->from_day, 1);
-	*end = first_of_month(behind, 1);
+		*first = abp_share_month(range->from_day, 1);
+	*end = abp_share_month(behind, 1);
 	if (!is_empty(range->usage_table, behind, *end))
-		*end = first_of_month(behind, 0);
+		*end = abp_share_month(behind, 0);
 	if (*first >= *end)
 		*first = *end = behind;
 }
@@ -307,15 +268,9 @@ reduced(const Daily *daily, const ShareKey *key)
 	switch (daily->by)
 	{
 		case BY_MODEL:
-			return (ShareKey)
-			{
-				.day = key->day,.provider = key->provider,.model = key->model
-			};
+			return abp_share_key_by_model(key);
 		case BY_CUSTOMER:
-			return (ShareKey)
-			{
-				.external_customer_id = key->external_customer_id,.customer_id = key->customer_id
-			};
+			return abp_share_key_by_customer(key);
 		case BY_ALL:
 			break;
 	}
@@ -334,26 +289,18 @@ static void
 add_pending(const ShareKey *key, const ShareSums *sums, bool delivered, void *arg)
 {
 	Daily	   *daily = arg;
-	ShareGroups *groups = &daily->groups;
-	ShareKey	kept;
+	ShareKey	kept = reduced(daily, key);
 
-	kept = reduced(daily, key);
-	resetStringInfo(&groups->key);
-	abp_share_key_write(&groups->key, &kept);
-	abp_share_add(groups, &abp_share_group(groups, groups->key.data, groups->key.len)->sums, sums);
+	abp_share_add(&daily->groups, &abp_share_group_of(&daily->groups, &kept)->sums, sums);
 }
 
+/* A text of the rollup; one that is compressed, or lies elsewhere, is fetched. */
 static TextView
 view_of(const Datum *values, const bool *nulls, RollupColumn column)
 {
-	TextView	view = {NULL, 0};
+	TextView	none = {NULL, 0};
 
-	if (!nulls[column])
-	{
-		view.data = VARDATA_ANY(DatumGetPointer(values[column]));
-		view.len = VARSIZE_ANY_EXHDR(DatumGetPointer(values[column]));
-	}
-	return view;
+	return nulls[column] ? none : text_view_from_datum(values[column]);
 }
 
 /* The key of a row of the rollup, which must live on. */
@@ -377,35 +324,34 @@ add_datums(Datum a, Numeric b)
 	return DirectFunctionCall2(numeric_add, a, NumericGetDatum(b));
 }
 
-/* Texts of the rollup may be compressed, or lie elsewhere. */
+/*
+ * Put a row into the result, which has the day and then the columns that follow
+ * the key in the rollup.
+ */
 static void
-detoast_texts(Datum *values, const bool *nulls)
+put_row(Daily *daily, Datum *values, bool *nulls)
 {
-	for (int i = ROLLUP_EXTERNAL_CUSTOMER_ID; i <= ROLLUP_EVENT_NAME; i++)
-	{
-		if (i != ROLLUP_CUSTOMER_ID && !nulls[i])
-			values[i] = PointerGetDatum(PG_DETOAST_DATUM_PACKED(values[i]));
-	}
+	values[ROLLUP_KEY] = values[ROLLUP_DAY];
+	nulls[ROLLUP_KEY] = nulls[ROLLUP_DAY];
+	tuplestore_putvalues(daily->result->setResult, daily->result->setDesc, &values[ROLLUP_KEY],
+						 &nulls[ROLLUP_KEY]);
 }
 
 /* A row of the rollup, and what is to be added to it. */
 static bool
-return_rollup_row(const Datum *rollup_values, const bool *nulls, void *arg)
+return_rollup_row(const Datum *rollup_values, const bool *rollup_nulls, void *arg)
 {
 	Daily	   *daily = arg;
 	Datum		values[NUM_ROLLUP_COLUMNS];
+	bool		nulls[NUM_ROLLUP_COLUMNS];
 
 	memcpy(values, rollup_values, sizeof(values));
+	memcpy(nulls, rollup_nulls, sizeof(nulls));
 	if (daily->groups.ngroups > 0)
 	{
-		ShareGroup *group;
-		ShareKey	key;
+		ShareKey	key = key_of_rollup(values, nulls);
+		ShareGroup *group = abp_share_find(&daily->groups, &key);
 
-		detoast_texts(values, nulls);
-		key = key_of_rollup(values, nulls);
-		resetStringInfo(&daily->groups.key);
-		abp_share_key_write(&daily->groups.key, &key);
-		group = abp_share_find(&daily->groups, daily->groups.key.data, daily->groups.key.len);
 		if (group != NULL)
 		{
 			const ShareSums *sums = &group->sums;
@@ -424,71 +370,38 @@ return_rollup_row(const Datum *rollup_values, const bool *nulls, void *arg)
 				Int64GetDatum(DatumGetInt64(values[ROLLUP_UNPRICED]) + sums->unpriced);
 		}
 	}
-
-	/* the day, the rest follows in the same order */
-	StaticAssertStmt(NUM_ROLLUP_COLUMNS - ROLLUP_EXTERNAL_CUSTOMER_ID == NUM_DAILY - 1,
-					 "the rollup has the columns of usage_daily()");
-	values[ROLLUP_KEY] = values[ROLLUP_DAY];
-	tuplestore_putvalues(daily->result->setResult, daily->result->setDesc, &values[ROLLUP_KEY],
-						 unconstify(bool *, &nulls[ROLLUP_KEY]));
+	put_row(daily, values, nulls);
 	return true;
 }
 
-static Datum
-text_or_null(TextView text, bool *isnull)
-{
-	*isnull = text.data == NULL;
-
-	return *isnull ? (Datum) 0 : PointerGetDatum(cstring_to_text_with_len(text.data, text.len));
-}
-
+/* A group of which the rollup has nothing. */
 static void
 return_group(Daily *daily, const ShareGroup *group)
 {
-	const ShareSums *sums = &group->sums;
-	Datum		values[NUM_DAILY];
-	bool		nulls[NUM_DAILY] = {false};
-	pg_uuid_t	customer_id;
-	ShareKey	key;
+	Datum		values[NUM_ROLLUP_COLUMNS];
+	bool		nulls[NUM_ROLLUP_COLUMNS];
 
-	abp_share_key_read(group->key, group->keylen, &key, &customer_id);
-	values[DAILY_DAY] = DateADTGetDatum(key.day);
-	nulls[DAILY_DAY] = daily->by == BY_CUSTOMER;
-	values[DAILY_EXTERNAL_CUSTOMER_ID] =
-		text_or_null(key.external_customer_id, &nulls[DAILY_EXTERNAL_CUSTOMER_ID]);
-	values[DAILY_CUSTOMER_ID] = UUIDPGetDatum(&customer_id);
-	nulls[DAILY_CUSTOMER_ID] = key.customer_id == NULL;
-	values[DAILY_PROVIDER] = text_or_null(key.provider, &nulls[DAILY_PROVIDER]);
-	values[DAILY_MODEL] = text_or_null(key.model, &nulls[DAILY_MODEL]);
-	values[DAILY_EVENT_NAME] = text_or_null(key.event_name, &nulls[DAILY_EVENT_NAME]);
-	values[DAILY_USAGE_ROWS] = Int64GetDatum(sums->rows);
-	for (int i = 0; i < NUM_SHARE_TOKENS; i++)
+	(void) abp_rollup_values(group, values, nulls);
+	if (daily->by == BY_CUSTOMER)
 	{
-		values[DAILY_INPUT_TOKENS + i] = NumericGetDatum(abp_decimal_numeric(sums->tokens[i], 0));
-		nulls[DAILY_INPUT_TOKENS + i] = daily->by == BY_CUSTOMER;
+		nulls[ROLLUP_DAY] = nulls[ROLLUP_COST_NANOS] = true;
+		for (int i = 0; i < NUM_SHARE_TOKENS; i++)
+			nulls[ROLLUP_INPUT_TOKENS + i] = true;
 	}
-	values[DAILY_COST_NANOS] = NumericGetDatum(abp_decimal_numeric(sums->nanos, 0));
-	nulls[DAILY_COST_NANOS] = daily->by == BY_CUSTOMER;
-	values[DAILY_COST_CENTS] = NumericGetDatum(abp_share_cents(sums));
-	values[DAILY_UNPRICED] = Int64GetDatum(sums->unpriced);
-	tuplestore_putvalues(daily->result->setResult, daily->result->setDesc, values, nulls);
+	put_row(daily, values, nulls);
 }
 
 /* Add a row of the rollup to its customer. */
 static bool
-add_to_customer(const Datum *rollup_values, const bool *nulls, void *arg)
+add_to_customer(const Datum *values, const bool *nulls, void *arg)
 {
 	Daily	   *daily = arg;
-	Datum		values[NUM_ROLLUP_COLUMNS];
 	ShareSums	sums = {0};
-	ShareKey	key;
+	ShareKey	key = key_of_rollup(values, nulls);
 
-	memcpy(values, rollup_values, sizeof(values));
-	detoast_texts(values, nulls);
 	sums.rows = DatumGetInt64(values[ROLLUP_USAGE_ROWS]);
 	sums.unpriced = DatumGetInt64(values[ROLLUP_UNPRICED]);
 	abp_share_set_cents(&sums, DatumGetNumeric(values[ROLLUP_COST_CENTS]));
-	key = key_of_rollup(values, nulls);
 	add_pending(&key, &sums, true, daily);
 	return true;
 }
@@ -501,7 +414,7 @@ read_days(Daily *daily, Oid relid, char level, RollupReader reader)
 	};
 
 	if (daily->from_day <= daily->to_day)
-		abp_rollup_read(&range, reader, daily);
+		abp_rollup_table_read(&range, reader, daily);
 }
 
 /* Add the rollup to customers. */
@@ -513,7 +426,7 @@ read_customers(Daily *daily, Oid relid)
 	DateADT		end;
 
 	whole_months(&range, &first, &end);
-	abp_rollup_read_customers(&range, first, end, add_to_customer, daily);
+	abp_rollup_table_read_customers(&range, first, end, add_to_customer, daily);
 }
 
 static void
@@ -604,8 +517,7 @@ typedef struct Spend
 static bool
 is_customer(const Spend *spend, TextView external_customer_id)
 {
-	return external_customer_id.data != NULL && external_customer_id.len == spend->customer.len &&
-		memcmp(external_customer_id.data, spend->customer.data, spend->customer.len) == 0;
+	return external_customer_id.data != NULL && text_view_equal(external_customer_id, spend->customer);
 }
 
 static bool
@@ -627,13 +539,10 @@ add_spent(const ShareKey *key, const ShareSums *sums, bool delivered, void *arg)
 }
 
 static bool
-add_spent_before(const Datum *rollup_values, const bool *nulls, void *arg)
+add_spent_before(const Datum *values, const bool *nulls, void *arg)
 {
 	Spend	   *spend = arg;
-	Datum		values[NUM_ROLLUP_COLUMNS];
 
-	memcpy(values, rollup_values, sizeof(values));
-	detoast_texts(values, nulls);
 	if (!is_customer(spend, view_of(values, nulls, ROLLUP_EXTERNAL_CUSTOMER_ID)))
 		return true;
 	spend->cents = DatumGetNumeric(add_datums(values[ROLLUP_COST_CENTS], spend->cents));
@@ -677,19 +586,19 @@ abp_sql_spend(PG_FUNCTION_ARGS)
 	range.usage_table = relid;
 	key.external_customer_id = spend.customer;
 	range.customer = abp_rollup_customer(&key);
-	first = first_of_month(spend.from_day, 0);
+	first = abp_share_month(spend.from_day, 0);
 	if (first < spend.from_day)
 	{
-		first = first_of_month(spend.from_day, 1);
+		first = abp_share_month(spend.from_day, 1);
 		range.level = ROLLUP_DAILY;
 		range.from_day = spend.from_day;
 		range.to_day = first - 1;
-		abp_rollup_read(&range, add_spent_before, &spend);
+		abp_rollup_table_read(&range, add_spent_before, &spend);
 	}
 	range.level = ROLLUP_BY_CUSTOMER;
 	range.from_day = first;
 	range.to_day = DATEVAL_NOEND;
-	abp_rollup_read(&range, add_spent_before, &spend);
+	abp_rollup_table_read(&range, add_spent_before, &spend);
 
 	values[0] = add_datums(NumericGetDatum(spend.cents), abp_share_cents(&spend.all));
 	values[1] = Int64GetDatum(spend.rows + spend.all.rows);

@@ -17,13 +17,14 @@
 #include "common/sha2.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
-#include "utils/datetime.h"
 #include "utils/lsyscache.h"
 #include "utils/syscache.h"
 #include "utils/timestamp.h"
 
 #include "compat.h"
 #include "base/decimal.h"
+#include "base/text_view.h"
+#include "queue/rollup_table.h"
 #include "queue/shares.h"
 #include "usage/rollup.h"
 #include "usage/rows.h"
@@ -53,9 +54,7 @@ hash_bytes_of(const char *data, int len, uint8 *result)
 int64
 abp_rollup_customer(const ShareKey *key)
 {
-	ShareKey	customer = {
-		.external_customer_id = key->external_customer_id,.customer_id = key->customer_id
-	};
+	ShareKey	customer = abp_share_key_by_customer(key);
 	StringInfoData bytes;
 	uint8		hash[PG_SHA256_DIGEST_LENGTH];
 	uint64		number = 0;
@@ -71,20 +70,37 @@ abp_rollup_customer(const ShareKey *key)
 	return (int64) number;
 }
 
-static DateADT
-first_of_month(DateADT day)
+/*
+ * What a row of the rollup says of a group, palloc'd: its day, and the columns
+ * behind the key.  Returns the group's key.
+ */
+ShareKey
+abp_rollup_values(const ShareGroup *group, Datum *values, bool *nulls)
 {
-	int			year;
-	int			month;
-	int			mday;
+	const ShareSums *sums = &group->sums;
+	pg_uuid_t  *customer_id = palloc(sizeof(pg_uuid_t));
+	ShareKey	key;
 
-	if (DATE_NOT_FINITE(day))
-		return day;
-	j2date(day + POSTGRES_EPOCH_JDATE, &year, &month, &mday);
-	return date2j(year, month, 1) - POSTGRES_EPOCH_JDATE;
+	memset(nulls, false, sizeof(bool) * NUM_ROLLUP_COLUMNS);
+	abp_share_key_read(group->key, group->keylen, &key, customer_id);
+	values[ROLLUP_DAY] = DateADTGetDatum(key.day);
+	values[ROLLUP_EXTERNAL_CUSTOMER_ID] =
+		text_view_or_null(key.external_customer_id, &nulls[ROLLUP_EXTERNAL_CUSTOMER_ID]);
+	values[ROLLUP_CUSTOMER_ID] = UUIDPGetDatum(customer_id);
+	nulls[ROLLUP_CUSTOMER_ID] = key.customer_id == NULL;
+	values[ROLLUP_PROVIDER] = text_view_or_null(key.provider, &nulls[ROLLUP_PROVIDER]);
+	values[ROLLUP_MODEL] = text_view_or_null(key.model, &nulls[ROLLUP_MODEL]);
+	values[ROLLUP_EVENT_NAME] = text_view_or_null(key.event_name, &nulls[ROLLUP_EVENT_NAME]);
+	values[ROLLUP_USAGE_ROWS] = Int64GetDatum(sums->rows);
+	for (int i = 0; i < NUM_SHARE_TOKENS; i++)
+		values[ROLLUP_INPUT_TOKENS + i] = NumericGetDatum(abp_decimal_numeric(sums->tokens[i], 0));
+	values[ROLLUP_COST_NANOS] = NumericGetDatum(abp_decimal_numeric(sums->nanos, 0));
+	values[ROLLUP_COST_CENTS] = NumericGetDatum(abp_share_cents(sums));
+	values[ROLLUP_UNPRICED] = Int64GetDatum(sums->unpriced);
+	return key;
 }
 
-/* The arrays of abp_rollup_add, being filled. */
+/* The arrays of abp_rollup_table_add, being filled. */
 typedef struct Columns
 {
 	Oid			usage_table;
@@ -93,47 +109,22 @@ typedef struct Columns
 	bool	   *nulls[NUM_ROLLUP_COLUMNS];
 } Columns;
 
-static Datum
-text_or_null(TextView text, bool *isnull)
-{
-	*isnull = text.data == NULL;
-
-	return *isnull ? (Datum) 0 : PointerGetDatum(cstring_to_text_with_len(text.data, text.len));
-}
-
+/* Add the rollup's row of a group. */
 static void
 add_row(Columns *columns, char level, const ShareGroup *group)
 {
-	const ShareSums *sums = &group->sums;
 	Datum		values[NUM_ROLLUP_COLUMNS];
-	bool		nulls[NUM_ROLLUP_COLUMNS] = {false};
+	bool		nulls[NUM_ROLLUP_COLUMNS];
 	uint8		hash[PG_SHA256_DIGEST_LENGTH];
 	pg_uuid_t  *name = palloc(sizeof(pg_uuid_t));
-	pg_uuid_t  *customer_id = palloc(sizeof(pg_uuid_t));
-	ShareKey	key;
+	ShareKey	key = abp_rollup_values(group, values, nulls);
 
-	abp_share_key_read(group->key, group->keylen, &key, customer_id);
 	hash_bytes_of(group->key, group->keylen, hash);
 	memcpy(name, hash, UUID_LEN);
-
 	values[ROLLUP_USAGE_TABLE] = ObjectIdGetDatum(columns->usage_table);
 	values[ROLLUP_LEVEL] = CharGetDatum(level);
 	values[ROLLUP_CUSTOMER] = Int64GetDatum(abp_rollup_customer(&key));
-	values[ROLLUP_DAY] = DateADTGetDatum(key.day);
 	values[ROLLUP_KEY] = UUIDPGetDatum(name);
-	values[ROLLUP_EXTERNAL_CUSTOMER_ID] =
-		text_or_null(key.external_customer_id, &nulls[ROLLUP_EXTERNAL_CUSTOMER_ID]);
-	values[ROLLUP_CUSTOMER_ID] = UUIDPGetDatum(customer_id);
-	nulls[ROLLUP_CUSTOMER_ID] = key.customer_id == NULL;
-	values[ROLLUP_PROVIDER] = text_or_null(key.provider, &nulls[ROLLUP_PROVIDER]);
-	values[ROLLUP_MODEL] = text_or_null(key.model, &nulls[ROLLUP_MODEL]);
-	values[ROLLUP_EVENT_NAME] = text_or_null(key.event_name, &nulls[ROLLUP_EVENT_NAME]);
-	values[ROLLUP_USAGE_ROWS] = Int64GetDatum(sums->rows);
-	for (int i = 0; i < NUM_SHARE_TOKENS; i++)
-		values[ROLLUP_INPUT_TOKENS + i] = NumericGetDatum(abp_decimal_numeric(sums->tokens[i], 0));
-	values[ROLLUP_COST_NANOS] = NumericGetDatum(abp_decimal_numeric(sums->nanos, 0));
-	values[ROLLUP_COST_CENTS] = NumericGetDatum(abp_share_cents(sums));
-	values[ROLLUP_UNPRICED] = Int64GetDatum(sums->unpriced);
 
 	for (int i = 0; i < NUM_ROLLUP_COLUMNS; i++)
 	{
@@ -164,16 +155,7 @@ write_columns(Columns *columns)
 													   &columns->n, &lower, types[i], len, by_value,
 													   align));
 	}
-	abp_rollup_add(arrays);
-}
-
-/* Add a group's sums to a wider one. */
-static void
-add_to_wider(ShareGroups *wider, const ShareKey *key, const ShareSums *sums)
-{
-	resetStringInfo(&wider->key);
-	abp_share_key_write(&wider->key, key);
-	abp_share_add(wider, &abp_share_group(wider, wider->key.data, wider->key.len)->sums, sums);
+	abp_rollup_table_add(arrays);
 }
 
 /* Write the sums of some deliveries of a table into the rollup, at all levels. */
@@ -191,19 +173,16 @@ write_groups(Oid usage_table, const ShareGroups *daily)
 	{
 		const ShareGroup *group = &daily->groups[i];
 		ShareKey	key;
-		ShareKey	of_model = {0};
-		ShareKey	of_customer = {0};
+		ShareKey	of_model;
+		ShareKey	of_customer;
 		pg_uuid_t	customer_id;
 
 		abp_share_key_read(group->key, group->keylen, &key, &customer_id);
-		of_model.day = key.day;
-		of_model.provider = key.provider;
-		of_model.model = key.model;
-		add_to_wider(&by_model, &of_model, &group->sums);
-		of_customer.day = first_of_month(key.day);
-		of_customer.external_customer_id = key.external_customer_id;
-		of_customer.customer_id = key.customer_id;
-		add_to_wider(&by_customer, &of_customer, &group->sums);
+		of_model = abp_share_key_by_model(&key);
+		abp_share_add(&by_model, &abp_share_group_of(&by_model, &of_model)->sums, &group->sums);
+		of_customer = abp_share_key_by_customer(&key);
+		of_customer.day = abp_share_month(key.day, 0);
+		abp_share_add(&by_customer, &abp_share_group_of(&by_customer, &of_customer)->sums, &group->sums);
 	}
 
 	max = daily->ngroups + by_model.ngroups + by_customer.ngroups;
@@ -245,14 +224,14 @@ abp_rollup_fold(int64 *from_delivery)
 	ShareGroups groups;
 	ListCell   *lc;
 
-	*from_delivery = abp_share_first_open();
+	*from_delivery = abp_shares_first_open();
 	if (shares == NIL)
 		return false;
 	*from_delivery = Min(*from_delivery, ((Share *) linitial(shares))->delivery);
 	usage_table = ((Share *) linitial(shares))->usage_table;
 	if (!SearchSysCacheExists1(RELOID, ObjectIdGetDatum(usage_table)))
 	{
-		abp_rollup_forget(usage_table);
+		abp_shares_forget(usage_table);
 		return true;
 	}
 

@@ -18,6 +18,7 @@
 #include "mb/pg_wchar.h"
 #include "miscadmin.h"
 #include "utils/builtins.h"
+#include "utils/datetime.h"
 #include "utils/timestamp.h"
 
 #include "base/decimal.h"
@@ -27,6 +28,7 @@
 #include "compat.h"
 #include "polar/event_format.h"
 #include "polar/identity.h"
+#include "polar/server.h"
 #include "usage/share.h"
 
 #define SHARE_VERSION 1
@@ -223,6 +225,30 @@ abp_share_key_read(const char *key, int keylen, ShareKey *result, pg_uuid_t *uui
 	result->event_name = get_text(&reader, flags & HAS_EVENT_NAME);
 }
 
+/*
+ * A key without what the sums by day and model are not kept by.
+ */
+ShareKey
+abp_share_key_by_model(const ShareKey *key)
+{
+	return (ShareKey)
+	{
+		.day = key->day,.provider = key->provider,.model = key->model
+	};
+}
+
+/*
+ * Only the customer of a key, of day 0.
+ */
+ShareKey
+abp_share_key_by_customer(const ShareKey *key)
+{
+	return (ShareKey)
+	{
+		.external_customer_id = key->external_customer_id,.customer_id = key->customer_id
+	};
+}
+
 /* --- groups -------------------------------------------------------------------- */
 
 /*
@@ -308,15 +334,35 @@ abp_share_group(ShareGroups *groups, const char *key, int keylen)
 	return group;
 }
 
+/* A key as bytes, in groups->key. */
+static void
+set_key(ShareGroups *groups, const ShareKey *key)
+{
+	resetStringInfo(&groups->key);
+	abp_share_key_write(&groups->key, key);
+}
+
 /*
- * The group of a key, NULL if there is none.
+ * The same by a key that is not bytes.
  */
 ShareGroup *
-abp_share_find(const ShareGroups *groups, const char *key, int keylen)
+abp_share_group_of(ShareGroups *groups, const ShareKey *key)
 {
-	int			slot = *find_slot(groups, key, keylen,
-								  hash_bytes((const unsigned char *) key, keylen));
+	set_key(groups, key);
+	return abp_share_group(groups, groups->key.data, groups->key.len);
+}
 
+/*
+ * The same, but NULL if there is none.
+ */
+ShareGroup *
+abp_share_find(ShareGroups *groups, const ShareKey *key)
+{
+	int			slot;
+
+	set_key(groups, key);
+	slot = *find_slot(groups, groups->key.data, groups->key.len,
+					  hash_bytes((const unsigned char *) groups->key.data, groups->key.len));
 	return slot < 0 ? NULL : &groups->groups[slot];
 }
 
@@ -438,6 +484,34 @@ abp_share_day(TimestampTz time)
 }
 
 /*
+ * The first day of a day's month, or of one so many months later.
+ */
+DateADT
+abp_share_month(DateADT day, int months_later)
+{
+	int			year;
+	int			month;
+	int			mday;
+
+	if (DATE_NOT_FINITE(day))
+		return day;
+	j2date(day + POSTGRES_EPOCH_JDATE, &year, &month, &mday);
+	return date2j(year, month + months_later, 1) - POSTGRES_EPOCH_JDATE;
+}
+
+/*
+ * How rows of a table are sent to this server, which says who a row's customer
+ * is; InvalidOid: to none.
+ */
+const EventFormat *
+abp_share_format(Oid serverid)
+{
+	static const EventFormat plain = {.tag_prefix = ""};
+
+	return OidIsValid(serverid) ? &abp_server_options(serverid)->format : &plain;
+}
+
+/*
  * By what a row is summed up: its customer as it is sent, or would be.  The
  * result points into the row and into *customer.
  */
@@ -491,9 +565,7 @@ abp_share_note(ShareGroups *groups, ShareNote *note, const UsageRow *row, const 
 	EventCustomer customer;
 
 	abp_share_key_of_row(&key, row, format, &customer);
-	resetStringInfo(&groups->key);
-	abp_share_key_write(&groups->key, &key);
-	note->group = abp_share_group(groups, groups->key.data, groups->key.len) - groups->groups;
+	note->group = abp_share_group_of(groups, &key) - groups->groups;
 	abp_share_sums_of_row(groups, &note->sums, row);
 }
 

@@ -83,8 +83,11 @@ typedef struct ShareGroups
 extern void abp_share_init(ShareGroups *groups, MemoryContext context);
 extern void abp_share_key_write(StringInfo to, const ShareKey *key);
 extern void abp_share_key_read(const char *key, int keylen, ShareKey *result, pg_uuid_t *uuid);
+extern ShareKey abp_share_key_by_model(const ShareKey *key);
+extern ShareKey abp_share_key_by_customer(const ShareKey *key);
 extern ShareGroup *abp_share_group(ShareGroups *groups, const char *key, int keylen);
-extern ShareGroup *abp_share_find(const ShareGroups *groups, const char *key, int keylen);
+extern ShareGroup *abp_share_group_of(ShareGroups *groups, const ShareKey *key);
+extern ShareGroup *abp_share_find(ShareGroups *groups, const ShareKey *key);
 extern void abp_share_key_of_row(ShareKey *key, const UsageRow *row, const EventFormat *format,
 								 EventCustomer *customer);
 extern void abp_share_sums_of_row(ShareGroups *groups, ShareSums *sums, const UsageRow *row);
@@ -93,6 +96,8 @@ extern void abp_share_note(ShareGroups *groups, ShareNote *note, const UsageRow 
 extern void abp_share_add(ShareGroups *groups, ShareSums *to, const ShareSums *sums);
 extern void abp_share_set_cents(ShareSums *sums, Numeric cents);
 extern DateADT abp_share_day(TimestampTz time);
+extern DateADT abp_share_month(DateADT day, int months_later);
+extern const EventFormat *abp_share_format(Oid serverid);
 extern bytea *abp_share_encode(const ShareGroups *groups);
 
 /* What a reader does with a group; the key is in UTF-8. */

@@ -440,10 +440,7 @@ find_known(Reconciling *work)
 {
 	bool		armed;
 	ListCell   *lc;
-	Oid			argtypes[1] = {TEXTARRAYOID};
-	Datum	   *elements = palloc(sizeof(Datum) * Max(1, list_length(work->there)));
-	int			n = 0;
-	Datum		args[1];
+	List	   *external_ids = NIL;
 	HTAB	   *known;
 	HASHCTL		ctl = {
 		.keysize = sizeof(ExternalIdKey),
@@ -456,11 +453,10 @@ find_known(Reconciling *work)
 		ThereEvent *there = lfirst(lc);
 
 		if (there->external_id != NULL && strlen(there->external_id) <= MAX_EXTERNAL_ID_LEN)
-			elements[n++] = CStringGetTextDatum(there->external_id);
+			external_ids = lappend(external_ids, unconstify(char *, there->external_id));
 	}
-	if (n == 0)
+	if (external_ids == NIL)
 		return;
-	args[0] = PointerGetDatum(construct_array(elements, n, TEXTOID, -1, false, TYPALIGN_INT));
 	known = hash_create("aibilling_polar known events", 1024, &ctl, HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
 
 	/* rows that have come since this call began are known, too */
@@ -468,25 +464,21 @@ find_known(Reconciling *work)
 	foreach(lc, abp_attachments(&armed))
 	{
 		UsageTable *table = lfirst(lc);
+		uint64		nrows;
 		SavedUser	saved;
 
 		if (!OidIsValid(table->owner) || strcmp(table->server, work->table->server) != 0)
 			continue;
-		abp_become_table_owner(table->owner, &saved);
-		SPI_connect();
-		SPI_execute_with_args(psprintf("SELECT u.external_id::pg_catalog.text FROM %s u"
-									   " WHERE u.external_id OPERATOR(pg_catalog.=) ANY ($1)",
-									   table->name), 1, argtypes, args, NULL, true, 0);
-		for (uint64 i = 0; i < SPI_processed; i++)
+		nrows = abp_rows_named(table, "u.external_id::pg_catalog.text", external_ids, false, &saved);
+		for (uint64 i = 0; i < nrows; i++)
 		{
-			char	   *external_id = SPI_getvalue(SPI_tuptable->vals[i], SPI_tuptable->tupdesc, 1);
+			char	   *external_id = abp_result_string(i, 1, CurrentMemoryContext);
 			ExternalIdKey key;
 
 			abp_corrections_key(&key, external_id, strlen(external_id));
 			(void) hash_search(known, &key, HASH_ENTER, NULL);
 		}
-		SPI_finish();
-		abp_restore_user(&saved);
+		abp_statement_close(&saved);
 	}
 	PopActiveSnapshot();
 

@@ -22,10 +22,7 @@
 #include "access/genam.h"
 #include "access/table.h"
 #include "catalog/pg_type.h"
-#include "executor/spi.h"
 #include "miscadmin.h"
-#include "utils/array.h"
-#include "utils/builtins.h"
 #include "utils/hsearch.h"
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
@@ -38,6 +35,7 @@
 #include "queue/ledger.h"
 #include "queue/place.h"
 #include "usage/parents.h"
+#include "usage/rows.h"
 
 /* How long Polar may take to run the job of a request, and a margin. */
 #define PARENT_SETTLES_S 60
@@ -148,60 +146,42 @@ relative_of(Family *family, const char *external_id, bool *found)
 /*
  * Look up rows of these external_ids, as the table's owner, and make them
  * relatives.  Returns the parents that they name and that were not known, as
- * Datums of text.
+ * strings in the family's memory.
  */
 static List *
 look_up(Family *family, List *external_ids)
 {
-	Oid			argtypes[1] = {TEXTARRAYOID};
-	Datum	   *elements = palloc(sizeof(Datum) * list_length(external_ids));
-	Datum		args[1];
-	int			n = 0;
 	List	   *unknown = NIL;
-	ListCell   *lc;
+	uint64		nrows;
 	SavedUser	saved;
 
-	foreach(lc, external_ids)
-		elements[n++] = CStringGetTextDatum((char *) lfirst(lc));
-	args[0] = PointerGetDatum(construct_array(elements, n, TEXTOID, -1, false, TYPALIGN_INT));
-
-	abp_become_table_owner(family->table->owner, &saved);
-	abp_set_locally("enable_seqscan", "off");
-	SPI_connect();
-	SPI_execute_with_args(psprintf("SELECT u.id::pg_catalog.int8, u.external_id::pg_catalog.text,"
-								   " nullif(u.parent_id, '')::pg_catalog.text FROM %s u"
-								   " WHERE u.external_id OPERATOR(pg_catalog.=) ANY ($1)",
-								   family->table->name), 1, argtypes, args, NULL, true, 0);
-	for (uint64 i = 0; i < SPI_processed; i++)
+	nrows = abp_rows_named(family->table, "u.id::pg_catalog.int8, u.external_id::pg_catalog.text,"
+						   " nullif(u.parent_id, '')::pg_catalog.text", external_ids, true, &saved);
+	for (uint64 i = 0; i < nrows; i++)
 	{
-		HeapTuple	tuple = SPI_tuptable->vals[i];
-		TupleDesc	desc = SPI_tuptable->tupdesc;
-		char	   *external_id = SPI_getvalue(tuple, desc, 2);
-		char	   *parent_id = SPI_getvalue(tuple, desc, 3);
-		bool		ignored;
+		char	   *external_id = abp_result_string(i, 2, CurrentMemoryContext);
+		char	   *parent_id = abp_result_string(i, 3, family->context);
+		bool		known;
 		Relative   *relative;
-		bool		isnull;
 
 		CHECK_FOR_INTERRUPTS();
 		if (external_id == NULL || strlen(external_id) > MAX_EXTERNAL_ID_LEN)
 			continue;
-		relative = relative_of(family, external_id, &ignored);
+		relative = relative_of(family, external_id, &known);
 		relative->exists = true;
-		relative->id = DatumGetInt64(SPI_getbinval(tuple, desc, 1, &isnull));
+		relative->id = abp_result_int64(i, 1, 0);
 		if (parent_id != NULL && strlen(parent_id) <= MAX_EXTERNAL_ID_LEN)
 		{
 			MemoryContext spi = MemoryContextSwitchTo(family->context);
-			bool		known;
 
-			relative->parent_id = pstrdup(parent_id);
-			(void) relative_of(family, relative->parent_id, &known);
+			relative->parent_id = parent_id;
+			(void) relative_of(family, parent_id, &known);
 			if (!known)
-				unknown = lappend(unknown, unconstify(char *, relative->parent_id));
+				unknown = lappend(unknown, parent_id);
 			MemoryContextSwitchTo(spi);
 		}
 	}
-	SPI_finish();
-	abp_restore_user(&saved);
+	abp_statement_close(&saved);
 	return unknown;
 }
 

@@ -348,6 +348,35 @@ select_rows(const UsageTable *table, const char *statement, IdSet *ids, bool rea
 	return SPI_processed;
 }
 
+/*
+ * Ask for "columns" of u, the rows with these external_ids (strings), by the active
+ * snapshot and as the table's owner; by_index: without a walk through the table.
+ * Returns the number of rows; abp_statement_close ends the use of the result.
+ */
+uint64
+abp_rows_named(const UsageTable *table, const char *columns, List *external_ids, bool by_index,
+			   SavedUser *saved)
+{
+	Oid			argtypes[1] = {TEXTARRAYOID};
+	Datum	   *elements;
+	Datum		args[1];
+	int			n = 0;
+	ListCell   *lc;
+
+	abp_become_table_owner(table->owner, saved);
+	if (by_index)
+		abp_set_locally("enable_seqscan", "off");
+	SPI_connect();
+	elements = palloc(sizeof(Datum) * Max(1, list_length(external_ids)));
+	foreach(lc, external_ids)
+		elements[n++] = CStringGetTextDatum((char *) lfirst(lc));
+	args[0] = PointerGetDatum(construct_array(elements, n, TEXTOID, -1, false, TYPALIGN_INT));
+	if (SPI_execute_with_args(psprintf("SELECT %s FROM %s u WHERE u.external_id OPERATOR(pg_catalog.=) ANY ($1)",
+									   columns, table->name), 1, argtypes, args, NULL, true, 0) < 0)
+		elog(ERROR, "unexpected result of looking for usage rows");
+	return SPI_processed;
+}
+
 /* Is the version of a row that we see the last, which nobody is changing? */
 static bool
 is_settled(Relation rel, ItemPointer tid)

@@ -32,6 +32,8 @@ extern void abp_rows_query_ids(SPITupleTable *part, uint64 nrows, IdSet *ids,
 extern void abp_rows_forget_plans_except(List *tables);
 extern uint64 abp_rows_read(const UsageTable *table, IdSet *ids, bool whole,
 							UsageRowCallback callback, void *arg);
+extern uint64 abp_rows_named(const UsageTable *table, const char *columns, List *external_ids,
+							 bool by_index, SavedUser *saved);
 extern IdSet abp_rows_settled(const UsageTable *table, IdSet *ids);
 extern IdSet abp_rows_lock(const UsageTable *table, IdSet *ids, bool wait);
 extern IdSet abp_rows_visible(const UsageTable *table, IdSet *ids);

@@ -121,6 +121,10 @@ detached_table(Oid relid)
 	return table;
 }
 
+/*
+ * How rows of a table become events; without a server, as if it had no
+ * options.
+ */
 static const EventFormat *
 format_of(const UsageTable *table)
 {

@@ -57,6 +57,7 @@ needs_escape8(const char *data)
 	return ((control | quote | backslash) & (ones * 0x80)) != 0;
 }
 
+/* The same of one byte. */
 static inline bool
 needs_escape(unsigned char c)
 {

@@ -35,6 +35,9 @@ extern void abp_json_append_string(StringInfo out, const char *data, int len);
 extern void abp_json_put_converted(JsonWriter *w, const char *data, int len);
 extern void abp_json_put_uuid(JsonWriter *w, const pg_uuid_t *uuid);
 
+/*
+ * Room for len more bytes, and where it is.  The caller sets the new length.
+ */
 static inline char *
 reserve(StringInfo body, int len)
 {
@@ -43,6 +46,7 @@ reserve(StringInfo body, int len)
 	return body->data + body->len;
 }
 
+/* Append what is JSON already. */
 static inline void
 abp_json_put_bytes(JsonWriter *w, const char *data, int len)
 {
@@ -62,6 +66,7 @@ abp_json_put_int64(JsonWriter *w, int64 value)
 	w->body->len += pg_lltoa(value, reserve(w->body, MAXINT8LEN + 1));
 }
 
+/* Append a string, quotes included, or set invalid_text if it is not UTF-8. */
 static inline void
 abp_json_put_string(JsonWriter *w, const char *data, int len)
 {

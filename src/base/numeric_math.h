@@ -74,6 +74,7 @@ numeric_of_text(const char *text)
 											   Int32GetDatum(-1)));
 }
 
+/* With the zeros of its display scale, palloc'd. */
 static inline char *
 numeric_text(Numeric a)
 {

@@ -36,6 +36,7 @@ enum
 
 static const char *const units[] = {"rows", "pages", "prices"};
 
+/* The index of a unit.  Raises invalid_parameter_value for any other word. */
 static int
 unit_number(const char *unit)
 {

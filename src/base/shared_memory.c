@@ -28,6 +28,7 @@ static int	nparts = 0;
 static shmem_request_hook_type next_request_hook = NULL;
 static shmem_startup_hook_type next_startup_hook = NULL;
 
+/* Hook: ask the server for what the rooms have asked for. */
 static void
 request_all(void)
 {
@@ -41,6 +42,7 @@ request_all(void)
 	}
 }
 
+/* Hook: the memory is there, so hand each room its own. */
 static void
 start_all(void)
 {

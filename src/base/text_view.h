@@ -55,6 +55,7 @@ text_view_from_datum(Datum value)
 	return view;
 }
 
+/* Are these the same bytes?  NULL counts as an empty string. */
 static inline bool
 text_view_equal(TextView a, TextView b)
 {

@@ -33,6 +33,7 @@ typedef struct Identity
 											 * tag is a number */
 } Identity;
 
+/* Ids of customers and members at Polar are of this version. */
 static inline bool
 abp_is_uuid_v4(const pg_uuid_t *uuid)
 {

@@ -576,6 +576,7 @@ static const char *const decided_together[] = {
 	"url", "environment", "proxy", "ca_file", "access_token_file", NULL
 };
 
+/* The option of this name, or NULL if it is not in the list. */
 static DefElem *
 option_named(List *options, const char *name)
 {

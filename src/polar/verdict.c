@@ -248,6 +248,7 @@ read_loc(Answer *answer, const char *token, JsonTokenType tokentype)
 	}
 }
 
+/* Which of the keys that are read is this? */
 static AnswerField
 answer_field(const char *name)
 {
@@ -307,6 +308,7 @@ answer_array_start(void *state)
 	return ABP_JSON_GO_ON;
 }
 
+/* The object may be an entry of "detail", which is complete then. */
 static ABP_JSON_ACTION
 answer_object_end(void *state)
 {
@@ -325,6 +327,7 @@ answer_array_end(void *state)
 	return ABP_JSON_GO_ON;
 }
 
+/* Note to which key the next value belongs. */
 static ABP_JSON_ACTION
 answer_field_start(void *state, char *name, bool isnull)
 {

@@ -485,6 +485,7 @@ compare_windows(const void *a, const void *b)
 	return 0;
 }
 
+/* Do two rows hold at the same time of day? */
 static bool
 same_window(const PriceRow *a, const PriceRow *b)
 {
@@ -565,6 +566,7 @@ source_priority(TextView source, Snapshot snapshot)
 	return priority;
 }
 
+/* By their bytes, in every database alike. */
 static int
 compare_text_views(TextView a, TextView b)
 {
@@ -745,6 +747,7 @@ rule_rank(TextView provider, TextView requested, TextView of_cards)
 	return text_view_equal(provider, all) ? 2 : -1;
 }
 
+/* The nearest rule first; see rule_rank. */
 static int
 compare_rules(const void *a, const void *b)
 {

@@ -394,6 +394,7 @@ remaining_tokens(const UsageCounts *counts, const UnitQuantities *units,
 	COUNT_OUTPUT, COUNT_REASONING, COUNT_REASONING, \
 	UNIT_OUTPUT_AUDIO, UNIT_OUTPUT_VIDEO
 
+/* What was read from caches and written to them; the sum may exceed int64. */
 static inline int128
 cached_tokens(const UsageCounts *counts)
 {

@@ -175,6 +175,7 @@ run_names_query(SPIPlanPtr *plan, const char *query, Datum *values, int nargs,
 			 SPI_result_code_string(result));
 }
 
+/* An array of type text, palloc'd. */
 static Datum
 text_array(const TextView *views, int n)
 {
@@ -399,6 +400,7 @@ try_folded_cards(const NameSearch *search, TextView model, Datum providers)
 
 /* --- other spellings ------------------------------------------------------ */
 
+/* Does a text begin with another, and go on after it? */
 static bool
 has_prefix(TextView text, TextView prefix)
 {

@@ -591,6 +591,7 @@ make_units(Reading *r)
 	return DatumGetJsonbP(DirectFunctionCall1(jsonb_in, CStringGetDatum(json.data)));
 }
 
+/* Set a column of the result: 0, and not given, if the object lacks it. */
 static void
 set_count(UsageCounts *counts, UsageCount column, const Count *count)
 {
@@ -603,6 +604,7 @@ set_count(UsageCounts *counts, UsageCount column, const Count *count)
  * ----------------------------------------------------------------
  */
 
+/* The format of this name, or NULL if there is none or the name is NULL. */
 static const UsageFormat *
 find_format(TextView name)
 {

@@ -511,6 +511,7 @@ extra_openai_like(Reading *r)
 	return true;
 }
 
+/* The same, where an object may be Anthropic's or have Perplexity's fee. */
 static bool
 extra_openai(Reading *r)
 {

@@ -169,6 +169,7 @@ same_string(const char *a, const char *b)
 	return (a == NULL || b == NULL) ? a == b : strcmp(a, b) == 0;
 }
 
+/* Are two values equal by their type's function, or both NULL? */
 static bool
 same_datum(Datum a, Datum b, bool a_is_null, bool b_is_null, PGFunction equal)
 {

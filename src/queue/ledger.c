@@ -128,6 +128,7 @@ abp_delivery_key(const Delivery *delivery, int64 id, uint32 *key)
 #define REQUEST_COLUMNS 7
 #define REQUEST_TYPES INT8MULTIRANGEOID, INT4OID, INT8OID, INT8OID, BOOLOID, INT8MULTIRANGEOID, BYTEAOID
 
+/* Set these parameters.  Only one of them can be NULL. */
 static void
 put_request(Delivery *delivery, Datum *values, char *nulls)
 {

@@ -58,6 +58,7 @@ static bool wake_due = false;	/* it has committed */
 static bool has_prepared = false;	/* this process has prepared rows: their
 									 * commit is one of its next */
 
+/* Shared memory is there.  With a lock it is new: make its slots. */
 static void
 use_state(void *memory, LWLock *lock)
 {

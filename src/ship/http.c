@@ -100,6 +100,7 @@ static dlist_head handed_out = DLIST_STATIC_INIT(handed_out);
 static dlist_head unused = DLIST_STATIC_INIT(unused);
 static int	in_flight = 0;		/* running and finished ones */
 
+/* The time of timer_due, by a clock that nobody sets. */
 static int64
 now_us(void)
 {
@@ -239,6 +240,7 @@ open_socket(void *arg, curlsocktype purpose, struct curl_sockaddr *address)
 	return fd;
 }
 
+/* Do not wait for a socket any more. */
 static void
 forget_socket(curl_socket_t fd)
 {

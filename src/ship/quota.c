@@ -60,6 +60,7 @@ typedef struct QuotaState
 static QuotaState own_state;	/* without shared memory */
 static QuotaState *quotas = &own_state;
 
+/* Shared memory is there: the buckets are in it from now on. */
 static void
 use_state(void *memory, LWLock *lock)
 {
@@ -77,6 +78,7 @@ abp_quota_init(void)
 	abp_shared_memory_request("aibilling_polar_quota", sizeof(QuotaState), use_state);
 }
 
+/* Buckets that are not shared need no lock. */
 static void
 lock_buckets(void)
 {

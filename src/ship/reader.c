@@ -43,6 +43,7 @@
 /* How often to say how far it is. */
 #define PROGRESS_MS 5000
 
+/* Tell the client now and then how many pages have been read. */
 static void
 report_progress(Reader *reader)
 {
@@ -81,6 +82,7 @@ wait_until(Reader *reader, TimestampTz until)
 	}
 }
 
+/* Returns once a request to read has been taken from the quota. */
 static void
 wait_for_quota(Reader *reader)
 {
@@ -142,6 +144,10 @@ refuse_answer(const Reader *reader, long status, const char *scope)
 			 errmsg("server \"%s\" has answered with HTTP status %ld", server, status)));
 }
 
+/*
+ * The page that has come, which counts as progress.  Raises an error if it is
+ * not JSON.
+ */
 static Jsonb *
 read_document(Reader *reader, const HttpReply *reply)
 {

@@ -100,6 +100,7 @@ static Oid	watched_relids[5];
 
 /* --- lock and transactions ------------------------------------------------- */
 
+/* The lock whose holder is the database's shipper. */
 static LOCKTAG
 ship_lock_tag(void)
 {
@@ -217,6 +218,7 @@ on_relcache_change(Datum arg, Oid relid)
 	}
 }
 
+/* A server is new, gone or has other options: each table is to notice. */
 static void
 on_server_change(Datum arg, int cacheid, uint32 hashvalue)
 {

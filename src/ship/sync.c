@@ -287,6 +287,7 @@ take_or_leave_role(Sync *sync)
 	}
 }
 
+/* Tell the client now and then how many events have been delivered. */
 static void
 report_progress(Sync *sync, TimestampTz now)
 {

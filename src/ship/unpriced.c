@@ -196,6 +196,7 @@ price_rows(void *arg)
 	PopActiveSnapshot();
 }
 
+/* Under guard: both steps, for a row on its own. */
 static void
 look_and_price(void *arg)
 {
@@ -311,6 +312,7 @@ typedef struct GuardedLock
 	IdSet		locked;
 } GuardedLock;
 
+/* Under guard: lock the rows that nobody else is changing. */
 static void
 lock_rows(void *arg)
 {

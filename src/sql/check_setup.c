@@ -54,6 +54,10 @@ check_armed(Setup *setup)
 					  "SELECT aibilling.arm();");
 }
 
+/*
+ * Is a table attached?  If not, one that is named "usage" is probably meant to
+ * be.
+ */
 static void
 check_attached(Setup *setup)
 {

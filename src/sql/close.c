@@ -86,7 +86,10 @@ note_late(const UsageRow *row, Jsonb *whole, void *arg)
 	return true;
 }
 
-/* The ids of a table's rows in one of the states: as many, and one more. */
+/*
+ * The ids of a table's rows in one of the states: all that are being sent, of
+ * each state of the outbox up to max_ids.
+ */
 static IdSet
 ids_in_state(Oid relid, CloseState state, int64 max_ids)
 {
@@ -108,6 +111,7 @@ ids_in_state(Oid relid, CloseState state, int64 max_ids)
 	return ids;
 }
 
+/* The rows of one state, none of them looked at yet. */
 static Late
 begin_late(Oid relid, CloseState state, TimestampTz period_end, int64 max_rows)
 {
@@ -182,6 +186,7 @@ typedef struct GuardedLate
 	Late	   *late;
 } GuardedLate;
 
+/* Under guard: count the rows. */
 static void
 read_late(void *arg)
 {

@@ -79,6 +79,7 @@ enum
 /* Columns that aibilling.explain_cost returns. */
 #define EXPLAIN_COLUMNS 15
 
+/* An argument of type text, where it lies; .data is NULL if it is NULL. */
 static TextView
 text_argument(FunctionCallInfo fcinfo, int n)
 {
@@ -243,6 +244,7 @@ abp_sql_cost(PG_FUNCTION_ARGS)
 	PG_RETURN_DATUM(HeapTupleGetDatum(heap_form_tuple(tupdesc, values, nulls)));
 }
 
+/* A text as a column of a result, NULL if there is none. */
 static Datum
 numeric_value(Numeric value, bool *isnull)
 {
@@ -725,6 +727,7 @@ typedef struct PriceList
 	size_t		bytes;			/* of all pages so far */
 } PriceList;
 
+/* An error while prices are fetched says at which page. */
 static void
 price_list_context(void *arg)
 {

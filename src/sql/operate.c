@@ -258,6 +258,7 @@ pause_server(const ServerShare *share)
 			abp_server_state_save(share->server, lfirst_oid(lc), "operator", reason, 0, DT_NOBEGIN);
 }
 
+/* End the pauses that the caller may end, and warn of one that stays. */
 static void
 resume_server(const ServerShare *share)
 {

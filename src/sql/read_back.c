@@ -98,6 +98,7 @@ put_event(const PolarEvent *event, void *arg)
 	return true;
 }
 
+/* Return the events that are asked for; a NOTICE says if there are more. */
 static void
 read_events(Reader *reader, void *arg)
 {
@@ -156,6 +157,7 @@ typedef struct MeterCall
 	ReturnSetInfo *result;
 } MeterCall;
 
+/* Return the quantity of one step. */
 static void
 put_quantity(TimestampTz timestamp, Numeric quantity, void *arg)
 {

@@ -136,6 +136,7 @@ typedef struct Reconciling
 	MemoryContext context;
 } Reconciling;
 
+/* A copy in the current memory context; NULL stays NULL. */
 static Numeric
 copy_number(Numeric number)
 {
@@ -185,6 +186,7 @@ nanos_of_cents(Numeric cents)
 	return DatumGetNumeric(DirectFunctionCall2(numeric_round, product, Int32GetDatum(0)));
 }
 
+/* The day as DateADT: rounded down, for times before 2000, too. */
 static int
 day_of(TimestampTz time)
 {
@@ -193,6 +195,7 @@ day_of(TimestampTz time)
 	return (int) (time % USECS_PER_DAY < 0 ? day - 1 : day);
 }
 
+/* Are both there, and the same but for upper and lower case? */
 static bool
 same_text(const char *a, const char *b)
 {
@@ -208,6 +211,7 @@ typedef struct RowsHere
 	IdSet	   *ids;
 } RowsHere;
 
+/* Raises program_limit_exceeded if there are too many rows. */
 static void
 take_ids(SPITupleTable *part, uint64 nrows, void *arg)
 {
@@ -221,6 +225,7 @@ take_ids(SPITupleTable *part, uint64 nrows, void *arg)
 	abp_rows_query_ids(part, nrows, here->ids, here->work->context);
 }
 
+/* Add the ids of the rows that occurred in the time asked for. */
 static void
 find_rows(Reconciling *work, IdSet *ids)
 {
@@ -301,6 +306,7 @@ keep_row(const UsageRow *row, Jsonb *whole, void *arg)
 
 /* --- events there ------------------------------------------------------------------------ */
 
+/* The row of this external_id, or NULL. */
 static HereRow *
 find_here(const Reconciling *work, const char *external_id)
 {
@@ -516,6 +522,7 @@ finding_of(const Reconciling *work, const HereRow *here)
 
 /* --- the result ------------------------------------------------------------------------------ */
 
+/* A day of the result, made if it is not there yet. */
 static Day *
 get_day(Reconciling *work, int number)
 {
@@ -531,6 +538,7 @@ get_day(Reconciling *work, int number)
 	return day;
 }
 
+/* Return what is found of a row or event; NULL for what is not there. */
 static void
 put_row(Reconciling *work, const char *external_id, Finding finding, Numeric here, Numeric there)
 {
@@ -621,6 +629,7 @@ compare_days(const void *a, const void *b)
 	return (one > other) - (one < other);
 }
 
+/* Return the days in order.  A meter does not count events. */
 static void
 put_days(Reconciling *work)
 {
@@ -747,6 +756,7 @@ add_up_rows(Reconciling *work)
 				   2, argtypes, args, RECONCILE_CHUNK, add_up_part, &where);
 }
 
+/* Note what the meter has counted on a day; days of 0 need no entry. */
 static void
 take_quantity(TimestampTz timestamp, Numeric quantity, void *arg)
 {
@@ -801,6 +811,7 @@ compare_with_meter(Reader *reader, void *arg)
 
 /* --- the functions --------------------------------------------------------------------------- */
 
+/* Raises invalid_parameter_value unless these times can be compared. */
 static void
 check_times(const Reconciling *work)
 {
@@ -821,6 +832,7 @@ check_times(const Reconciling *work)
 				 errmsg("Polar's meters know nothing of before 2023-01-01")));
 }
 
+/* A hash table; its keys are compared as bytes, padding included. */
 static HTAB *
 create_table(const char *name, Size key, Size entry, MemoryContext context)
 {

@@ -116,6 +116,9 @@ note_difference(const UsageRow *row, Jsonb *whole, void *arg)
 	return true;
 }
 
+/*
+ * Count a row that cannot be repriced, and name it if it is one of the first.
+ */
 static void
 note_kept(Repricing *repricing, int64 id, const char *problem)
 {

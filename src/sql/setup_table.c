@@ -139,6 +139,7 @@ first_waiting(const UsageTable *table, const char *state, char **reason, char **
 	return true;
 }
 
+/* Has a row been delivered?  If not, what keeps the first one waiting? */
 static void
 check_first_row(Setup *setup, const UsageTable *table)
 {

@@ -52,6 +52,7 @@ restart_command(void)
 					abp_setup_shell_word(DataDir));
 }
 
+/* Ask with one text as the parameter; see abp_setup_ask. */
 static char *
 ask_of_text(const char *query, const char *argument)
 {
@@ -69,6 +70,9 @@ setting_in_files(const char *name)
 					   " ORDER BY seqno DESC LIMIT 1", name);
 }
 
+/*
+ * Is a setting given on the command line, where ALTER SYSTEM cannot change it?
+ */
 static bool
 is_from_command_line(const char *name)
 {
@@ -113,6 +117,10 @@ names_database(const char *databases)
 	return false;
 }
 
+/*
+ * Is the library preloaded?  If not, it must be listed, or the server
+ * restarted.
+ */
 static void
 check_library(Setup *setup)
 {
@@ -182,6 +190,10 @@ list_with_this_database(const char *databases)
 	return list.data;
 }
 
+/*
+ * Has the database a worker's place?  If not, it must be listed, or the server
+ * restarted.
+ */
 static void
 check_database(Setup *setup)
 {
@@ -229,6 +241,10 @@ check_database(Setup *setup)
 						   quote_literal_cstr(list_with_this_database(databases))));
 }
 
+/*
+ * Does the worker run?  If not: an error that ends it, one of the things
+ * above, a standby, or no place for one more process.
+ */
 static void
 check_worker(Setup *setup)
 {

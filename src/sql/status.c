@@ -378,6 +378,7 @@ note_oldest(const UsageRow *row, Jsonb *whole, void *arg)
 	return true;
 }
 
+/* Under guard: read the time of the row. */
 static void
 read_oldest(void *arg)
 {

@@ -68,6 +68,7 @@ PG_FUNCTION_INFO_V1(abp_sql_on_sql_drop);
 PG_FUNCTION_INFO_V1(abp_sql_on_server_ddl);
 PG_FUNCTION_INFO_V1(abp_sql_on_drop_extension);
 
+/* A table's name in statements and messages, with its schema. */
 static char *
 qualified_name(Oid relid)
 {
@@ -75,6 +76,7 @@ qualified_name(Oid relid)
 									  get_rel_name(relid));
 }
 
+/* Run a statement.  Inside SPI_connect. */
 static void
 run_ddl(const char *sql)
 {
@@ -406,6 +408,7 @@ static const char *const trigger_names[] = {
 	"zz_aibilling_price", "zz_aibilling_enqueue", "zz_aibilling_guard", "zz_aibilling_truncate"
 };
 
+/* Drop those of our triggers that a table has.  Inside SPI_connect. */
 static void
 drop_triggers(Oid relid)
 {
@@ -414,6 +417,7 @@ drop_triggers(Oid relid)
 						 qualified_name(relid)));
 }
 
+/* Is a column filled if an INSERT leaves it out?  The table must have it. */
 static bool
 has_default(Oid relid, const char *column)
 {

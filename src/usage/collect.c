@@ -126,6 +126,7 @@ forget_all(void)
 
 /* --- new rows -------------------------------------------------------------- */
 
+/* Can rows of these states share an entry? */
 static bool
 same_state(const RowState *a, const RowState *b)
 {
@@ -166,6 +167,7 @@ find_inserted(Inserted *first, Oid usage_table, int nest_level)
 	return NULL;
 }
 
+/* A copy that lives as long as what is collected. */
 static RowState
 copy_state(const RowState *state)
 {
@@ -247,6 +249,7 @@ abp_collect_note(Oid usage_table, char note, int64 id)
 
 /* --- changed rows ----------------------------------------------------------- */
 
+/* Find what is collected of a changed row, or enter or remove it. */
 static Change *
 find_change(Oid usage_table, int64 id, HASHACTION action, bool *found)
 {

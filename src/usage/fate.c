@@ -355,6 +355,7 @@ abp_fate_doubt(const UsageRow *row)
 	return abp_fate_normalize(&filled, &reason, &doubt) ? doubt : NULL;
 }
 
+/* Why a row waits that costs more than can be stored, palloc'd. */
 static char *
 cost_beyond_range(const UsageRow *row)
 {

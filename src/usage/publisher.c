@@ -34,6 +34,7 @@ static const struct
 	{COL_TAGS, "NOT NULL DEFAULT '{}'"}
 };
 
+/* What follows a column's type, or NULL if nothing does. */
 static const char *
 constraint_of(UsageColumn column)
 {

@@ -338,6 +338,7 @@ forget_relation(Datum arg, Oid relid)
 	}
 }
 
+/* A server has changed: any table may deliver to it. */
 static void
 forget_servers(Datum arg, int cacheid, uint32 hashvalue)
 {
@@ -370,6 +371,7 @@ forget_defaults(XactEvent event, void *arg)
 	defaults_transaction++;
 }
 
+/* Get ready to know tables, once per process. */
 static void
 create_relations(void)
 {

@@ -96,12 +96,14 @@ abp_row_json(Datum value)
 	return JB_ROOT_IS_SCALAR(json) && JBE_ISNULL(json->root.children[0]) ? NULL : json;
 }
 
+/* A jsonb column, or NULL if it is NULL or the JSON null. */
 static Jsonb *
 read_json(const Datum *values, const bool *nulls, UsageColumn column)
 {
 	return nulls[column] ? NULL : abp_row_json(values[column]);
 }
 
+/* A text column, where it lies; .data is NULL if it is NULL. */
 static TextView
 view_text(const Datum *values, const bool *nulls, UsageColumn column)
 {

@@ -62,6 +62,7 @@ typedef struct ReadPlans
 
 static List *read_plans = NIL;	/* of ReadPlans, in TopMemoryContext */
 
+/* Free a table's plans, and the name that is in their text. */
 static void
 free_plans(ReadPlans *plans)
 {
@@ -177,6 +178,7 @@ settings_for_ids(void)
 									 * billions */
 }
 
+/* The ids as a value of type bigint[], palloc'd. */
 static Datum
 ids_as_array(IdSet *ids)
 {

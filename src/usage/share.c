@@ -71,12 +71,14 @@ put_unsigned(StringInfo to, uint128 value)
 	to->len = at - to->data;
 }
 
+/* The sign goes lowest: numbers near 0 are short, negative ones, too. */
 static void
 put_signed(StringInfo to, int128 value)
 {
 	put_unsigned(to, value < 0 ? ((~(uint128) value) << 1) | 1 : (uint128) value << 1);
 }
 
+/* Bytes, after their length. */
 static void
 put_bytes(StringInfo to, const char *bytes, int len)
 {
@@ -99,6 +101,7 @@ corrupted(void)
 			 errmsg("the sums of a batch in table aibilling.share cannot be read")));
 }
 
+/* The next bytes, where they lie. */
 static const char *
 get_bytes(ByteReader *reader, uint64 len)
 {
@@ -110,6 +113,7 @@ get_bytes(ByteReader *reader, uint64 len)
 	return bytes;
 }
 
+/* What put_unsigned has written. */
 static uint128
 get_unsigned(ByteReader *reader)
 {
@@ -127,6 +131,7 @@ get_unsigned(ByteReader *reader)
 	}
 }
 
+/* What put_signed has written. */
 static int128
 get_signed(ByteReader *reader)
 {
@@ -185,6 +190,9 @@ abp_share_key_write(StringInfo to, const ShareKey *key)
 	put_text(to, key->event_name);
 }
 
+/*
+ * What put_text has written, in the database's encoding; NULL if not present.
+ */
 static TextView
 get_text(ByteReader *reader, bool present)
 {
@@ -500,8 +508,8 @@ abp_share_month(DateADT day, int months_later)
 }
 
 /*
- * How rows of a table are sent to this server, which says who a row's customer
- * is; InvalidOid: to none.
+ * How rows of a table with this server become events, which says who a row's
+ * customer is; without one (InvalidOid) as if it had no options.
  */
 const EventFormat *
 abp_share_format(Oid serverid)
@@ -586,6 +594,7 @@ length_before_kind(const char *key, int keylen)
 	return reader.at - key;
 }
 
+/* The sums of a group, to be read by get_sums. */
 static void
 put_sums(StringInfo to, const ShareSums *sums)
 {
@@ -642,6 +651,7 @@ abp_share_encode(const ShareGroups *groups)
 	return (bytea *) to.data;
 }
 
+/* What put_sums has written; more_cents is palloc'd. */
 static void
 get_sums(ByteReader *reader, ShareSums *sums)
 {

@@ -77,6 +77,7 @@ check_trigger(FunctionCallInfo fcinfo, const char *name,
 				 errhint("Let aibilling.attach() create the triggers.")));
 }
 
+/* Raises object_not_in_prerequisite_state: Polar may have the row. */
 static void
 refuse_change(const RowPlace *place, Relation rel, int64 id, const char *verb)
 {

@@ -59,6 +59,7 @@ may_warn(void)
 	return statement_warnings < MAX_STATEMENT_WARNINGS;
 }
 
+/* The next transaction numbers its commands anew. */
 static void
 on_transaction_end(XactEvent event, void *arg)
 {

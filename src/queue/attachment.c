@@ -25,6 +25,7 @@
 #include "base/extension.h"
 #include "base/rights.h"
 #include "base/statement.h"
+#include "base/table_name.h"
 #include "base/table_scan.h"
 #include "base/text_view.h"
 #include "queue/attachment.h"
@@ -247,8 +248,7 @@ describe_table(UsageTable *table)
 		return;
 	form = (Form_pg_class) GETSTRUCT(tuple);
 	table->owner = form->relowner;
-	table->name = quote_qualified_identifier(get_namespace_name(form->relnamespace),
-											 NameStr(form->relname));
+	table->name = abp_table_name(table->relid);
 	ReleaseSysCache(tuple);
 }
 
@@ -334,6 +334,20 @@ abp_attachments(bool *armed)
 	abp_scan_end(&scan);
 	PopActiveSnapshot();
 	return list;
+}
+
+/*
+ * A table that is not attached any more, in the current memory context: it has no
+ * server, and nothing else is known of it than its owner and name, if it is there.
+ */
+UsageTable *
+abp_attachment_former(Oid relid)
+{
+	UsageTable *table = palloc0(sizeof(UsageTable));
+
+	table->relid = relid;
+	describe_table(table);
+	return table;
 }
 
 /*

@@ -47,6 +47,7 @@ extern const char *abp_attachment_table(void);
 extern bool abp_server_state_by_role(void);
 extern DatabaseStanding abp_database_standing(void);
 extern List *abp_attachments(bool *armed);
+extern UsageTable *abp_attachment_former(Oid relid);
 extern UsageTable *abp_attachment_of(List *tables, Oid relid);
 extern bool abp_attachment_find(Oid relid, Oid *serverid,
 								int64 *ledger_from);

@@ -12,12 +12,9 @@
  */
 #include "postgres.h"
 
-#include "access/htup_details.h"
 #include "access/xact.h"
 #include "catalog/pg_class.h"
 #include "miscadmin.h"
-#include "utils/builtins.h"
-#include "utils/lsyscache.h"
 #include "utils/memutils.h"
 #include "utils/snapmgr.h"
 #include "utils/syscache.h"
@@ -104,22 +101,6 @@ fold_step(void *arg)
 	PopActiveSnapshot();
 }
 
-/* A table that is not attached any more. */
-static UsageTable *
-detached_table(Oid relid)
-{
-	UsageTable *table = palloc0(sizeof(UsageTable));
-	HeapTuple	tuple = SearchSysCache1(RELOID, ObjectIdGetDatum(relid));
-	Form_pg_class form = (Form_pg_class) GETSTRUCT(tuple);
-
-	table->relid = relid;
-	table->owner = form->relowner;
-	table->name = quote_qualified_identifier(get_namespace_name(form->relnamespace),
-											 NameStr(form->relname));
-	ReleaseSysCache(tuple);
-	return table;
-}
-
 /* A delivery whose rows are to be summed up. */
 typedef struct SumStep
 {
@@ -164,7 +145,7 @@ sum_up(List *tables, Share *share)
 		return true;
 	}
 	table = abp_attachment_of(tables, share->usage_table);
-	step.table = table != NULL ? table : detached_table(share->usage_table);
+	step.table = table != NULL ? table : abp_attachment_former(share->usage_table);
 	if (abp_guard(step.table, sum_step, &step, &error) == GUARD_DONE)
 		return true;
 	if (!unknown_failed)

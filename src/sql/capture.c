@@ -14,9 +14,9 @@
 #include "parser/parser.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
-#include "utils/lsyscache.h"
 #include "utils/varlena.h"
 
+#include "base/table_name.h"
 #include "compat.h"
 
 /* How far from a name another one may be to be meant, in letters. */
@@ -51,8 +51,7 @@ abp_sql_check_expression(PG_FUNCTION_ARGS)
 {
 	Oid			source = PG_GETARG_OID(0);
 	char	   *expression = text_to_cstring(PG_GETARG_TEXT_PP(1));
-	char	   *table = quote_qualified_identifier(get_namespace_name(get_rel_namespace(source)),
-												   get_rel_name(source));
+	char	   *table = abp_table_name(source);
 	char	   *sql = psprintf("SELECT (%s\n)::%s FROM %s", expression,
 							   format_type_be_qualified(PG_GETARG_OID(2)), table);
 	List	   *parsed = raw_parser(sql, RAW_PARSE_DEFAULT);

@@ -30,6 +30,7 @@
 #include "utils/timestamp.h"
 
 #include "base/numeric_math.h"
+#include "base/table_name.h"
 #include "base/text_view.h"
 #include "base/usage_row.h"
 #include "compat.h"
@@ -352,17 +353,13 @@ static void
 select_usage_row(Oid relid, Datum id)
 {
 	Oid			id_type = INT8OID;
-	char	   *name = get_rel_name(relid);
-	char	   *qualified_name;
+	char	   *name = abp_table_name(relid);
 	bool		has_raw;
 
 	if (name == NULL)
 		ereport(ERROR,
 				(errcode(ERRCODE_UNDEFINED_TABLE),
 				 errmsg("relation with OID %u does not exist", relid)));
-	qualified_name =
-		quote_qualified_identifier(get_namespace_name(get_rel_namespace(relid)),
-								   name);
 	has_raw = get_attnum(relid, "raw_usage") != InvalidAttrNumber &&
 		get_attnum(relid, "usage_format") != InvalidAttrNumber;
 
@@ -389,7 +386,7 @@ select_usage_row(Oid relid, Datum id)
 									   "NULL" : "cost_cents",
 									   has_raw ? "raw_usage" : "NULL",
 									   has_raw ? "usage_format" : "NULL",
-									   qualified_name),
+									   name),
 							  1, &id_type, &id, NULL, true, 0) != SPI_OK_SELECT)
 		elog(ERROR, "SPI_execute_with_args failed");
 }
@@ -456,8 +453,7 @@ abp_sql_explain_usage_cost(PG_FUNCTION_ARGS)
 				(errcode(ERRCODE_NO_DATA_FOUND),
 				 errmsg("there is no row with id " INT64_FORMAT " in table %s",
 						PG_GETARG_INT64(1),
-						quote_qualified_identifier(get_namespace_name(get_rel_namespace(relid)),
-												   get_rel_name(relid)))));
+						abp_table_name(relid))));
 
 	for (uint64 row = 0; row < SPI_processed; row++)
 	{

@@ -105,13 +105,8 @@ find_usage_table(Oid relid)
 				(errcode(ERRCODE_WRONG_OBJECT_TYPE),
 				 errmsg("table \"%s\" is not a usage table", RelationGetRelationName(rel)),
 				 rel->rd_rel->relispartition ? errhint("Name the partitioned table.") : 0));
-	found = palloc0(sizeof(UsageTable));
-	found->relid = relid;
-	found->owner = rel->rd_rel->relowner;
-	found->name = quote_qualified_identifier(get_namespace_name(RelationGetNamespace(rel)),
-											 RelationGetRelationName(rel));
 	table_close(rel, NoLock);
-	return found;
+	return abp_attachment_former(relid);
 }
 
 static void

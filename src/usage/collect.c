@@ -28,6 +28,7 @@
 #include "queue/place.h"
 #include "queue/wake.h"
 #include "usage/collect.h"
+#include "usage/row.h"
 
 /* How many kinds of collected rows are looked through for each row. */
 #define MAX_GROUPS_SEARCHED 16
@@ -52,12 +53,6 @@ typedef struct Inserted
 								 * have them */
 	IdSet		ids;
 } Inserted;
-
-typedef struct RowKey
-{
-	Oid			usage_table;
-	int64		id;
-} RowKey;
 
 /* A row that was there before, or has been changed since it came. */
 typedef struct Change
@@ -255,9 +250,7 @@ find_change(Oid usage_table, int64 id, HASHACTION action, bool *found)
 {
 	RowKey		key;
 
-	memset(&key, 0, sizeof(key));
-	key.usage_table = usage_table;
-	key.id = id;
+	row_key_set(&key, usage_table, id);
 	return hash_search(changes, &key, action, found);
 }
 

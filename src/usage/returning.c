@@ -29,13 +29,11 @@ static int	returning_level = 0;	/* the deepest nesting level among them */
 Returning  *
 abp_returning_find(Oid usage_table, int64 id, HASHACTION action)
 {
-	ReturningKey key;
+	RowKey		key;
 
 	if (returning == NULL && action != HASH_ENTER)
 		return NULL;
-	memset(&key, 0, sizeof(key));
-	key.usage_table = usage_table;
-	key.id = id;
+	row_key_set(&key, usage_table, id);
 	return hash_search(returning, &key, action, NULL);
 }
 
@@ -97,7 +95,7 @@ abp_returning_remember(Oid usage_table, int64 id, ReturnKind kind)
 	if (returning == NULL)
 	{
 		HASHCTL		ctl = {
-			.keysize = sizeof(ReturningKey),
+			.keysize = sizeof(RowKey),
 			.entrysize = sizeof(Returning),
 			.hcxt = TopTransactionContext
 		};

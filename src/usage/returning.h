@@ -13,13 +13,7 @@
 #include "utils/hsearch.h"
 
 #include "usage/lookup.h"
-
-/* A row of a usage table. */
-typedef struct ReturningKey
-{
-	Oid			usage_table;
-	int64		id;
-} ReturningKey;
+#include "usage/row.h"
 
 /*
  * A row that is inserted with its cost filled in may be none that has just
@@ -36,7 +30,7 @@ typedef enum ReturnKind
 /* A row between its BEFORE and its AFTER INSERT trigger. */
 typedef struct Returning
 {
-	ReturningKey key;			/* hash key */
+	RowKey		key;			/* hash key */
 	int			nest_level;
 	ReturnKind	kind;
 } Returning;

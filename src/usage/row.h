@@ -69,6 +69,22 @@ typedef struct UsageColumns
 	bool		all_plain;
 } UsageColumns;
 
+/* A row of a usage table as the key of a hash table, by row_key_set(). */
+typedef struct RowKey
+{
+	Oid			usage_table;
+	int64		id;
+} RowKey;
+
+/* Also the bytes between: they are hashed, too. */
+static inline void
+row_key_set(RowKey *key, Oid usage_table, int64 id)
+{
+	memset(key, 0, sizeof(RowKey));
+	key->usage_table = usage_table;
+	key->id = id;
+}
+
 extern void abp_row_read(const Datum *values, const bool *nulls,
 						 UsageRow *row);
 extern Jsonb *abp_row_json(Datum value);

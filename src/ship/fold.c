@@ -13,7 +13,6 @@
 #include "postgres.h"
 
 #include "access/xact.h"
-#include "catalog/pg_class.h"
 #include "miscadmin.h"
 #include "utils/memutils.h"
 #include "utils/snapmgr.h"
@@ -21,10 +20,10 @@
 #include "utils/timestamp.h"
 
 #include "compat.h"
+#include "queue/attachment.h"
 #include "queue/shares.h"
 #include "ship/fold.h"
 #include "ship/guard.h"
-#include "ship/position.h"
 #include "ship/turn.h"
 #include "usage/rollup.h"
 

@@ -156,8 +156,8 @@ DECLARE
 BEGIN
 	-- The five models that cost most have colours of their own.
 	WITH cost AS (
-		SELECT (s ->> 'day')::date AS day, coalesce(s ->> 'model', '(none)') AS model, (s ->> 'cost_cents')::numeric AS cents
-		FROM jsonb_array_elements(sums) s
+		SELECT s.day, coalesce(s.model, '(none)') AS model, s.cost_cents AS cents
+		FROM jsonb_to_recordset(sums) AS s (day date, model text, cost_cents numeric)
 	), ranked AS (
 		SELECT model, least(row_number() OVER (ORDER BY sum(cents) DESC, model), 6) AS colour, sum(cents) AS cents
 		FROM cost GROUP BY model
@@ -219,13 +219,23 @@ AS $$
 		title, about, head, coalesce(string_agg(format(
 			'<tr><td class="name" title="%1$s">%1$s</td><td><svg viewBox="0 0 100 4" preserveAspectRatio="none" role="img" aria-label="%4$s of the cost">'
 			'<rect width="100" height="4" fill="currentColor" opacity="0.09"/><rect class="f1" width="%2$s" height="4" data-name="%1$s" data-cents="%5$s"/></svg></td><td>%3$s</td><td>%6$s</td></tr>',
-			aibilling.escape_html(u.name), round(100 * greatest(u.cents, 0) / nullif(m.top, 0), 2), aibilling.usd_text(u.cents),
-			aibilling.percent_text(u.cents, m.total), u.cents, aibilling.short_number(u.calls)), E'\n' ORDER BY u.n),
+			aibilling.escape_html(u.name), round(100 * greatest(u.cents, 0) / nullif(u.top, 0), 2), aibilling.usd_text(u.cents),
+			aibilling.percent_text(u.cents, u.total), u.cents, aibilling.short_number(u.calls)), E'\n' ORDER BY u.n),
 			'<tr><td class="soft" colspan="4">Nothing in these days.</td></tr>'))
-	FROM unnest(names, cents, calls) WITH ORDINALITY AS u (name, cents, calls, n),
-		(SELECT greatest(max(c), 0) AS top, sum(c) AS total FROM unnest(report_bars.cents) c) AS m
+	FROM (
+		SELECT g.*, greatest(max(g.cents) OVER (), 0) AS top, sum(g.cents) OVER () AS total
+		FROM (
+			SELECT least(r.n, 11) AS n, CASE WHEN r.n > 10 THEN 'all others' ELSE min(r.name) END AS name,
+				sum(r.cents) AS cents, sum(r.calls) AS calls
+			FROM (
+				SELECT a.*, row_number() OVER (ORDER BY a.cents DESC) AS n
+				FROM unnest(names, cents, calls) AS a (name, cents, calls)
+			) AS r
+			GROUP BY least(r.n, 11), r.n > 10
+		) AS g
+	) AS u
 $$;
-COMMENT ON FUNCTION aibilling.report_bars(text, text, text, text[], numeric[], numeric[]) IS 'A part of aibilling.report(): a table with bars';
+COMMENT ON FUNCTION aibilling.report_bars(text, text, text, text[], numeric[], numeric[]) IS 'A part of aibilling.report(): a table with bars, the ten that cost most and all others together';
 
 CREATE OR REPLACE FUNCTION aibilling.report_waiting(usage regclass) RETURNS text
 LANGUAGE plpgsql STABLE PARALLEL UNSAFE
@@ -314,37 +324,26 @@ BEGIN
 	SELECT coalesce(jsonb_agg(to_jsonb(u)), '[]') INTO sums FROM aibilling.usage_by(usage, 'model', first_day, last_day) u;
 	SELECT coalesce(sum(u.cost_cents), 0) INTO before
 	FROM aibilling.usage_by(usage, 'model', first_day - (last_day - first_day + 1), first_day - 1) u;
-	SELECT coalesce(sum((s ->> 'cost_cents')::numeric), 0) AS cents, coalesce(sum((s ->> 'usage_rows')::numeric), 0) AS calls,
-		coalesce(sum((s ->> 'unpriced')::numeric), 0) AS unpriced, coalesce(sum((s ->> 'input_tokens')::numeric), 0) AS input,
-		coalesce(sum((s ->> 'cache_read_tokens')::numeric), 0) AS cached, coalesce(sum((s ->> 'output_tokens')::numeric), 0) AS output,
-		coalesce(sum((s ->> 'reasoning_tokens')::numeric), 0) AS reasoning
-	INTO all_sums FROM jsonb_array_elements(sums) s;
+	SELECT coalesce(sum(s.cost_cents), 0) AS cents, coalesce(sum(s.usage_rows), 0) AS calls, coalesce(sum(s.unpriced), 0) AS unpriced,
+		coalesce(sum(s.input_tokens), 0) AS input, coalesce(sum(s.cache_read_tokens), 0) AS cached,
+		coalesce(sum(s.output_tokens), 0) AS output, coalesce(sum(s.reasoning_tokens), 0) AS reasoning
+	INTO all_sums
+	FROM jsonb_to_recordset(sums) AS s (cost_cents numeric, usage_rows numeric, unpriced numeric,
+		input_tokens numeric, cache_read_tokens numeric, output_tokens numeric, reasoning_tokens numeric);
 	SELECT coalesce(sum(c.saved_cents), 0) INTO saved FROM aibilling.cache_savings(usage, first_day, last_day) c;
 
-	SELECT aibilling.report_bars('Cost by model', 'The ten that cost most.', 'model', array_agg(m.name ORDER BY m.place),
-			array_agg(m.cents ORDER BY m.place), array_agg(m.calls ORDER BY m.place))
+	SELECT aibilling.report_bars('Cost by model', 'The ten that cost most.', 'model', array_agg(m.name), array_agg(m.cents), array_agg(m.calls))
 	INTO models
 	FROM (
-		SELECT least(place, 11) AS place, CASE WHEN place > 10 THEN 'all others' ELSE min(name) END AS name, sum(cents) AS cents, sum(calls) AS calls
-		FROM (
-			SELECT coalesce(s ->> 'model', '(none)') AS name, sum((s ->> 'cost_cents')::numeric) AS cents,
-				sum((s ->> 'usage_rows')::numeric) AS calls, row_number() OVER (ORDER BY sum((s ->> 'cost_cents')::numeric) DESC) AS place
-			FROM jsonb_array_elements(sums) s GROUP BY s ->> 'model'
-		) AS r
-		GROUP BY least(place, 11), place > 10
+		SELECT coalesce(s.model, '(none)') AS name, sum(s.cost_cents) AS cents, sum(s.usage_rows) AS calls
+		FROM jsonb_to_recordset(sums) AS s (model text, cost_cents numeric, usage_rows numeric)
+		GROUP BY s.model
 	) AS m;
-	SELECT aibilling.report_bars('Cost by customer', format('The ten that cost most, of %s.', aibilling.short_number(max(c.n))), 'customer',
-			array_agg(c.name ORDER BY c.place), array_agg(c.cents ORDER BY c.place), array_agg(c.calls ORDER BY c.place)), coalesce(max(c.n), 0)
+	SELECT aibilling.report_bars('Cost by customer', format('The ten that cost most, of %s.', aibilling.short_number(count(*))), 'customer',
+			array_agg(coalesce(u.external_customer_id, u.customer_id::text, '(no customer)')), array_agg(u.cost_cents),
+			array_agg(u.usage_rows::numeric)), count(*)
 	INTO customers, ncustomers
-	FROM (
-		SELECT least(place, 11) AS place, CASE WHEN place > 10 THEN 'all others' ELSE min(name) END AS name, sum(cents) AS cents, sum(calls) AS calls, max(n) AS n
-		FROM (
-			SELECT coalesce(u.external_customer_id, u.customer_id::text, '(no customer)') AS name, u.cost_cents AS cents, u.usage_rows::numeric AS calls,
-				row_number() OVER (ORDER BY u.cost_cents DESC) AS place, count(*) OVER () AS n
-			FROM aibilling.usage_by(usage, 'customer', first_day, last_day) u
-		) AS r
-		GROUP BY least(place, 11), place > 10
-	) AS c;
+	FROM aibilling.usage_by(usage, 'customer', first_day, last_day) u;
 
 	title := aibilling.escape_html(regexp_replace(usage::text, '^public\.', ''));
 	compared := CASE WHEN before = 0 THEN format('none in the %s days before', last_day - first_day + 1)

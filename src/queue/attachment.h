@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * attachment.h
- *	  Attached usage tables, their servers' states, and whether this database may send.
+ *	  Attached usage tables: the table aibilling.attachment.
  *
  *-------------------------------------------------------------------------
  */
@@ -12,15 +12,6 @@
 
 #include "datatype/timestamp.h"
 #include "nodes/pg_list.h"
-
-/* What a database's identity says of whether it may send. */
-typedef enum DatabaseStanding
-{
-	DATABASE_ARMED,				/* it may */
-	DATABASE_COPY,				/* the identity is another's: aibilling.arm() */
-	DATABASE_SUBSCRIBER			/* its outbox comes from another by
-								 * replication */
-} DatabaseStanding;
 
 /* An attached usage table and its server, as the shipper sees them. */
 typedef struct UsageTable
@@ -44,8 +35,6 @@ typedef struct UsageTable
 } UsageTable;
 
 extern const char *abp_attachment_table(void);
-extern bool abp_server_state_by_role(void);
-extern DatabaseStanding abp_database_standing(void);
 extern List *abp_attachments(bool *armed);
 extern UsageTable *abp_attachment_former(Oid relid);
 extern UsageTable *abp_attachment_of(List *tables, Oid relid);
@@ -57,11 +46,5 @@ extern void abp_attachment_truncated(Oid relid);
 extern bool abp_attachment_block(Oid relid, const char *reason,
 								 TimestampTz until);
 extern void abp_attachment_unblock(Oid relid, bool may_wait);
-extern void abp_server_state_save(const char *server, Oid role,
-								  const char *paused, const char *reason,
-								  int failures, TimestampTz not_before);
-extern void abp_server_resume(const char *server, Oid role, bool by_operator);
-extern void abp_database_arm(bool only_first);
-extern void abp_database_check_timeline(void);
 
 #endif							/* ABP_ATTACHMENT_H */

@@ -15,6 +15,7 @@
 
 #include "polar/server.h"
 #include "queue/attachment.h"
+#include "queue/server_state.h"
 #include "ship/guard.h"
 #include "ship/lane.h"
 #include "ship/position.h"

@@ -22,6 +22,7 @@
 #include "compat.h"
 #include "polar/server.h"
 #include "queue/attachment.h"
+#include "queue/database.h"
 #include "sql/setup.h"
 #include "usage/attach.h"
 

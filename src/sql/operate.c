@@ -29,9 +29,11 @@
 #include "polar/event_format.h"
 #include "polar/server.h"
 #include "queue/attachment.h"
+#include "queue/database.h"
 #include "queue/entry.h"
 #include "queue/ledger.h"
 #include "queue/outbox.h"
+#include "queue/server_state.h"
 #include "queue/wake.h"
 #include "ship/guard.h"
 #include "ship/user_code.h"
@@ -266,9 +268,9 @@ resume_server(const ServerShare *share)
 	ListCell   *lc;
 
 	/* The server may be tried again by all that use it. */
-	abp_server_resume(share->server, InvalidOid, share->whole);
+	abp_server_state_resume(share->server, InvalidOid, share->whole);
 	foreach(lc, share->owners)
-		abp_server_resume(share->server, lfirst_oid(lc), true);
+		abp_server_state_resume(share->server, lfirst_oid(lc), true);
 	foreach(lc, share->tables)
 		abp_attachment_unblock(((UsageTable *) lfirst(lc))->relid, true);
 

@@ -35,6 +35,7 @@
 #include "compat.h"
 #include "config.h"
 #include "queue/attachment.h"
+#include "queue/database.h"
 #include "queue/entry.h"
 #include "queue/ledger.h"
 #include "queue/outbox.h"

@@ -45,6 +45,7 @@
 #include "polar/server.h"
 #include "queue/attachment.h"
 #include "queue/corrections.h"
+#include "queue/database.h"
 #include "queue/entry.h"
 #include "queue/ledger.h"
 #include "queue/outbox.h"

@@ -102,7 +102,7 @@ event_keys(const Delivery *delivery)
 	{
 		uint32		key = 0;
 
-		(void) abp_delivery_key(delivery, walk.id, &key);
+		(void) abp_ledger_delivery_key(delivery, walk.id, &key);
 		memcpy(at, &key, sizeof(key));
 		at += sizeof(key);
 	}
@@ -114,7 +114,7 @@ event_keys(const Delivery *delivery)
  * Returns false if that is not known.
  */
 bool
-abp_delivery_key(const Delivery *delivery, int64 id, uint32 *key)
+abp_ledger_delivery_key(const Delivery *delivery, int64 id, uint32 *key)
 {
 	int64		rank = abp_idset_rank(&delivery->key_ids, id);
 

@@ -56,7 +56,7 @@ typedef struct Delivery
 	int			http_status;
 } Delivery;
 
-extern bool abp_delivery_key(const Delivery *delivery, int64 id, uint32 *key);
+extern bool abp_ledger_delivery_key(const Delivery *delivery, int64 id, uint32 *key);
 extern void abp_ledger_begin(Delivery *delivery);
 extern void abp_ledger_resend(Delivery *delivery);
 extern void abp_ledger_note(Delivery *delivery, const char *error,

@@ -108,7 +108,7 @@ notice_row(Filling *filling, const UsageRow *row)
 	uint32		key;
 
 	if (filling->taken_from == 0 &&
-		abp_delivery_key(&filling->shipment->delivery, row->id, &key) &&
+		abp_ledger_delivery_key(&filling->shipment->delivery, row->id, &key) &&
 		key != external_id_key(row))
 		return false;
 

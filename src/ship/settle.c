@@ -200,8 +200,8 @@ add_rows_in_flight(const Shipment *shipment, IdSet *before)
 			uint32		key;
 			uint32		other_key;
 
-			if (abp_delivery_key(delivery, walk.id, &key) &&
-				abp_delivery_key(&other->delivery, walk.id, &other_key) && key == other_key)
+			if (abp_ledger_delivery_key(delivery, walk.id, &key) &&
+				abp_ledger_delivery_key(&other->delivery, walk.id, &other_key) && key == other_key)
 				abp_idset_add(before, walk.id, walk.id, CurrentMemoryContext);
 		}
 	}

@@ -8,10 +8,23 @@
 #include "postgres.h"
 
 #include "executor/spi.h"
+#include "utils/builtins.h"
+#include "utils/lsyscache.h"
 
 #include "base/idset.h"
 #include "base/rights.h"
 #include "base/statement.h"
+
+/*
+ * A table's name in statements and messages, with its schema; in the current memory
+ * context.
+ */
+char	   *
+abp_statement_table_name(Oid relid)
+{
+	return quote_qualified_identifier(get_namespace_name(get_rel_namespace(relid)),
+									  get_rel_name(relid));
+}
 
 /*
  * Run a statement, prepared the first time, between SPI_connect and SPI_finish and

@@ -16,13 +16,12 @@
 #include "access/xact.h"
 #include "catalog/pg_class.h"
 #include "miscadmin.h"
-#include "utils/builtins.h"
-#include "utils/lsyscache.h"
 #include "utils/memutils.h"
 #include "utils/snapmgr.h"
 #include "utils/syscache.h"
 #include "utils/timestamp.h"
 
+#include "base/statement.h"
 #include "compat.h"
 #include "polar/server.h"
 #include "queue/shares.h"
@@ -115,8 +114,7 @@ detached_table(Oid relid)
 
 	table->relid = relid;
 	table->owner = form->relowner;
-	table->name = quote_qualified_identifier(get_namespace_name(form->relnamespace),
-											 NameStr(form->relname));
+	table->name = abp_statement_table_name(relid);
 	ReleaseSysCache(tuple);
 	return table;
 }

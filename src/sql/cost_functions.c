@@ -30,6 +30,7 @@
 #include "utils/timestamp.h"
 
 #include "base/numeric_math.h"
+#include "base/statement.h"
 #include "base/text_view.h"
 #include "base/usage_row.h"
 #include "compat.h"
@@ -368,9 +369,7 @@ select_usage_row(Oid relid, Datum id)
 		ereport(ERROR,
 				(errcode(ERRCODE_UNDEFINED_TABLE),
 				 errmsg("relation with OID %u does not exist", relid)));
-	qualified_name =
-		quote_qualified_identifier(get_namespace_name(get_rel_namespace(relid)),
-								   name);
+	qualified_name = abp_statement_table_name(relid);
 	has_raw = get_attnum(relid, "raw_usage") != InvalidAttrNumber &&
 		get_attnum(relid, "usage_format") != InvalidAttrNumber;
 
@@ -464,8 +463,7 @@ abp_sql_explain_usage_cost(PG_FUNCTION_ARGS)
 				(errcode(ERRCODE_NO_DATA_FOUND),
 				 errmsg("there is no row with id " INT64_FORMAT " in table %s",
 						PG_GETARG_INT64(1),
-						quote_qualified_identifier(get_namespace_name(get_rel_namespace(relid)),
-												   get_rel_name(relid)))));
+						abp_statement_table_name(relid))));
 
 	for (uint64 row = 0; row < SPI_processed; row++)
 	{

@@ -19,6 +19,7 @@
 #include "utils/timestamp.h"
 #include "utils/typcache.h"
 
+#include "base/statement.h"
 #include "base/text_view.h"
 #include "base/usage_row.h"
 #include "compat.h"
@@ -366,8 +367,7 @@ char	   *
 abp_row_columns_fix(Relation rel)
 {
 	TupleDesc	desc = RelationGetDescr(rel);
-	const char *table = quote_qualified_identifier(get_namespace_name(RelationGetNamespace(rel)),
-												   RelationGetRelationName(rel));
+	const char *table = abp_statement_table_name(RelationGetRelid(rel));
 	AttrNumber	last = 0;
 	Bitmapset  *taken = NULL;
 	StringInfoData statements;

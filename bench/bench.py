@@ -565,6 +565,10 @@ class Bench:
                 self.sql(f"ALTER SUBSCRIPTION publisher{number} ENABLE")
             wait_until(lambda: self.sink.count()["events"] - before >= each * PUBLISHERS, "the events")
             seconds = time.monotonic() - started
+            # without what the bulk leaves to be done: the rollup, and the disks' work
+            wait_until(lambda: self.sql("SELECT NOT EXISTS (SELECT FROM aibilling.share)") == "t", "the rollup", 3600)
+            for server in (self.server, *publishers):
+                server.sql("CHECKPOINT")
             single = self.single_rows(publishers[0], 1000)
             self.use(self.sink, 1000)
             return {"backlog": {"seconds": seconds, "rate": each * PUBLISHERS / seconds},
@@ -640,7 +644,7 @@ class Bench:
 
     # 6
     def backlog(self):
-        """What a row costs beside few and many that wait, each with a reason of its own."""
+        """What a row costs beside few and many that wait, each with a reason of its own, of a table of one size."""
         sizes = (100, 10_000, self.options.rows)
         columns = "(provider, model, external_customer_id, input_tokens, occurred_at)"
         taken = {}
@@ -666,6 +670,7 @@ class Bench:
         self.pause()
         for size in sizes:
             self.sql("SELECT aibilling.create_usage_table('backlog', server => 'polar')",
+                     "SET aibilling_polar.enqueue = off; " + rows(sizes[-1] - size, model="'none-' || i"),
                      rows(size, model="'none-' || i"), "VACUUM ANALYZE backlog", "VACUUM ANALYZE aibilling.outbox_entry")
             waiting = self.sql("SELECT max(id) FROM backlog")
             for _ in range(self.options.runs):

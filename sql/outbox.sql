@@ -671,6 +671,18 @@ DROP FUNCTION put;
 DROP TABLE parted;
 RESET client_min_messages;
 
+-- The first id of a block of ids waits, and no other one of its block.
+SELECT aibilling.create_usage_table('blocks', server => 'polar');
+SET client_min_messages = error;
+INSERT INTO blocks (id, external_id, provider, model, external_customer_id, input_tokens) VALUES (2048, 'waits', 'acme', 'nobody knows', 'c', 1);
+SET aibilling_polar.enqueue = off;
+INSERT INTO blocks (id, external_id, provider, model, external_customer_id, input_tokens) VALUES (2050, 'loaded', 'acme', 'nobody knows', 'c', 1);
+RESET aibilling_polar.enqueue;
+UPDATE blocks SET input_tokens = 2 WHERE id = 2050;
+SELECT usage_id, state FROM aibilling.outbox WHERE usage_table = 'blocks'::regclass;
+DROP TABLE blocks;
+RESET client_min_messages;
+
 -- The extension goes, by the transaction that has inserted a row.
 BEGIN;
 SELECT ins('kept');

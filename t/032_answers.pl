@@ -286,6 +286,13 @@ is( $node->safe_psql('postgres', q{SELECT string_agg(external_id || ' ' || state
 	'a row is refused for what is said of its own variant');
 $node->safe_psql('postgres', q{DELETE FROM usage WHERE external_id IN ('variant_1', 'variant_2')});
 
+# A request of which every row is refused says so.
+$polar->fault(kind => 'poison', external_ids => ['refused_1'], status => 422, index => \1);
+$node->insert_rows(1, prefix => 'refused_');
+$node->poll_query_until('postgres', q{SELECT state <> 'sending' FROM aibilling.delivery WHERE usage_table = 'usage'::regclass ORDER BY id DESC LIMIT 1});
+is($node->safe_psql('postgres', q{SELECT state FROM aibilling.delivery WHERE usage_table = 'usage'::regclass ORDER BY id DESC LIMIT 1}), 'rejected', 'a delivery of which every row is refused is rejected');
+$node->safe_psql('postgres', q{DELETE FROM usage WHERE external_id = 'refused_1'});
+
 # Fixed and released.
 $polar->reset(keep => ['events']);
 is($node->safe_psql('postgres', q{SELECT aibilling.retry('usage')}), '2', 'retry() releases them');

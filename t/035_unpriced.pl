@@ -321,6 +321,14 @@ foreach my $db ('postgres', 'plain')
 		'delivered|10100', "$db: an UPDATE does");
 }
 
+# sync() watches the worker, and waits for what a price that has just come lets go.
+foreach my $n (1 .. 5)
+{
+	$node->psql('postgres', "INSERT INTO usage ($columns) VALUES ('soon $n', 'acme', 'soon$n', 'c', 10)");
+	$node->safe_psql('postgres', "INSERT INTO aibilling.price (provider, model, input) VALUES ('acme', 'soon$n', 1); CALL aibilling.sync()");
+	is(place('postgres', "soon $n"), 'delivered', "sync() waits for the price $n");
+}
+
 # ---------------------------------------------------------------------------
 # unpriced 'send': what waits goes without a cost, and what comes
 # ---------------------------------------------------------------------------

@@ -168,6 +168,7 @@ SELECT aibilling.create_usage_table('eve.resists', 'eves');});
 	eve(q{SELECT aibilling.resume('eves')});
 	my ($rc, undef, $err) = $node->psql('postgres', 'CALL aibilling.sync()',
 		extra_params => [ '-U', 'eve' ]);
+	like($err, qr/stopped before everything was delivered: a usage table is blocked; see aibilling\.status/, 'sync() says what keeps it');
 	honest_rows_arrive('nor does its owner by sync()');
 	sql(q{SELECT aibilling.detach('eve.resists', 'discard')});
 };

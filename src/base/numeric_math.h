@@ -81,6 +81,13 @@ numeric_text(Numeric a)
 	return DatumGetCString(DirectFunctionCall1(numeric_out, NumericGetDatum(a)));
 }
 
+/* One that bigint can hold, rounded. */
+static inline int64
+numeric_as_int64(Numeric a)
+{
+	return DatumGetInt64(DirectFunctionCall1(numeric_int8, NumericGetDatum(a)));
+}
+
 /* Without the trailing zeros of its display scale. */
 static inline Numeric
 numeric_trimmed(Numeric a)

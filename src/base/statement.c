@@ -8,10 +8,25 @@
 #include "postgres.h"
 
 #include "executor/spi.h"
+#include "utils/builtins.h"
+#include "utils/lsyscache.h"
 
 #include "base/idset.h"
 #include "base/rights.h"
 #include "base/statement.h"
+
+/*
+ * A table's name in statements and messages, with its schema; in the current memory
+ * context.  NULL if there is no such table.
+ */
+char	   *
+abp_statement_table_name(Oid relid)
+{
+	char	   *name = get_rel_name(relid);
+
+	return name == NULL ? NULL :
+		quote_qualified_identifier(get_namespace_name(get_rel_namespace(relid)), name);
+}
 
 /*
  * Run a statement, prepared the first time, between SPI_connect and SPI_finish and

@@ -30,6 +30,7 @@ extern uint64 abp_statement_run(Statement *statement, Datum *values,
 								const char *nulls);
 extern uint64 abp_statement_open(Statement *statement, Datum *values,
 								 const char *nulls, SavedUser *saved);
+extern char *abp_statement_table_name(Oid relid);
 extern void abp_statement_close(const SavedUser *saved);
 extern IdSet abp_statement_ids(Statement *statement, Datum *values);
 extern uint64 abp_statement_run_alone(Statement *statement, Datum *values,

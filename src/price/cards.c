@@ -35,6 +35,7 @@
 #include "utils/snapmgr.h"
 #include "utils/timestamp.h"
 
+#include "base/numeric_math.h"
 #include "base/text_view.h"
 #include "base/transaction.h"
 #include "compat.h"
@@ -278,10 +279,7 @@ open_price_table(int table)
 static int64
 decimal_nanos(Datum decimal)
 {
-	Datum		nanos = DirectFunctionCall2(numeric_mul, decimal,
-											NumericGetDatum(int64_to_numeric(1000000000)));
-
-	return DatumGetInt64(DirectFunctionCall1(numeric_int8, nanos));
+	return numeric_as_int64(numeric_times(DatumGetNumeric(decimal), int64_to_numeric(1000000000)));
 }
 
 /*

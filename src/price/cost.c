@@ -903,8 +903,7 @@ abp_cost_fits_nanos(const ExactCost *cost, int64 *result)
 		if (numeric_compare(nanos, int64_to_numeric(PG_INT64_MAX)) > 0 ||
 			numeric_compare(nanos, int64_to_numeric(PG_INT64_MIN)) < 0)
 			return false;
-		*result = DatumGetInt64(DirectFunctionCall1(numeric_int8,
-													NumericGetDatum(nanos)));
+		*result = numeric_as_int64(nanos);
 		return true;
 	}
 }

@@ -562,8 +562,7 @@ abp_usage_whole_number(Numeric number, int64 *value)
 		return "beyond the range of bigint";
 	if (numeric_compare(number, zero) < 0)
 		return "negative";
-	*value = DatumGetInt64(DirectFunctionCall1(numeric_int8,
-											   NumericGetDatum(number)));
+	*value = numeric_as_int64(number);
 	if (DatumGetInt32(DirectFunctionCall1(numeric_scale, NumericGetDatum(number))) != 0 &&
 		numeric_compare(number, int64_to_numeric(*value)) != 0)
 		return "not a whole number";
@@ -775,8 +774,7 @@ abp_usage_read_amount(Reading *r, JsonbContainer *container, const char *path,
 		return abp_usage_doubt(r, "%s is negative: %s",
 							   abp_usage_path_name(path), abp_usage_value_text(&found));
 
-	*amount = DatumGetNumeric(DirectFunctionCall1(numeric_trim_scale,
-												  NumericGetDatum(number)));
+	*amount = numeric_trimmed(number);
 	return true;
 }
 

@@ -23,7 +23,6 @@
 #include "base/extension.h"
 #include "base/rights.h"
 #include "base/statement.h"
-#include "base/table_name.h"
 #include "base/table_scan.h"
 #include "base/text_view.h"
 #include "queue/attachment.h"
@@ -97,7 +96,7 @@ describe_table(UsageTable *table)
 		return;
 	form = (Form_pg_class) GETSTRUCT(tuple);
 	table->owner = form->relowner;
-	table->name = abp_table_name(table->relid);
+	table->name = abp_statement_table_name(table->relid);
 	ReleaseSysCache(tuple);
 }
 

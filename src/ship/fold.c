@@ -19,6 +19,7 @@
 #include "utils/syscache.h"
 #include "utils/timestamp.h"
 
+#include "base/statement.h"
 #include "compat.h"
 #include "queue/attachment.h"
 #include "queue/shares.h"

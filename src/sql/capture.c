@@ -16,7 +16,7 @@
 #include "utils/builtins.h"
 #include "utils/varlena.h"
 
-#include "base/table_name.h"
+#include "base/statement.h"
 #include "compat.h"
 
 /* How far from a name another one may be to be meant, in letters. */
@@ -51,9 +51,9 @@ abp_sql_check_expression(PG_FUNCTION_ARGS)
 {
 	Oid			source = PG_GETARG_OID(0);
 	char	   *expression = text_to_cstring(PG_GETARG_TEXT_PP(1));
-	char	   *table = abp_table_name(source);
 	char	   *sql = psprintf("SELECT (%s\n)::%s FROM %s", expression,
-							   format_type_be_qualified(PG_GETARG_OID(2)), table);
+							   format_type_be_qualified(PG_GETARG_OID(2)),
+							   abp_statement_table_name(source));
 	List	   *parsed = raw_parser(sql, RAW_PARSE_DEFAULT);
 	Query	   *query;
 

@@ -243,10 +243,10 @@ abp_close_words(const UsageTable *table, TimestampTz now)
 
 	cents = DatumGetNumeric(DirectFunctionCall2(numeric_div, NumericGetDatum(cents),
 												NumericGetDatum(int64_to_numeric(100))));
-	cents = DatumGetNumeric(DirectFunctionCall2(numeric_round, NumericGetDatum(cents), Int32GetDatum(2)));
+	cents = numeric_rounded(cents, 2);
 	return psprintf("%s" INT64_FORMAT " rows of %s %d (%s USD) are not delivered and %s its invoice: %s (aibilling.close_check)",
 					more ? "at least " : "", rows, months[tm.tm_mon - 1], tm.tm_year,
-					DatumGetCString(DirectFunctionCall1(numeric_out, NumericGetDatum(cents))),
+					numeric_text(cents),
 					to_come ? "would miss" : "may have missed", parts.data);
 }
 

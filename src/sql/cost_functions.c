@@ -30,7 +30,7 @@
 #include "utils/timestamp.h"
 
 #include "base/numeric_math.h"
-#include "base/table_name.h"
+#include "base/statement.h"
 #include "base/text_view.h"
 #include "base/usage_row.h"
 #include "compat.h"
@@ -353,7 +353,7 @@ static void
 select_usage_row(Oid relid, Datum id)
 {
 	Oid			id_type = INT8OID;
-	char	   *name = abp_table_name(relid);
+	char	   *name = abp_statement_table_name(relid);
 	bool		has_raw;
 
 	if (name == NULL)
@@ -453,7 +453,7 @@ abp_sql_explain_usage_cost(PG_FUNCTION_ARGS)
 				(errcode(ERRCODE_NO_DATA_FOUND),
 				 errmsg("there is no row with id " INT64_FORMAT " in table %s",
 						PG_GETARG_INT64(1),
-						abp_table_name(relid))));
+						abp_statement_table_name(relid))));
 
 	for (uint64 row = 0; row < SPI_processed; row++)
 	{

@@ -60,12 +60,10 @@ set_uuid(Datum *values, bool *nulls, int column, const char *text)
 static bool
 nanos_fit(Numeric nanos, int64 *result)
 {
-	Datum		whole = DirectFunctionCall2(numeric_trunc, NumericGetDatum(nanos), Int32GetDatum(0));
-
-	if (!numeric_equal(DatumGetNumeric(whole), nanos) ||
+	if (!numeric_equal(numeric_rounded(nanos, 0), nanos) ||
 		numeric_compare(numeric_magnitude(nanos), int64_to_numeric(PG_INT64_MAX)) > 0)
 		return false;
-	*result = DatumGetInt64(DirectFunctionCall1(numeric_int8, whole));
+	*result = numeric_as_int64(nanos);
 	return true;
 }
 
@@ -166,7 +164,7 @@ put_quantity(TimestampTz timestamp, Numeric quantity, void *arg)
 	bool		nulls[2] = {false};
 
 	values[0] = TimestampTzGetDatum(timestamp);
-	values[1] = DirectFunctionCall1(numeric_trim_scale, NumericGetDatum(quantity));
+	values[1] = NumericGetDatum(numeric_trimmed(quantity));
 	tuplestore_putvalues(call->result->setResult, call->result->setDesc, values, nulls);
 }
 

@@ -180,10 +180,7 @@ close_number(Numeric a, Numeric b)
 static Numeric
 nanos_of_cents(Numeric cents)
 {
-	Datum		product = DirectFunctionCall2(numeric_mul, NumericGetDatum(cents),
-											  NumericGetDatum(int64_to_numeric(10000000)));
-
-	return DatumGetNumeric(DirectFunctionCall2(numeric_round, product, Int32GetDatum(0)));
+	return numeric_rounded(numeric_times(cents, int64_to_numeric(10000000)), 0);
 }
 
 /* The day as DateADT: rounded down, for times before 2000, too. */
@@ -767,7 +764,7 @@ take_quantity(TimestampTz timestamp, Numeric quantity, void *arg)
 	if (!same_number(quantity, int64_to_numeric(0)))
 	{
 		day = get_day(work, day_of(timestamp));
-		day->nanos_there = DatumGetNumeric(DirectFunctionCall1(numeric_trim_scale, NumericGetDatum(quantity)));
+		day->nanos_there = numeric_trimmed(quantity);
 	}
 	MemoryContextSwitchTo(old);
 }

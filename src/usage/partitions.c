@@ -37,7 +37,7 @@
 
 #include "base/extension.h"
 #include "base/idset.h"
-#include "base/table_name.h"
+#include "base/statement.h"
 #include "queue/attachment.h"
 #include "queue/entry.h"
 #include "queue/ledger.h"
@@ -159,7 +159,7 @@ partition_has_gone(Oid usage_table, Oid partition, Oid serverid, int64 ledger_fr
 		ereport(WARNING,
 				(errcode(ERRCODE_WARNING),
 				 errmsg(INT64_FORMAT " usage rows of %s were gone before they were sent",
-						count, abp_table_name(usage_table)),
+						count, abp_statement_table_name(usage_table)),
 				 errhint("They left with partition \"%s\", and are sent when it is attached again.",
 						 get_rel_name(partition))));
 }

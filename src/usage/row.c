@@ -21,7 +21,7 @@
 #include "utils/typcache.h"
 
 #include "base/numeric_math.h"
-#include "base/table_name.h"
+#include "base/statement.h"
 #include "base/text_view.h"
 #include "base/usage_row.h"
 #include "compat.h"
@@ -369,7 +369,7 @@ char	   *
 abp_row_columns_fix(Relation rel)
 {
 	TupleDesc	desc = RelationGetDescr(rel);
-	const char *table = abp_table_name(RelationGetRelid(rel));
+	const char *table = abp_statement_table_name(RelationGetRelid(rel));
 	AttrNumber	last = 0;
 	Bitmapset  *taken = NULL;
 	StringInfoData statements;

@@ -123,8 +123,8 @@ get_unsigned(ByteReader *reader)
 	{
 		unsigned char byte = *get_bytes(reader, 1);
 
-		if (shift > 126)
-			corrupted();
+		if (shift > 126 || (shift == 126 && byte > 3))
+			corrupted();		/* more than 128 bits */
 		value |= (uint128) (byte & 0x7f) << shift;
 		if (byte < 0x80)
 			return value;

@@ -38,6 +38,20 @@ abp_extension_relation(const char *name)
 }
 
 /*
+ * What one of our event triggers, aibilling.FUNCTION, is told of.  Raises an error if
+ * it is called as something else.
+ */
+EventTriggerData *
+abp_extension_event(FunctionCallInfo fcinfo, const char *function)
+{
+	if (!CALLED_AS_EVENT_TRIGGER(fcinfo))
+		ereport(ERROR,
+				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
+				 errmsg("function \"aibilling.%s\" can only be called as an event trigger", function)));
+	return (EventTriggerData *) fcinfo->context;
+}
+
+/*
  * Raise an error if the extension is of an older version than its library,
  * which then only prices and queues new rows.
  */

@@ -10,9 +10,13 @@
 
 #include "postgres.h"
 
+#include "commands/event_trigger.h"
+#include "fmgr.h"
+
 extern bool abp_extension_installed(void);
 extern Oid	abp_extension_relation(const char *name);
 extern void abp_extension_check_version(void);
 extern Oid	abp_extension_needed(const char *name);
+extern EventTriggerData *abp_extension_event(FunctionCallInfo fcinfo, const char *function);
 
 #endif							/* ABP_EXTENSION_H */

@@ -378,19 +378,27 @@ abp_entry_scan_begin_at(OrderedScan *scan, Oid usage_table, char state,
 						 nkeys, keys, AccessShareLock, snapshot);
 }
 
-/* Has anything been taken out of a table's entries that still holds it? */
-bool
-abp_entries_have_removals(Oid usage_table)
+/* Begin a scan over a table's removals, by state and block. */
+void
+abp_entry_scan_begin_removals(OrderedScan *scan, Oid usage_table, LOCKMODE lockmode)
 {
 	ScanKeyData keys[2];
-	OrderedScan scan;
-	bool		found;
 
 	ScanKeyInit(&keys[0], Anum_entry_usage_table, BTEqualStrategyNumber,
 				F_OIDEQ, ObjectIdGetDatum(usage_table));
 	ScanKeyInit(&keys[1], Anum_entry_state, BTLessStrategyNumber,
 				F_CHARLT, CharGetDatum('a'));
-	abp_scan_begin(&scan, "outbox_entry", "outbox_entry_key", 2, keys, AccessShareLock);
+	abp_scan_begin(scan, "outbox_entry", "outbox_entry_key", 2, keys, lockmode);
+}
+
+/* Has anything been taken out of a table's entries that still holds it? */
+bool
+abp_entries_have_removals(Oid usage_table)
+{
+	OrderedScan scan;
+	bool		found;
+
+	abp_entry_scan_begin_removals(&scan, usage_table, AccessShareLock);
 	found = abp_scan_next(&scan) != NULL;
 	abp_scan_end(&scan);
 	return found;

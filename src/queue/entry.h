@@ -87,6 +87,8 @@ extern bool abp_entry_holds(HeapTuple tuple, TupleDesc desc, int64 id);
 extern void abp_entry_scan_begin(OrderedScan *scan, Oid usage_table,
 								 char state, int64 from_id, TimestampTz until,
 								 LOCKMODE lockmode);
+extern void abp_entry_scan_begin_removals(OrderedScan *scan, Oid usage_table,
+										  LOCKMODE lockmode);
 extern void abp_entry_scan_begin_at(OrderedScan *scan, Oid usage_table,
 									char state, StrategyNumber strategy,
 									RegProcedure compare, int64 key,

@@ -278,18 +278,13 @@ abp_outbox_tidy(Oid usage_table, int max_removals)
 	int			done = 0;
 	bool		finished = true;
 	OrderedScan scan;
-	ScanKeyData keys[2];
 	HeapTuple	tuple;
 	char		state = 0;
 	int64		first = 0;
 
 	sum_up_not_queued(usage_table);
 	abp_feed_sum_up(usage_table);
-	ScanKeyInit(&keys[0], Anum_entry_usage_table, BTEqualStrategyNumber,
-				F_OIDEQ, ObjectIdGetDatum(usage_table));
-	ScanKeyInit(&keys[1], Anum_entry_state, BTLessStrategyNumber,
-				F_CHARLT, CharGetDatum('a'));
-	abp_scan_begin(&scan, "outbox_entry", "outbox_entry_key", 2, keys, RowExclusiveLock);
+	abp_entry_scan_begin_removals(&scan, usage_table, RowExclusiveLock);
 	while ((tuple = abp_scan_next(&scan)) != NULL)
 	{
 		const EntryForm *form = ENTRY_FORM(tuple);

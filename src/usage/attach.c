@@ -16,7 +16,6 @@
 #include "catalog/pg_class.h"
 #include "catalog/pg_index.h"
 #include "catalog/pg_type.h"
-#include "commands/event_trigger.h"
 #include "executor/spi.h"
 #include "fmgr.h"
 #include "foreign/foreign.h"
@@ -726,10 +725,7 @@ abp_sql_on_sql_drop(PG_FUNCTION_ARGS)
 	bool		armed;
 	ListCell   *lc;
 
-	if (!CALLED_AS_EVENT_TRIGGER(fcinfo))
-		ereport(ERROR,
-				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
-				 errmsg("function \"aibilling.on_sql_drop\" can only be called as an event trigger")));
+	(void) abp_extension_event(fcinfo, "on_sql_drop");
 	if (!abp_extension_installed())
 		PG_RETURN_NULL();
 
@@ -805,12 +801,9 @@ abp_sql_on_sql_drop(PG_FUNCTION_ARGS)
 Datum
 abp_sql_on_server_ddl(PG_FUNCTION_ARGS)
 {
-	if (!CALLED_AS_EVENT_TRIGGER(fcinfo))
-		ereport(ERROR,
-				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
-				 errmsg("function \"aibilling.on_server_ddl\" can only be called as an event trigger")));
-	if (abp_extension_installed() &&
-		strcmp(GetCommandTagName(((EventTriggerData *) fcinfo->context)->tag), "ALTER SERVER") == 0)
+	EventTriggerData *event = abp_extension_event(fcinfo, "on_server_ddl");
+
+	if (abp_extension_installed() && strcmp(GetCommandTagName(event->tag), "ALTER SERVER") == 0)
 		abp_attachments_follow_servers();
 	abp_wake_at_commit();
 	PG_RETURN_NULL();
@@ -878,10 +871,6 @@ check_drop_extension(const Node *command)
 Datum
 abp_sql_on_drop_extension(PG_FUNCTION_ARGS)
 {
-	if (!CALLED_AS_EVENT_TRIGGER(fcinfo))
-		ereport(ERROR,
-				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
-				 errmsg("function \"aibilling.on_drop_extension\" can only be called as an event trigger")));
-	check_drop_extension(((EventTriggerData *) fcinfo->context)->parsetree);
+	check_drop_extension(abp_extension_event(fcinfo, "on_drop_extension")->parsetree);
 	PG_RETURN_NULL();
 }

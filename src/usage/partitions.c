@@ -22,7 +22,6 @@
 #include "catalog/partition.h"
 #include "catalog/pg_class.h"
 #include "catalog/pg_inherits.h"
-#include "commands/event_trigger.h"
 #include "fmgr.h"
 #include "foreign/foreign.h"
 #include "miscadmin.h"
@@ -299,14 +298,9 @@ abp_partitions_leaving(Oid usage_table, const IdSet *ids)
 Datum
 abp_sql_on_table_ddl(PG_FUNCTION_ARGS)
 {
-	const Node *command;
+	const Node *command = abp_extension_event(fcinfo, "on_table_ddl")->parsetree;
 	ListCell   *lc;
 
-	if (!CALLED_AS_EVENT_TRIGGER(fcinfo))
-		ereport(ERROR,
-				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
-				 errmsg("function \"aibilling.on_table_ddl\" can only be called as an event trigger")));
-	command = ((EventTriggerData *) fcinfo->context)->parsetree;
 	if (!abp_extension_installed() || !IsA(command, AlterTableStmt))
 		PG_RETURN_NULL();
 

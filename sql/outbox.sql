@@ -678,7 +678,7 @@ INSERT INTO blocks (id, external_id, provider, model, external_customer_id, inpu
 SET aibilling_polar.enqueue = off;
 INSERT INTO blocks (id, external_id, provider, model, external_customer_id, input_tokens) VALUES (2050, 'loaded', 'acme', 'nobody knows', 'c', 1);
 RESET aibilling_polar.enqueue;
-UPDATE blocks SET input_tokens = 2 WHERE id = 2050;
+UPDATE blocks SET model = 'm' WHERE id = 2050;
 SELECT usage_id, state FROM aibilling.outbox WHERE usage_table = 'blocks'::regclass;
 DROP TABLE blocks;
 RESET client_min_messages;

@@ -325,8 +325,9 @@ foreach my $db ('postgres', 'plain')
 foreach my $n (1 .. 5)
 {
 	$node->psql('postgres', "INSERT INTO usage ($columns) VALUES ('soon $n', 'acme', 'soon$n', 'c', 10)");
-	$node->safe_psql('postgres', "INSERT INTO aibilling.price (provider, model, input) VALUES ('acme', 'soon$n', 1); CALL aibilling.sync()");
-	is(place('postgres', "soon $n"), 'delivered', "sync() waits for the price $n");
+	$polar->fault(kind => 'slow', delay => 300);
+	is($node->safe_psql('postgres', "INSERT INTO aibilling.price (provider, model, input) VALUES ('acme', 'soon$n', 1); CALL aibilling.sync();
+		SELECT state FROM usage u, aibilling.usage_status('usage', u.id) WHERE external_id = 'soon $n'"), 'delivered', "sync() waits for the price $n");
 }
 
 # ---------------------------------------------------------------------------

@@ -172,7 +172,7 @@ abp_batch_next(Turn *turn, const UsageTable *table, const ServerOptions *server,
 	PushActiveSnapshot(GetLatestSnapshot());
 	if (!abp_partitions_look(table->relid, table->ledger_from))
 		abp_turn_due_at(turn, abp_turn_in_ms(LOCKED_MS));
-	if (abp_outbox_tidy(table->relid, TIDY_PER_TURN))
+	else if (abp_outbox_tidy(table->relid, TIDY_PER_TURN))
 	{
 		CommandCounterIncrement();
 		UpdateActiveSnapshotCommandId();

@@ -213,7 +213,8 @@ note_partition(Oid usage_table, Oid partition)
  * shipper, before it reads rows.  It may have missed such a row in the meantime,
  * and noted that after the partition came; and having a lock on the table, it may
  * not have heard of the partition.  Having got the partition's lock, it has.
- * Returns false if one is locked: look again soon.
+ * Returns false if one is locked: what is in the outbox may be of rows that the
+ * shipper would not see; look again soon.
  */
 bool
 abp_partitions_look(Oid usage_table, int64 ledger_from)

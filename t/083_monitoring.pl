@@ -111,6 +111,16 @@ CREATE TRIGGER holds BEFORE INSERT ON aibilling.price FOR EACH ROW EXECUTE FUNCT
 });
 progress_of(q{SELECT aibilling.capture('calls', 'captured', columns => '{"external_customer_id": "CASE WHEN id = 11000 THEN public.waits() ELSE ''c'' END"}', existing => 'load')},
 	'captured|10000|12000|rows', @held_by);
+# It waits for the lock of a row of its third part.
+$node->safe_psql('postgres', q{
+SELECT aibilling.create_usage_table('there', 'polar');
+INSERT INTO aibilling.price (provider, model, input) VALUES ('there', 'm', 1);
+SET aibilling_polar.enqueue = off;
+INSERT INTO there (provider, model, external_customer_id, input_tokens) SELECT 'there', 'm', 'c', 1 FROM generate_series(1, 2500);
+UPDATE aibilling.price SET input = 2 WHERE provider = 'there'});
+progress_of(q{SELECT count(*) FROM aibilling.reprice('there', dry_run => false)}, 'there|2000||rows',
+	sub { $locker->query_safe('BEGIN; SELECT FROM there WHERE id = 2400 FOR UPDATE') }, sub { $locker->query_safe('COMMIT') });
+$node->safe_psql('postgres', q{DROP TABLE there; DELETE FROM aibilling.price WHERE provider = 'there'});
 progress_of(q{SELECT count(*) FROM aibilling.import_prices('{"m": {"litellm_provider": "p", "mode": "chat", "input_cost_per_token": 1e-6, "output_cost_per_token": 2e-6}}', 'litellm', false)},
 	'|0|2|prices', @held_by);
 $node->safe_psql('postgres', 'DROP TRIGGER holds ON aibilling.price');

@@ -10,13 +10,16 @@
  */
 #include "postgres.h"
 
+#include "access/htup_details.h"
 #include "catalog/pg_authid.h"
+#include "catalog/pg_class.h"
 #include "funcapi.h"
 #include "miscadmin.h"
 #include "utils/acl.h"
 #include "utils/backend_progress.h"
 #include "utils/backend_status.h"
 #include "utils/builtins.h"
+#include "utils/syscache.h"
 
 #include "base/progress.h"
 #include "compat.h"
@@ -68,6 +71,23 @@ abp_progress_report(Oid relid, const char *unit, int64 done, int64 total)
 		pgstat_progress_start_command(PROGRESS_COMMAND_OURS, relid);
 	if (MyBEEntry->st_progress_command == PROGRESS_COMMAND_OURS)
 		pgstat_progress_update_multi_param(lengthof(params), params, values);
+}
+
+/*
+ * How many rows a table has, as ANALYZE has found; 0: not known.
+ */
+int64
+abp_progress_rows_about(Oid relid)
+{
+	HeapTuple	tuple = SearchSysCache1(RELOID, ObjectIdGetDatum(relid));
+	int64		rows = 0;
+
+	if (HeapTupleIsValid(tuple))
+	{
+		rows = (int64) Max(((Form_pg_class) GETSTRUCT(tuple))->reltuples, 0);
+		ReleaseSysCache(tuple);
+	}
+	return rows;
 }
 
 /*

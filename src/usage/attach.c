@@ -491,6 +491,7 @@ typedef struct ExistingRows
 	OutboxEntry unpriced;
 	OutboxEntry outcome_unknown;
 	int64		seen;
+	int64		total;			/* about */
 	MemoryContext context;
 } ExistingRows;
 
@@ -501,7 +502,7 @@ sort_existing(SPITupleTable *part, uint64 nrows, void *arg)
 	ExistingRows *rows = arg;
 
 	rows->seen += nrows;
-	abp_progress_report(rows->relid, "rows", rows->seen, 0);
+	abp_progress_report(rows->relid, "rows", rows->seen, Max(rows->seen, rows->total));
 	for (uint64 i = 0; i < nrows; i++)
 	{
 		bool		isnull;
@@ -538,6 +539,7 @@ enqueue_existing(Oid relid, bool was_attached)
 			.error = "was in the table before it was attached; not priced yet"
 		},
 		.outcome_unknown = {.usage_table = relid,.state = OUTBOX_READY,.outcome_unknown = true},
+		.total = abp_progress_rows_about(relid),
 		.context = CurrentMemoryContext
 	};
 	Oid			argtypes[1] = {INT4OID};

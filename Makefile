@@ -34,6 +34,7 @@ ISOLATION = \
 	prices_prepared \
 	delivery \
 	attach \
+	shared \
 	corrections
 ISOLATION_OPTS = --load-extension=$(EXTENSION) --encoding=UTF8 --no-locale
 

@@ -9,8 +9,10 @@
 
 #include "access/transam.h"
 #include "access/xact.h"
+#include "catalog/pg_class_d.h"
 #include "miscadmin.h"
 #include "storage/lmgr.h"
+#include "storage/lock.h"
 #include "utils/fmgroids.h"
 #include "utils/rel.h"
 #include "utils/snapmgr.h"
@@ -20,6 +22,9 @@
 #include "queue/ledger.h"
 #include "queue/outbox.h"
 #include "queue/place.h"
+
+/* Of a table, as an object: 0 is that of partitions.c. */
+#define LOCK_OF_SHARED_IDS 1
 
 /*
  * Count the entries of one table and state, or the removals from it, that hold
@@ -120,6 +125,31 @@ look(Oid usage_table, int64 id, int64 ledger_from, RowPlace *place)
 	return busy;
 }
 
+/* In all states together. */
+static int
+times_in_outbox(const RowPlace *place)
+{
+	int			times = 0;
+
+	for (int i = 0; i < NUM_OUTBOX_STATES; i++)
+		times += place->count[i];
+	return times;
+}
+
+/*
+ * An id that is in the outbox more than once is of several rows, and who changes one
+ * of these takes all of that out: one transaction at a time in a table.  Returns
+ * false if there is another one, which is not to be waited for.
+ */
+bool
+abp_place_lock_shared_ids(Oid usage_table, bool wait)
+{
+	LOCKTAG		tag;
+
+	SET_LOCKTAG_OBJECT(tag, MyDatabaseId, RelationRelationId, usage_table, LOCK_OF_SHARED_IDS);
+	return LockAcquire(&tag, ExclusiveLock, false, !wait) != LOCKACQUIRE_NOT_AVAIL;
+}
+
 /*
  * Where does a row stand?  By the latest state of the tables, whatever the
  * transaction's snapshot.  What the ledger has up to "ledger_from" speaks of
@@ -132,15 +162,22 @@ look(Oid usage_table, int64 id, int64 ledger_from, RowPlace *place)
 void
 abp_place_find(Oid usage_table, int64 id, int64 ledger_from, RowPlace *place)
 {
+	bool		locked = false;
+
 	for (;;)
 	{
 		TransactionId busy;
 
 		CHECK_FOR_INTERRUPTS();
 		busy = look(usage_table, id, ledger_from, place);
-		if (!TransactionIdIsValid(busy))
+		if (TransactionIdIsValid(busy))
+			XactLockTableWait(busy, NULL, NULL, XLTW_None);
+		else if (locked || times_in_outbox(place) < 2)
 			break;
-		XactLockTableWait(busy, NULL, NULL, XLTW_None);
+		else
+		{
+			locked = abp_place_lock_shared_ids(usage_table, true);
+		}
 	}
 }
 

@@ -32,6 +32,7 @@ typedef struct RowPlace
 
 extern void abp_place_find(Oid usage_table, int64 id, int64 ledger_from,
 						   RowPlace *place);
+extern bool abp_place_lock_shared_ids(Oid usage_table, bool wait);
 extern bool abp_place_find_at_once(Oid usage_table, int64 id, int64 ledger_from,
 								   RowPlace *place);
 

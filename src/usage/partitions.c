@@ -41,6 +41,7 @@
 #include "queue/entry.h"
 #include "queue/ledger.h"
 #include "queue/outbox.h"
+#include "queue/place.h"
 #include "queue/wake.h"
 #include "usage/attach.h"
 #include "usage/lookup.h"
@@ -103,14 +104,18 @@ abp_partitions_hold(Oid usage_table)
 	return lock_partitions(usage_table, ShareLock, false);
 }
 
-/* Those of the ids, of a table's other rows, of which we have locked the rows. */
+/*
+ * Those of the ids of which a table has other rows that we have locked.  Nobody is
+ * waited for: they may wait for the partition.
+ */
 static IdSet
 lock_others(Oid usage_table, const IdSet *ids)
 {
 	IdSet		others = abp_lookup_existing(usage_table, ids);
+	IdSet		none = {0};
 
-	if (others.nranges == 0)
-		return others;
+	if (others.nranges == 0 || !abp_place_lock_shared_ids(usage_table, false))
+		return none;
 	return abp_rows_lock(abp_attach_needed(usage_table), &others, false);
 }
 

@@ -23,7 +23,7 @@
 #include "queue/outbox.h"
 #include "queue/place.h"
 
-/* Of a table, as an object: 0 is that of partitions.c. */
+/* The second lock of a table as an object; the first is that of partitions.c. */
 #define LOCK_OF_SHARED_IDS 1
 
 /*
@@ -175,9 +175,7 @@ abp_place_find(Oid usage_table, int64 id, int64 ledger_from, RowPlace *place)
 		else if (locked || times_in_outbox(place) < 2)
 			break;
 		else
-		{
 			locked = abp_place_lock_shared_ids(usage_table, true);
-		}
 	}
 }
 

@@ -239,6 +239,25 @@ subtest 'of two rows of an id one leaves with its partition, and an answer to th
 	$_->quit foreach $reader, $session;
 };
 
+subtest 'both requests with a row are answered at once' => sub {
+	partitioned('twice');
+	pause();
+	insert('twice', 71, 't1', 'a', 'm');
+	insert('twice', 71, 't2', 'b', 'm');
+	my ($reader, $session) = map { $node->background_psql('postgres', on_error_die => 1) } 1, 2;
+	begin_detach('twice', $reader, $session);
+	$polar->fault(kind => 'hang', store => 1, times => 2);
+	resume();
+	$polar->wait(hung => 2);
+	$polar->release;
+	$node->poll_query_until('postgres', "SELECT count(*) = 2 AND bool_and(state = 'delivered') FROM aibilling.delivery WHERE usage_table = 'twice'::regclass");
+	is(sql("SELECT sum(inserted), sum(duplicates), sum(unexpected_duplicates) FROM aibilling.delivery WHERE usage_table = 'twice'::regclass"), '1|1|0',
+		'one of them brings a duplicate, which is expected');
+	is(sql("SELECT sum(usage_rows) FROM aibilling.usage_daily('twice')"), '1', 'and it is counted once');
+	$reader->query('COMMIT');
+	$_->quit foreach $reader, $session;
+};
+
 subtest 'the shipper keeps away while a partition leaves' => sub {
 	my $session = session_of_held_commits() or plan skip_all => 'needs a compiler';
 	my $reader = $node->background_psql('postgres', on_error_die => 1);

@@ -182,7 +182,7 @@ $node->wait_settled;
 is($node->safe_psql('postgres', q{
 	SELECT string_agg(p.oid::regprocedure::text, ' ' ORDER BY p.proname) FROM pg_proc p
 	WHERE p.pronamespace = 'aibilling'::regnamespace AND NOT has_function_privilege('stranger', p.oid, 'EXECUTE')}),
-	'aibilling.on_drop_extension() aibilling.on_server_ddl() aibilling.on_sql_drop() aibilling.on_table_ddl() '
+	'aibilling.mark_shipped() aibilling.on_drop_extension() aibilling.on_server_ddl() aibilling.on_sql_drop() aibilling.on_table_ddl() '
 	  . 'aibilling.polar_fdw_validator(text[],oid) aibilling.price_changed() aibilling.store_below()',
 	'what PUBLIC may not execute');
 is($node->safe_psql('postgres', q{

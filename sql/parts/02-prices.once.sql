@@ -90,14 +90,14 @@ SELECT pg_extension_config_dump('aibilling.price_source', '');
 
 -- The shipped rules are not dumped, since CREATE EXTENSION brings them.  What
 -- is "shipped" follows from the values, so that a rule someone changed is
--- dumped, and restores beside the shipped one without a collision.
+-- dumped, and restores beside the shipped one without a collision.  By a trigger:
+-- a table that is published cannot have a generated column in its key.
 CREATE TABLE aibilling.service_tier_rule (
 	provider text COLLATE "C" NOT NULL DEFAULT '*',
 	service_tier text COLLATE "C" NOT NULL,
 	multiplier numeric(18,9),
 	note text,
-	shipped boolean NOT NULL GENERATED ALWAYS AS
-		(provider = '*' AND service_tier IN ('batch', 'flex') AND coalesce(multiplier = 0.5, false)) STORED,
+	shipped boolean NOT NULL DEFAULT false,
 	PRIMARY KEY (provider, service_tier, shipped),
 	CONSTRAINT service_tier_rule_service_tier_check
 		CHECK (service_tier NOT IN ('', 'default', 'auto', 'on_demand', 'standard')),
@@ -112,6 +112,20 @@ COMMENT ON COLUMN aibilling.service_tier_rule.multiplier IS
 COMMENT ON COLUMN aibilling.service_tier_rule.note IS 'Free text';
 COMMENT ON COLUMN aibilling.service_tier_rule.shipped IS 'Is this a rule that comes with the extension?';
 SELECT pg_extension_config_dump('aibilling.service_tier_rule', 'WHERE NOT shipped');
+CREATE FUNCTION aibilling.mark_shipped() RETURNS trigger
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+	NEW.shipped := NEW.provider = '*' AND NEW.service_tier IN ('batch', 'flex') AND coalesce(NEW.multiplier = 0.5, false);
+	RETURN NEW;
+END
+$$;
+COMMENT ON FUNCTION aibilling.mark_shipped() IS
+'Trigger: is this rule one that comes with the extension?';
+CREATE TRIGGER mark_shipped
+	BEFORE INSERT OR UPDATE ON aibilling.service_tier_rule
+	FOR EACH ROW EXECUTE FUNCTION aibilling.mark_shipped();
+ALTER TABLE aibilling.service_tier_rule ENABLE ALWAYS TRIGGER mark_shipped;
+COMMENT ON TRIGGER mark_shipped ON aibilling.service_tier_rule IS 'Tells rules that come with the extension from others';
 
 INSERT INTO aibilling.service_tier_rule (provider, service_tier, multiplier, note) VALUES
 	('*', 'batch', 0.5, 'half price, as providers with a batch interface have it'),

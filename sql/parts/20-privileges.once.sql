@@ -14,6 +14,6 @@ GRANT SELECT, INSERT, UPDATE, DELETE ON aibilling.capture_failure TO PUBLIC;
 -- Functions run with the rights of whoever calls, or ask who it is; but for those
 -- that only PostgreSQL calls.
 GRANT EXECUTE ON ALL ROUTINES IN SCHEMA aibilling TO PUBLIC;
-REVOKE ALL ON FUNCTION aibilling.polar_fdw_validator(text[], oid), aibilling.price_changed(), aibilling.store_below(),
+REVOKE ALL ON FUNCTION aibilling.polar_fdw_validator(text[], oid), aibilling.price_changed(), aibilling.mark_shipped(), aibilling.store_below(),
 	aibilling.on_sql_drop(), aibilling.on_server_ddl(), aibilling.on_table_ddl(), aibilling.on_drop_extension()
 	FROM PUBLIC;

@@ -51,7 +51,7 @@ GRANT SELECT, INSERT, UPDATE ON aibilling.captures TO PUBLIC;
 GRANT SELECT, INSERT, UPDATE, DELETE ON aibilling.capture_failure TO PUBLIC;
 GRANT SELECT ON aibilling.progress TO PUBLIC;
 
-REVOKE ALL ON FUNCTION aibilling.store_below(), aibilling.on_table_ddl(), aibilling.on_drop_extension() FROM PUBLIC;
+REVOKE ALL ON FUNCTION aibilling.mark_shipped(), aibilling.store_below(), aibilling.on_table_ddl(), aibilling.on_drop_extension() FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION
 	aibilling.image_price_is_by_token(numeric, numeric),
 	aibilling.complete_prices(aibilling.catalogue_price[]),

@@ -12,6 +12,24 @@ COMMENT ON COLUMN aibilling.price.inherit IS
 COMMENT ON COLUMN aibilling.price.context_above IS
 'The row applies to requests with more input_tokens than this; an inclusive threshold N is written N - 1. What it leaves NULL is as in the row with 0, unless inherit is false';
 
+ALTER TABLE aibilling.service_tier_rule
+	ALTER COLUMN shipped DROP EXPRESSION,
+	ALTER COLUMN shipped SET DEFAULT false;
+CREATE FUNCTION aibilling.mark_shipped() RETURNS trigger
+LANGUAGE plpgsql VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+	NEW.shipped := NEW.provider = '*' AND NEW.service_tier IN ('batch', 'flex') AND coalesce(NEW.multiplier = 0.5, false);
+	RETURN NEW;
+END
+$$;
+COMMENT ON FUNCTION aibilling.mark_shipped() IS
+'Trigger: is this rule one that comes with the extension?';
+CREATE TRIGGER mark_shipped
+	BEFORE INSERT OR UPDATE ON aibilling.service_tier_rule
+	FOR EACH ROW EXECUTE FUNCTION aibilling.mark_shipped();
+ALTER TABLE aibilling.service_tier_rule ENABLE ALWAYS TRIGGER mark_shipped;
+COMMENT ON TRIGGER mark_shipped ON aibilling.service_tier_rule IS 'Tells rules that come with the extension from others';
+
 ALTER TABLE aibilling.price_quarantine
 	ADD COLUMN inherit boolean NOT NULL DEFAULT true,
 	ADD COLUMN note text,

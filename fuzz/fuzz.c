@@ -41,7 +41,7 @@
 #include "polar/server.h"
 
 /* An answer may be longer than this, but nothing new is found there. */
-#define MAX_INPUT	65536
+#define MAX_INPUT_BYTES	65536
 
 #define MUST(condition) \
 	((condition) ? (void) 0 : contradiction(#condition, __LINE__))
@@ -307,9 +307,9 @@ fuzz_normalize(const char *data, size_t size)
 	if (raw == NULL)
 		return;
 
-	if (!abp_usage_format_known(format))
+	if (!abp_normalize_knows_format(format))
 	{
-		must_be_text(abp_usage_format_hint(format));
+		must_be_text(abp_normalize_format_hint(format));
 		return;
 	}
 	numbers_matter(name, format, raw);
@@ -421,7 +421,7 @@ fuzz_options(const char *data, size_t size)
 static int
 one_input(const uint8_t *data, size_t size)
 {
-	if (size > MAX_INPUT)
+	if (size > MAX_INPUT_BYTES)
 		return 0;
 	if (input_context == NULL)
 		input_context = AllocSetContextCreate(TopMemoryContext, "fuzz input",

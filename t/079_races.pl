@@ -42,6 +42,14 @@ CREATE PROCEDURE meanwhile(wanted text, what text) LANGUAGE plpgsql AS $$BEGIN
 	COMMIT;
 END$$;
 
+-- What comes of a statement.
+CREATE FUNCTION try(what text) RETURNS text LANGUAGE plpgsql AS $$BEGIN
+	EXECUTE what;
+	RETURN 'done';
+EXCEPTION WHEN OTHERS THEN
+	RETURN SQLERRM;
+END$$;
+
 CREATE FUNCTION metadata(row_ jsonb) RETURNS jsonb LANGUAGE plpgsql AS $$BEGIN
 	PERFORM public.pass(row_->>'external_id');
 	RETURN jsonb_build_object('external_id', row_->>'external_id');
@@ -237,6 +245,30 @@ subtest 'of two rows of an id one leaves with its partition, and an answer to th
 	$polar->wait_for(sub { stored('x2') }, 'the other row to be sent');
 	is(stored('x1') + stored('x2'), 2, 'each is stored once');
 	$_->quit foreach $reader, $session;
+};
+
+subtest 'a transaction from before still sees a partition that leaves' => sub {
+	partitioned('older');
+	insert('older', 81, 'o1', 'b', 'm');
+	$polar->wait_for(sub { stored('o1') }, 'a row to be delivered');
+	$node->poll_query_until('postgres', "SELECT state = 'delivered' FROM aibilling.usage_status('older', 81)");
+	pause();
+	my ($reader, $session, $older) = map { $node->background_psql('postgres', on_error_die => 1) } 1 .. 3;
+	$older->query('BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1');
+	begin_detach('older', $reader, $session);
+	like($older->query(q{SELECT try($$UPDATE older SET input_tokens = 5 WHERE external_id = 'o1'$$)}), qr/has been delivered/,
+		'what was delivered does not change');
+	is($older->query(q{SELECT try($$INSERT INTO older (id, external_id, region, provider, model, external_customer_id, input_tokens)
+		VALUES (82, 'o2', 'b', 'acme', 'm', 'c', 1000)$$)}), 'done', 'a row comes');
+	$older->query('COMMIT');
+	is(sql("SELECT usage_id, state FROM aibilling.outbox WHERE usage_table = 'older'::regclass"), '82|pending', 'and waits');
+	$reader->query('COMMIT');
+	is($session->query('SELECT 1'), '1', 'the partition goes');
+	sql(q{ALTER TABLE older ATTACH PARTITION older_b FOR VALUES IN ('b')});
+	resume();
+	$polar->wait_for(sub { stored('o2') }, 'the row to be sent');
+	is(stored('o1') + stored('o2'), 2, 'each is sent once');
+	$_->quit foreach $reader, $session, $older;
 };
 
 subtest 'both requests with a row are answered at once' => sub {

@@ -53,14 +53,21 @@ static const UsageColumn defaulted_columns[] = {
 	COL_ID, COL_EXTERNAL_ID, COL_OCCURRED_AT, COL_SERVICE_TIER, COL_TAGS, COL_FIRST_COUNT + COUNT_REQUEST
 };
 
-/* The table itself, and those that it is a partition of, from below. */
+/*
+ * The table itself, and those that it is a partition of, from below.  Also while its
+ * DETACH CONCURRENTLY is under way: older transactions still see its rows there.
+ */
 static List *
 with_ancestors(Relation rel)
 {
-	List	   *tables = list_make1_oid(RelationGetRelid(rel));
+	Oid			relid = RelationGetRelid(rel);
+	List	   *tables = list_make1_oid(relid);
 
-	if (rel->rd_rel->relispartition)
-		tables = list_concat(tables, get_partition_ancestors(RelationGetRelid(rel)));
+	while (get_rel_relispartition(relid))
+	{
+		relid = get_partition_parent(relid, true);
+		tables = lappend_oid(tables, relid);
+	}
 	return tables;
 }
 

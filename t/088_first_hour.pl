@@ -481,6 +481,10 @@ $polar->stop;
 sql(q{INSERT INTO usage (external_customer_id, provider_cost) VALUES ('c', 1)});
 says('CALL aibilling.sync()', qr/WARNING:  .*not reached or has failed, \d+ times so far, and is tried again later: .*onnect/);
 apply(is_wrong($stopped, qr/^waits until .* failures: /, qr/^SELECT aibilling\.resume\('polar'\);$/));
+# The first request may have been lost on a connection that was still open; a further one certainly fails.
+sql(q{INSERT INTO usage (external_customer_id, provider_cost) VALUES ('c', 1)});
+$node->poll_query_until('postgres', q{SELECT aibilling.resume('polar') IS NOT NULL AND EXISTS (SELECT FROM aibilling.delivery
+	WHERE usage_table = 'usage'::regclass AND state = 'failed' AND error IS NOT NULL)});
 $polar->start;
 sql(q{SELECT aibilling.resume('polar')});
 $node->wait_settled;

@@ -644,7 +644,7 @@ class Bench:
 
     # 6
     def backlog(self):
-        """What a row costs beside few and many that wait, each with a reason of its own, of a table of one size."""
+        """What a row costs beside few and many that wait, each for a time of its own, in a table of one size."""
         sizes = (100, 10_000, self.options.rows)
         columns = "(provider, model, external_customer_id, input_tokens, occurred_at)"
         taken = {}
@@ -671,7 +671,7 @@ class Bench:
         for size in sizes:
             self.sql("SELECT aibilling.create_usage_table('backlog', server => 'polar')",
                      "SET aibilling_polar.enqueue = off; " + rows(sizes[-1] - size),
-                     rows(size, model="'none-' || i"), "VACUUM ANALYZE backlog", "VACUUM ANALYZE aibilling.outbox_entry")
+                     rows(size, at="now() + interval '1 day' + i * interval '1 minute'"), "VACUUM ANALYZE backlog", "VACUUM ANALYZE aibilling.outbox_entry")
             waiting = self.sql("SELECT max(id) FROM backlog")
             for _ in range(self.options.runs):
                 self.sql(rows(51_000, customer="NULL"), rows(1000), rows(1000, model="'gpt-5-mini'"),

@@ -20,6 +20,7 @@
 #include "utils/timestamp.h"
 
 #include "base/extension.h"
+#include "base/idset.h"
 #include "compat.h"
 #include "queue/attachment.h"
 #include "queue/entry.h"
@@ -87,6 +88,31 @@ check_call(FunctionCallInfo fcinfo)
 				 errhint("It commits as it goes; call it by itself: CALL aibilling.sync().")));
 }
 
+/*
+ * The highest id that waits in a table, or is in flight and may come back;
+ * PG_INT64_MIN if there is none.
+ */
+static int64
+highest_pending(Oid relid)
+{
+	IdSet		flying = abp_ledger_sending_ids(relid);
+	IdSet		departed;
+	int64		first;
+	int64		last;
+	int64		highest = PG_INT64_MIN;
+
+	if (abp_outbox_bounds(relid, OUTBOX_READY, &first, &last))
+		highest = last;
+	if (abp_outbox_bounds(relid, OUTBOX_UNPRICED, &first, &last))
+		highest = Max(highest, last);
+	departed = abp_ledger_sending_ids(relid);	/* since the first look */
+	abp_idset_add_set(&flying, &departed, CurrentMemoryContext);
+	abp_idset_sort(&flying);
+	if (flying.nranges > 0)
+		highest = Max(highest, flying.ranges[flying.nranges - 1].last);
+	return highest;
+}
+
 /* Note what waits now: in tables of the caller's, for the server that is named. */
 static void
 set_goals(Sync *sync)
@@ -107,8 +133,6 @@ set_goals(Sync *sync)
 	{
 		UsageTable *table = lfirst(lc);
 		Goal	   *goal = &sync->goals[sync->ngoals];
-		int64		first;
-		int64		last;
 
 		if (!OidIsValid(table->owner) || !abp_ship_in_scope(&sync->scope, table))
 			continue;
@@ -119,11 +143,7 @@ set_goals(Sync *sync)
 		goal->relid = table->relid;
 		goal->start = goal->moved_at = GetCurrentTimestamp();
 		goal->first = PG_INT64_MIN;
-		goal->last = PG_INT64_MIN;
-		if (abp_outbox_bounds(table->relid, OUTBOX_READY, &first, &last))
-			goal->last = last;
-		if (abp_outbox_bounds(table->relid, OUTBOX_UNPRICED, &first, &last))
-			goal->last = Max(goal->last, last);
+		goal->last = highest_pending(table->relid);
 		sync->ngoals++;
 	}
 
@@ -169,10 +189,11 @@ goal_is_reached(const Sync *sync, Goal *goal)
 {
 	int64		first = PG_INT64_MAX;
 	int64		last;
+	bool		sending = abp_ledger_sending(goal->relid);
 	bool		ready = abp_outbox_bounds(goal->relid, OUTBOX_READY, &first, &last) &&
 	first <= goal->last;
-	bool		sending = abp_ledger_sending(goal->relid);
 
+	sending |= abp_ledger_sending(goal->relid); /* it may just have departed */
 	if (first != goal->first || sending || sending != goal->sending)
 	{
 		goal->first = first;

@@ -290,6 +290,98 @@ subtest 'both requests with a row are answered at once' => sub {
 	$_->quit foreach $reader, $session;
 };
 
+# A row that is in flight when its partition leaves, and another one that gets its id: what Polar says to the
+# request is said of the first.
+sub refused_in_flight
+{
+	my ($name, $refuse, $allow) = @_;
+
+	partitioned($name);
+	$polar->fault(kind => 'hang');
+	insert($name, 91, "${name}1", 'b', 'm');
+	$polar->wait(hung => 1);
+	$refuse->("${name}1");
+	my $session = $node->background_psql('postgres', on_error_die => 1);
+	$session->query("BEGIN; ALTER TABLE $name DETACH PARTITION ${name}_b");
+	$polar->release;
+	$node->poll_query_until('postgres', "SELECT error IS NOT NULL FROM aibilling.delivery WHERE usage_table = '$name'::regclass");
+	is(sql("SELECT state FROM aibilling.delivery WHERE usage_table = '$name'::regclass"), 'sending', 'while the table is locked it is not known whose answer it is');
+	$session->query("INSERT INTO $name (id, external_id, provider, model, external_customer_id, input_tokens)
+		VALUES (91, '${name}2', 'acme', 'm', 'c', 1000); COMMIT");
+	$session->quit;
+	$allow->();
+	resume();
+	$polar->wait_for(sub { stored("${name}2") }, 'the other row of its id to be sent');
+	$node->poll_query_until('postgres', "SELECT NOT EXISTS (SELECT FROM aibilling.outbox WHERE usage_table = '$name'::regclass)
+		AND NOT EXISTS (SELECT FROM aibilling.delivery WHERE usage_table = '$name'::regclass AND state = 'sending')");
+	is(sql("SELECT vanished FROM aibilling.status WHERE usage_table = '$name'::regclass"), '1', 'the one that left is told of');
+	sql("DELETE FROM $name");
+	sql("ALTER TABLE $name ATTACH PARTITION ${name}_b FOR VALUES IN ('b')");
+	$polar->wait_for(sub { stored("${name}1") }, 'it to be sent when it is back');
+	return;
+}
+
+subtest 'a row is refused after its partition has left' => sub {
+	refused_in_flight('refused', sub { $polar->fault(kind => 'poison', external_ids => [shift], status => 422) }, sub { $polar->clear_faults });
+};
+
+subtest 'a request is refused after the partition of its row has left' => sub {
+	refused_in_flight('paused', sub { $polar->tokens(token => $polar->token, status => 'revoked') }, sub { $polar->tokens(token => $polar->token, status => 'active') });
+};
+
+# The same, answered when the partition has gone and the other row is there.
+subtest 'a row is refused when another one has its id' => sub {
+	foreach my $refused (
+		[ 'taken', sub { $polar->fault(kind => 'poison', external_ids => [shift], status => 422) }, sub { $polar->clear_faults } ],
+		[ 'given', sub { $polar->tokens(token => $polar->token, status => 'revoked') }, sub { $polar->tokens(token => $polar->token, status => 'active') } ])
+	{
+		my ($name, $refuse, $allow) = @$refused;
+
+		partitioned($name);
+		$polar->fault(kind => 'hang');
+		insert($name, 95, "${name}1", 'b', 'm');
+		$polar->wait(hung => 1);
+		$refuse->("${name}1");
+		pause();
+		sql("ALTER TABLE $name DETACH PARTITION ${name}_b");
+		insert($name, 95, "${name}2", 'a', 'm');
+		$polar->release;
+		$node->poll_query_until('postgres', "SELECT bool_and(state <> 'sending') FROM aibilling.delivery WHERE usage_table = '$name'::regclass");
+		is(sql("SELECT usage_id, state, attempts FROM aibilling.outbox WHERE usage_table = '$name'::regclass"), '95|pending|0', "$name: its answer is not the other one's");
+		$allow->();
+		resume();
+		$polar->wait_for(sub { stored("${name}2") }, 'the other one to be sent');
+		$node->poll_query_until('postgres', "SELECT NOT EXISTS (SELECT FROM aibilling.outbox WHERE usage_table = '$name'::regclass)
+			AND NOT EXISTS (SELECT FROM aibilling.delivery WHERE usage_table = '$name'::regclass AND state = 'sending')");
+		sql("DELETE FROM $name");
+		sql("ALTER TABLE $name ATTACH PARTITION ${name}_b FOR VALUES IN ('b')");
+		$polar->wait_for(sub { stored("${name}1") }, 'it to be sent when it is back');
+	}
+};
+
+subtest 'a partition comes in a transaction that goes on' => sub {
+	partitioned('open');
+	pause();
+	insert('open', 96, 'open1', 'a', 'm');
+	insert('open', 97, 'open2', 'b', 'm');
+	my ($reader, $session) = map { $node->background_psql('postgres', on_error_die => 1) } 1, 2;
+	begin_detach('open', $reader, $session);
+	$polar->fault(kind => 'hang');
+	resume();
+	$polar->wait(hung => 1);
+	$reader->query('COMMIT');
+	is($session->query('SELECT 1'), '1', 'the partition goes while the other row is in flight');
+	$session->query(q{BEGIN; ALTER TABLE open ATTACH PARTITION open_b FOR VALUES IN ('b')});
+	$polar->release;
+	$node->poll_query_until('postgres', "SELECT state = 'delivered' FROM aibilling.delivery WHERE usage_table = 'open'::regclass");
+	sql("INSERT INTO model_of_open (external_id, provider, model, external_customer_id, input_tokens) VALUES ('beside', 'acme', 'm', 'c', 1)");
+	$polar->wait_for(sub { stored('beside') }, 'rows of other tables to be sent meanwhile');
+	$session->query('COMMIT');
+	$polar->wait_for(sub { stored('open1') && stored('open2') }, 'both rows to be stored');
+	is(sql("SELECT vanished_ids IS NULL FROM aibilling.delivery WHERE usage_table = 'open'::regclass AND vanished > 0"), 't', 'none is missed any more');
+	$_->quit foreach $reader, $session;
+};
+
 subtest 'the shipper keeps away while a partition leaves' => sub {
 	my $session = session_of_held_commits() or plan skip_all => 'needs a compiler';
 	my $reader = $node->background_psql('postgres', on_error_die => 1);

@@ -11,6 +11,7 @@
 #include "access/table.h"
 #include "access/tableam.h"
 #include "miscadmin.h"
+#include "port/pg_crc32c.h"
 #include "utils/builtins.h"
 #include "utils/fmgroids.h"
 #include "utils/multirangetypes.h"
@@ -67,12 +68,19 @@ typedef struct DeliveryTotalForm
 	int64		vanished;
 } DeliveryTotalForm;
 
-/* The ids of rows that were gone, for the ledger. */
+/* Ids of rows that were found gone, for the ledger, which has them from now on. */
 static Datum
-vanished_ids(Delivery *delivery)
+take_vanished_ids(Delivery *delivery)
 {
-	return abp_idset_to_multirange(&delivery->vanished_ids);
+	Datum		ids = abp_idset_to_multirange(&delivery->vanished_ids);
+
+	memset(&delivery->vanished_ids, 0, sizeof(IdSet));
+	return ids;
 }
+
+/* They are added to those that it has: some may have come back meanwhile. */
+#define ADD_VANISHED_IDS(parameter) \
+	"vanished_ids = nullif(coalesce(vanished_ids, '{}') + " parameter ", '{}')"
 
 /*
  * What tells the rows of a request from others that have come to have their
@@ -124,6 +132,20 @@ abp_ledger_delivery_key(const Delivery *delivery, int64 id, uint32 *key)
 	return true;
 }
 
+/*
+ * The checksum by which a row is known again.
+ */
+uint32
+abp_ledger_key_of(const TextView *external_id)
+{
+	pg_crc32c	crc;
+
+	INIT_CRC32C(crc);
+	COMP_CRC32C(crc, external_id->data, external_id->len);
+	FIN_CRC32C(crc);
+	return crc;
+}
+
 /* What a request sends, as the first parameters of a statement. */
 #define REQUEST_COLUMNS 7
 #define REQUEST_TYPES INT8MULTIRANGEOID, INT4OID, INT8OID, INT8OID, BOOLOID, INT8MULTIRANGEOID, BYTEAOID
@@ -137,9 +159,8 @@ put_request(Delivery *delivery, Datum *values, char *nulls)
 	values[2] = Int64GetDatum(delivery->body.len);
 	values[3] = Int64GetDatum(delivery->vanished);
 	values[4] = BoolGetDatum(delivery->outcome_unknown);
-	values[5] = vanished_ids(delivery);
+	values[5] = take_vanished_ids(delivery);
 	values[6] = event_keys(delivery);
-	nulls[5] = delivery->vanished_ids.nranges == 0 ? 'n' : ' ';
 }
 
 /*
@@ -152,7 +173,7 @@ abp_ledger_begin(Delivery *delivery)
 	static Statement begin = {
 		"INSERT INTO aibilling.ledger (usage_ids, events, bytes, vanished, outcome_unknown,"
 		" vanished_ids, event_keys, server, usage_table, attempts, state, started_at)"
-		" VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, 'sending', pg_catalog.clock_timestamp())"
+		" VALUES ($1, $2, $3, $4, $5, nullif($6, '{}'), $7, $8, $9, $10, 'sending', pg_catalog.clock_timestamp())"
 		" RETURNING id",
 		REQUEST_COLUMNS + 3, {REQUEST_TYPES, NAMEOID, REGCLASSOID, INT4OID}
 	};
@@ -177,7 +198,7 @@ abp_ledger_resend(Delivery *delivery)
 {
 	static Statement resend = {
 		"UPDATE aibilling.ledger SET usage_ids = $1, events = $2, bytes = $3,"
-		" vanished = $4, outcome_unknown = $5, vanished_ids = $6, event_keys = $7,"
+		" vanished = $4, outcome_unknown = $5, " ADD_VANISHED_IDS("$6") ", event_keys = $7,"
 		" attempts = attempts + 1, not_before = NULL"
 		" WHERE id = $8 RETURNING attempts::pg_catalog.int8",
 		REQUEST_COLUMNS + 1, {REQUEST_TYPES, INT8OID}
@@ -202,11 +223,13 @@ abp_ledger_note(Delivery *delivery, const char *error, TimestampTz not_before)
 {
 	static Statement note = {
 		"UPDATE aibilling.ledger SET error = $2, not_before = $3, outcome_unknown = $4,"
-		" http_status = nullif($5, 0), usage_ids = $6, events = $7, event_keys = $8"
+		" http_status = nullif($5, 0), usage_ids = $6, events = $7, event_keys = $8,"
+		" vanished = $9, " ADD_VANISHED_IDS("$10")
 		" WHERE id = $1",
-		8, {INT8OID, TEXTOID, TIMESTAMPTZOID, BOOLOID, INT4OID, INT8MULTIRANGEOID, INT4OID, BYTEAOID}
+		10, {INT8OID, TEXTOID, TIMESTAMPTZOID, BOOLOID, INT4OID, INT8MULTIRANGEOID, INT4OID, BYTEAOID,
+		INT8OID, INT8MULTIRANGEOID}
 	};
-	Datum		values[8] = {
+	Datum		values[10] = {
 		Int64GetDatum(delivery->id),
 		PointerGetDatum(abp_reason_text(error)),
 		TimestampTzGetDatum(not_before),
@@ -214,7 +237,9 @@ abp_ledger_note(Delivery *delivery, const char *error, TimestampTz not_before)
 		Int32GetDatum(delivery->http_status),
 		abp_idset_to_multirange(&delivery->ids),
 		Int32GetDatum(delivery->nevents),
-		event_keys(delivery)
+		event_keys(delivery),
+		Int64GetDatum(delivery->vanished),
+		take_vanished_ids(delivery)
 	};
 
 	abp_statement_run_alone(&note, values, NULL);
@@ -229,7 +254,7 @@ abp_ledger_finish(Delivery *delivery, const char *state, const char *error)
 	static Statement finish = {
 		"UPDATE aibilling.ledger SET state = $2, http_status = nullif($3, 0),"
 		" inserted = $4, duplicates = $5, unexpected_duplicates = $6, vanished = $7,"
-		" error = $8, vanished_ids = $9, event_keys = NULL, not_before = NULL,"
+		" error = $8, " ADD_VANISHED_IDS("$9") ", event_keys = NULL, not_before = NULL,"
 		" finished_at = pg_catalog.clock_timestamp()"
 		" WHERE id = $1",
 		9, {INT8OID, TEXTOID, INT4OID, INT8OID, INT8OID, INT8OID, INT8OID, TEXTOID, INT8MULTIRANGEOID}
@@ -243,14 +268,12 @@ abp_ledger_finish(Delivery *delivery, const char *state, const char *error)
 		Int64GetDatum(delivery->unexpected_duplicates),
 		Int64GetDatum(delivery->vanished),
 		(Datum) 0,
-		vanished_ids(delivery)
+		take_vanished_ids(delivery)
 	};
-	char		nulls[10] = "         ";
+	char		nulls[] = "         ";
 
 	if (strcmp(state, "delivered") != 0)
 		nulls[3] = nulls[4] = 'n';
-	if (delivery->vanished_ids.nranges == 0)
-		nulls[8] = 'n';
 	if (error == NULL)
 		nulls[7] = 'n';
 	else
@@ -289,7 +312,7 @@ abp_ledger_unsettled(void)
 {
 	static Statement unsettled = {
 		"SELECT d.id, d.server, d.usage_table, d.usage_ids, d.attempts, d.vanished,"
-		" d.vanished_ids, d.event_keys"
+		" d.event_keys"
 		" FROM aibilling.ledger d WHERE d.state = 'sending' ORDER BY d.id",
 		0, {0}
 	};
@@ -311,9 +334,8 @@ abp_ledger_unsettled(void)
 		delivery->ids = abp_result_idset(i, 4, caller);
 		delivery->attempts = DatumGetInt32(abp_result_datum(i, 5, &isnull));
 		delivery->vanished = abp_result_int64(i, 6, 0);
-		delivery->vanished_ids = abp_result_idset(i, 7, caller);
 		delivery->key_ids = abp_idset_copy(&delivery->ids);
-		delivery->keys = result_keys(i, 8, abp_idset_count(&delivery->ids));
+		delivery->keys = result_keys(i, 7, abp_idset_count(&delivery->ids));
 		delivery->outcome_unknown = true;
 		deliveries = lappend(deliveries, delivery);
 		MemoryContextSwitchTo(spi);
@@ -514,17 +536,21 @@ abp_ledger_sending_ids(Oid usage_table)
 /*
  * The deliveries of a table, since its last TRUNCATE, that found rows gone: a
  * list of Delivery with id, vanished_ids and outcome_unknown, in the current
- * memory context.
+ * memory context.  "sending": also those that are not settled; only the
+ * shipper changes these, so that it waits for nobody's transaction.
  */
 List	   *
-abp_ledger_vanished(Oid usage_table, int64 ledger_from)
+abp_ledger_vanished(Oid usage_table, int64 ledger_from, bool sending)
 {
 	static Statement vanished = {
 		"SELECT d.id, d.vanished_ids, d.outcome_unknown FROM aibilling.ledger d"
-		" WHERE d.usage_table = $1 AND d.vanished_ids IS NOT NULL AND d.id > $2",
-		2, {REGCLASSOID, INT8OID}
+		" WHERE d.usage_table = $1 AND d.vanished_ids IS NOT NULL AND d.id > $2"
+		" AND (d.state <> 'sending' OR $3)",
+		3, {REGCLASSOID, INT8OID, BOOLOID}
 	};
-	Datum		values[2] = {ObjectIdGetDatum(usage_table), Int64GetDatum(ledger_from)};
+	Datum		values[3] = {
+		ObjectIdGetDatum(usage_table), Int64GetDatum(ledger_from), BoolGetDatum(sending)
+	};
 	List	   *list = NIL;
 	MemoryContext caller = CurrentMemoryContext;
 	uint64		n;

@@ -15,6 +15,7 @@
 #include "nodes/pg_list.h"
 
 #include "base/idset.h"
+#include "base/text_view.h"
 
 /* What the ledger tells of a table. */
 typedef struct LedgerTotals
@@ -41,7 +42,7 @@ typedef struct Delivery
 	int			prior_attempts; /* of its ids, in earlier deliveries */
 	bool		outcome_unknown;	/* an earlier request may have stored it */
 	int64		vanished;
-	IdSet		vanished_ids;
+	IdSet		vanished_ids;	/* those that the ledger does not have yet */
 	int			nevents;
 	int64	   *event_ids;		/* the row of each event */
 	IdSet		key_ids;		/* the rows of the first request, and for each */
@@ -57,6 +58,7 @@ typedef struct Delivery
 } Delivery;
 
 extern bool abp_ledger_delivery_key(const Delivery *delivery, int64 id, uint32 *key);
+extern uint32 abp_ledger_key_of(const TextView *external_id);
 extern void abp_ledger_begin(Delivery *delivery);
 extern void abp_ledger_resend(Delivery *delivery);
 extern void abp_ledger_note(Delivery *delivery, const char *error,
@@ -73,7 +75,7 @@ extern bool abp_ledger_has(Oid usage_table, int64 id, int64 ledger_from);
 extern IdSet abp_ledger_sending_ids(Oid usage_table);
 extern int32 abp_ledger_age(Oid usage_table);
 extern IdSet abp_ledger_ids(Oid usage_table, int64 ledger_from);
-extern List *abp_ledger_vanished(Oid usage_table, int64 ledger_from);
+extern List *abp_ledger_vanished(Oid usage_table, int64 ledger_from, bool sending);
 extern void abp_ledger_returned(const Delivery *delivery, IdSet *ids);
 extern void abp_ledger_totals(Oid usage_table, LedgerTotals *totals);
 extern void abp_ledger_sum_up(void);

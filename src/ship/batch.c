@@ -26,6 +26,7 @@
 #include "ship/shipment.h"
 #include "ship/turn.h"
 #include "usage/partitions.h"
+#include "usage/rows.h"
 
 /*
  * The scan over ready entries goes on where it ended.  It starts over to find
@@ -34,9 +35,12 @@
 #define RESTART_SHARE 20
 #define RESTART_MS (10 * 1000)	/* at the latest, when there is always more */
 
-/* Rows that are gone are reported once, where they first are missed. */
-static void
-abp_report_vanished(const Delivery *delivery, const UsageTable *table, int64 before)
+/*
+ * Rows that are gone are reported once, where they first are missed: those that have vanished
+ * since there were "before".
+ */
+void
+abp_batch_report_vanished(const Delivery *delivery, const UsageTable *table, int64 before)
 {
 	if (delivery->vanished > before)
 		ereport(WARNING,
@@ -114,6 +118,7 @@ prepare_next(Turn *turn, const UsageTable *table, const ServerOptions *server, v
 	int			size = server->batch_size;
 	IdSet		ids;
 	int64		count;
+	bool		gone;
 
 	if (lane->batch_size > 0)
 		size = Min(size, lane->batch_size);
@@ -140,8 +145,9 @@ prepare_next(Turn *turn, const UsageTable *table, const ServerOptions *server, v
 		position->backlog = true;
 	else
 		next->gather_ms = Min(Max(count * GATHER_ROW_MS, GATHER_MIN_MS), GATHER_MAX_MS);
-	abp_report_vanished(delivery, table, 0);
-	if (delivery->nevents > 0 || delivery->vanished_ids.nranges > 0)
+	abp_batch_report_vanished(delivery, table, 0);
+	gone = delivery->vanished_ids.nranges > 0;
+	if (delivery->nevents > 0 || gone)
 		abp_ledger_begin(delivery);
 	if (delivery->nevents > 0)
 	{
@@ -155,7 +161,7 @@ prepare_next(Turn *turn, const UsageTable *table, const ServerOptions *server, v
 	}
 	else
 	{
-		if (delivery->vanished_ids.nranges > 0)
+		if (gone)
 			abp_ledger_finish(delivery, "failed", "the rows were gone before they were sent");
 		abp_shipment_drop(turn, next->shipment);
 		next->shipment = NULL;
@@ -200,7 +206,7 @@ abp_batch_again(Turn *turn, const UsageTable *table, const ServerOptions *server
 	PushActiveSnapshot(GetLatestSnapshot());
 	(void) abp_fill_shipment(turn, shipment, table, server, &ids, 0);
 	PopActiveSnapshot();
-	abp_report_vanished(delivery, table, vanished);
+	abp_batch_report_vanished(delivery, table, vanished);
 	if (delivery->nevents > 0)
 	{
 		abp_ledger_resend(delivery);
@@ -209,4 +215,32 @@ abp_batch_again(Turn *turn, const UsageTable *table, const ServerOptions *server
 	}
 	else
 		abp_ledger_finish(delivery, "failed", "none of the rows could be sent again");
+}
+
+/* A row has the id of one that was sent: is it that one? */
+static bool
+note_sent(const UsageRow *row, Jsonb *whole, void *arg)
+{
+	SentRows   *sent = arg;
+	uint32		key;
+
+	if (!abp_ledger_delivery_key(&sent->shipment->delivery, row->id, &key) ||
+		key == abp_ledger_key_of(&row->external_id))
+		abp_idset_add(&sent->there, row->id, row->id, sent->context);
+	return true;
+}
+
+/*
+ * Find those rows of a shipment's that are there still: not those that have left with
+ * their partition, be it that others have their ids now.
+ */
+void
+abp_batch_find_sent(Turn *turn, const UsageTable *table, const ServerOptions *server, void *arg)
+{
+	SentRows   *sent = arg;
+
+	abp_guard_start_clock();
+	PushActiveSnapshot(GetLatestSnapshot());
+	(void) abp_rows_read(table, sent->ids, false, note_sent, sent);
+	PopActiveSnapshot();
 }

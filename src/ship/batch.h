@@ -10,6 +10,7 @@
 
 #include "postgres.h"
 
+#include "base/idset.h"
 #include "polar/server.h"
 #include "queue/attachment.h"
 #include "ship/shipment.h"
@@ -23,9 +24,22 @@ typedef struct NextBatch
 	Shipment   *shipment;
 } NextBatch;
 
+/* Which rows of a delivery are there still, of those with these ids. */
+typedef struct SentRows
+{
+	const Shipment *shipment;
+	IdSet	   *ids;
+	MemoryContext context;		/* holds "there" */
+	IdSet		there;
+} SentRows;
+
 extern void abp_batch_next(Turn *turn, const UsageTable *table,
 						   const ServerOptions *server, void *arg);
 extern void abp_batch_again(Turn *turn, const UsageTable *table,
 							const ServerOptions *server, void *arg);
+extern void abp_batch_find_sent(Turn *turn, const UsageTable *table,
+								const ServerOptions *server, void *arg);
+extern void abp_batch_report_vanished(const Delivery *delivery, const UsageTable *table,
+									  int64 before);
 
 #endif							/* ABP_BATCH_H */

@@ -8,7 +8,6 @@
 #include "postgres.h"
 
 #include "miscadmin.h"
-#include "port/pg_crc32c.h"
 #include "utils/jsonb.h"
 #include "utils/timestamp.h"
 
@@ -85,18 +84,6 @@ put_off(Filling *filling, int64 id, char *reason)
 	filling->put_off++;
 }
 
-/* A checksum by which a row is known again. */
-static uint32
-external_id_key(const UsageRow *row)
-{
-	pg_crc32c	crc;
-
-	INIT_CRC32C(crc);
-	COMP_CRC32C(crc, row->external_id.data, row->external_id.len);
-	FIN_CRC32C(crc);
-	return crc;
-}
-
 /*
  * A row has come.  Returns false if no event is made of it now: it is not the
  * one that was sent under this id, or another transaction may be changing it,
@@ -109,7 +96,7 @@ notice_row(Filling *filling, const UsageRow *row)
 
 	if (filling->taken_from == 0 &&
 		abp_ledger_delivery_key(&filling->shipment->delivery, row->id, &key) &&
-		key != external_id_key(row))
+		key != abp_ledger_key_of(&row->external_id))
 		return false;
 
 	if (filling->nrows <= filling->max_rows)
@@ -203,7 +190,7 @@ add_event(const UsageRow *row, Jsonb *whole, void *arg)
 	}
 	else
 	{
-		filling->event_keys[delivery->nevents] = external_id_key(row);
+		filling->event_keys[delivery->nevents] = abp_ledger_key_of(&row->external_id);
 		abp_share_note(&filling->shipment->groups, &filling->shipment->notes[delivery->nevents],
 					   row, &filling->server->format);
 		delivery->event_ids[delivery->nevents++] = row->id;

@@ -8,6 +8,8 @@
 #include "postgres.h"
 
 #include "access/xact.h"
+#include "catalog/pg_class.h"
+#include "utils/lsyscache.h"
 #include "utils/timestamp.h"
 
 #include "base/idset.h"
@@ -19,6 +21,7 @@
 #include "queue/ledger.h"
 #include "queue/outbox.h"
 #include "queue/shares.h"
+#include "ship/batch.h"
 #include "ship/families.h"
 #include "ship/fold.h"
 #include "ship/http.h"
@@ -56,10 +59,43 @@ put_back(Shipment *shipment, IdSet ids, char state, TimestampTz not_before,
 		.error = error
 	};
 
+	if (ids.nranges == 0)
+		return;
 	abp_outbox_put(&entry, 1);
 	abp_shipment_disown(&shipment->delivery, &ids);
 	if (state == OUTBOX_READY)
 		abp_position_of(entry.usage_table)->cursor = PG_INT64_MIN;
+}
+
+/*
+ * Of ids that are to go back, keep those whose rows are there.  A partition may have left
+ * with the others, and other rows may have their ids: they are noted, to be sent when
+ * they come back.  Returns false if that cannot be told just now.
+ */
+static bool
+part_from_vanished(Turn *turn, Shipment *shipment, const UsageTable *table, IdSet *ids)
+{
+	Delivery   *delivery = &shipment->delivery;
+	SentRows	sent = {.shipment = shipment,.ids = ids,.context = CurrentMemoryContext};
+	const ServerOptions *server;
+	IdSet		gone;
+
+	if (table == NULL || get_rel_relkind(table->relid) != RELKIND_PARTITIONED_TABLE)
+		return true;
+	server = abp_lane_options(table);
+	if (server == NULL ||
+		abp_position_guarded(turn, abp_batch_find_sent, table, server, &sent) != GUARD_DONE)
+		return false;
+
+	gone = abp_idset_subtract(ids, &sent.there);
+	if (gone.nranges == 0)
+		return true;
+	*ids = sent.there;
+	abp_shipment_disown(delivery, &gone);
+	abp_idset_add_set(&delivery->vanished_ids, &gone, shipment->context);
+	delivery->vanished += abp_idset_count(&gone);
+	abp_batch_report_vanished(delivery, table, delivery->vanished - abp_idset_count(&gone));
+	return true;
 }
 
 /*
@@ -106,14 +142,17 @@ keep_for_retry(Shipment *shipment, TimestampTz retry_at, const char *error)
  * one may have been, its rows go back to be sent anew.
  */
 static void
-return_or_keep(Turn *turn, Shipment *shipment, const char *error, bool burn_attempt)
+return_or_keep(Turn *turn, Shipment *shipment, const UsageTable *table, const char *error,
+			   bool burn_attempt)
 {
-	if (shipment->delivery.outcome_unknown)
+	IdSet		ids = shipment->delivery.ids;
+
+	if (shipment->delivery.outcome_unknown || !part_from_vanished(turn, shipment, table, &ids))
 	{
 		keep_for_retry(shipment, shipment->lane->not_before, error);
 		return;
 	}
-	put_back(shipment, shipment->delivery.ids, OUTBOX_READY, DT_NOBEGIN, error, burn_attempt);
+	put_back(shipment, ids, OUTBOX_READY, DT_NOBEGIN, error, burn_attempt);
 	finish_shipment(turn, shipment, "failed", error);
 }
 
@@ -174,9 +213,16 @@ abp_settle_by_halves(Shipment *shipment, const char *error)
 
 /* Settle a delivery of which no row can be sent: somebody must fix them. */
 static void
-reject_shipment(Turn *turn, Shipment *shipment, const char *error)
+reject_shipment(Turn *turn, Shipment *shipment, const UsageTable *table, const char *error)
 {
-	put_back(shipment, shipment->delivery.ids, OUTBOX_REJECTED, DT_NOBEGIN, error, true);
+	IdSet		ids = shipment->delivery.ids;
+
+	if (!part_from_vanished(turn, shipment, table, &ids))
+	{
+		keep_for_retry(shipment, abp_turn_in_ms(LOCKED_MS), error);
+		return;
+	}
+	put_back(shipment, ids, OUTBOX_REJECTED, DT_NOBEGIN, error, true);
 	finish_shipment(turn, shipment, "rejected", error);
 }
 
@@ -279,12 +325,26 @@ settle_delivered(Turn *turn, Shipment *shipment, const Verdict *verdict, double 
 
 /* Polar has named the rows that it refuses; the others are sent again at once. */
 static void
-settle_refused(Turn *turn, Shipment *shipment, const Verdict *verdict)
+settle_refused(Turn *turn, Shipment *shipment, const UsageTable *table, const Verdict *verdict)
 {
 	Delivery   *delivery = &shipment->delivery;
 	IdSet		refused = {0};
+	IdSet		there;
 	IdSet		rest;
 	bool		only_skew = true;
+
+	for (int i = 0; i < verdict->nrefused; i++)
+	{
+		int64		id = delivery->event_ids[verdict->refused[i].index];
+
+		abp_idset_add(&refused, id, id, CurrentMemoryContext);
+	}
+	there = refused;
+	if (!part_from_vanished(turn, shipment, table, &there))
+	{
+		keep_for_retry(shipment, abp_turn_in_ms(LOCKED_MS), verdict->error);
+		return;
+	}
 
 	for (int i = 0; i < verdict->nrefused; i++)
 	{
@@ -292,8 +352,9 @@ settle_refused(Turn *turn, Shipment *shipment, const Verdict *verdict)
 		int64		id = delivery->event_ids[event->index];
 		IdSet		one = {0};
 
+		if (!abp_idset_contains(&there, id))
+			continue;
 		abp_idset_add(&one, id, id, CurrentMemoryContext);
-		abp_idset_add(&refused, id, id, CurrentMemoryContext);
 		if (event->clock_skew)
 			put_back(shipment, one, OUTBOX_WAITING,
 					 abp_turn_in_ms(SKEW_MS * Min(12, 1 + delivery->prior_attempts)),
@@ -321,7 +382,8 @@ settle_refused(Turn *turn, Shipment *shipment, const Verdict *verdict)
  * through, a row of the batch is to blame: find it by halving.
  */
 static void
-settle_server_error(Turn *turn, Shipment *shipment, const Verdict *verdict)
+settle_server_error(Turn *turn, Shipment *shipment, const UsageTable *table,
+					const Verdict *verdict)
 {
 	Delivery   *delivery = &shipment->delivery;
 	Lane	   *lane = shipment->lane;
@@ -336,7 +398,7 @@ settle_server_error(Turn *turn, Shipment *shipment, const Verdict *verdict)
 		abp_settle_by_halves(shipment, verdict->error);
 	else if (delivery->nevents == 1 && others_pass &&
 			 shipment->server_errors >= ERRORS_BEFORE_REJECTING)
-		reject_shipment(turn, shipment, verdict->error);
+		reject_shipment(turn, shipment, table, verdict->error);
 	else
 	{
 		int64		ms = verdict->retry_after_ms >= 0 ? verdict->retry_after_ms :
@@ -349,11 +411,12 @@ settle_server_error(Turn *turn, Shipment *shipment, const Verdict *verdict)
 }
 
 /*
- * Settle a request that has ended.
+ * Settle a request that has ended; table: NULL if it is not attached any more.
  */
 static void
-settle(Turn *turn, Shipment *shipment, const ServerOptions *server, int64 ledger_from)
+settle(Turn *turn, Shipment *shipment, const UsageTable *table)
 {
+	const ServerOptions *server = table == NULL ? NULL : abp_lane_options(table);
 	const HttpReply *reply = abp_http_reply(shipment->request);
 	Delivery   *delivery = &shipment->delivery;
 	Lane	   *lane = shipment->lane;
@@ -383,7 +446,7 @@ settle(Turn *turn, Shipment *shipment, const ServerOptions *server, int64 ledger
 			(out_of_memory || shipment->timeouts >= TIMEOUTS_BEFORE_HALVING))
 			abp_settle_by_halves(shipment, error);
 		else
-			return_or_keep(turn, shipment, error, true);
+			return_or_keep(turn, shipment, table, error, true);
 		return;
 	}
 
@@ -396,11 +459,12 @@ settle(Turn *turn, Shipment *shipment, const ServerOptions *server, int64 ledger
 	switch (verdict->kind)
 	{
 		case VERDICT_DELIVERED:
-			settle_delivered(turn, shipment, verdict, reply->elapsed_ms, server, ledger_from);
+			settle_delivered(turn, shipment, verdict, reply->elapsed_ms, server,
+							 table == NULL ? 0 : table->ledger_from);
 			break;
 		case VERDICT_ROWS_REFUSED:
 			abp_lane_succeeded(turn, lane);
-			settle_refused(turn, shipment, verdict);
+			settle_refused(turn, shipment, table, verdict);
 			break;
 		case VERDICT_BATCH_REFUSED:
 		case VERDICT_TOO_LARGE:
@@ -408,21 +472,21 @@ settle(Turn *turn, Shipment *shipment, const ServerOptions *server, int64 ledger
 			if (delivery->nevents > 1)
 				abp_settle_by_halves(shipment, verdict->error);
 			else
-				reject_shipment(turn, shipment, verdict->error);
+				reject_shipment(turn, shipment, table, verdict->error);
 			break;
 		case VERDICT_RATE_LIMITED:
 			abp_quota_used_up(lane->server);
 			verdict->error = rate_limit_words(lane, server, verdict->error);
 			abp_lane_back_off(turn, lane, verdict->retry_after_ms >= 0 ? verdict->retry_after_ms :
 							  RATE_LIMITED_MS, verdict->error);
-			return_or_keep(turn, shipment, verdict->error, false);
+			return_or_keep(turn, shipment, table, verdict->error, false);
 			break;
 		case VERDICT_PAUSE:
 			abp_lane_pause(turn, lane, verdict->error);
-			return_or_keep(turn, shipment, verdict->error, false);
+			return_or_keep(turn, shipment, table, verdict->error, false);
 			break;
 		case VERDICT_SERVER_ERROR:
-			settle_server_error(turn, shipment, verdict);
+			settle_server_error(turn, shipment, table, verdict);
 			break;
 		case VERDICT_UNKNOWN:
 			delivery->outcome_unknown = true;
@@ -449,8 +513,7 @@ abp_settle_answered(Turn *turn, List *tables)
 		if (shipment->stage != SHIPMENT_ANSWERED ||
 			(table != NULL && list_member_oid(turn->busy_servers, table->serverid)))
 			continue;
-		settle(turn, shipment, table == NULL ? NULL : abp_lane_options(table),
-			   table == NULL ? 0 : table->ledger_from);
+		settle(turn, shipment, table);
 	}
 }
 

@@ -170,13 +170,16 @@ partition_has_gone(Oid usage_table, Oid partition, Oid serverid, int64 ledger_fr
 
 /* --- a partition comes ------------------------------------------------------ */
 
-/* Rows of a partition that went before they were sent are to be sent now. */
+/*
+ * Rows of a partition that went before they were sent are to be sent now.  "shipper":
+ * it is the one that asks, and knows those of requests that are under way, too.
+ */
 static void
-partition_has_come(Oid usage_table, Oid partition, int64 ledger_from)
+partition_has_come(Oid usage_table, Oid partition, int64 ledger_from, bool shipper)
 {
 	ListCell   *lc;
 
-	foreach(lc, abp_ledger_vanished(usage_table, ledger_from))
+	foreach(lc, abp_ledger_vanished(usage_table, ledger_from, shipper))
 	{
 		Delivery   *delivery = lfirst(lc);
 		OutboxEntry entry = {
@@ -216,7 +219,7 @@ note_partition(Oid usage_table, Oid partition)
 /*
  * Look at partitions that were attached to a table since the last time: for the
  * shipper, before it reads rows.  It may have missed such a row in the meantime,
- * and noted that after the partition came; and having a lock on the table, it may
+ * and noted that after the partition came, or in a delivery that it is sending; and having a lock on the table, it may
  * not have heard of the partition.  Having got the partition's lock, it has.
  * Returns false if one is locked: what is in the outbox may be of rows that the
  * shipper would not see; look again soon.
@@ -241,9 +244,9 @@ abp_partitions_look(Oid usage_table, int64 ledger_from)
 
 		/* in a dump that was restored it has another OID */
 		if (get_rel_relkind(partition) == '\0')
-			partition_has_come(usage_table, usage_table, ledger_from);
+			partition_has_come(usage_table, usage_table, ledger_from, true);
 		else if (root_of(partition) == usage_table)
-			partition_has_come(usage_table, partition, ledger_from);
+			partition_has_come(usage_table, partition, ledger_from, true);
 		abp_outbox_forget_partition(usage_table, partition);
 	}
 	return all;
@@ -329,7 +332,7 @@ abp_sql_on_table_ddl(PG_FUNCTION_ARGS)
 
 		if (cmd->subtype == AT_AttachPartition)
 		{
-			partition_has_come(root, partition, ledger_from);
+			partition_has_come(root, partition, ledger_from, false);
 			note_partition(root, partition);
 		}
 		else

@@ -40,7 +40,7 @@ COMMENT ON COLUMN aibilling.delivery.inserted IS 'Events that Polar says it stor
 COMMENT ON COLUMN aibilling.delivery.duplicates IS 'Events that Polar says it had before';
 COMMENT ON COLUMN aibilling.delivery.unexpected_duplicates IS
 'Those of duplicates that no earlier attempt of ours explains: another event owned the external_id, and this usage was not counted';
-COMMENT ON COLUMN aibilling.delivery.vanished IS 'Rows that were gone from the usage table when the events were built';
+COMMENT ON COLUMN aibilling.delivery.vanished IS 'Rows that were gone from the usage table when they were to be sent, or to be sent again';
 COMMENT ON COLUMN aibilling.delivery.started_at IS 'When the delivery was recorded, before its first request';
 COMMENT ON COLUMN aibilling.delivery.finished_at IS 'When its answer was settled; NULL while it is being sent';
 COMMENT ON COLUMN aibilling.delivery.not_before IS 'While it is being sent: no other attempt before this time; NULL: at once';

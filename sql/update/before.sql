@@ -71,6 +71,7 @@ ALTER TABLE aibilling.outbox_entry_1_1
 	ALTER COLUMN not_before DROP NOT NULL;
 
 ALTER TABLE aibilling.delivery ADD COLUMN vanished_ids int8multirange;
+COMMENT ON COLUMN aibilling.delivery.vanished IS 'Rows that were gone from the usage table when they were to be sent, or to be sent again';
 COMMENT ON COLUMN aibilling.delivery.vanished_ids IS
 'Ids of rows that were gone: those that come back with a partition, attached again, are sent then; NULL: none';
 DROP INDEX aibilling.delivery_sending, aibilling.delivery_usage_ids;

@@ -3,10 +3,11 @@
  * fold.c
  *	  Into the rollup, when there is time for it.
  *
- * What deliveries add up to is folded into the rollup when nothing else is to
- * be done, and in a small part of the time while there is always more to
- * deliver.  Deliveries of an older version, which has not added them up, are
- * added up here too, from their rows.
+ * What deliveries add up to is folded into the rollup when for a while nothing
+ * was delivered, and while rows come in small pieces that take a part of the
+ * time: a row that comes meanwhile waits for one of them at most.  Deliveries of
+ * an older version, which has not added them up, are added up here too, from
+ * their rows.
  *
  *-------------------------------------------------------------------------
  */
@@ -28,9 +29,12 @@
 #include "ship/turn.h"
 #include "usage/rollup.h"
 
-/* While there is always more to deliver, from when on time is spent here, and which share of it. */
-#define BUSY_AFTER_MS 1000
-#define BUSY_SHARE 20
+/* How long after a delivery others may follow; so long the first of them is left alone. */
+#define LIVELY_MS 1000
+
+/* Meanwhile so many times as long as a piece took is left to others: with a backlog, and without. */
+#define BACKLOG_PAUSE 20
+#define LIVELY_PAUSE 4
 
 /* When to try again what has failed. */
 #define AFTER_ERROR_MS (10 * 1000)
@@ -42,7 +46,8 @@
 
 static bool may_have_shares = true;
 static int64 fold_from = 0;
-static TimestampTz fold_at = 0; /* not before this, if busy or failed */
+static TimestampTz fold_at = 0; /* not before this, if lively or failed */
+static TimestampTz lively_until = 0;
 static bool fold_failed = false;	/* the last time */
 
 static bool may_have_unknown = true;
@@ -58,7 +63,7 @@ abp_fold_reset(void)
 {
 	may_have_shares = may_have_unknown = true;
 	fold_from = unknown_from = 0;
-	fold_at = unknown_at = 0;
+	fold_at = lively_until = unknown_at = 0;
 	unknown_failed = fold_failed = false;
 }
 
@@ -68,16 +73,26 @@ abp_fold_reset(void)
 void
 abp_fold_delivered(void)
 {
+	lively_until = abp_turn_in_ms(LIVELY_MS);
 	if (!may_have_shares)
-		fold_at = abp_turn_in_ms(BUSY_AFTER_MS);
+		fold_at = lively_until;
 	may_have_shares = true;
+}
+
+/*
+ * Nothing more will be delivered for a while.
+ */
+void
+abp_fold_now(void)
+{
+	lively_until = 0;
 }
 
 /* May known shares be folded now, by somebody who has nothing else to do? */
 static bool
 may_fold(TimestampTz now)
 {
-	return may_have_shares && !(fold_failed && fold_at > now);
+	return may_have_shares && (fold_at <= now || (lively_until <= now && !fold_failed));
 }
 
 /*
@@ -91,13 +106,21 @@ abp_fold_is_behind(void)
 	return may_fold(now) || (may_have_unknown && unknown_at <= now);
 }
 
+typedef struct FoldStep
+{
+	bool		brief;
+	bool		more;			/* result: may there be more? */
+} FoldStep;
+
 /* Under guard: add one part of what was delivered to the rollup. */
 static void
 fold_step(void *arg)
 {
+	FoldStep   *step = arg;
+
 	CommandCounterIncrement();
 	PushActiveSnapshot(GetLatestSnapshot());
-	*(bool *) arg = abp_rollup_fold(&fold_from);
+	step->more = abp_rollup_fold(&fold_from, step->brief);
 	PopActiveSnapshot();
 }
 
@@ -188,15 +211,15 @@ sum_up_some(List *tables)
 	return false;
 }
 
-/* The same for the shares that are known.  Returns whether there may be more. */
+/* The same for the shares that are known. */
 static bool
 fold_some(bool idle)
 {
 	TimestampTz start = GetCurrentTimestamp();
+	FoldStep	step = {.brief = !idle || lively_until > start};
 	GuardError	error;
-	bool		more = false;
 
-	if (abp_guard(NULL, fold_step, &more, &error) != GUARD_DONE)
+	if (abp_guard(NULL, fold_step, &step, &error) != GUARD_DONE)
 	{
 		if (!fold_failed)
 			ereport(WARNING,
@@ -208,10 +231,11 @@ fold_some(bool idle)
 		return false;
 	}
 	fold_failed = false;
-	may_have_shares = more;
-	if (!idle)
-		fold_at = GetCurrentTimestamp() + (GetCurrentTimestamp() - start) * BUSY_SHARE;
-	return more;
+	may_have_shares = step.more;
+	fold_at = GetCurrentTimestamp();
+	if (step.brief)
+		fold_at += (fold_at - start) * (idle ? LIVELY_PAUSE : BACKLOG_PAUSE);
+	return step.more;
 }
 
 /*
@@ -225,12 +249,12 @@ abp_fold(Turn *turn, List *tables, bool idle)
 	TimestampTz now = GetCurrentTimestamp();
 	bool		more = false;
 
-	if (may_fold(now) && (idle || fold_at <= now))
-		more = fold_some(idle);
+	if (idle ? may_fold(now) : may_have_shares && fold_at <= now)
+		more = fold_some(idle) && may_fold(now);
 	if (idle && may_have_unknown && unknown_at <= now)
-		more |= sum_up_some(tables) || may_have_shares;
+		more |= sum_up_some(tables) || may_fold(now);
 	if (may_have_shares && fold_at > now)
-		abp_turn_due_at(turn, fold_at);
+		abp_turn_due_at(turn, idle && !fold_failed ? Min(fold_at, lively_until) : fold_at);
 	if (may_have_unknown && unknown_at > now)
 		abp_turn_due_at(turn, unknown_at);
 	return idle && more;

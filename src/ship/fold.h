@@ -16,6 +16,7 @@
 
 extern void abp_fold_reset(void);
 extern void abp_fold_delivered(void);
+extern void abp_fold_now(void);
 extern bool abp_fold_is_behind(void);
 extern bool abp_fold(Turn *turn, List *tables, bool idle);
 

@@ -328,11 +328,14 @@ report_progress(Sync *sync, TimestampTz now)
 static bool
 goes_on_folding(Sync *sync, TimestampTz now)
 {
-	if (!sync->shipper || !abp_fold_is_behind())
+	if (!sync->shipper)
 		return false;
 	if (sync->fold_until == 0)
+	{
 		sync->fold_until = now + FOLD_MS * INT64CONST(1000);
-	return now < Min(sync->fold_until, sync->deadline);
+		abp_fold_now();
+	}
+	return abp_fold_is_behind() && now < Min(sync->fold_until, sync->deadline);
 }
 
 /*

@@ -29,9 +29,10 @@
 #include "usage/rollup.h"
 #include "usage/rows.h"
 
-/* How much is folded at a time. */
+/* How much is folded at a time; groups of one key are written once. */
 #define FOLD_SHARES 64
 #define FOLD_GROUPS 3000
+#define FOLD_GROUPS_BRIEFLY 100
 
 /* SHA-256 of some bytes. */
 static void
@@ -211,11 +212,11 @@ add_group(const char *key, int keylen, const ShareSums *sums, void *arg)
 
 /*
  * Add the sums of some delivered batches to the rollup, of deliveries from
- * *from_delivery on, which is moved.  For the shipper, in a transaction of its
- * own.  Returns whether there may be more.
+ * *from_delivery on, which is moved; if "brief", not many that differ.  For the
+ * shipper, in a transaction of its own.  Returns whether there may be more.
  */
 bool
-abp_rollup_fold(int64 *from_delivery)
+abp_rollup_fold(int64 *from_delivery, bool brief)
 {
 	List	   *shares = abp_shares_to_fold(*from_delivery, FOLD_SHARES, false);
 	int64	   *folded = palloc(sizeof(int64) * Max(1, list_length(shares)));
@@ -244,7 +245,7 @@ abp_rollup_fold(int64 *from_delivery)
 			continue;
 		abp_share_decode(share->sums, add_group, &groups);
 		folded[nfolded++] = share->delivery;
-		if (groups.ngroups >= FOLD_GROUPS)
+		if (groups.ngroups >= (brief ? FOLD_GROUPS_BRIEFLY : FOLD_GROUPS))
 			break;
 	}
 	write_groups(usage_table, &groups);

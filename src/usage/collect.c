@@ -574,6 +574,7 @@ flush(void)
 {
 	Writing		writing = {.max = 16};
 	MemoryContext old;
+	bool		wake = changes != NULL; /* there may be something to send */
 
 	if (groups == NULL && changes == NULL)
 		return;
@@ -582,17 +583,20 @@ flush(void)
 	writing.entries = palloc(sizeof(OutboxEntry) * writing.max);
 	for (Group *group = groups; group != NULL; group = group->next)
 	{
+		bool		is_note = OUTBOX_IS_NOTE(group->state.state);
+
 		CHECK_FOR_INTERRUPTS();
 
 		add_entry(&writing, group->usage_table, &group->state)->ids =
-			changes == NULL || OUTBOX_IS_NOTE(group->state.state) ? group->ids : unchanged(group);
+			changes == NULL || is_note ? group->ids : unchanged(group);
+		wake |= !is_note;
 	}
 	if (changes != NULL)
 	{
 		write_removals(&writing);
 		write_changes(&writing);
 	}
-	if (abp_outbox_put_at_commit(writing.entries, writing.n))
+	if (abp_outbox_put_at_commit(writing.entries, writing.n) && wake)
 		abp_wake_at_commit();
 	MemoryContextSwitchTo(old);
 }

@@ -33,7 +33,7 @@
 #define LIVELY_MS 1000
 
 /* Meanwhile so many times as long as a piece took is left to others: with a backlog, and without. */
-#define BACKLOG_PAUSE 20
+#define BACKLOG_PAUSE 50
 #define LIVELY_PAUSE 4
 
 /* When to try again what has failed. */

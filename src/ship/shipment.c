@@ -92,11 +92,9 @@ abp_shipment_add_up(Shipment *shipment)
 		memset(&groups->groups[i].sums, 0, sizeof(ShareSums));
 	for (int i = 0; i < delivery->nevents; i++)
 	{
-		const ShareNote *note = &shipment->notes[i];
-
 		if (delivery->counted.nranges == 0 ||
 			!abp_idset_contains(&delivery->counted, delivery->event_ids[i]))
-			abp_share_add(groups, &groups->groups[note->group].sums, &note->sums);
+			abp_share_add_note(groups, &shipment->notes[i]);
 	}
 
 	old = MemoryContextSwitchTo(shipment->context);

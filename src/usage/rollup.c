@@ -267,7 +267,7 @@ sum_row(const UsageRow *row, Jsonb *whole, void *arg)
 	ShareNote	note;
 
 	abp_share_note(&sum->groups, &note, row, sum->format);
-	abp_share_add(&sum->groups, &sum->groups.groups[note.group].sums, &note.sums);
+	abp_share_add_note(&sum->groups, &note);
 	return true;
 }
 

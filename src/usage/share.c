@@ -571,10 +571,48 @@ abp_share_note(ShareGroups *groups, ShareNote *note, const UsageRow *row, const 
 {
 	ShareKey	key;
 	EventCustomer customer;
+	ShareSums	sums;
+	bool		fits = true;
 
 	abp_share_key_of_row(&key, row, format, &customer);
 	note->group = abp_share_group_of(groups, &key) - groups->groups;
-	abp_share_sums_of_row(groups, &note->sums, row);
+	abp_share_sums_of_row(groups, &sums, row);
+
+	note->unpriced = sums.unpriced != 0;
+	note->cents_scale = sums.cents_scale;
+	for (int i = 0; i < NUM_SHARE_TOKENS; i++)
+	{
+		note->tokens[i] = (int64) sums.tokens[i];
+		fits &= note->tokens[i] == sums.tokens[i];
+	}
+	note->nanos = (int64) sums.nanos;
+	note->cents = (int64) sums.cents;
+	fits &= note->cents == sums.cents && sums.more_cents == NULL;
+	note->sums = NULL;
+	if (!fits)
+		note->sums = memcpy(MemoryContextAlloc(groups->context, sizeof(sums)), &sums, sizeof(sums));
+}
+
+/*
+ * Add what a row adds to its group.
+ */
+void
+abp_share_add_note(ShareGroups *groups, const ShareNote *note)
+{
+	ShareSums  *to = &groups->groups[note->group].sums;
+
+	if (note->sums != NULL)
+	{
+		abp_share_add(groups, to, note->sums);
+		return;
+	}
+	to->rows++;
+	to->unpriced += note->unpriced;
+	for (int i = 0; i < NUM_SHARE_TOKENS; i++)
+		to->tokens[i] += note->tokens[i];
+	to->nanos += note->nanos;
+	to->cents += note->cents;
+	to->cents_scale = Max(to->cents_scale, note->cents_scale);
 }
 
 /* --- shares as bytes -------------------------------------------------------------- */

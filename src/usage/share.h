@@ -53,11 +53,17 @@ typedef struct ShareSums
 	Numeric		more_cents;		/* what does not fit into "cents", or NULL */
 } ShareSums;
 
-/* One row's part. */
+/* One row's part: small, since a request has one for each of its events. */
 typedef struct ShareNote
 {
 	int			group;			/* of the ShareGroups that noted it */
-	ShareSums	sums;
+	bool		unpriced;
+	int8		cents_scale;
+	int64		tokens[NUM_SHARE_TOKENS];
+	int64		nanos;
+	int64		cents;			/* x 10^12 */
+	const ShareSums *sums;		/* instead of these, where they do not fit; or
+								 * NULL */
 } ShareNote;
 
 typedef struct ShareGroup
@@ -93,6 +99,7 @@ extern void abp_share_key_of_row(ShareKey *key, const UsageRow *row, const Event
 extern void abp_share_sums_of_row(ShareGroups *groups, ShareSums *sums, const UsageRow *row);
 extern void abp_share_note(ShareGroups *groups, ShareNote *note, const UsageRow *row,
 						   const EventFormat *format);
+extern void abp_share_add_note(ShareGroups *groups, const ShareNote *note);
 extern void abp_share_add(ShareGroups *groups, ShareSums *to, const ShareSums *sums);
 extern void abp_share_set_cents(ShareSums *sums, Numeric cents);
 extern DateADT abp_share_day(TimestampTz time);

@@ -35,6 +35,7 @@ sub start_statement
 	return $session;
 }
 
+# Returns what it has said.
 sub wait_ended
 {
 	my ($session) = @_;
@@ -42,8 +43,9 @@ sub wait_ended
 	# This runs after the statement before it.  What was said meanwhile would
 	# be taken for errors of what comes next.
 	$session->query('SELECT 1;');
+	my $said = $session->{stderr};
 	$session->{stderr} = '';
-	return;
+	return $said;
 }
 
 # --- without the extension ------------------------------------------------------
@@ -197,6 +199,22 @@ $node->wait_settled;
 is($polar->summary->{inserted}, $events + 20 + 70, 'everything is delivered');
 is($polar->summary->{duplicates}, $duplicates, 'and nothing sent twice');
 is($node->safe_psql('postgres', $ships), "{$pid}", 'by the worker alone');
+
+# What was in flight when it was called comes back, and is not delivered.
+$polar->fault(kind => 'hang');
+$node->insert_rows(3, prefix => 'back_');
+$polar->wait(hung => 1);
+$sync = start_statement($node, 'CALL aibilling.sync()');
+$node->poll_query_until('postgres',
+	"SELECT wait_event_type = 'Extension' FROM pg_stat_activity WHERE pid = $sync->{abp_pid}");
+$polar->tokens(token => $polar->token, status => 'revoked');
+$polar->release;
+like(wait_ended($sync), qr/WARNING:  aibilling\.sync\(\) stopped before everything was delivered: the server does not accept events/,
+	'sync() tells of it');
+$sync->quit;
+$polar->tokens(token => $polar->token, status => 'active');
+$node->safe_psql('postgres', 'SELECT aibilling.resume()');
+$node->wait_settled;
 
 # --- nobody can take the shipper's lock ---------------------------------------------
 

@@ -106,9 +106,10 @@ abp_fold_is_behind(void)
 	return may_fold(now) || (may_have_unknown && unknown_at <= now);
 }
 
+/* One part of what was delivered. */
 typedef struct FoldStep
 {
-	bool		brief;
+	bool		brief;			/* a small one */
 	bool		more;			/* result: may there be more? */
 } FoldStep;
 

@@ -238,6 +238,26 @@ subtest 'an open transaction with rows of our own tables locked' => sub {
 	$session->quit;
 };
 
+subtest 'a table that goes in an open transaction' => sub {
+	my $session = eve_session();
+	my $worker = $node->worker_pid;
+
+	eves_table('going');
+	$polar->fault(kind => 'hang');
+	eve(eves_rows('going', 3));
+	$polar->wait(hung => 1);
+	$session->query_safe('BEGIN; DROP TABLE eve.going;');
+	$polar->fault(kind => 'poison', external_ids => [ map { "goinggpt-0$_" } 1 .. 3 ], status => 422);
+	$polar->release;
+	honest_rows_arrive("while its rows are in flight ($_)") foreach 1 .. 2;
+	is($node->worker_pid, $worker, 'by the same worker');
+	$session->query_safe('ROLLBACK;');
+	ok($node->poll_query_until('postgres', "SELECT rejected = 3 FROM aibilling.status WHERE usage_table = 'eve.going'::regclass"),
+		'the answer is settled when it stays') or diag $node->diagnosis;
+	$polar->clear_faults;
+	$session->quit;
+};
+
 #
 # One row does not stop its table.
 #

@@ -366,6 +366,7 @@ subtest 'a partition comes in a transaction that goes on' => sub {
 	insert('open', 97, 'open2', 'b', 'm');
 	my ($reader, $session) = map { $node->background_psql('postgres', on_error_die => 1) } 1, 2;
 	begin_detach('open', $reader, $session);
+	my $worker = $node->worker_pid;
 	$polar->fault(kind => 'hang');
 	resume();
 	$polar->wait(hung => 1);
@@ -373,9 +374,10 @@ subtest 'a partition comes in a transaction that goes on' => sub {
 	is($session->query('SELECT 1'), '1', 'the partition goes while the other row is in flight');
 	$session->query(q{BEGIN; ALTER TABLE open ATTACH PARTITION open_b FOR VALUES IN ('b')});
 	$polar->release;
-	$node->poll_query_until('postgres', "SELECT state = 'delivered' FROM aibilling.delivery WHERE usage_table = 'open'::regclass");
+	$polar->wait_for(sub { stored('open1') }, 'the other row to be answered');
 	sql("INSERT INTO model_of_open (external_id, provider, model, external_customer_id, input_tokens) VALUES ('beside', 'acme', 'm', 'c', 1)");
 	$polar->wait_for(sub { stored('beside') }, 'rows of other tables to be sent meanwhile');
+	is($node->worker_pid, $worker, 'by the same worker');
 	$session->query('COMMIT');
 	$polar->wait_for(sub { stored('open1') && stored('open2') }, 'both rows to be stored');
 	is(sql("SELECT vanished_ids IS NULL FROM aibilling.delivery WHERE usage_table = 'open'::regclass AND vanished > 0"), 't', 'none is missed any more');

@@ -8,9 +8,12 @@
 #include "postgres.h"
 
 #include "access/genam.h"
+#include "catalog/pg_class.h"
 #include "catalog/pg_type.h"
 #include "foreign/foreign.h"
 #include "miscadmin.h"
+#include "storage/lmgr.h"
+#include "storage/lock.h"
 #include "utils/builtins.h"
 #include "utils/fmgroids.h"
 #include "utils/inval.h"
@@ -240,6 +243,40 @@ abp_attachment_find(Oid relid, Oid *serverid, int64 *ledger_from)
 	abp_scan_end(&scan);
 	PopActiveSnapshot();
 	return tuple != NULL;
+}
+
+/*
+ * The lock, until the transaction ends, by which the shipper and those who change what
+ * is recorded of a usage table keep each other away: also when its rows could be read.
+ */
+static bool
+lock_attachment(Oid relid, LOCKMODE mode, bool wait)
+{
+	LOCKTAG		tag;
+
+	SET_LOCKTAG_OBJECT(tag, MyDatabaseId, RelationRelationId, relid, 0);
+	return LockAcquire(&tag, mode, false, !wait) != LOCKACQUIRE_NOT_AVAIL;
+}
+
+/*
+ * Keep others from changing what is recorded of a table: for the shipper, before it
+ * takes the snapshot by which it reads, or settles a request.  Returns false if
+ * somebody is just doing so, who is not waited for.
+ */
+bool
+abp_attachment_hold(Oid relid)
+{
+	return lock_attachment(relid, ShareLock, false);
+}
+
+/*
+ * Keep the shipper from a table: for DROP TABLE, ATTACH PARTITION and the end of
+ * DETACH PARTITION CONCURRENTLY.  Waits for a turn of the shipper's at most.
+ */
+void
+abp_attachment_lock(Oid relid)
+{
+	(void) lock_attachment(relid, ExclusiveLock, true);
 }
 
 /*

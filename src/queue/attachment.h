@@ -40,6 +40,8 @@ extern UsageTable *abp_attachment_former(Oid relid);
 extern UsageTable *abp_attachment_of(List *tables, Oid relid);
 extern bool abp_attachment_find(Oid relid, Oid *serverid,
 								int64 *ledger_from);
+extern bool abp_attachment_hold(Oid relid);
+extern void abp_attachment_lock(Oid relid);
 extern void abp_attachments_follow_servers(void);
 extern void abp_attachment_forget(Oid relid);
 extern void abp_attachment_truncated(Oid relid);

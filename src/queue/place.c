@@ -23,7 +23,7 @@
 #include "queue/outbox.h"
 #include "queue/place.h"
 
-/* The second lock of a table as an object; the first is that of partitions.c. */
+/* The second lock of a table as an object; the first is that of attachment.c. */
 #define LOCK_OF_SHARED_IDS 1
 
 /*

@@ -317,7 +317,10 @@ abp_lane_capacity(const Lane *lane, const ServerOptions *server)
 	return lane->failures > 0 || lane->paused_by_answer ? 1 : server->max_in_flight;
 }
 
-/* Could another request fly?  Those about to fly count. */
+/*
+ * Could another request fly?  Those about to fly count, and not those whose table
+ * keeps them from being settled.
+ */
 bool
 abp_lane_has_room(const Lane *lane, const ServerOptions *server)
 {
@@ -329,7 +332,7 @@ abp_lane_has_room(const Lane *lane, const ServerOptions *server)
 	{
 		Shipment   *shipment = lfirst(lc);
 
-		if (shipment->stage == SHIPMENT_WAITING)
+		if (shipment->stage == SHIPMENT_WAITING || shipment->stage == SHIPMENT_ANSWERED)
 			continue;
 		if (shipment->lane == lane)
 			in_lane++;
@@ -349,7 +352,11 @@ abp_lane_shipments(const Lane *lane)
 	ListCell   *lc;
 
 	foreach(lc, abp_shipments)
-		count += ((Shipment *) lfirst(lc))->lane == lane;
+	{
+		const Shipment *shipment = lfirst(lc);
+
+		count += shipment->lane == lane && shipment->stage != SHIPMENT_ANSWERED;
+	}
 	return count;
 }
 

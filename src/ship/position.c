@@ -17,7 +17,6 @@
 #include "ship/guard.h"
 #include "ship/position.h"
 #include "ship/turn.h"
-#include "usage/partitions.h"
 
 #define LOCKED_LONG_MS (10 * 1000)	/* and when to call it blocked */
 
@@ -164,7 +163,7 @@ abp_position_guarded(Turn *turn, TableWork work, const UsageTable *table, const 
 	GuardOutcome outcome;
 	TimestampTz until;
 
-	if (!abp_partitions_hold(table->relid) ||
+	if (!abp_attachment_hold(table->relid) ||
 		!ConditionalLockRelationOid(table->relid, AccessShareLock))
 	{
 		note_locked(turn, table);

@@ -497,7 +497,8 @@ settle(Turn *turn, Shipment *shipment, const UsageTable *table)
 }
 
 /*
- * Settle all requests that have ended.
+ * Settle all requests that have ended, but for those of tables that others are
+ * dropping, or bringing a partition to: we would wait for their transaction.
  */
 void
 abp_settle_answered(Turn *turn, List *tables)
@@ -513,6 +514,11 @@ abp_settle_answered(Turn *turn, List *tables)
 		if (shipment->stage != SHIPMENT_ANSWERED ||
 			(table != NULL && list_member_oid(turn->busy_servers, table->serverid)))
 			continue;
+		if (!abp_attachment_hold(shipment->delivery.usage_table))
+		{
+			abp_turn_due_at(turn, abp_turn_in_ms(LOCKED_MS));
+			continue;
+		}
 		settle(turn, shipment, table);
 	}
 }

@@ -763,6 +763,7 @@ abp_sql_on_sql_drop(PG_FUNCTION_ARGS)
 		int64		ledger_from;
 		int64		count;
 
+		abp_attachment_lock(relid);
 		abp_shares_forget(relid);
 		abp_corrections_forget(relid);
 		if (!abp_attachment_find(relid, &serverid, &ledger_from))

@@ -11,7 +11,7 @@
  * DETACH CONCURRENTLY takes two transactions.  After the first one nobody sees
  * the partition's rows any more, though their entries are there: the shipper
  * notes what it takes of those (abp_partitions_leaving).  The second one does the
- * rest, while the shipper is kept away (abp_partitions_hold).
+ * rest, while the shipper is kept away (abp_attachment_lock).
  *
  *-------------------------------------------------------------------------
  */
@@ -81,30 +81,6 @@ note_vanished(Oid usage_table, Oid serverid, IdSet *ids, bool outcome_unknown)
 }
 
 /*
- * The lock, until the transaction ends, by which the shipper and the end of a DETACH
- * CONCURRENTLY keep each other away: that one leaves a table's rows to all others.
- */
-static bool
-lock_partitions(Oid usage_table, LOCKMODE mode, bool wait)
-{
-	LOCKTAG		tag;
-
-	SET_LOCKTAG_OBJECT(tag, MyDatabaseId, RelationRelationId, usage_table, 0);
-	return LockAcquire(&tag, mode, false, !wait) != LOCKACQUIRE_NOT_AVAIL;
-}
-
-/*
- * Keep the partitions of a table from leaving it until the transaction ends: for the
- * shipper, before it takes the snapshot by which it reads.  Returns false if one is
- * just leaving.
- */
-bool
-abp_partitions_hold(Oid usage_table)
-{
-	return lock_partitions(usage_table, ShareLock, false);
-}
-
-/*
  * Those of the ids of which a table has other rows that we have locked.  Nobody is
  * waited for: they may wait for the partition.
  */
@@ -136,7 +112,7 @@ partition_has_gone(Oid usage_table, Oid partition, Oid serverid, int64 ledger_fr
 	int64		count;
 
 	if (concurrently)
-		(void) lock_partitions(usage_table, ExclusiveLock, true);
+		abp_attachment_lock(usage_table);
 	PushActiveSnapshot(GetLatestSnapshot());
 	waiting = abp_outbox_all_ids(usage_table);
 	ids = abp_lookup_existing(partition, &waiting);
@@ -332,6 +308,7 @@ abp_sql_on_table_ddl(PG_FUNCTION_ARGS)
 
 		if (cmd->subtype == AT_AttachPartition)
 		{
+			abp_attachment_lock(root);
 			partition_has_come(root, partition, ledger_from, false);
 			note_partition(root, partition);
 		}

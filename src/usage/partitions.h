@@ -12,7 +12,6 @@
 
 #include "base/idset.h"
 
-extern bool abp_partitions_hold(Oid usage_table);
 extern IdSet abp_partitions_leaving(Oid usage_table, const IdSet *ids);
 extern bool abp_partitions_look(Oid usage_table, int64 ledger_from);
 

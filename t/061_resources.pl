@@ -126,8 +126,11 @@ sub deliver
 	return;
 }
 
+# When nothing is left to do: a turn has memory of its own while it lasts.
 sub measure
 {
+	$node->wait_folded;
+	$node->worker_waits;
 	return { contexts => contexts(), own => own_kb(), %{ descriptors() } };
 }
 

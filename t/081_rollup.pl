@@ -66,15 +66,6 @@ sub same
 	return is(difference($table // 'usage', %options), '', $what);
 }
 
-sub folded
-{
-	my ($db) = @_;
-
-	$node->poll_query_until($db // 'postgres', 'SELECT NOT EXISTS (SELECT FROM aibilling.share)')
-	  or diag($node->diagnosis);
-	return;
-}
-
 $node->create_server($polar, batch_size => 7);
 $node->create_usage_table;
 $node->safe_psql('postgres', q{
@@ -150,7 +141,7 @@ COMMIT;}),
 	't|t', 'spend() of rows in flight: pending');
 $polar->release;
 $node->wait_settled;
-folded();
+$node->wait_folded();
 same('delivered rows, in the rollup; others wait for a price or are rejected');
 is($node->safe_psql('postgres', "SELECT count(*) > 20 FROM aibilling.rollup"), 't', 'the rollup has them');
 is($node->safe_psql('postgres', 'SELECT count(*) > 0 FROM aibilling.outbox'), 't', 'something waits');
@@ -186,7 +177,7 @@ $node->safe_psql('postgres', q{
 INSERT INTO usage (occurred_at, provider, model, external_customer_id, input_tokens)
 SELECT now() - n * interval '1 day', 'p', 'm' || n % 2, 'c' || n % 4, n FROM generate_series(1, 150) n;});
 $node->wait_settled;
-folded();
+$node->wait_folded();
 foreach my $range ([ 'NULL', 'NULL' ], [ 'current_date - 100', 'current_date - 3' ], [ 'current_date - 9', 'current_date' ],
 	[ q{date_trunc('month', now() - interval '2 months')::date}, q{date_trunc('month', now())::date - 1} ],
 	[ q{date_trunc('month', now() - interval '2 months')::date - 1}, q{date_trunc('month', now())::date} ],
@@ -208,7 +199,7 @@ UPDATE usage SET external_customer_id = 'fixed', model = 'm0' WHERE id IN (SELEC
 INSERT INTO aibilling.price (provider, model, input, output, cache_write, cache_write_1h, cache_read) VALUES ('p', 'no price', 3, 4, 1, 1, 1);});
 $node->poll_query_until('postgres', "SELECT count(*) = 0 FROM aibilling.outbox WHERE state <> 'rejected'") or diag($node->diagnosis);
 same('a price has come, rows are fixed and delivered');
-folded();
+$node->wait_folded();
 same('and are in the rollup');
 
 # Numbers of any size, and a row that has all its decimals
@@ -219,7 +210,7 @@ INSERT INTO usage (provider, model, external_customer_id, provider_cost) VALUES 
 INSERT INTO usage (provider, model, external_customer_id, provider_cost) VALUES ('p', 'x', repeat('too long', 60), 1), ('', '', '', 1);});
 $node->wait_settled;
 same('numbers and names of any size');
-folded();
+$node->wait_folded();
 same('and in the rollup');
 
 # What other halves of a batch are refused, or lost
@@ -236,7 +227,7 @@ $node->wait_settled;
 same('after that');
 $node->safe_psql('postgres', "SELECT aibilling.retry('usage')");
 $node->wait_settled;
-folded();
+$node->wait_folded();
 same('and when they were tried again');
 
 # Options of the server say which tag is the customer.
@@ -246,7 +237,7 @@ ALTER SERVER polar OPTIONS (ADD external_customer_id_key 'account');
 INSERT INTO usage (provider, model, tags, input_tokens) VALUES ('p', 'm0', '{"account": "by its key"}', 1), ('p', 'm0', '{"account": 17}', 2);});
 same('the customer as it would be sent');
 $node->wait_settled;
-folded();
+$node->wait_folded();
 is($node->safe_psql('postgres', "SELECT usage_rows FROM aibilling.spend('usage', 'by its key') UNION ALL SELECT usage_rows FROM aibilling.spend('usage', '17')"),
 	"1\n1", 'and was');
 $node->safe_psql('postgres', 'ALTER SERVER polar OPTIONS (DROP external_customer_id_key)');
@@ -293,7 +284,7 @@ my $pid = $node->worker_pid;
 $node->safe_psql('postgres', "SELECT pg_terminate_backend($pid)");
 $polar->release;
 $node->wait_settled;
-folded();
+$node->wait_folded();
 same('delivered again, after the worker was killed', 'usage', gone => 'gone');
 
 # New rows under ids of before: the answer is lost, and then they are refused and go back to the outbox.
@@ -307,7 +298,7 @@ $node->poll_query_until('postgres', "SELECT state = 'rejected' AND outcome_unkno
 same('... whose answer was lost, and which was refused then', 'usage', gone => 'gone');
 $node->safe_psql('postgres', "SELECT aibilling.retry('usage')");
 $node->wait_settled;
-folded();
+$node->wait_folded();
 same('... and delivered', 'usage', gone => 'gone');
 
 $node->safe_psql('postgres', q{
@@ -317,7 +308,7 @@ same('TRUNCATE: what was delivered stays counted', 'usage', gone => 'gone');
 $node->safe_psql('postgres', q{INSERT INTO usage (provider, model, external_customer_id, input_tokens) SELECT 'p', 'm1', 'again', n FROM generate_series(1, 30) n});
 same('ids of before are of other rows now', 'usage', gone => 'gone');
 $node->wait_settled;
-folded();
+$node->wait_folded();
 same('also when they are delivered', 'usage', gone => 'gone');
 
 # Killed again and again, with no time between two steps that is safe
@@ -331,7 +322,7 @@ SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE backend_type = 'aib
 	is($lines, '', 'while the worker is killed') if $lines ne '' || $_ == 12;
 }
 $node->wait_settled;
-folded();
+$node->wait_folded();
 same('at last', 'usage', gone => 'gone');
 $node->safe_psql('postgres', 'ALTER SERVER polar OPTIONS (SET batch_size \'100\')');
 
@@ -352,7 +343,7 @@ same('another table beside it', 'usage', gone => 'gone');
 $node->wait_settled;
 $node->safe_psql('postgres', 'CREATE TABLE parts_gone AS SELECT * FROM parts_old; DROP TABLE parts_old');
 same('a partition dropped after its delivery stays counted', 'parts', gone => 'parts_gone');
-folded();
+$node->wait_folded();
 same('and in the rollup', 'parts', gone => 'parts_gone');
 $node->safe_psql('postgres', "SELECT aibilling.detach('parts')");
 same('after detach()', 'parts', gone => 'parts_gone');
@@ -399,7 +390,7 @@ command_ok([ 'pg_restore', '--exit-on-error', '-d', $node->connstr('restored'), 
 is($node->safe_psql('restored', $sums), $then, 'the sums are those of the dump');
 $node->safe_psql('restored', "SELECT aibilling.arm(); SELECT aibilling.resume()");
 $node->poll_query_until('restored', "SELECT NOT EXISTS (SELECT FROM aibilling.outbox WHERE state = 'pending') AND NOT EXISTS (SELECT FROM aibilling.delivery WHERE state = 'sending')");
-folded('restored');
+$node->wait_folded('restored');
 is($node->safe_psql('restored', $sums), $then, 'and stay so');
 $node->wait_settled;
 
@@ -436,7 +427,7 @@ foreach (1 .. 5)
 	is($lines, '', 'while the rollup is being filled') if $lines ne '' || $_ == 5;
 }
 $node->safe_psql('older', 'SELECT aibilling.resume()');
-folded('older');
+$node->wait_folded('older');
 same('when it is filled', 'usage', db => 'older');
 $node->safe_psql('older', 'CREATE TABLE gone AS SELECT * FROM usage WHERE id < 100; DELETE FROM usage WHERE id < 100');
 same('what is deleted from now on stays counted', 'usage', db => 'older', gone => 'gone');

@@ -265,6 +265,23 @@ sub wait_settled
 
 =pod
 
+=item $node->wait_folded($database)
+
+Block until what was delivered is in the rollup.
+
+=cut
+
+sub wait_folded
+{
+	my ($self, $database) = @_;
+
+	$self->poll_query_until($database // $db, 'SELECT NOT EXISTS (SELECT FROM aibilling.share)')
+	  or $self->_give_up('what was delivered is in the rollup');
+	return;
+}
+
+=pod
+
 =item $node->wait_status($regex, $table)
 
 Block until the status of a usage table, in words, matches.  Returns whether it

@@ -4,10 +4,9 @@
  *	  Into the rollup, when there is time for it.
  *
  * What deliveries add up to is folded into the rollup when for a while nothing
- * was delivered, and while rows come in small pieces that take a part of the
- * time: a row that comes meanwhile waits for one of them at most.  Deliveries of
- * an older version, which has not added them up, are added up here too, from
- * their rows.
+ * was delivered; while rows come, in small pieces and with pauses, so that a row
+ * waits for one piece at most.  Deliveries of an older version, which has not
+ * added them up, are added up here too, from their rows.
  *
  *-------------------------------------------------------------------------
  */
@@ -29,10 +28,10 @@
 #include "ship/turn.h"
 #include "usage/rollup.h"
 
-/* How long after a delivery others may follow; so long the first of them is left alone. */
+/* For so long after a delivery others are likely to follow. */
 #define LIVELY_MS 1000
 
-/* Meanwhile so many times as long as a piece took is left to others: with a backlog, and without. */
+/* The pause after a small piece, in times of what it took: with a backlog, and without. */
 #define BACKLOG_PAUSE 50
 #define LIVELY_PAUSE 4
 

@@ -343,7 +343,7 @@ abp_lane_has_room(const Lane *lane, const ServerOptions *server)
 }
 
 /*
- * How many deliveries of a lane are unsettled, in flight or waiting?
+ * How many deliveries of a lane are on their way, or wait to be sent again?
  */
 int
 abp_lane_shipments(const Lane *lane)

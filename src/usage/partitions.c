@@ -195,8 +195,9 @@ note_partition(Oid usage_table, Oid partition)
 /*
  * Look at partitions that were attached to a table since the last time: for the
  * shipper, before it reads rows.  It may have missed such a row in the meantime,
- * and noted that after the partition came, or in a delivery that it is sending; and having a lock on the table, it may
- * not have heard of the partition.  Having got the partition's lock, it has.
+ * and noted that after the partition came, or in a delivery that it is sending;
+ * and having a lock on the table, it may not have heard of the partition.  Having
+ * got the partition's lock, it has.
  * Returns false if one is locked: what is in the outbox may be of rows that the
  * shipper would not see; look again soon.
  */

@@ -359,6 +359,24 @@ subtest 'a row is refused when another one has its id' => sub {
 	}
 };
 
+subtest 'the shipper ends when it has sent a row, and its partition leaves before another one looks' => sub {
+	partitioned('ended');
+	$polar->fault(kind => 'hang', store => 1);
+	insert('ended', 98, 'ended1', 'b', 'm');
+	$polar->wait(hung => 1);
+	sql('ALTER TABLE ended DETACH PARTITION ended_b');
+	my $worker = $node->worker_pid;
+	sql("SELECT pg_terminate_backend($worker)");
+	$node->poll_query_until('postgres', "SELECT state = 'failed' FROM aibilling.delivery WHERE usage_table = 'ended'::regclass");
+	pause();
+	sql(q{ALTER TABLE ended ATTACH PARTITION ended_b FOR VALUES IN ('b')});
+	like(sql(q{SELECT try($$UPDATE ended SET input_tokens = 5$$)}), qr/may have been delivered/, 'Polar may have it, so it does not change');
+	resume();
+	$polar->release;
+	$node->poll_query_until('postgres', "SELECT state = 'delivered' FROM aibilling.usage_status('ended', 98)");
+	is(sql("SELECT sum(inserted), sum(duplicates), sum(unexpected_duplicates) FROM aibilling.delivery WHERE usage_table = 'ended'::regclass"), '0|1|0', 'and that it is a duplicate is expected');
+};
+
 subtest 'a partition comes in a transaction that goes on' => sub {
 	partitioned('open');
 	pause();

@@ -254,12 +254,13 @@ abp_ledger_finish(Delivery *delivery, const char *state, const char *error)
 	static Statement finish = {
 		"UPDATE aibilling.ledger SET state = $2, http_status = nullif($3, 0),"
 		" inserted = $4, duplicates = $5, unexpected_duplicates = $6, vanished = $7,"
-		" error = $8, " ADD_VANISHED_IDS("$9") ", event_keys = NULL, not_before = NULL,"
-		" finished_at = pg_catalog.clock_timestamp()"
+		" error = $8, " ADD_VANISHED_IDS("$9") ", outcome_unknown = $10, event_keys = NULL,"
+		" not_before = NULL, finished_at = pg_catalog.clock_timestamp()"
 		" WHERE id = $1",
-		9, {INT8OID, TEXTOID, INT4OID, INT8OID, INT8OID, INT8OID, INT8OID, TEXTOID, INT8MULTIRANGEOID}
+		10, {INT8OID, TEXTOID, INT4OID, INT8OID, INT8OID, INT8OID, INT8OID, TEXTOID, INT8MULTIRANGEOID,
+		BOOLOID}
 	};
-	Datum		values[9] = {
+	Datum		values[10] = {
 		Int64GetDatum(delivery->id),
 		CStringGetTextDatum(state),
 		Int32GetDatum(delivery->http_status),
@@ -268,9 +269,10 @@ abp_ledger_finish(Delivery *delivery, const char *state, const char *error)
 		Int64GetDatum(delivery->unexpected_duplicates),
 		Int64GetDatum(delivery->vanished),
 		(Datum) 0,
-		take_vanished_ids(delivery)
+		take_vanished_ids(delivery),
+		BoolGetDatum(delivery->outcome_unknown)
 	};
-	char		nulls[] = "         ";
+	char		nulls[] = "          ";
 
 	if (strcmp(state, "delivered") != 0)
 		nulls[3] = nulls[4] = 'n';

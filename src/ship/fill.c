@@ -191,8 +191,8 @@ add_event(const UsageRow *row, Jsonb *whole, void *arg)
 	else
 	{
 		filling->event_keys[delivery->nevents] = abp_ledger_key_of(&row->external_id);
-		abp_share_note(&filling->shipment->groups, &filling->shipment->notes[delivery->nevents],
-					   row, &filling->server->format);
+		abp_share_rows_add(&filling->shipment->share_rows, delivery->nevents, row,
+						   &filling->server->format);
 		delivery->event_ids[delivery->nevents++] = row->id;
 		abp_idset_add(&filling->sent, row->id, row->id, filling->context);
 		note_child(filling, row);
@@ -462,7 +462,7 @@ read_batch(Filling *filling, IdSet *ids, bool whole)
 
 	filling->row_ids = palloc(sizeof(int64) * (filling->max_rows + 1));
 	filling->event_keys = palloc(sizeof(uint32) * Max(1, filling->max_rows));
-	abp_shipment_begin_sums(filling->shipment, filling->max_rows);
+	abp_shipment_begin_sums(filling->shipment);
 	appendStringInfoString(&delivery->body, "{\"events\":[");
 	read_rows(filling, ids, whole);
 	if (filling->changing.nranges > 0)

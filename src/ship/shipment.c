@@ -31,8 +31,8 @@ abp_shipment_new(Lane *lane, const char *server)
 	MemoryContext old = MemoryContextSwitchTo(abp_shipper_memory);
 
 	shipment->context = context;
-	shipment->sums_context = AllocSetContextCreate(context, "aibilling_polar shipment's sums",
-												   ALLOCSET_DEFAULT_SIZES);
+	shipment->share_context = AllocSetContextCreate(context, "aibilling_polar shipment's share",
+													ALLOCSET_DEFAULT_SIZES);
 	shipment->lane = lane;
 	shipment->delivery.server = MemoryContextStrdup(context, server);
 	abp_shipments = lappend(abp_shipments, shipment);
@@ -70,38 +70,34 @@ abp_shipment_forget_request(Shipment *shipment)
 	delivery->event_ids = NULL;
 }
 
-/* The sums of a new request, of at most so many events: nothing yet. */
+/* A new request: nothing is known of what its events add up to. */
 void
-abp_shipment_begin_sums(Shipment *shipment, int64 max_events)
+abp_shipment_begin_sums(Shipment *shipment)
 {
-	MemoryContextReset(shipment->sums_context);
-	abp_share_init(&shipment->groups, shipment->sums_context);
-	shipment->notes = MemoryContextAllocHuge(shipment->sums_context,
-											 sizeof(ShareNote) * Max(1, max_events));
+	MemoryContextReset(shipment->share_context);
+	abp_share_rows_init(&shipment->share_rows, shipment->share_context);
 }
 
-/* Add up what the events of its request are, but for those that others count. */
+/* Write what the events of its request add up to, but for those that others count. */
 void
 abp_shipment_add_up(Shipment *shipment)
 {
 	Delivery   *delivery = &shipment->delivery;
-	ShareGroups *groups = &shipment->groups;
+	bool	   *skip = NULL;
 	MemoryContext old;
 
-	for (int i = 0; i < groups->ngroups; i++)
-		memset(&groups->groups[i].sums, 0, sizeof(ShareSums));
-	for (int i = 0; i < delivery->nevents; i++)
+	if (delivery->counted.nranges > 0)
 	{
-		if (delivery->counted.nranges == 0 ||
-			!abp_idset_contains(&delivery->counted, delivery->event_ids[i]))
-			abp_share_add_note(groups, &shipment->notes[i]);
+		skip = palloc(sizeof(bool) * Max(1, delivery->nevents));
+		for (int i = 0; i < delivery->nevents; i++)
+			skip[i] = abp_idset_contains(&delivery->counted, delivery->event_ids[i]);
 	}
 
 	old = MemoryContextSwitchTo(shipment->context);
 	if (delivery->share != NULL)
 		pfree(delivery->share);
 	delivery->share = NULL;
-	delivery->share = abp_share_encode(groups);
+	delivery->share = abp_share_encode(&shipment->share_rows, skip);
 	MemoryContextSwitchTo(old);
 }
 

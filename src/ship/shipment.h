@@ -40,9 +40,9 @@ typedef struct Shipment
 	TimestampTz retry_at;
 	Kinship    *kin;			/* who is whose parent, in its last request */
 	int			nkin;
-	MemoryContext sums_context; /* holds, of its last request, */
-	ShareGroups groups;			/* what the events add up to, */
-	ShareNote  *notes;			/* and each one's part */
+	MemoryContext share_context;	/* holds */
+	ShareRows	share_rows;		/* what each event of its last request adds to
+								 * the sums */
 	int			server_errors;	/* in a row */
 	TimestampTz first_error_at;
 	int			timeouts;
@@ -54,7 +54,7 @@ extern List *abp_shipments;
 extern Shipment *abp_shipment_new(Lane *lane, const char *server);
 extern void abp_shipment_drop(Turn *turn, Shipment *shipment);
 extern void abp_shipment_forget_request(Shipment *shipment);
-extern void abp_shipment_begin_sums(Shipment *shipment, int64 max_events);
+extern void abp_shipment_begin_sums(Shipment *shipment);
 extern void abp_shipment_add_up(Shipment *shipment);
 extern void abp_shipment_copy_keys(Delivery *to, const Delivery *from);
 extern void abp_shipment_disown(const Delivery *delivery, IdSet *ids);

@@ -52,7 +52,6 @@ typedef struct Pending
 	KeyFilter	wants;
 	SumsReader	reader;
 	void	   *arg;
-	ShareGroups scratch;		/* for its memory */
 	const EventFormat *format;
 	IdSet		delivered_ids;	/* rows of deliveries without known sums */
 	bool		delivered;		/* is the share that is read? */
@@ -110,7 +109,7 @@ find_usage_table(Oid relid)
 }
 
 static void
-read_share_group(const char *key, int keylen, const ShareSums *sums, void *arg)
+read_share_row(const char *key, int keylen, const ShareSums *sums, void *arg)
 {
 	Pending    *pending = arg;
 	ShareKey	parts;
@@ -132,7 +131,7 @@ read_pending_row(const UsageRow *row, Jsonb *whole, void *arg)
 	abp_share_key_of_row(&key, row, pending->format, &customer);
 	if (!pending->wants(&key, pending->arg))
 		return true;
-	abp_share_sums_of_row(&pending->scratch, &sums, row);
+	abp_share_sums_of_row(&sums, row);
 	pending->reader(&key, &sums,
 					pending->delivered_ids.nranges > 0 &&
 					abp_idset_contains(&pending->delivered_ids, row->id), pending->arg);
@@ -162,7 +161,7 @@ read_pending(const UsageTable *table, KeyFilter wants, SumsReader reader, void *
 
 		pending.delivered = share->delivered;
 		if (share->sums != NULL)
-			abp_share_decode(share->sums, read_share_group, &pending);
+			abp_share_decode(share->sums, read_share_row, &pending);
 		else if (share->knows_counted)
 		{
 			IdSet		rest = abp_idset_subtract(&share->ids, &share->counted);
@@ -189,7 +188,6 @@ read_pending(const UsageTable *table, KeyFilter wants, SumsReader reader, void *
 		return;
 
 	pending.format = abp_share_format(table->serverid);
-	abp_share_init(&pending.scratch, CurrentMemoryContext);
 	abp_rows_read(table, &ids, false, read_pending_row, &pending);
 }
 

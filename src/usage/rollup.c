@@ -31,6 +31,7 @@
 
 /* How much is folded at a time; groups of one key are written once. */
 #define FOLD_SHARES 64
+#define FOLD_SHARES_BRIEFLY 4
 #define FOLD_GROUPS 3000
 #define FOLD_GROUPS_BRIEFLY 100
 
@@ -203,7 +204,7 @@ write_groups(Oid usage_table, const ShareGroups *daily)
 }
 
 static void
-add_group(const char *key, int keylen, const ShareSums *sums, void *arg)
+add_to_group(const char *key, int keylen, const ShareSums *sums, void *arg)
 {
 	ShareGroups *groups = arg;
 
@@ -218,7 +219,7 @@ add_group(const char *key, int keylen, const ShareSums *sums, void *arg)
 bool
 abp_rollup_fold(int64 *from_delivery, bool brief)
 {
-	List	   *shares = abp_shares_to_fold(*from_delivery, FOLD_SHARES, false);
+	List	   *shares = abp_shares_to_fold(*from_delivery, brief ? FOLD_SHARES_BRIEFLY : FOLD_SHARES, false);
 	int64	   *folded = palloc(sizeof(int64) * Max(1, list_length(shares)));
 	int			nfolded = 0;
 	Oid			usage_table;
@@ -243,7 +244,7 @@ abp_rollup_fold(int64 *from_delivery, bool brief)
 
 		if (share->usage_table != usage_table)
 			continue;
-		abp_share_decode(share->sums, add_group, &groups);
+		abp_share_decode(share->sums, add_to_group, &groups);
 		folded[nfolded++] = share->delivery;
 		if (groups.ngroups >= (brief ? FOLD_GROUPS_BRIEFLY : FOLD_GROUPS))
 			break;
@@ -256,7 +257,7 @@ abp_rollup_fold(int64 *from_delivery, bool brief)
 /* Rows that are summed up. */
 typedef struct RowSum
 {
-	ShareGroups groups;
+	ShareRows	rows;
 	const EventFormat *format;
 } RowSum;
 
@@ -264,10 +265,8 @@ static bool
 sum_row(const UsageRow *row, Jsonb *whole, void *arg)
 {
 	RowSum	   *sum = arg;
-	ShareNote	note;
 
-	abp_share_note(&sum->groups, &note, row, sum->format);
-	abp_share_add_note(&sum->groups, &note);
+	abp_share_rows_add(&sum->rows, sum->rows.nrows, row, sum->format);
 	return true;
 }
 
@@ -280,7 +279,7 @@ abp_rollup_sum_rows(const UsageTable *table, IdSet *ids, const EventFormat *form
 {
 	RowSum		sum = {.format = format};
 
-	abp_share_init(&sum.groups, CurrentMemoryContext);
+	abp_share_rows_init(&sum.rows, CurrentMemoryContext);
 	abp_rows_read(table, ids, false, sum_row, &sum);
-	return abp_share_encode(&sum.groups);
+	return abp_share_encode(&sum.rows, NULL);
 }

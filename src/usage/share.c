@@ -3,235 +3,28 @@
  * share.c
  *	  What usage rows add up to, by day, customer, provider, model and event name.
  *
- * A batch's share of these sums is made while its request is written, and kept
- * as bytes: a version; the kinds of calls, which are the ends of keys (provider,
- * model and event name), each once; and each group's sums behind the rest of its
- * key and its kind.
- * Numbers have seven bits a byte, the lowest first; those that can be
- * negative have their sign in the lowest bit.  Nothing depends on the machine.
- *
  *-------------------------------------------------------------------------
  */
 #include "postgres.h"
 
 #include "common/hashfn.h"
-#include "mb/pg_wchar.h"
-#include "miscadmin.h"
 #include "utils/builtins.h"
 #include "utils/datetime.h"
 #include "utils/timestamp.h"
 
 #include "base/decimal.h"
 #include "base/numeric_math.h"
-#include "base/text_view.h"
-#include "base/usage_row.h"
-#include "compat.h"
 #include "polar/event_format.h"
 #include "polar/identity.h"
 #include "polar/server.h"
 #include "usage/share.h"
 
-#define SHARE_VERSION 1
-
-/* Decimals of ShareSums.cents. */
-#define CENTS_SCALE 12
-
 /* What has more digits is added up as numeric. */
 #define MAX_CENTS_DIGITS 30
 
 #define FIRST_SLOTS 64			/* a power of 2 */
-#define MAX_NUMBER_BYTES 19		/* of 128 bits, seven a byte */
-
-/* Flags of a key: which of its parts are not NULL. */
-#define HAS_EXTERNAL_CUSTOMER 0x01
-#define HAS_CUSTOMER 0x02
-#define HAS_PROVIDER 0x04
-#define HAS_MODEL 0x08
-#define HAS_EVENT_NAME 0x10
-
-/* --- numbers and texts as bytes -------------------------------------------------- */
-
-/*
- * Seven bits a byte, the lowest first; the highest bit says that more follow.
- */
-static void
-put_unsigned(StringInfo to, uint128 value)
-{
-	char	   *at;
-	uint64		low;
-
-	if (to->maxlen - to->len <= MAX_NUMBER_BYTES)
-		enlargeStringInfo(to, MAX_NUMBER_BYTES);
-	at = to->data + to->len;
-	for (; value > PG_UINT64_MAX; value >>= 7)
-		*at++ = (char) (0x80 | (value & 0x7f));
-	for (low = (uint64) value; low >= 0x80; low >>= 7)	/* 128 bits are slow */
-		*at++ = (char) (0x80 | (low & 0x7f));
-	*at++ = (char) low;
-	to->len = at - to->data;
-}
-
-/* The sign goes lowest: numbers near 0 are short, negative ones, too. */
-static void
-put_signed(StringInfo to, int128 value)
-{
-	put_unsigned(to, value < 0 ? ((~(uint128) value) << 1) | 1 : (uint128) value << 1);
-}
-
-/* Bytes, after their length. */
-static void
-put_bytes(StringInfo to, const char *bytes, int len)
-{
-	put_unsigned(to, len);
-	appendBinaryStringInfoNT(to, bytes, len);
-}
-
-/* Bytes that are being read; what ends too early raises an error. */
-typedef struct ByteReader
-{
-	const char *at;
-	const char *end;
-} ByteReader;
-
-static void
-corrupted(void)
-{
-	ereport(ERROR,
-			(errcode(ERRCODE_DATA_CORRUPTED),
-			 errmsg("the sums of a batch in table aibilling.share cannot be read")));
-}
-
-/* The next bytes, where they lie. */
-static const char *
-get_bytes(ByteReader *reader, uint64 len)
-{
-	const char *bytes = reader->at;
-
-	if (len > (uint64) (reader->end - reader->at))
-		corrupted();
-	reader->at += len;
-	return bytes;
-}
-
-/* What put_unsigned has written. */
-static uint128
-get_unsigned(ByteReader *reader)
-{
-	uint128		value = 0;
-
-	for (int shift = 0;; shift += 7)
-	{
-		unsigned char byte = *get_bytes(reader, 1);
-
-		if (shift > 126 || (shift == 126 && byte > 3))
-			corrupted();		/* more than 128 bits */
-		value |= (uint128) (byte & 0x7f) << shift;
-		if (byte < 0x80)
-			return value;
-	}
-}
-
-/* What put_signed has written. */
-static int128
-get_signed(ByteReader *reader)
-{
-	uint128		value = get_unsigned(reader);
-
-	return (int128) ((value >> 1) ^ -(value & 1));
-}
-
-/* Bytes that put_bytes has written. */
-static TextView
-get_view(ByteReader *reader)
-{
-	uint64		len = (uint64) get_unsigned(reader);
-	TextView	view = {get_bytes(reader, len), (int) len};
-
-	return view;
-}
 
 /* --- keys -------------------------------------------------------------------- */
-
-/* In UTF-8, whatever the database's encoding. */
-static void
-put_text(StringInfo to, TextView view)
-{
-	const char *utf8;
-	int			len;
-
-	if (view.data == NULL)
-		return;
-	utf8 = pg_server_to_any(view.data, view.len, PG_UTF8);
-	len = utf8 == view.data ? view.len : strlen(utf8);
-	put_bytes(to, utf8, len);
-}
-
-/*
- * Append a key as bytes: equal keys are equal bytes.
- */
-void
-abp_share_key_write(StringInfo to, const ShareKey *key)
-{
-	int			flags = 0;
-
-	flags |= key->external_customer_id.data != NULL ? HAS_EXTERNAL_CUSTOMER : 0;
-	flags |= key->customer_id != NULL ? HAS_CUSTOMER : 0;
-	flags |= key->provider.data != NULL ? HAS_PROVIDER : 0;
-	flags |= key->model.data != NULL ? HAS_MODEL : 0;
-	flags |= key->event_name.data != NULL ? HAS_EVENT_NAME : 0;
-
-	appendStringInfoCharMacro(to, (char) flags);
-	put_signed(to, key->day);
-	put_text(to, key->external_customer_id);
-	if (key->customer_id != NULL)
-		appendBinaryStringInfo(to, (const char *) key->customer_id, UUID_LEN);
-	put_text(to, key->provider);
-	put_text(to, key->model);
-	put_text(to, key->event_name);
-}
-
-/*
- * What put_text has written, in the database's encoding; NULL if not present.
- */
-static TextView
-get_text(ByteReader *reader, bool present)
-{
-	TextView	view = {NULL, 0};
-	const char *utf8;
-
-	if (!present)
-		return view;
-	view = get_view(reader);
-	utf8 = view.data;
-	view.data = pg_any_to_server(utf8, view.len, PG_UTF8);
-	if (view.data != utf8)
-		view.len = strlen(view.data);
-	return view;
-}
-
-/*
- * Read what abp_share_key_write has written.  Strings point into the key or,
- * converted to the database's encoding, into the current memory context; the
- * customer's UUID is copied to *uuid.
- */
-void
-abp_share_key_read(const char *key, int keylen, ShareKey *result, pg_uuid_t *uuid)
-{
-	ByteReader	reader = {key, key + keylen};
-	int			flags = *get_bytes(&reader, 1);
-
-	result->day = (DateADT) get_signed(&reader);
-	result->external_customer_id = get_text(&reader, flags & HAS_EXTERNAL_CUSTOMER);
-	result->customer_id = NULL;
-	if (flags & HAS_CUSTOMER)
-	{
-		memcpy(uuid, get_bytes(&reader, UUID_LEN), UUID_LEN);
-		result->customer_id = uuid;
-	}
-	result->provider = get_text(&reader, flags & HAS_PROVIDER);
-	result->model = get_text(&reader, flags & HAS_MODEL);
-	result->event_name = get_text(&reader, flags & HAS_EVENT_NAME);
-}
 
 /*
  * A key without what the sums by day and model are not kept by.
@@ -403,12 +196,12 @@ abp_share_add(ShareGroups *groups, ShareSums *to, const ShareSums *sums)
 static int64
 unit_of_scale(int scale)
 {
-	static const int64 powers_of_ten[CENTS_SCALE + 1] = {
+	static const int64 powers_of_ten[SHARE_CENTS_SCALE + 1] = {
 		1, 10, 100, 1000, 10000, 100000, 1000000, 10000000, 100000000, 1000000000,
 		INT64CONST(10000000000), INT64CONST(100000000000), INT64CONST(1000000000000)
 	};
 
-	return powers_of_ten[CENTS_SCALE - scale];
+	return powers_of_ten[SHARE_CENTS_SCALE - scale];
 }
 
 /* Cents x 10^cents_scale. */
@@ -455,7 +248,7 @@ read_cents(Numeric cents, int128 * value, int *scale)
 		ndigits++;
 		*scale += behind_point;
 	}
-	fits = *p == '\0' && *scale <= CENTS_SCALE && ndigits - *scale <= MAX_CENTS_DIGITS - CENTS_SCALE;
+	fits = *p == '\0' && *scale <= SHARE_CENTS_SCALE && ndigits - *scale <= MAX_CENTS_DIGITS - SHARE_CENTS_SCALE;
 	pfree(text);
 	if (!fits)
 		return false;
@@ -537,10 +330,10 @@ abp_share_key_of_row(ShareKey *key, const UsageRow *row, const EventFormat *form
 }
 
 /*
- * What a row adds to the sums of its group.
+ * What a row adds to the sums of its group; more_cents is in the current memory context.
  */
 void
-abp_share_sums_of_row(ShareGroups *groups, ShareSums *sums, const UsageRow *row)
+abp_share_sums_of_row(ShareSums *sums, const UsageRow *row)
 {
 	const int64 *count = row->counts.value;
 
@@ -555,203 +348,7 @@ abp_share_sums_of_row(ShareGroups *groups, ShareSums *sums, const UsageRow *row)
 	if (row->has_cost_nanos)
 		sums->nanos = row->cost_nanos;
 	if (row->cost_cents != NULL)
-	{
-		MemoryContext old = MemoryContextSwitchTo(groups->context);
-
 		abp_share_set_cents(sums, row->cost_cents);
-		MemoryContextSwitchTo(old);
-	}
-}
-
-/*
- * Note what a row adds to which group.
- */
-void
-abp_share_note(ShareGroups *groups, ShareNote *note, const UsageRow *row, const EventFormat *format)
-{
-	ShareKey	key;
-	EventCustomer customer;
-	ShareSums	sums;
-	bool		fits = true;
-
-	abp_share_key_of_row(&key, row, format, &customer);
-	note->group = abp_share_group_of(groups, &key) - groups->groups;
-	abp_share_sums_of_row(groups, &sums, row);
-
-	note->unpriced = sums.unpriced != 0;
-	note->cents_scale = sums.cents_scale;
-	for (int i = 0; i < NUM_SHARE_TOKENS; i++)
-	{
-		note->tokens[i] = (int64) sums.tokens[i];
-		fits &= note->tokens[i] == sums.tokens[i];
-	}
-	note->nanos = (int64) sums.nanos;
-	note->cents = (int64) sums.cents;
-	fits &= note->cents == sums.cents && sums.more_cents == NULL;
-	note->sums = NULL;
-	if (!fits)
-		note->sums = memcpy(MemoryContextAlloc(groups->context, sizeof(sums)), &sums, sizeof(sums));
-}
-
-/*
- * Add what a row adds to its group.
- */
-void
-abp_share_add_note(ShareGroups *groups, const ShareNote *note)
-{
-	ShareSums  *to = &groups->groups[note->group].sums;
-
-	if (note->sums != NULL)
-	{
-		abp_share_add(groups, to, note->sums);
-		return;
-	}
-	to->rows++;
-	to->unpriced += note->unpriced;
-	for (int i = 0; i < NUM_SHARE_TOKENS; i++)
-		to->tokens[i] += note->tokens[i];
-	to->nanos += note->nanos;
-	to->cents += note->cents;
-	to->cents_scale = Max(to->cents_scale, note->cents_scale);
-}
-
-/* --- shares as bytes -------------------------------------------------------------- */
-
-/* How long is a key without its end? */
-static int
-length_before_kind(const char *key, int keylen)
-{
-	ByteReader	reader = {key, key + keylen};
-	int			flags = *get_bytes(&reader, 1);
-
-	(void) get_signed(&reader);
-	if (flags & HAS_EXTERNAL_CUSTOMER)
-		(void) get_bytes(&reader, (uint64) get_unsigned(&reader));
-	if (flags & HAS_CUSTOMER)
-		(void) get_bytes(&reader, UUID_LEN);
-	return reader.at - key;
-}
-
-/* The sums of a group, to be read by get_sums. */
-static void
-put_sums(StringInfo to, const ShareSums *sums)
-{
-	const char *more = sums->more_cents == NULL ? "" : numeric_text(sums->more_cents);
-
-	put_unsigned(to, sums->rows);
-	put_unsigned(to, sums->unpriced);
-	for (int t = 0; t < NUM_SHARE_TOKENS; t++)
-		put_signed(to, sums->tokens[t]);
-	put_signed(to, sums->nanos);
-	put_signed(to, scaled_cents(sums));
-	put_unsigned(to, sums->cents_scale);
-	put_bytes(to, more, strlen(more));
-}
-
-/*
- * The sums as bytes, palloc'd.  Groups of no rows are left out.
- */
-bytea	   *
-abp_share_encode(const ShareGroups *groups)
-{
-	ShareGroups kinds;
-	StringInfoData sums;
-	StringInfoData to;
-	int			used = 0;
-
-	abp_share_init(&kinds, CurrentMemoryContext);
-	initStringInfo(&sums);
-	for (int i = 0; i < groups->ngroups; i++)
-	{
-		const ShareGroup *group = &groups->groups[i];
-		int			before;
-		ShareGroup *kind;
-
-		if (group->sums.rows == 0)
-			continue;
-		before = length_before_kind(group->key, group->keylen);
-		kind = abp_share_group(&kinds, group->key + before, group->keylen - before);
-		put_bytes(&sums, group->key, before);
-		put_unsigned(&sums, kind - kinds.groups);
-		put_sums(&sums, &group->sums);
-		used++;
-	}
-
-	initStringInfo(&to);
-	appendStringInfoSpaces(&to, VARHDRSZ);
-	put_unsigned(&to, SHARE_VERSION);
-	put_unsigned(&to, kinds.ngroups);
-	for (int i = 0; i < kinds.ngroups; i++)
-		put_bytes(&to, kinds.groups[i].key, kinds.groups[i].keylen);
-	put_unsigned(&to, used);
-	appendBinaryStringInfoNT(&to, sums.data, sums.len);
-	SET_VARSIZE(to.data, to.len);
-	return (bytea *) to.data;
-}
-
-/* What put_sums has written; more_cents is palloc'd. */
-static void
-get_sums(ByteReader *reader, ShareSums *sums)
-{
-	TextView	more;
-
-	memset(sums, 0, sizeof(*sums));
-	sums->rows = (int64) get_unsigned(reader);
-	sums->unpriced = (int64) get_unsigned(reader);
-	for (int t = 0; t < NUM_SHARE_TOKENS; t++)
-		sums->tokens[t] = get_signed(reader);
-	sums->nanos = get_signed(reader);
-	sums->cents = get_signed(reader);
-	sums->cents_scale = (int) get_unsigned(reader);
-	if (sums->cents_scale < 0 || sums->cents_scale > CENTS_SCALE)
-		corrupted();
-	sums->cents *= unit_of_scale(sums->cents_scale);
-	more = get_view(reader);
-	if (more.len > 0)
-		sums->more_cents = numeric_of_text(pnstrdup(more.data, more.len));
-}
-
-/*
- * Hand each group of a share to a reader, with a key that lives as long as the call.
- */
-void
-abp_share_decode(bytea *share, ShareReader reader, void *arg)
-{
-	ByteReader	bytes = {VARDATA_ANY(share), VARDATA_ANY(share) + VARSIZE_ANY_EXHDR(share)};
-	uint64		nkinds;
-	TextView   *kinds;
-	uint64		ngroups;
-	StringInfoData key;
-
-	if (get_unsigned(&bytes) != SHARE_VERSION)
-		corrupted();
-	nkinds = (uint64) get_unsigned(&bytes);
-	if (nkinds > (uint64) (bytes.end - bytes.at))
-		corrupted();
-	kinds = palloc(sizeof(TextView) * Max(nkinds, 1));
-	for (uint64 i = 0; i < nkinds; i++)
-		kinds[i] = get_view(&bytes);
-
-	initStringInfo(&key);
-	ngroups = (uint64) get_unsigned(&bytes);
-	for (uint64 i = 0; i < ngroups; i++)
-	{
-		TextView	before = get_view(&bytes);
-		uint64		kind = (uint64) get_unsigned(&bytes);
-		ShareSums	sums;
-
-		CHECK_FOR_INTERRUPTS();
-
-		if (kind >= nkinds)
-			corrupted();
-		resetStringInfo(&key);
-		appendBinaryStringInfo(&key, before.data, before.len);
-		appendBinaryStringInfo(&key, kinds[kind].data, kinds[kind].len);
-		get_sums(&bytes, &sums);
-		reader(key.data, key.len, &sums, arg);
-	}
-	pfree(key.data);
-	pfree(kinds);
 }
 
 /*

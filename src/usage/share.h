@@ -41,6 +41,9 @@ typedef struct ShareKey
 	TextView	event_name;		/* the row's own */
 } ShareKey;
 
+/* Decimals of ShareSums.cents. */
+#define SHARE_CENTS_SCALE 12
+
 /* The sums; those of nothing are 0. */
 typedef struct ShareSums
 {
@@ -48,23 +51,10 @@ typedef struct ShareSums
 	int64		unpriced;		/* of these rows */
 	int128		tokens[NUM_SHARE_TOKENS];
 	int128		nanos;
-	int128		cents;			/* x 10^12 */
+	int128		cents;			/* x 10^SHARE_CENTS_SCALE */
 	int			cents_scale;	/* decimals that the sum is shown with */
 	Numeric		more_cents;		/* what does not fit into "cents", or NULL */
 } ShareSums;
-
-/* One row's part: small, since a request has one for each of its events. */
-typedef struct ShareNote
-{
-	int			group;			/* of the ShareGroups that noted it */
-	bool		unpriced;
-	int8		cents_scale;
-	int64		tokens[NUM_SHARE_TOKENS];
-	int64		nanos;
-	int64		cents;			/* x 10^12 */
-	const ShareSums *sums;		/* instead of these, where they do not fit; or
-								 * NULL */
-} ShareNote;
 
 typedef struct ShareGroup
 {
@@ -86,9 +76,28 @@ typedef struct ShareGroups
 	StringInfoData key;			/* of the last row */
 } ShareGroups;
 
+/* A kind of call. */
+typedef struct ShareKind
+{
+	uint32		hash;
+	ShareKey	key;			/* without a customer */
+} ShareKind;
+
+/* The rows of a batch as bytes.  All of it is in its memory context. */
+typedef struct ShareRows
+{
+	MemoryContext context;
+	StringInfoData bytes;
+	int		   *ends;			/* of the rows, in "bytes" */
+	int			nrows;
+	int			max_ends;
+	ShareKind  *kinds;			/* at most nslots / 2 */
+	int			nkinds;
+	int		   *slots;			/* of a hash table, -1: free */
+	int			nslots;			/* a power of 2 */
+} ShareRows;
+
 extern void abp_share_init(ShareGroups *groups, MemoryContext context);
-extern void abp_share_key_write(StringInfo to, const ShareKey *key);
-extern void abp_share_key_read(const char *key, int keylen, ShareKey *result, pg_uuid_t *uuid);
 extern ShareKey abp_share_key_by_model(const ShareKey *key);
 extern ShareKey abp_share_key_by_customer(const ShareKey *key);
 extern ShareGroup *abp_share_group(ShareGroups *groups, const char *key, int keylen);
@@ -96,18 +105,22 @@ extern ShareGroup *abp_share_group_of(ShareGroups *groups, const ShareKey *key);
 extern ShareGroup *abp_share_find(ShareGroups *groups, const ShareKey *key);
 extern void abp_share_key_of_row(ShareKey *key, const UsageRow *row, const EventFormat *format,
 								 EventCustomer *customer);
-extern void abp_share_sums_of_row(ShareGroups *groups, ShareSums *sums, const UsageRow *row);
-extern void abp_share_note(ShareGroups *groups, ShareNote *note, const UsageRow *row,
-						   const EventFormat *format);
-extern void abp_share_add_note(ShareGroups *groups, const ShareNote *note);
+extern void abp_share_sums_of_row(ShareSums *sums, const UsageRow *row);
 extern void abp_share_add(ShareGroups *groups, ShareSums *to, const ShareSums *sums);
 extern void abp_share_set_cents(ShareSums *sums, Numeric cents);
 extern DateADT abp_share_day(TimestampTz time);
 extern DateADT abp_share_month(DateADT day, int months_later);
 extern const EventFormat *abp_share_format(Oid serverid);
-extern bytea *abp_share_encode(const ShareGroups *groups);
 
-/* What a reader does with a group; the key is in UTF-8. */
+/* share_bytes.c */
+extern void abp_share_key_write(StringInfo to, const ShareKey *key);
+extern void abp_share_key_read(const char *key, int keylen, ShareKey *result, pg_uuid_t *uuid);
+extern void abp_share_rows_init(ShareRows *rows, MemoryContext context);
+extern void abp_share_rows_add(ShareRows *rows, int index, const UsageRow *row,
+							   const EventFormat *format);
+extern bytea *abp_share_encode(const ShareRows *rows, const bool *skip);
+
+/* What a reader does with a row; the key is in UTF-8. */
 typedef void (*ShareReader) (const char *key, int keylen, const ShareSums *sums, void *arg);
 
 extern void abp_share_decode(bytea *share, ShareReader reader, void *arg);

@@ -140,7 +140,6 @@ add_event(const UsageRow *row, Jsonb *whole, void *arg)
 	StringInfo	body = &delivery->body;
 	int			before = body->len;
 	EventOverrides overrides = {{NULL}};
-	StringInfoData reason;
 	RowState	fate;
 	char	   *failure = NULL;
 
@@ -173,13 +172,13 @@ add_event(const UsageRow *row, Jsonb *whole, void *arg)
 			return true;
 	}
 
-	initStringInfo(&reason);
+	resetStringInfo(&filling->reason);
 	if (delivery->nevents > 0)
 		appendStringInfoChar(body, ',');
-	if (!abp_event_encode(body, row, &filling->server->format, &overrides, &reason))
+	if (!abp_event_encode(body, row, &filling->server->format, &overrides, &filling->reason))
 	{
 		body->len = before;
-		reject(filling, row->id, reason.data);
+		reject(filling, row->id, filling->reason.data);
 	}
 	else if (body->len + 2 > filling->server->batch_bytes && delivery->nevents > 0)
 	{
@@ -451,17 +450,21 @@ static void
 read_batch(Filling *filling, IdSet *ids, bool whole)
 {
 	Delivery   *delivery = &filling->shipment->delivery;
+	Position   *position = abp_position_of(filling->table->relid);
 	MemoryContext old = MemoryContextSwitchTo(filling->shipment->context);
 
 	abp_shipment_forget_request(filling->shipment);
-	initStringInfo(&delivery->body);
-	delivery->nevents = 0;
 	filling->max_rows = abp_idset_count(ids);
+	initStringInfo(&delivery->body);
+	enlargeStringInfo(&delivery->body, Min(filling->max_rows * position->event_bytes,
+										   filling->server->batch_bytes));
+	delivery->nevents = 0;
 	delivery->event_ids = palloc(sizeof(int64) * Max(1, filling->max_rows));
 	MemoryContextSwitchTo(old);
 
 	filling->row_ids = palloc(sizeof(int64) * (filling->max_rows + 1));
 	filling->event_keys = palloc(sizeof(uint32) * Max(1, filling->max_rows));
+	initStringInfo(&filling->reason);
 	abp_shipment_begin_sums(filling->shipment);
 	appendStringInfoString(&delivery->body, "{\"events\":[");
 	read_rows(filling, ids, whole);
@@ -484,6 +487,10 @@ read_batch(Filling *filling, IdSet *ids, bool whole)
 		abp_idset_add_set(&filling->left, &filling->changing, filling->context);
 	}
 	appendStringInfoString(&delivery->body, "]}");
+
+	/* room for the next one's, and an eighth more: to grow is to copy */
+	if (delivery->nevents > 0)
+		position->event_bytes = delivery->body.len / delivery->nevents / 8 * 9;
 }
 
 typedef struct EventKey

@@ -32,6 +32,7 @@ typedef struct Filling
 	int64		nrows;
 	int64	   *row_ids;		/* of each row, as they came */
 	uint32	   *event_keys;		/* of each event */
+	StringInfoData reason;		/* why there is no event of the last row */
 	IdSet		seen;
 	IdSet		changing;		/* another transaction may be changing them */
 	IdSet		sent;

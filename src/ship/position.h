@@ -35,6 +35,7 @@ typedef struct Position
 	bool		backlog;		/* did the last look leave rows behind? */
 	int			batch_size;		/* adapted to our memory; 0: as configured */
 	int			row_too_large;	/* how often in a row one alone was too much */
+	int			event_bytes;	/* an event's, on average in the last request */
 
 	/* rows that wait for a price */
 	EntryCursor unpriced_cursor;

@@ -14,8 +14,10 @@
 #include "access/xact.h"
 #include "catalog/pg_type.h"
 #include "executor/spi.h"
+#include "executor/tuptable.h"
 #include "miscadmin.h"
 #include "storage/bufmgr.h"
+#include "tcop/pquery.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
 #include "utils/guc.h"
@@ -31,13 +33,6 @@
 #include "queue/attachment.h"
 #include "usage/row.h"
 #include "usage/rows.h"
-
-/*
- * How many usage rows are read at a time.  As jsonb, only one: a few kB on disk
- * may be many megabytes then.
- */
-#define READ_CHUNK 50
-#define READ_CHUNK_WHOLE 1
 
 /* What is read of usage rows. */
 typedef enum ReadKind
@@ -207,25 +202,80 @@ reads_by_range(IdSet *ids, bool whole)
 	return ids->nranges == 1 || (!whole && span / 2 < (uint64) abp_idset_count(ids));
 }
 
+/* What takes rows as the executor finds them. */
+typedef struct RowReceiver
+{
+	DestReceiver dest;			/* must be first */
+	ReadPlans  *plans;
+	ReadKind	kind;
+	const IdSet *wanted;		/* NULL: whatever comes */
+	const UsageColumns *columns;
+	MemoryContext context;		/* for what a row needs, emptied after each */
+	UsageRowCallback callback;
+	void	   *arg;
+	uint64		nrows;			/* that it was given */
+} RowReceiver;
+
 /*
  * May another transaction be changing a row that was read?  One that comes as
  * it is stored has its own header, one that was put together has none.
  */
 static bool
-may_be_changing(ReadPlans *plans, HeapTuple tuple, bool has_xmax, Datum xmax)
+may_be_changing(const RowReceiver *receiver, TupleTableSlot *slot)
 {
-	if (has_xmax)
-		return TransactionIdIsValid(DatumGetTransactionId(xmax));
-	if (OidIsValid(tuple->t_tableOid))
-		return (tuple->t_data->t_infomask & HEAP_XMAX_INVALID) == 0;
-	plans->projects = true;		/* from the next time on xmax is asked for */
+	if (receiver->kind != READ_COLUMNS)
+		return TransactionIdIsValid(DatumGetTransactionId(slot->tts_values[NUM_USAGE_COLUMNS]));
+	if (TTS_IS_BUFFERTUPLE(slot))
+		return (((HeapTupleTableSlot *) slot)->tuple->t_data->t_infomask & HEAP_XMAX_INVALID) == 0;
+	receiver->plans->projects = true;	/* from the next time on xmax is asked
+										 * for */
 	return true;
+}
+
+/* A row has come: hand it over, where it lies.  Returns whether to go on. */
+static bool
+receive_row(TupleTableSlot *slot, DestReceiver *self)
+{
+	RowReceiver *receiver = (RowReceiver *) self;
+	MemoryContext old;
+	UsageRow	row;
+	Jsonb	   *whole = NULL;
+	bool		more;
+
+	CHECK_FOR_INTERRUPTS();
+
+	slot_getallattrs(slot);
+	if (receiver->wanted != NULL &&
+		!abp_idset_contains(receiver->wanted, DatumGetInt64(slot->tts_values[COL_ID])))
+		return true;
+
+	old = MemoryContextSwitchTo(receiver->context);
+	abp_row_read(slot->tts_values, slot->tts_isnull, &row);
+	row.columns = receiver->columns;
+	row.maybe_changing = may_be_changing(receiver, slot);
+	if (receiver->kind == READ_WHOLE)
+		whole = DatumGetJsonbP(slot->tts_values[NUM_USAGE_COLUMNS + 1]);
+	more = receiver->callback(&row, whole, receiver->arg);
+	receiver->nrows++;
+	MemoryContextSwitchTo(old);
+	MemoryContextReset(receiver->context);
+	return more;
+}
+
+static void
+receiver_starts(DestReceiver *self, int operation, TupleDesc desc)
+{
+}
+
+static void
+receiver_ends(DestReceiver *self)
+{
 }
 
 /*
  * Read usage rows by the active snapshot, as the table's owner, and hand each
  * to the callback, until it returns false; with "whole", also as jsonb.  The rows live until the
- * callback returns; few are in memory at a time.  Ids without a row are passed
+ * callback returns; one is in memory at a time.  Ids without a row are passed
  * over.  Returns the number of rows handed over.
  *
  * Raises what reading raises: a policy, a column that changed its type.
@@ -235,37 +285,38 @@ abp_rows_read(const UsageTable *table, IdSet *ids, bool whole,
 			  UsageRowCallback callback, void *arg)
 {
 	bool		by_range;
-	ReadPlans  *plans;
-	ReadKind	kind;
 	SPIPlanPtr *plan;
 	Datum		args[2];
 	int			guc_level;
 	Portal		portal;
-	SPITupleTable *rows;
-	uint64		chunk = whole ? READ_CHUNK_WHOLE : READ_CHUNK;
-	uint64		n;
-	uint64		nrows = 0;
-	bool		more = true;
 	Relation	rel;
 	UsageColumns columns;
 	char	   *problem;
 	SavedUser	saved;
-	MemoryContext context;
-	MemoryContext old;
+	RowReceiver receiver = {
+		.dest = {receive_row, receiver_starts, receiver_ends, receiver_ends, DestNone},
+		.columns = &columns,
+		.callback = callback,
+		.arg = arg
+	};
 
 	abp_idset_sort(ids);
 	if (ids->nranges == 0)
 		return 0;
 	by_range = reads_by_range(ids, whole);
+	if (by_range && ids->nranges > 1)
+		receiver.wanted = ids;
 
 	abp_become_table_owner(table->owner, &saved);
 	SPI_connect();
 
-	plans = plans_of(table);
-	kind = whole ? READ_WHOLE : plans->projects ? READ_COLUMNS_XMAX : READ_COLUMNS;
-	plan = by_range ? &plans->by_range[kind] : &plans->by_array[kind];
+	receiver.plans = plans_of(table);
+	receiver.kind = whole ? READ_WHOLE :
+		receiver.plans->projects ? READ_COLUMNS_XMAX : READ_COLUMNS;
+	plan = by_range ? &receiver.plans->by_range[receiver.kind] :
+		&receiver.plans->by_array[receiver.kind];
 	if (*plan == NULL)
-		*plan = prepare_read(table, kind, by_range);
+		*plan = prepare_read(table, receiver.kind, by_range);
 	if (by_range)
 	{
 		args[0] = Int64GetDatum(ids->ranges[0].first);
@@ -289,43 +340,15 @@ abp_rows_read(const UsageTable *table, IdSet *ids, bool whole,
 				 errhint("Give the column its type back.")));
 	table_close(rel, NoLock);
 
-	/* One context for what a row needs, emptied after each. */
-	context = AllocSetContextCreate(CurrentMemoryContext, "aibilling_polar usage row",
-									ALLOCSET_DEFAULT_SIZES);
-	do
-	{
-		SPI_cursor_fetch(portal, true, chunk);
-		n = SPI_processed;
-		rows = SPI_tuptable;
-		old = MemoryContextSwitchTo(context);
-		for (uint64 i = 0; i < n && more; i++)
-		{
-			Datum		values[NUM_USAGE_COLUMNS + 2];
-			bool		nulls[NUM_USAGE_COLUMNS + 2];
-			UsageRow	row;
-
-			CHECK_FOR_INTERRUPTS();
-
-			heap_deform_tuple(rows->vals[i], rows->tupdesc, values, nulls);
-			if (by_range && ids->nranges > 1 &&
-				!abp_idset_contains(ids, DatumGetInt64(values[COL_ID])))
-				continue;
-			abp_row_read(values, nulls, &row);
-			row.columns = &columns;
-			row.maybe_changing = may_be_changing(plans, rows->vals[i], kind != READ_COLUMNS,
-												 values[NUM_USAGE_COLUMNS]);
-			more = callback(&row, whole ? DatumGetJsonbP(values[NUM_USAGE_COLUMNS + 1]) : NULL, arg);
-			nrows++;
-			MemoryContextReset(context);
-		}
-		MemoryContextSwitchTo(old);
-		SPI_freetuptable(rows);
-	} while (n == chunk && more);
+	/* SPI would copy each row. */
+	receiver.context = AllocSetContextCreate(CurrentMemoryContext, "aibilling_polar usage row",
+											 ALLOCSET_DEFAULT_SIZES);
+	(void) PortalRunFetch(portal, FETCH_FORWARD, FETCH_ALL, &receiver.dest);
 	SPI_cursor_close(portal);
 
 	SPI_finish();
 	abp_restore_user(&saved);
-	return nrows;
+	return receiver.nrows;
 }
 
 /*

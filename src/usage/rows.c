@@ -208,7 +208,7 @@ typedef struct RowReceiver
 	DestReceiver dest;			/* must be first */
 	ReadPlans  *plans;
 	ReadKind	kind;
-	const IdSet *wanted;		/* NULL: whatever comes */
+	IdSet	   *wanted;			/* NULL: whatever comes */
 	const UsageColumns *columns;
 	MemoryContext context;		/* for what a row needs, emptied after each */
 	UsageRowCallback callback;

@@ -13,7 +13,7 @@ COMMENT ON TABLE aibilling.share IS
 COMMENT ON COLUMN aibilling.share.delivery IS 'aibilling.delivery.id';
 COMMENT ON COLUMN aibilling.share.usage_table IS 'The usage table';
 COMMENT ON COLUMN aibilling.share.sums IS
-'The sums, as bytes; NULL: not known, the rows tell (a delivery that is being divided, or of an older version)';
+'What each row adds to the sums, as bytes; NULL: not known, the rows tell (a delivery that is being divided, or of an older version)';
 COMMENT ON COLUMN aibilling.share.counted IS
 'Ids of rows that another delivery counts: they have come back; NULL: not known';
 ALTER TABLE aibilling.share ALTER COLUMN sums SET STORAGE EXTERNAL;

@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * share_bytes.c
- *	  The rows of a batch as bytes, and by which of them they are added up.
+ *	  What the rows of a batch add to the sums, as bytes.
  *
  * What a batch adds to the sums is written while its request is, row by row; who
  * reads it adds the rows up, with those of other batches.  It has a version; the

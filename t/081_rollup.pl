@@ -230,6 +230,25 @@ $node->wait_settled;
 $node->wait_folded();
 same('and when they were tried again');
 
+# A row that cannot be read ends a batch: the others are read again, one by one.
+$node->create_server($polar, name => 'own', metadata_function => 'public.own_metadata', unpriced => 'send');
+$node->create_usage_table('moody', 'own');
+$node->safe_psql('postgres', q{
+CREATE FUNCTION own_metadata(jsonb) RETURNS jsonb LANGUAGE sql AS $$SELECT '{"own": 1}'::jsonb$$;
+CREATE TYPE mood AS ENUM ('glad', 'sad');
+CREATE FUNCTION mood_json(mood) RETURNS json LANGUAGE plpgsql AS $$BEGIN
+	IF $1 = 'sad' THEN RAISE 'sad'; END IF;
+	RETURN to_json($1::text);
+END$$;
+CREATE CAST (mood AS json) WITH FUNCTION mood_json(mood);
+ALTER TABLE moody ADD mood mood;
+INSERT INTO moody (provider, model, external_customer_id, input_tokens, mood)
+SELECT 'p', CASE n WHEN 4 THEN 'no price' ELSE 'm0' END, 'customer ' || n, n, CASE n WHEN 3 THEN 'sad' ELSE 'glad' END::mood FROM generate_series(1, 5) n;});
+$node->poll_query_until('postgres', "SELECT count(*) = 1 AND bool_and(state = 'rejected') FROM aibilling.outbox WHERE usage_table = 'moody'::regclass");
+$node->poll_query_until('postgres', "SELECT sum(events) = 4 FROM aibilling.delivery WHERE usage_table = 'moody'::regclass AND state = 'delivered'");
+same('what is sent beside a row that cannot be read, with a price and without one', 'moody');
+$node->safe_psql('postgres', 'DROP TABLE moody');
+
 # Options of the server say which tag is the customer.
 $node->safe_psql('postgres', q{
 DELETE FROM usage WHERE id IN (SELECT usage_id FROM aibilling.outbox);
@@ -296,10 +315,19 @@ SELECT id, 'p', 'm1', 'reuses', 1000 FROM gone g WHERE NOT EXISTS (SELECT FROM u
 same('a new row with an id of before', 'usage', gone => 'gone');
 $node->poll_query_until('postgres', "SELECT state = 'rejected' AND outcome_unknown FROM aibilling.outbox WHERE usage_id = $reused AND usage_table = 'usage'::regclass");
 same('... whose answer was lost, and which was refused then', 'usage', gone => 'gone');
-$node->safe_psql('postgres', "SELECT aibilling.retry('usage')");
+# It is sent together with rows that another delivery counts.
+$node->safe_psql('postgres', q{
+SELECT aibilling.pause();
+CREATE TABLE back AS SELECT u.* FROM usage u, aibilling.usage_status('usage', u.id) s WHERE s.state = 'delivered'
+	AND u.id IN ((SELECT min(id) FROM usage), (SELECT max(id) FROM usage WHERE cost_status = 'priced'));
+BEGIN; DELETE FROM usage WHERE id IN (SELECT id FROM back); INSERT INTO usage SELECT * FROM back; COMMIT;
+DROP TABLE back;
+SELECT aibilling.retry('usage');
+SELECT aibilling.resume();});
 $node->wait_settled;
+is($node->safe_psql('postgres', "SELECT events, inserted, duplicates FROM aibilling.delivery WHERE usage_table = 'usage'::regclass ORDER BY id DESC LIMIT 1"), '3|1|2', '... and delivered with rows that have come back');
 $node->wait_folded();
-same('... and delivered', 'usage', gone => 'gone');
+same('... is counted, and they once', 'usage', gone => 'gone');
 
 $node->safe_psql('postgres', q{
 INSERT INTO gone SELECT u.* FROM usage u, aibilling.usage_status('usage', u.id) s WHERE s.state = 'delivered';

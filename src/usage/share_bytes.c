@@ -275,20 +275,20 @@ abp_share_rows_init(ShareRows *rows, MemoryContext context)
 }
 
 static inline uint32
-hash_of_text(TextView text)
+hash_of_part(TextView text)
 {
 	return text.data == NULL ? 0 : hash_bytes((const unsigned char *) text.data, text.len);
 }
 
-/* NULL is not an empty string here. */
+/* Are these parts of keys the same?  NULL is not an empty string. */
 static inline bool
-same_text(TextView a, TextView b)
+same_part(TextView a, TextView b)
 {
 	return (a.data == NULL) == (b.data == NULL) && text_view_equal(a, b);
 }
 
 static TextView
-copy_text(TextView text, MemoryContext context)
+copy_part(TextView text, MemoryContext context)
 {
 	return text.data == NULL ? text : abp_text_view_copy(text, context);
 }
@@ -306,9 +306,9 @@ find_kind(const ShareRows *rows, const ShareKey *key, uint32 hash)
 			return slot;
 		kind = &rows->kinds[*slot];
 		if (kind->hash == hash && kind->key.day == key->day &&
-			same_text(kind->key.model, key->model) &&
-			same_text(kind->key.provider, key->provider) &&
-			same_text(kind->key.event_name, key->event_name))
+			same_part(kind->key.model, key->model) &&
+			same_part(kind->key.provider, key->provider) &&
+			same_part(kind->key.event_name, key->event_name))
 			return slot;
 	}
 }
@@ -329,12 +329,12 @@ grow_kinds(ShareRows *rows)
 static int
 kind_of(ShareRows *rows, const ShareKey *key)
 {
-	uint32		hash = hash_combine(murmurhash32((uint32) key->day), hash_of_text(key->model));
+	uint32		hash = hash_combine(murmurhash32((uint32) key->day), hash_of_part(key->model));
 	int		   *slot;
 	ShareKind  *kind;
 
-	hash = hash_combine(hash, hash_of_text(key->provider));
-	hash = hash_combine(hash, hash_of_text(key->event_name));
+	hash = hash_combine(hash, hash_of_part(key->provider));
+	hash = hash_combine(hash, hash_of_part(key->event_name));
 	slot = find_kind(rows, key, hash);
 	if (*slot >= 0)
 		return *slot;
@@ -349,9 +349,9 @@ kind_of(ShareRows *rows, const ShareKey *key)
 	kind->key = (ShareKey)
 	{
 		.day = key->day,
-			.provider = copy_text(key->provider, rows->context),
-			.model = copy_text(key->model, rows->context),
-			.event_name = copy_text(key->event_name, rows->context)
+			.provider = copy_part(key->provider, rows->context),
+			.model = copy_part(key->model, rows->context),
+			.event_name = copy_part(key->event_name, rows->context)
 	};
 	return *slot;
 }

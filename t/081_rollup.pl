@@ -243,7 +243,7 @@ END$$;
 CREATE CAST (mood AS json) WITH FUNCTION mood_json(mood);
 ALTER TABLE moody ADD mood mood;
 INSERT INTO moody (provider, model, external_customer_id, input_tokens, mood)
-SELECT 'p', CASE n WHEN 4 THEN 'no price' ELSE 'm0' END, 'customer ' || n, n, CASE n WHEN 3 THEN 'sad' ELSE 'glad' END::mood FROM generate_series(1, 5) n;});
+SELECT 'p', CASE n WHEN 4 THEN 'nobody knows' ELSE 'm0' END, 'customer ' || n, n, CASE n WHEN 3 THEN 'sad' ELSE 'glad' END::mood FROM generate_series(1, 5) n;});
 $node->poll_query_until('postgres', "SELECT count(*) = 1 AND bool_and(state = 'rejected') FROM aibilling.outbox WHERE usage_table = 'moody'::regclass");
 $node->poll_query_until('postgres', "SELECT sum(events) = 4 FROM aibilling.delivery WHERE usage_table = 'moody'::regclass AND state = 'delivered'");
 same('what is sent beside a row that cannot be read, with a price and without one', 'moody');

@@ -149,7 +149,7 @@ refuse_answer(const Reader *reader, long status, const char *scope)
  * not JSON.
  */
 static Jsonb *
-read_document(Reader *reader, const HttpReply *reply)
+read_page(Reader *reader, const HttpReply *reply)
 {
 	char	   *body = pnstrdup(reply->body, reply->body_len);
 	Datum		document;
@@ -183,7 +183,7 @@ abp_reader_get(Reader *reader, const char *path, const char *scope)
 
 		if (reply->outcome == HTTP_ANSWERED && reply->status == 200)
 		{
-			Jsonb	   *document = read_document(reader, reply);
+			Jsonb	   *document = read_page(reader, reply);
 
 			abp_http_release(request);
 			return document;

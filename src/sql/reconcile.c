@@ -43,6 +43,7 @@
 #include "ship/user_code.h"
 #include "usage/attach.h"
 #include "usage/rows.h"
+#include "usage/share.h"
 
 PG_FUNCTION_INFO_V1(abp_sql_reconcile);
 PG_FUNCTION_INFO_V1(abp_sql_reconcile_rows);
@@ -183,18 +184,9 @@ nanos_of_cents(Numeric cents)
 	return numeric_rounded(numeric_times(cents, int64_to_numeric(10000000)), 0);
 }
 
-/* The day as DateADT: rounded down, for times before 2000, too. */
-static int
-day_of(TimestampTz time)
-{
-	int64		day = time / USECS_PER_DAY;
-
-	return (int) (time % USECS_PER_DAY < 0 ? day - 1 : day);
-}
-
 /* Are both there, and the same but for upper and lower case? */
 static bool
-same_text(const char *a, const char *b)
+same_ignoring_case(const char *a, const char *b)
 {
 	return a != NULL && b != NULL && pg_strcasecmp(a, b) == 0;
 }
@@ -287,7 +279,7 @@ keep_row(const UsageRow *row, Jsonb *whole, void *arg)
 		here = hash_search(work->here, &key, HASH_ENTER, &found);
 		memset((char *) here + sizeof(ExternalIdKey), 0, sizeof(HereRow) - sizeof(ExternalIdKey));
 		here->id = row->id;
-		here->day = day_of(row->occurred_at);
+		here->day = abp_share_day(row->occurred_at);
 		if (row->parent_id.data != NULL)
 			here->parent_id = pnstrdup(row->parent_id.data, row->parent_id.len);
 		if (row->has_cost_nanos)
@@ -328,7 +320,7 @@ compare_event(HereRow *here, const PolarEvent *event)
 		here->nanos_there = nanos_of_cents(event->cost_cents);
 
 	if (here->customer_id != NULL)
-		here->same_customer = same_text(here->customer_id, event->customer_id);
+		here->same_customer = same_ignoring_case(here->customer_id, event->customer_id);
 	else if (here->external_customer_id != NULL)
 	{
 		const char *stored = event->external_customer_id != NULL ?
@@ -362,7 +354,7 @@ take_event(const PolarEvent *event, void *arg)
 		ThereEvent *there = palloc0(sizeof(ThereEvent));
 
 		there->external_id = event->external_id == NULL ? NULL : pstrdup(event->external_id);
-		there->day = day_of(event->timestamp);
+		there->day = abp_share_day(event->timestamp);
 		there->nanos = event->cost_nanos != NULL ? copy_number(event->cost_nanos) :
 			event->cost_cents != NULL ? nanos_of_cents(event->cost_cents) : NULL;
 		work->there = lappend(work->there, there);
@@ -717,7 +709,7 @@ add_up_part(SPITupleTable *part, uint64 nrows, void *arg)
 
 		if (!waits && !flies && !abp_idset_contains(&where->known, id))
 			continue;
-		day = get_day(where->work, day_of(occurred_at));
+		day = get_day(where->work, abp_share_day(occurred_at));
 		day->rows_here++;
 		if (waits || flies)
 			day->findings[NOT_SENT_YET]++;
@@ -763,7 +755,7 @@ take_quantity(TimestampTz timestamp, Numeric quantity, void *arg)
 
 	if (!same_number(quantity, int64_to_numeric(0)))
 	{
-		day = get_day(work, day_of(timestamp));
+		day = get_day(work, abp_share_day(timestamp));
 		day->nanos_there = numeric_trimmed(quantity);
 	}
 	MemoryContextSwitchTo(old);
@@ -823,7 +815,7 @@ check_times(const Reconciling *work)
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg("a meter counts whole days: from_time and to_time must be midnight, UTC"),
 				 errhint("As in '2026-01-31 00:00+00'.")));
-	if (day_of(work->from_time) < FIRST_METERED_DAY)
+	if (abp_share_day(work->from_time) < FIRST_METERED_DAY)
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg("Polar's meters know nothing of before 2023-01-01")));
@@ -831,7 +823,7 @@ check_times(const Reconciling *work)
 
 /* A hash table; its keys are compared as bytes, padding included. */
 static HTAB *
-create_table(const char *name, Size key, Size entry, MemoryContext context)
+create_hash(const char *name, Size key, Size entry, MemoryContext context)
 {
 	HASHCTL		ctl = {.keysize = key,.entrysize = entry,.hcxt = context};
 
@@ -861,9 +853,9 @@ begin(FunctionCallInfo fcinfo, Reconciling *work)
 	work->result = (ReturnSetInfo *) fcinfo->resultinfo;
 	work->context = CurrentMemoryContext;
 	check_times(work);
-	work->here = create_table("aibilling_polar rows here", sizeof(ExternalIdKey), sizeof(HereRow), work->context);
-	work->ids = create_table("aibilling_polar ids there", sizeof(ExternalIdKey), sizeof(ExternalIdKey), work->context);
-	work->days = create_table("aibilling_polar days", sizeof(int), sizeof(Day), work->context);
+	work->here = create_hash("aibilling_polar rows here", sizeof(ExternalIdKey), sizeof(HereRow), work->context);
+	work->ids = create_hash("aibilling_polar ids there", sizeof(ExternalIdKey), sizeof(ExternalIdKey), work->context);
+	work->days = create_hash("aibilling_polar days", sizeof(int), sizeof(Day), work->context);
 	return work->from_time < work->to_time;
 }
 
@@ -910,8 +902,8 @@ compare_days_and_events(Reader *reader, void *arg)
 
 		one.from_time = (TimestampTz) wrong[i]->day * USECS_PER_DAY;
 		one.to_time = one.from_time + USECS_PER_DAY;
-		one.here = create_table("aibilling_polar rows here", sizeof(ExternalIdKey), sizeof(HereRow),
-								work->context);
+		one.here = create_hash("aibilling_polar rows here", sizeof(ExternalIdKey), sizeof(HereRow),
+							   work->context);
 		compare_events(reader, &one);
 		work->events = one.events;
 		hash_destroy(one.here);

@@ -76,13 +76,6 @@ typedef struct ShareGroups
 	StringInfoData key;			/* of the last row */
 } ShareGroups;
 
-/* A kind of call. */
-typedef struct ShareKind
-{
-	uint32		hash;
-	ShareKey	key;			/* without a customer */
-} ShareKind;
-
 /* The rows of a batch as bytes.  All of it is in its memory context. */
 typedef struct ShareRows
 {
@@ -91,10 +84,7 @@ typedef struct ShareRows
 	int		   *ends;			/* of the rows, in "bytes" */
 	int			nrows;
 	int			max_ends;
-	ShareKind  *kinds;			/* at most nslots / 2 */
-	int			nkinds;
-	int		   *slots;			/* of a hash table, -1: free */
-	int			nslots;			/* a power of 2 */
+	struct share_kinds_hash *kinds; /* the kinds of calls that they name */
 } ShareRows;
 
 extern void abp_share_init(ShareGroups *groups, MemoryContext context);

@@ -29,7 +29,7 @@
 
 #define SHARE_VERSION 1
 
-#define FIRST_KINDS 16			/* a power of 2 */
+#define FIRST_KINDS 16
 #define MAX_NUMBER_BYTES 19		/* of 128 bits, seven a byte */
 
 /* Flags of a key: which of its parts are not NULL. */
@@ -256,6 +256,56 @@ abp_share_key_read(const char *key, int keylen, ShareKey *result, pg_uuid_t *uui
 
 /* --- rows of a batch --------------------------------------------------------- */
 
+/* A kind of call, which its rows name by a number. */
+typedef struct ShareKind
+{
+	ShareKey	key;			/* without a customer */
+	uint32		hash;
+	char		status;			/* simplehash's own */
+	int			number;
+} ShareKind;
+
+static inline uint32
+hash_of_part(TextView part)
+{
+	return part.data == NULL ? 0 : hash_bytes((const unsigned char *) part.data, part.len);
+}
+
+static inline uint32
+hash_of_kind(const ShareKey *key)
+{
+	uint32		hash = hash_combine(murmurhash32((uint32) key->day), hash_of_part(key->model));
+
+	return hash_combine(hash_combine(hash, hash_of_part(key->provider)), hash_of_part(key->event_name));
+}
+
+/* Are these parts of keys the same?  NULL is not an empty string. */
+static inline bool
+same_part(TextView a, TextView b)
+{
+	return (a.data == NULL) == (b.data == NULL) && text_view_equal(a, b);
+}
+
+static inline bool
+same_kind(const ShareKey *a, const ShareKey *b)
+{
+	return a->day == b->day && same_part(a->model, b->model) &&
+		same_part(a->provider, b->provider) && same_part(a->event_name, b->event_name);
+}
+
+#define SH_PREFIX share_kinds
+#define SH_ELEMENT_TYPE ShareKind
+#define SH_KEY_TYPE ShareKey
+#define SH_KEY key
+#define SH_HASH_KEY(tb, key) hash_of_kind(&(key))
+#define SH_EQUAL(tb, a, b) same_kind(&(a), &(b))
+#define SH_STORE_HASH
+#define SH_GET_HASH(tb, kind) ((kind)->hash)
+#define SH_SCOPE static inline
+#define SH_DECLARE
+#define SH_DEFINE
+#include "lib/simplehash.h"
+
 /*
  * Begin with no rows, all of them in "context".
  */
@@ -266,94 +316,36 @@ abp_share_rows_init(ShareRows *rows, MemoryContext context)
 
 	memset(rows, 0, sizeof(*rows));
 	rows->context = context;
-	rows->nslots = FIRST_KINDS;
-	rows->slots = palloc(sizeof(int) * rows->nslots);
-	memset(rows->slots, -1, sizeof(int) * rows->nslots);
-	rows->kinds = palloc(sizeof(ShareKind) * rows->nslots / 2);
+	rows->kinds = share_kinds_create(context, FIRST_KINDS, NULL);
 	initStringInfo(&rows->bytes);
 	MemoryContextSwitchTo(old);
 }
 
-static inline uint32
-hash_of_part(TextView text)
-{
-	return text.data == NULL ? 0 : hash_bytes((const unsigned char *) text.data, text.len);
-}
-
-/* Are these parts of keys the same?  NULL is not an empty string. */
-static inline bool
-same_part(TextView a, TextView b)
-{
-	return (a.data == NULL) == (b.data == NULL) && text_view_equal(a, b);
-}
-
 static TextView
-copy_part(TextView text, MemoryContext context)
+copy_part(TextView part, MemoryContext context)
 {
-	return text.data == NULL ? text : abp_text_view_copy(text, context);
-}
-
-/* Where a kind of call is in the hash table, or where it belongs. */
-static int *
-find_kind(const ShareRows *rows, const ShareKey *key, uint32 hash)
-{
-	for (uint32 at = hash;; at++)
-	{
-		int		   *slot = &rows->slots[at & (rows->nslots - 1)];
-		const ShareKind *kind;
-
-		if (*slot < 0)
-			return slot;
-		kind = &rows->kinds[*slot];
-		if (kind->hash == hash && kind->key.day == key->day &&
-			same_part(kind->key.model, key->model) &&
-			same_part(kind->key.provider, key->provider) &&
-			same_part(kind->key.event_name, key->event_name))
-			return slot;
-	}
-}
-
-/* Room for more kinds. */
-static void
-grow_kinds(ShareRows *rows)
-{
-	rows->nslots *= 2;
-	rows->kinds = repalloc(rows->kinds, sizeof(ShareKind) * rows->nslots / 2);
-	rows->slots = repalloc(rows->slots, sizeof(int) * rows->nslots);
-	memset(rows->slots, -1, sizeof(int) * rows->nslots);
-	for (int i = 0; i < rows->nkinds; i++)
-		*find_kind(rows, &rows->kinds[i].key, rows->kinds[i].hash) = i;
+	return part.data == NULL ? part : abp_text_view_copy(part, context);
 }
 
 /* The number of a key's kind of call. */
 static int
 kind_of(ShareRows *rows, const ShareKey *key)
 {
-	uint32		hash = hash_combine(murmurhash32((uint32) key->day), hash_of_part(key->model));
-	int		   *slot;
-	ShareKind  *kind;
+	bool		found;
+	ShareKind  *kind = share_kinds_insert(rows->kinds, *key, &found);
 
-	hash = hash_combine(hash, hash_of_part(key->provider));
-	hash = hash_combine(hash, hash_of_part(key->event_name));
-	slot = find_kind(rows, key, hash);
-	if (*slot >= 0)
-		return *slot;
-	if (rows->nkinds == rows->nslots / 2)
+	if (!found)
 	{
-		grow_kinds(rows);
-		slot = find_kind(rows, key, hash);
+		kind->number = rows->kinds->members - 1;
+		kind->key = (ShareKey)
+		{
+			.day = key->day,
+				.provider = copy_part(key->provider, rows->context),
+				.model = copy_part(key->model, rows->context),
+				.event_name = copy_part(key->event_name, rows->context)
+		};
 	}
-	*slot = rows->nkinds++;
-	kind = &rows->kinds[*slot];
-	kind->hash = hash;
-	kind->key = (ShareKey)
-	{
-		.day = key->day,
-			.provider = copy_part(key->provider, rows->context),
-			.model = copy_part(key->model, rows->context),
-			.event_name = copy_part(key->event_name, rows->context)
-	};
-	return *slot;
+	return kind->number;
 }
 
 /* What a row adds to the sums, to be read by get_sums, which is given the flags. */
@@ -415,7 +407,10 @@ abp_share_rows_add(ShareRows *rows, int index, const UsageRow *row, const EventF
 bytea	   *
 abp_share_encode(const ShareRows *rows, const bool *skip)
 {
-	StringInfoData kind;
+	const ShareKey **kinds;
+	share_kinds_iterator iterator;
+	const ShareKind *kind;
+	StringInfoData bytes;
 	StringInfoData to;
 	int			nrows = 0;
 	int			begin = 0;
@@ -423,20 +418,22 @@ abp_share_encode(const ShareRows *rows, const bool *skip)
 	for (int i = 0; i < rows->nrows; i++)
 		nrows += skip == NULL || !skip[i];
 
-	initStringInfo(&kind);
+	initStringInfo(&bytes);
 	initStringInfo(&to);
 	enlargeStringInfo(&to, rows->bytes.len);
 	appendStringInfoSpaces(&to, VARHDRSZ);
 	put_unsigned(&to, SHARE_VERSION);
-	put_unsigned(&to, rows->nkinds);
-	for (int i = 0; i < rows->nkinds; i++)
+	put_unsigned(&to, rows->kinds->members);
+	kinds = palloc(sizeof(ShareKey *) * Max(1, rows->kinds->members));
+	share_kinds_start_iterate(rows->kinds, &iterator);
+	while ((kind = share_kinds_iterate(rows->kinds, &iterator)) != NULL)
+		kinds[kind->number] = &kind->key;
+	for (int i = 0; i < rows->kinds->members; i++)
 	{
-		const ShareKey *key = &rows->kinds[i].key;
-
-		resetStringInfo(&kind);
-		appendStringInfoCharMacro(&kind, (char) kind_flags(key));
-		put_kind(&kind, key);
-		put_bytes(&to, kind.data, kind.len);
+		resetStringInfo(&bytes);
+		appendStringInfoCharMacro(&bytes, (char) kind_flags(kinds[i]));
+		put_kind(&bytes, kinds[i]);
+		put_bytes(&to, bytes.data, bytes.len);
 	}
 	put_unsigned(&to, nrows);
 	for (int i = 0; i < rows->nrows && skip != NULL; i++)
@@ -447,7 +444,8 @@ abp_share_encode(const ShareRows *rows, const bool *skip)
 	}
 	if (skip == NULL && nrows > 0)
 		appendBinaryStringInfoNT(&to, rows->bytes.data, rows->ends[nrows - 1]);
-	pfree(kind.data);
+	pfree(bytes.data);
+	pfree(kinds);
 	SET_VARSIZE(to.data, to.len);
 	return (bytea *) to.data;
 }

@@ -40,9 +40,9 @@ typedef struct Shipment
 	TimestampTz retry_at;
 	Kinship    *kin;			/* who is whose parent, in its last request */
 	int			nkin;
-	MemoryContext share_context;	/* holds */
-	ShareRows	share_rows;		/* what each event of its last request adds to
-								 * the sums */
+	MemoryContext share_context;	/* share_rows is in it */
+	ShareRows	share_rows;		/* what each event of its last request adds up
+								 * to */
 	int			server_errors;	/* in a row */
 	TimestampTz first_error_at;
 	int			timeouts;

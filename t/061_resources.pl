@@ -387,7 +387,7 @@ SKIP:
 {
 	skip 'the process is not all its own', 1 unless $measurable;
 
-	# A body grows by doubling; libcurl copies it to a buffer of the same size
+	# A body may grow by doubling; libcurl copies it to a buffer of the same size
 	# at most; one more may be built, and as it grows the smaller one is there, too.
 	# Beside it lies each row's part of the sums, of which there are as many as a batch may have rows.
 	cmp_ok(($peak - $rest) * 1024, '<', (3 * $batch_bytes + 200 * $batch_size) * ($in_flight + 1) + $batch_bytes + 1024 * 1024,

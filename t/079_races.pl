@@ -281,7 +281,14 @@ subtest 'both requests with a row are answered at once' => sub {
 	$polar->fault(kind => 'hang', store => 1, times => 2);
 	resume();
 	$polar->wait(hung => 2);
+
+	# The shipper is away for a moment, and finds both.
+	my $worker = $node->worker_pid;
+	my $answered = $polar->summary->{requests};
+	is(kill('STOP', $worker), 1, 'the shipper is stopped');
 	$polar->release;
+	$polar->wait(requests => $answered + 2);
+	kill 'CONT', $worker;
 	$node->poll_query_until('postgres', "SELECT count(*) = 2 AND bool_and(state = 'delivered') FROM aibilling.delivery WHERE usage_table = 'twice'::regclass");
 	is(sql("SELECT sum(inserted), sum(duplicates), sum(unexpected_duplicates) FROM aibilling.delivery WHERE usage_table = 'twice'::regclass"), '1|1|0',
 		'one of them brings a duplicate, which is expected');

@@ -31,7 +31,6 @@
 
 /* How much is folded at a time; groups of one key are written once. */
 #define FOLD_SHARES 64
-#define FOLD_SHARES_BRIEFLY 4
 #define FOLD_GROUPS 3000
 #define FOLD_GROUPS_BRIEFLY 100
 
@@ -219,7 +218,7 @@ add_to_group(const char *key, int keylen, const ShareSums *sums, void *arg)
 bool
 abp_rollup_fold(int64 *from_delivery, bool brief)
 {
-	List	   *shares = abp_shares_to_fold(*from_delivery, brief ? FOLD_SHARES_BRIEFLY : FOLD_SHARES, false);
+	List	   *shares = abp_shares_to_fold(*from_delivery, FOLD_SHARES, false);
 	int64	   *folded = palloc(sizeof(int64) * Max(1, list_length(shares)));
 	int			nfolded = 0;
 	Oid			usage_table;

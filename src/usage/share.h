@@ -98,6 +98,7 @@ extern void abp_share_key_of_row(ShareKey *key, const UsageRow *row, const Event
 extern void abp_share_sums_of_row(ShareSums *sums, const UsageRow *row);
 extern void abp_share_add(ShareGroups *groups, ShareSums *to, const ShareSums *sums);
 extern void abp_share_set_cents(ShareSums *sums, Numeric cents);
+extern Numeric abp_share_cents(const ShareSums *sums);
 extern DateADT abp_share_day(TimestampTz time);
 extern DateADT abp_share_month(DateADT day, int months_later);
 extern const EventFormat *abp_share_format(Oid serverid);
@@ -114,6 +115,5 @@ extern bytea *abp_share_encode(const ShareRows *rows, const bool *skip);
 typedef void (*ShareReader) (const char *key, int keylen, const ShareSums *sums, void *arg);
 
 extern void abp_share_decode(bytea *share, ShareReader reader, void *arg);
-extern Numeric abp_share_cents(const ShareSums *sums);
 
 #endif							/* ABP_SHARE_H */

@@ -80,51 +80,66 @@ append_compact_json(StringInfo out, JsonbContainer *container)
 }
 
 /*
- * The amount of Polar's _cost, in cents: plain decimal text without exponent
- * or trailing zeros.  Polar stores a double, so at most 15 significant digits
- * and 12 decimals are kept, rounded half away from zero.  The result is
- * palloc'd.  cost_cents must be finite.
+ * The amount of Polar's _cost, in cents, of a cost's text: without exponent or
+ * trailing zeros.  Polar stores a double, so at most 15 significant digits and
+ * 12 decimals are kept, rounded half away from zero.  The cost must be finite.
+ */
+static TextView
+amount_of(const char *cents)
+{
+	TextView	amount = text_view_of(cents);
+	DecimalText decimal;
+
+	if (memchr(amount.data, '.', amount.len) != NULL)
+	{
+		while (amount.data[amount.len - 1] == '0')
+			amount.len--;
+		if (amount.data[amount.len - 1] == '.')
+			amount.len--;
+	}
+
+	/* "0." and 12 decimals: nothing shorter can be too precise */
+	if (amount.len <= MAX_AMOUNT_DECIMALS + 2)
+		return amount;
+
+	if (!abp_decimal_read(amount.data, amount.len, &decimal))
+		elog(ERROR, "unexpected cost: it is not finite");
+	abp_decimal_round(&decimal, MAX_AMOUNT_DIGITS, MAX_AMOUNT_DECIMALS);
+	return text_view_of(abp_decimal_write(&decimal));
+}
+
+/*
+ * The same of a number, palloc'd.
  */
 char	   *
 abp_metadata_amount(Numeric cost_cents)
 {
-	char	   *str = numeric_normalize(cost_cents);
-	int			len = strlen(str);
-	DecimalText decimal;
+	TextView	amount = amount_of(numeric_text(cost_cents));
 
-	/* "0." and 12 decimals: nothing shorter can be too precise */
-	if (len <= MAX_AMOUNT_DECIMALS + 2)
-		return str;
+	return pnstrdup(amount.data, amount.len);
+}
 
-	if (!abp_decimal_read(str, len, &decimal))
-		elog(ERROR, "unexpected cost: it is not finite");
-	abp_decimal_round(&decimal, MAX_AMOUNT_DIGITS, MAX_AMOUNT_DECIMALS);
-	pfree(str);
-	str = abp_decimal_write(&decimal);
-	pfree(decimal.digits);
-	return str;
+/* How many digits are in front of the point? */
+static int
+whole_digits(const char *number)
+{
+	return strspn(number + (*number == '-'), "0123456789");
 }
 
 /*
- * Is an amount, as abp_metadata_amount has made it of this cost, too large?  Then
- * it says so, and returns true.
+ * Is an amount that amount_of has made of a cost too large?  Then it says so, and
+ * returns true.
  */
 static bool
-amount_too_large(JsonWriter *w, const char *amount, Numeric cost_cents)
+amount_too_large(JsonWriter *w, TextView amount, const char *cents)
 {
-	char	   *exact;
-
-	if (*amount == '-')
-		amount++;
-	if (strspn(amount, "0123456789") <= MAX_AMOUNT_WHOLE)
+	/* what amount_of leaves out of a text is behind the point */
+	if (whole_digits(amount.data) <= MAX_AMOUNT_WHOLE)
 		return false;
-
-	exact = numeric_normalize(cost_cents);
-	if (strspn(exact + (*exact == '-'), "0123456789") <= MAX_AMOUNT_WHOLE)
+	if (whole_digits(cents) <= MAX_AMOUNT_WHOLE)
 		(void) abp_json_refuse(w, AMOUNT_ROUNDS_UP, "cost_cents");
 	else
 		(void) abp_json_refuse(w, "cost_cents must be below 100,000 (1,000 USD) in magnitude");
-	pfree(exact);
 	return true;
 }
 
@@ -418,7 +433,8 @@ put_tags(JsonWriter *w, Jsonb *tags, const char *prefix, const TagColumns *colum
 static bool
 put_cost(JsonWriter *w, const UsageRow *row)
 {
-	char	   *amount;
+	const char *cents;
+	TextView	amount;
 
 	w->nkeys++;
 
@@ -429,13 +445,13 @@ put_cost(JsonWriter *w, const UsageRow *row)
 
 	if (numeric_is_nan(row->cost_cents) || numeric_is_inf(row->cost_cents))
 		return abp_json_refuse(w, "cost_cents must be finite");
-	amount = abp_metadata_amount(row->cost_cents);
-	if (amount_too_large(w, amount, row->cost_cents))
+	cents = row->cents_text != NULL ? row->cents_text : numeric_text(row->cost_cents);
+	amount = amount_of(cents);
+	if (amount_too_large(w, amount, cents))
 		return false;
 	abp_json_put_literal(w, ",\"_cost\":{\"amount\":\"");
-	abp_json_put_bytes(w, amount, strlen(amount));
+	abp_json_put_bytes(w, amount.data, amount.len);
 	abp_json_put_literal(w, "\",\"currency\":\"usd\"}");
-	pfree(amount);
 	return true;
 }
 

@@ -4,8 +4,8 @@
  *	  Into the rollup, when there is time for it.
  *
  * What deliveries add up to is folded into the rollup when for a while nothing
- * was delivered; while rows come, in small pieces and with pauses, so that a row
- * waits for one piece at most.  Deliveries of an older version, which has not
+ * was delivered; while there is a backlog, with long pauses; while rows come, in
+ * small pieces and with pauses, so that a row waits for one piece at most.  Deliveries of an older version, which has not
  * added them up, are added up here too, from their rows.
  *
  *-------------------------------------------------------------------------
@@ -27,11 +27,15 @@
 #include "ship/guard.h"
 #include "ship/turn.h"
 #include "usage/rollup.h"
+#include "usage/share_key.h"
 
 /* For so long after a delivery others are likely to follow. */
 #define LIVELY_MS 1000
 
-/* The pause after a small piece, in times of what it took: with a backlog, and without. */
+/* A backlog that is gone by then is not held up. */
+#define BACKLOG_MS (5 * 1000)
+
+/* The pause after a piece, in times of what it took: with a backlog, and while rows come. */
 #define BACKLOG_PAUSE 50
 #define LIVELY_PAUSE 4
 
@@ -47,6 +51,7 @@ static bool may_have_shares = true;
 static int64 fold_from = 0;
 static TimestampTz fold_at = 0; /* not before this, if lively or failed */
 static TimestampTz lively_until = 0;
+static bool had_backlog = false;	/* in the last turn */
 static bool fold_failed = false;	/* the last time */
 
 static bool may_have_unknown = true;
@@ -63,7 +68,7 @@ abp_fold_reset(void)
 	may_have_shares = may_have_unknown = true;
 	fold_from = unknown_from = 0;
 	fold_at = lively_until = unknown_at = 0;
-	unknown_failed = fold_failed = false;
+	had_backlog = unknown_failed = fold_failed = false;
 }
 
 /*
@@ -74,7 +79,7 @@ abp_fold_delivered(void)
 {
 	lively_until = abp_turn_in_ms(LIVELY_MS);
 	if (!may_have_shares)
-		fold_at = lively_until;
+		fold_at = Max(fold_at, lively_until);
 	may_have_shares = true;
 }
 
@@ -150,7 +155,7 @@ sum_step(void *arg)
 	ids = abp_idset_subtract(&share->ids, &counted);
 	abp_guard_start_clock();
 	abp_shares_set_sums(share->delivery,
-						abp_rollup_sum_rows(step->table, &ids, abp_share_format(step->table->serverid)));
+						abp_rollup_sum_rows(step->table, &ids, abp_share_key_format(step->table->serverid)));
 	PopActiveSnapshot();
 }
 
@@ -213,10 +218,10 @@ sum_up_some(List *tables)
 
 /* The same for the shares that are known. */
 static bool
-fold_some(bool idle)
+fold_some(bool idle, bool backlog)
 {
 	TimestampTz start = GetCurrentTimestamp();
-	FoldStep	step = {.brief = !idle || lively_until > start};
+	FoldStep	step = {.brief = !backlog && (!idle || lively_until > start)};
 	GuardError	error;
 
 	if (abp_guard(NULL, fold_step, &step, &error) != GUARD_DONE)
@@ -233,7 +238,7 @@ fold_some(bool idle)
 	fold_failed = false;
 	may_have_shares = step.more;
 	fold_at = GetCurrentTimestamp();
-	if (step.brief)
+	if (backlog || step.brief)
 		fold_at += (fold_at - start) * (idle ? LIVELY_PAUSE : BACKLOG_PAUSE);
 	return step.more;
 }
@@ -249,8 +254,12 @@ abp_fold(Turn *turn, List *tables, bool idle)
 	TimestampTz now = GetCurrentTimestamp();
 	bool		more = false;
 
+	if (turn->backlog && !had_backlog)
+		fold_at = Max(fold_at, now + BACKLOG_MS * INT64CONST(1000));
+	had_backlog = turn->backlog;
+
 	if (idle ? may_fold(now) : may_have_shares && fold_at <= now)
-		more = fold_some(idle) && may_fold(now);
+		more = fold_some(idle, turn->backlog) && may_fold(now);
 	if (idle && may_have_unknown && unknown_at <= now)
 		more |= sum_up_some(tables) || may_fold(now);
 	if (may_have_shares && fold_at > now)

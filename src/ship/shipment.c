@@ -15,7 +15,7 @@
 #include "ship/http.h"
 #include "ship/shipment.h"
 #include "ship/turn.h"
-#include "usage/share.h"
+#include "usage/share_bytes.h"
 
 List	   *abp_shipments = NIL;
 

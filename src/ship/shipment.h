@@ -17,7 +17,7 @@
 #include "ship/families.h"
 #include "ship/http.h"
 #include "ship/turn.h"
-#include "usage/share.h"
+#include "usage/share_bytes.h"
 
 typedef struct Lane Lane;
 

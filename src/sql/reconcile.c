@@ -43,7 +43,7 @@
 #include "ship/user_code.h"
 #include "usage/attach.h"
 #include "usage/rows.h"
-#include "usage/share.h"
+#include "usage/share_key.h"
 
 PG_FUNCTION_INFO_V1(abp_sql_reconcile);
 PG_FUNCTION_INFO_V1(abp_sql_reconcile_rows);
@@ -279,7 +279,7 @@ keep_row(const UsageRow *row, Jsonb *whole, void *arg)
 		here = hash_search(work->here, &key, HASH_ENTER, &found);
 		memset((char *) here + sizeof(ExternalIdKey), 0, sizeof(HereRow) - sizeof(ExternalIdKey));
 		here->id = row->id;
-		here->day = abp_share_day(row->occurred_at);
+		here->day = abp_share_key_day(row->occurred_at);
 		if (row->parent_id.data != NULL)
 			here->parent_id = pnstrdup(row->parent_id.data, row->parent_id.len);
 		if (row->has_cost_nanos)
@@ -354,7 +354,7 @@ take_event(const PolarEvent *event, void *arg)
 		ThereEvent *there = palloc0(sizeof(ThereEvent));
 
 		there->external_id = event->external_id == NULL ? NULL : pstrdup(event->external_id);
-		there->day = abp_share_day(event->timestamp);
+		there->day = abp_share_key_day(event->timestamp);
 		there->nanos = event->cost_nanos != NULL ? copy_number(event->cost_nanos) :
 			event->cost_cents != NULL ? nanos_of_cents(event->cost_cents) : NULL;
 		work->there = lappend(work->there, there);
@@ -709,7 +709,7 @@ add_up_part(SPITupleTable *part, uint64 nrows, void *arg)
 
 		if (!waits && !flies && !abp_idset_contains(&where->known, id))
 			continue;
-		day = get_day(where->work, abp_share_day(occurred_at));
+		day = get_day(where->work, abp_share_key_day(occurred_at));
 		day->rows_here++;
 		if (waits || flies)
 			day->findings[NOT_SENT_YET]++;
@@ -755,7 +755,7 @@ take_quantity(TimestampTz timestamp, Numeric quantity, void *arg)
 
 	if (!same_number(quantity, int64_to_numeric(0)))
 	{
-		day = get_day(work, abp_share_day(timestamp));
+		day = get_day(work, abp_share_key_day(timestamp));
 		day->nanos_there = numeric_trimmed(quantity);
 	}
 	MemoryContextSwitchTo(old);
@@ -815,7 +815,7 @@ check_times(const Reconciling *work)
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg("a meter counts whole days: from_time and to_time must be midnight, UTC"),
 				 errhint("As in '2026-01-31 00:00+00'.")));
-	if (abp_share_day(work->from_time) < FIRST_METERED_DAY)
+	if (abp_share_key_day(work->from_time) < FIRST_METERED_DAY)
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg("Polar's meters know nothing of before 2023-01-01")));

@@ -31,8 +31,11 @@
 #include "queue/shares.h"
 #include "usage/collect.h"
 #include "usage/rollup.h"
+#include "usage/row.h"
 #include "usage/rows.h"
 #include "usage/share.h"
+#include "usage/share_bytes.h"
+#include "usage/share_key.h"
 
 PG_FUNCTION_INFO_V1(abp_sql_usage_daily);
 PG_FUNCTION_INFO_V1(abp_sql_usage_by);
@@ -187,7 +190,7 @@ read_pending(const UsageTable *table, KeyFilter wants, SumsReader reader, void *
 	if (ids.nranges == 0)
 		return;
 
-	pending.format = abp_share_format(table->serverid);
+	pending.format = abp_share_key_format(table->serverid);
 	abp_rows_read(table, &ids, false, read_pending_row, &pending);
 }
 
@@ -224,12 +227,12 @@ whole_months(const RollupRange *range, DateADT *first, DateADT *end)
 {
 	DateADT		behind = DATE_NOT_FINITE(range->to_day) ? range->to_day : range->to_day + 1;
 
-	*first = abp_share_month(range->from_day, 0);
+	*first = abp_share_key_month(range->from_day, 0);
 	if (!is_empty(range->usage_table, *first, range->from_day))
-		*first = abp_share_month(range->from_day, 1);
-	*end = abp_share_month(behind, 1);
+		*first = abp_share_key_month(range->from_day, 1);
+	*end = abp_share_key_month(behind, 1);
 	if (!is_empty(range->usage_table, behind, *end))
-		*end = abp_share_month(behind, 0);
+		*end = abp_share_key_month(behind, 0);
 	if (*first >= *end)
 		*first = *end = behind;
 }
@@ -394,7 +397,7 @@ add_to_customer(const Datum *values, const bool *nulls, void *arg)
 
 	sums.rows = DatumGetInt64(values[ROLLUP_USAGE_ROWS]);
 	sums.unpriced = DatumGetInt64(values[ROLLUP_UNPRICED]);
-	abp_share_set_cents(&sums, DatumGetNumeric(values[ROLLUP_COST_CENTS]));
+	abp_share_set_cents(&sums, DatumGetNumeric(values[ROLLUP_COST_CENTS]), NULL);
 	add_pending(&key, &sums, true, daily);
 	return true;
 }
@@ -571,7 +574,7 @@ abp_sql_spend(PG_FUNCTION_ARGS)
 	table = find_usage_table(relid);
 
 	spend.customer = text_view_from_datum(PG_GETARG_DATUM(1));
-	spend.from_day = PG_ARGISNULL(2) ? DATEVAL_NOBEGIN : abp_share_day(PG_GETARG_TIMESTAMPTZ(2));
+	spend.from_day = PG_ARGISNULL(2) ? DATEVAL_NOBEGIN : abp_share_key_day(PG_GETARG_TIMESTAMPTZ(2));
 	spend.cents = int64_to_numeric(0);
 	abp_share_init(&spend.groups, CurrentMemoryContext);
 	read_pending(table, is_spent, add_spent, &spend);
@@ -579,10 +582,10 @@ abp_sql_spend(PG_FUNCTION_ARGS)
 	range.usage_table = relid;
 	key.external_customer_id = spend.customer;
 	range.customer = abp_rollup_customer(&key);
-	first = abp_share_month(spend.from_day, 0);
+	first = abp_share_key_month(spend.from_day, 0);
 	if (first < spend.from_day)
 	{
-		first = abp_share_month(spend.from_day, 1);
+		first = abp_share_key_month(spend.from_day, 1);
 		range.level = ROLLUP_DAILY;
 		range.from_day = spend.from_day;
 		range.to_day = first - 1;

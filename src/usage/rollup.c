@@ -28,10 +28,13 @@
 #include "queue/shares.h"
 #include "usage/rollup.h"
 #include "usage/rows.h"
+#include "usage/share.h"
+#include "usage/share_bytes.h"
+#include "usage/share_key.h"
 
 /* How much is folded at a time; groups of one key are written once. */
 #define FOLD_SHARES 64
-#define FOLD_GROUPS 3000
+#define FOLD_GROUPS 6000
 #define FOLD_GROUPS_BRIEFLY 100
 
 /* SHA-256 of some bytes. */
@@ -182,7 +185,7 @@ write_groups(Oid usage_table, const ShareGroups *daily)
 		of_model = abp_share_key_by_model(&key);
 		abp_share_add(&by_model, &abp_share_group_of(&by_model, &of_model)->sums, &group->sums);
 		of_customer = abp_share_key_by_customer(&key);
-		of_customer.day = abp_share_month(key.day, 0);
+		of_customer.day = abp_share_key_month(key.day, 0);
 		abp_share_add(&by_customer, &abp_share_group_of(&by_customer, &of_customer)->sums, &group->sums);
 	}
 

@@ -168,6 +168,7 @@ abp_row_read(const Datum *values, const bool *nulls, UsageRow *row)
 		row->tags = empty_object();
 	row->has_cost_nanos = !nulls[COL_COST_NANOS];
 	row->cost_nanos = row->has_cost_nanos ? DatumGetInt64(values[COL_COST_NANOS]) : 0;
+	row->cents_text = NULL;
 	row->cost_cents = nulls[COL_COST_CENTS] ? NULL :
 		DatumGetNumeric(values[COL_COST_CENTS]);
 	row->cost_status = view_text(values, nulls, COL_COST_STATUS);

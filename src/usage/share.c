@@ -9,46 +9,15 @@
 
 #include "common/hashfn.h"
 #include "utils/builtins.h"
-#include "utils/datetime.h"
-#include "utils/timestamp.h"
 
 #include "base/decimal.h"
 #include "base/numeric_math.h"
-#include "polar/event_format.h"
-#include "polar/identity.h"
-#include "polar/server.h"
 #include "usage/share.h"
 
 /* What has more digits is added up as numeric. */
 #define MAX_CENTS_DIGITS 30
 
 #define FIRST_SLOTS 64			/* a power of 2 */
-
-/* --- keys -------------------------------------------------------------------- */
-
-/*
- * A key without what the sums by day and model are not kept by.
- */
-ShareKey
-abp_share_key_by_model(const ShareKey *key)
-{
-	return (ShareKey)
-	{
-		.day = key->day,.provider = key->provider,.model = key->model
-	};
-}
-
-/*
- * Only the customer of a key, of day 0.
- */
-ShareKey
-abp_share_key_by_customer(const ShareKey *key)
-{
-	return (ShareKey)
-	{
-		.external_customer_id = key->external_customer_id,.customer_id = key->customer_id
-	};
-}
 
 /* --- groups -------------------------------------------------------------------- */
 
@@ -222,9 +191,8 @@ scaled_cents(const ShareSums *sums)
  * of them, or is no number.
  */
 static bool
-read_cents(Numeric cents, int128 * value, int *scale)
+read_cents(const char *text, int128 * value, int *scale)
 {
-	char	   *text = numeric_text(cents);
 	const char *p = text;
 	bool		negative = *p == '-';
 	bool		fits;
@@ -249,7 +217,6 @@ read_cents(Numeric cents, int128 * value, int *scale)
 		*scale += behind_point;
 	}
 	fits = *p == '\0' && *scale <= SHARE_CENTS_SCALE && ndigits - *scale <= MAX_CENTS_DIGITS - SHARE_CENTS_SCALE;
-	pfree(text);
 	if (!fits)
 		return false;
 	*value *= unit_of_scale(*scale);
@@ -259,74 +226,17 @@ read_cents(Numeric cents, int128 * value, int *scale)
 }
 
 /*
- * Set the costs of sums, which had none, in the current memory context.
+ * Set the costs of sums, which had none, in the current memory context; "text"
+ * is that of "cents", or NULL if the caller does not have it.
  */
 void
-abp_share_set_cents(ShareSums *sums, Numeric cents)
+abp_share_set_cents(ShareSums *sums, Numeric cents, const char *text)
 {
-	if (read_cents(cents, &sums->cents, &sums->cents_scale))
+	if (read_cents(text !=NULL ? text : numeric_text(cents), &sums->cents, &sums->cents_scale))
 		return;
 	sums->cents = 0;
 	sums->cents_scale = 0;
 	sums->more_cents = numeric_plus(cents, int64_to_numeric(0));
-}
-
-/*
- * The day of a time, UTC.
- */
-DateADT
-abp_share_day(TimestampTz time)
-{
-	if (TIMESTAMP_IS_NOBEGIN(time))
-		return DATEVAL_NOBEGIN;
-	if (TIMESTAMP_IS_NOEND(time))
-		return DATEVAL_NOEND;
-	return (DateADT) (time / USECS_PER_DAY - (time % USECS_PER_DAY < 0 ? 1 : 0));
-}
-
-/*
- * The first day of a day's month, or of one so many months later.
- */
-DateADT
-abp_share_month(DateADT day, int months_later)
-{
-	int			year;
-	int			month;
-	int			mday;
-
-	if (DATE_NOT_FINITE(day))
-		return day;
-	j2date(day + POSTGRES_EPOCH_JDATE, &year, &month, &mday);
-	return date2j(year, month + months_later, 1) - POSTGRES_EPOCH_JDATE;
-}
-
-/*
- * How rows of a table with this server become events, which says who a row's
- * customer is; without one (InvalidOid) as if it had no options.
- */
-const EventFormat *
-abp_share_format(Oid serverid)
-{
-	static const EventFormat plain = {.tag_prefix = ""};
-
-	return OidIsValid(serverid) ? &abp_server_options(serverid)->format : &plain;
-}
-
-/*
- * By what a row is summed up: its customer as it is sent, or would be.  The
- * result points into the row and into *customer.
- */
-void
-abp_share_key_of_row(ShareKey *key, const UsageRow *row, const EventFormat *format,
-					 EventCustomer *customer)
-{
-	abp_identity_customer(row, format, customer);
-	key->day = abp_share_day(row->occurred_at);
-	key->external_customer_id = customer->external_id;
-	key->customer_id = customer->has_id ? &customer->id : NULL;
-	key->provider = row->provider;
-	key->model = row->model;
-	key->event_name = row->event_name;
 }
 
 /*
@@ -348,7 +258,7 @@ abp_share_sums_of_row(ShareSums *sums, const UsageRow *row)
 	if (row->has_cost_nanos)
 		sums->nanos = row->cost_nanos;
 	if (row->cost_cents != NULL)
-		abp_share_set_cents(sums, row->cost_cents);
+		abp_share_set_cents(sums, row->cost_cents, row->cents_text);
 }
 
 /*

@@ -10,9 +10,10 @@ INSERT INTO e (external_customer_id, provider_cost) VALUES
 	('c', 0.000000000000015), ('c', 0.0000000000000149), ('c', 0.0000000000049999999), ('c', 0.00000000000499999),
 	('c', 1.2345678901234449), ('c', 1.2345678901234451), ('c', 345.678901234564999), ('c', 345.678901234565),
 	('c', 0.00999999999999996), ('c', 999.99), ('c', 0.1), ('c', 0), ('c', 7),
-	('c', 12.34567890123456), ('c', 8);
-ALTER TABLE e DISABLE TRIGGER USER; -- a cost that we have not rounded
+	('c', 12.34567890123456), ('c', 8), ('c', 100), ('c', 5), ('c', 5.25), ('c', 0.5);
+ALTER TABLE e DISABLE TRIGGER USER; -- a cost that we have not rounded, and some with zeros at the end
 UPDATE e SET cost_cents = 0.0000000000015 WHERE provider_cost = 8;
+UPDATE e SET cost_cents = provider_cost * 100.000 WHERE provider_cost IN (5, 5.25, 0.5);
 ALTER TABLE e ENABLE TRIGGER USER;
 SELECT e.provider_cost, event #> '{metadata,_cost}' AS cost FROM aibilling.preview('e', 100) JOIN e ON e.id = usage_id ORDER BY e.id;
 DELETE FROM e;

@@ -20,6 +20,7 @@
 
 #define MAX_NUMBER_BYTES 19		/* of 128 bits, seven a byte */
 
+/* Append a number. */
 static inline void
 abp_bytes_put_unsigned(StringInfo to, uint128 value)
 {
@@ -37,13 +38,14 @@ abp_bytes_put_unsigned(StringInfo to, uint128 value)
 	to->len = at - to->data;
 }
 
+/* Append one that can be negative. */
 static inline void
 abp_bytes_put_signed(StringInfo to, int128 value)
 {
 	abp_bytes_put_unsigned(to, value < 0 ? ((~(uint128) value) << 1) | 1 : (uint128) value << 1);
 }
 
-/* A string, after its length. */
+/* Append a string, after its length. */
 static inline void
 abp_bytes_put_string(StringInfo to, const char *data, int len)
 {
@@ -59,7 +61,7 @@ typedef struct ByteReader
 	const char *what;			/* what cannot be read then, for the message */
 } ByteReader;
 
-extern void abp_bytes_corrupted(const ByteReader *reader) pg_attribute_noreturn();
+extern void abp_bytes_corrupted(const ByteReader *reader);
 extern uint128 abp_bytes_get_unsigned(ByteReader *reader);
 extern int128 abp_bytes_get_signed(ByteReader *reader);
 

@@ -68,8 +68,8 @@ typedef struct UsageRow
 	bool		has_cost_nanos;
 	int64		cost_nanos;
 	Numeric		cost_cents;		/* NULL if not known */
-	const char *cents_text;		/* the same as text; only in rows that
-								 * abp_rows_read has read */
+	const char *cents_text;		/* the same as text, in rows that
+								 * abp_rows_read has read; else NULL */
 	TextView	cost_status;
 	bool		maybe_changing; /* another transaction may be changing it;
 								 * only in rows that abp_rows_read has read */

@@ -5,8 +5,9 @@
  *
  * What deliveries add up to is folded into the rollup when for a while nothing
  * was delivered; while there is a backlog, with long pauses; while rows come, in
- * small pieces and with pauses, so that a row waits for one piece at most.  Deliveries of an older version, which has not
- * added them up, are added up here too, from their rows.
+ * small pieces and with pauses, so that a row waits for one piece at most.
+ * Deliveries of an older version, which has not added them up, are added up here
+ * too, from their rows.
  *
  *-------------------------------------------------------------------------
  */

@@ -25,6 +25,7 @@
 
 #include "base/decimal.h"
 #include "base/extension.h"
+#include "base/numeric_math.h"
 #include "compat.h"
 #include "queue/outbox.h"
 #include "queue/rollup_table.h"
@@ -394,10 +395,13 @@ add_to_customer(const Datum *values, const bool *nulls, void *arg)
 	Daily	   *daily = arg;
 	ShareSums	sums = {0};
 	ShareKey	key = key_of_rollup(values, nulls);
+	Numeric		cents = DatumGetNumeric(values[ROLLUP_COST_CENTS]);
+	char	   *shown = numeric_text(cents);
 
 	sums.rows = DatumGetInt64(values[ROLLUP_USAGE_ROWS]);
 	sums.unpriced = DatumGetInt64(values[ROLLUP_UNPRICED]);
-	abp_share_set_cents(&sums, DatumGetNumeric(values[ROLLUP_COST_CENTS]), NULL);
+	abp_share_set_cents(&sums, cents, shown);
+	pfree(shown);
 	add_pending(&key, &sums, true, daily);
 	return true;
 }

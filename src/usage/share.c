@@ -226,13 +226,13 @@ read_cents(const char *text, int128 * value, int *scale)
 }
 
 /*
- * Set the costs of sums, which had none, in the current memory context; "text"
- * is that of "cents", or NULL if the caller does not have it.
+ * Set the costs of sums, which had none, in the current memory context; "shown"
+ * is "cents" as text.
  */
 void
-abp_share_set_cents(ShareSums *sums, Numeric cents, const char *text)
+abp_share_set_cents(ShareSums *sums, Numeric cents, const char *shown)
 {
-	if (read_cents(text !=NULL ? text : numeric_text(cents), &sums->cents, &sums->cents_scale))
+	if (read_cents(shown, &sums->cents, &sums->cents_scale))
 		return;
 	sums->cents = 0;
 	sums->cents_scale = 0;

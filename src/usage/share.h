@@ -69,7 +69,7 @@ extern ShareGroup *abp_share_group_of(ShareGroups *groups, const ShareKey *key);
 extern ShareGroup *abp_share_find(ShareGroups *groups, const ShareKey *key);
 extern void abp_share_sums_of_row(ShareSums *sums, const UsageRow *row);
 extern void abp_share_add(ShareGroups *groups, ShareSums *to, const ShareSums *sums);
-extern void abp_share_set_cents(ShareSums *sums, Numeric cents, const char *text);
+extern void abp_share_set_cents(ShareSums *sums, Numeric cents, const char *shown);
 extern Numeric abp_share_cents(const ShareSums *sums);
 
 #endif							/* ABP_SHARE_H */

@@ -377,7 +377,7 @@ abp_share_decode(bytea *share, ShareReader reader, void *arg)
 {
 	ByteReader	bytes = {
 		VARDATA_ANY(share), VARDATA_ANY(share) + VARSIZE_ANY_EXHDR(share),
-		"a row of table aibilling.share"
+		"the sums of a batch in table aibilling.share"
 	};
 	TextView	first_customer;
 	uint64		nkinds;

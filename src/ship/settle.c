@@ -7,7 +7,6 @@
  */
 #include "postgres.h"
 
-#include "access/xact.h"
 #include "catalog/pg_class.h"
 #include "utils/lsyscache.h"
 #include "utils/timestamp.h"
@@ -286,10 +285,8 @@ settle_delivered(Turn *turn, Shipment *shipment, const Verdict *verdict, double 
 	 */
 	if (verdict->duplicates > 0 && !delivery->outcome_unknown)
 	{
-		IdSet		before;
+		IdSet		before = abp_ledger_delivered_before(delivery, ledger_from);
 
-		CommandCounterIncrement();	/* what was settled in this transaction */
-		before = abp_ledger_delivered_before(delivery, ledger_from);
 		add_rows_in_flight(shipment, &before);
 		delivery->unexpected_duplicates = Max(0, verdict->duplicates - abp_idset_count(&before));
 		if (before.nranges > 0 && verdict->duplicates >= abp_idset_count(&before))

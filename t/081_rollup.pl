@@ -16,7 +16,7 @@ use Test::More;
 plan skip_all => 'python3 is not on PATH' unless PolarServer->python;
 
 my $polar = PolarServer->new;
-my $node = AibillingNode->new('main', databases => 'postgres, restored, older');
+my $node = AibillingNode->new('main', databases => 'postgres, restored, older, latin');
 my $columns = 'input_tokens, cache_read_tokens, cache_write_tokens, output_tokens, reasoning_tokens, cost_nanos, cost_cents';
 
 # What differs between usage_daily() and the rows, with those of "gone" (delivered, and deleted since).
@@ -207,9 +207,10 @@ $node->safe_psql('postgres', q{
 INSERT INTO usage (provider, model, external_customer_id, input_tokens, output_tokens, provider_cost)
 SELECT repeat('p', 3000), repeat('m', 9000), 'big', 9223372036854775807, 9223372036854775807, 0.00000000000001 FROM generate_series(1, 3);
 INSERT INTO usage (provider, model, external_customer_id, provider_cost) VALUES ('p', 'x', repeat('long', 60), 999.999999999999999);
-INSERT INTO usage (provider, model, external_customer_id, provider_cost) VALUES ('p', 'x', repeat('too long', 60), 1), ('', '', '', 1);});
+INSERT INTO usage (provider, model, external_customer_id, provider_cost) VALUES ('p', 'x', repeat('too long', 60), 1), ('', '', '', 1);
+INSERT INTO usage (occurred_at, provider, model, external_customer_id, provider_cost) VALUES ('1999-12-31 12:00+00', 'p', 'x', 'early', 1);});
 $node->wait_settled;
-same('numbers and names of any size');
+same('numbers and names of any size, and a day before 2000');
 $node->wait_folded();
 same('and in the rollup');
 
@@ -464,6 +465,29 @@ $node->safe_psql('postgres', 'CREATE DATABASE old_dump');
 $node->safe_psql('old_dump', 'CREATE EXTENSION aibilling_polar');
 IPC::Run::run([ 'pg_restore', '-d', $node->connstr('old_dump'), "$dump.1.1" ], '2>', \my $err);
 same('deliveries of a dump of 1.1, restored where 1.2 is, count', 'usage', db => 'old_dump', where => 'id < 305');
+
+# ---------------------------------------------------------------------------
+# In another encoding
+# ---------------------------------------------------------------------------
+
+$node->safe_psql('postgres', "CREATE DATABASE latin ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0");
+$node->safe_psql('latin', q{
+CREATE EXTENSION aibilling_polar;
+CREATE SERVER polar FOREIGN DATA WRAPPER polar OPTIONS (url '} . $polar->url . q{', event_name 'llm_usage', batch_size '7');
+CREATE USER MAPPING FOR PUBLIC SERVER polar OPTIONS (access_token '} . $polar->token . q{');
+SELECT aibilling.create_usage_table('usage', server => 'polar');
+SELECT aibilling.pause('polar');
+INSERT INTO usage (provider, model, event_name, external_customer_id, provider_cost)
+SELECT U&'caf\00e9', U&'m\00fcller', CASE WHEN n % 5 = 0 THEN U&'\00e0 la carte' END,
+	CASE n % 4 WHEN 0 THEN U&'caf\00e9' WHEN 1 THEN U&'caf\00e8 ' || n % 3 WHEN 2 THEN 'caf' ELSE U&'n\00f8body' END, n
+FROM generate_series(1, 40) n;});
+same('customers, models and names that are not ASCII, queued', 'usage', db => 'latin');
+$node->safe_psql('latin', "SELECT aibilling.resume('polar')");
+$node->wait_folded('latin');
+same('... and in the rollup', 'usage', db => 'latin');
+is($node->safe_psql('latin', q{SELECT sum(usage_rows) FROM aibilling.usage_daily('usage') WHERE external_customer_id = U&'caf\00e9' AND model = U&'m\00fcller'}),
+	'10', 'they are found by their names');
+is($node->safe_psql('latin', q{SELECT usage_rows, cost_cents FROM aibilling.spend('usage', U&'caf\00e9')}), '10|22000', 'spend() of one of them');
 
 # ---------------------------------------------------------------------------
 # Without a worker

@@ -397,7 +397,7 @@ class Stress:
             self.fail("the sums cannot be compared", *lines)
             return
         if len(lines) > 1:
-            self.fail("the sums differ", *sorted(lines, key=lambda line: line.split("(")[-1])[:8])
+            self.fail("the sums differ", time.strftime("at %T UTC", time.gmtime()), *sorted(lines, key=lambda line: line.split("(")[-1])[:8])
         with self.lock:
             self.compared += int(lines[-1].split()[-1]) > 0
 
@@ -448,12 +448,16 @@ class Stress:
             faults.append("delivered, and not at Polar")
         if len(found) > 1:
             faults.append("more than once at Polar")
-        here = row["row"]
-        if found and (found[0]["metadata"].get("cost_nanos") != here.get("cost_nanos") or
-                      found[0]["metadata"].get("input_tokens") != here.get("input_tokens") or
-                      found[0].get("external_customer_id") != here.get("external_customer_id")):
+        if found and Stress.differs(row, found[0]):
             faults.append("not as it is at Polar")
         return faults
+
+    @staticmethod
+    def differs(row, event):
+        """Is a row other than its event?"""
+        here = row["row"]
+        return (event.get("external_customer_id") != here.get("external_customer_id") or
+                any(event["metadata"].get(name) != here.get(name) for name in ("cost_nanos", "input_tokens", "output_tokens")))
 
     @staticmethod
     def all_of_row(session, table, row, found):
@@ -481,6 +485,12 @@ class Stress:
                 states[row["state"]] += 1
                 for fault in self.faults_of(row, found):
                     self.fail(fault, *self.all_of_row(session, table, row, found))
+        for line in session.run("SELECT json_build_object('key', g.external_id, 'id', g.id, 'row', jsonb_strip_nulls(to_jsonb(g)),"
+                                " 'state', 'deleted', 'error', '') FROM gone g") or []:
+            row = json.loads(line)
+            found = events.get(row["key"], [])
+            if found and self.differs(row, found[0]):
+                self.fail("deleted after its delivery, and not as it is at Polar", *self.all_of_row(session, "one", row, found))
         for key, found in events.items():
             number = int(key[1:]) if key[1:].isdigit() and key[0] == "e" else None
             if number is None and found[0].get("external_customer_id") == "e":

@@ -36,6 +36,11 @@
 /* A backlog that is gone by then is not held up. */
 #define BACKLOG_MS (5 * 1000)
 
+/* How many groups make a piece, of which each takes some 20 us, while rows come and else. */
+#define LIVELY_GROUPS 100
+#define QUIET_GROUPS 1000
+#define BACKLOG_GROUPS 6000
+
 /* The pause after a piece, in times of what it took: with a backlog, and while rows come. */
 #define BACKLOG_PAUSE 50
 #define LIVELY_PAUSE 4
@@ -114,7 +119,7 @@ abp_fold_is_behind(void)
 /* One part of what was delivered. */
 typedef struct FoldStep
 {
-	bool		brief;			/* a small one */
+	int			max_groups;
 	bool		more;			/* result: may there be more? */
 } FoldStep;
 
@@ -126,7 +131,7 @@ fold_step(void *arg)
 
 	CommandCounterIncrement();
 	PushActiveSnapshot(GetLatestSnapshot());
-	step->more = abp_rollup_fold(&fold_from, step->brief);
+	step->more = abp_rollup_fold(&fold_from, step->max_groups);
 	PopActiveSnapshot();
 }
 
@@ -222,7 +227,10 @@ static bool
 fold_some(bool idle, bool backlog)
 {
 	TimestampTz start = GetCurrentTimestamp();
-	FoldStep	step = {.brief = !backlog && (!idle || lively_until > start)};
+	bool		lively = !idle || lively_until > start;
+	FoldStep	step = {
+		.max_groups = backlog ? BACKLOG_GROUPS : lively ? LIVELY_GROUPS : QUIET_GROUPS
+	};
 	GuardError	error;
 
 	if (abp_guard(NULL, fold_step, &step, &error) != GUARD_DONE)
@@ -239,7 +247,7 @@ fold_some(bool idle, bool backlog)
 	fold_failed = false;
 	may_have_shares = step.more;
 	fold_at = GetCurrentTimestamp();
-	if (backlog || step.brief)
+	if (lively)
 		fold_at += (fold_at - start) * (idle ? LIVELY_PAUSE : BACKLOG_PAUSE);
 	return step.more;
 }

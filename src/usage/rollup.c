@@ -32,10 +32,8 @@
 #include "usage/share_bytes.h"
 #include "usage/share_key.h"
 
-/* How much is folded at a time; groups of one key are written once. */
+/* How much is folded at most at a time. */
 #define FOLD_SHARES 64
-#define FOLD_GROUPS 6000
-#define FOLD_GROUPS_BRIEFLY 100
 
 /* SHA-256 of some bytes. */
 static void
@@ -215,11 +213,12 @@ add_to_group(const char *key, int keylen, const ShareSums *sums, void *arg)
 
 /*
  * Add the sums of some delivered batches to the rollup, of deliveries from
- * *from_delivery on, which is moved; if "brief", not many that differ.  For the
- * shipper, in a transaction of its own.  Returns whether there may be more.
+ * *from_delivery on, which is moved; no more batches once they make so many
+ * groups, each of which is written once.  For the shipper, in a transaction of its
+ * own.  Returns whether there may be more.
  */
 bool
-abp_rollup_fold(int64 *from_delivery, bool brief)
+abp_rollup_fold(int64 *from_delivery, int max_groups)
 {
 	List	   *shares = abp_shares_to_fold(*from_delivery, FOLD_SHARES, false);
 	int64	   *folded = palloc(sizeof(int64) * Max(1, list_length(shares)));
@@ -248,7 +247,7 @@ abp_rollup_fold(int64 *from_delivery, bool brief)
 			continue;
 		abp_share_decode(share->sums, add_to_group, &groups);
 		folded[nfolded++] = share->delivery;
-		if (groups.ngroups >= (brief ? FOLD_GROUPS_BRIEFLY : FOLD_GROUPS))
+		if (groups.ngroups >= max_groups)
 			break;
 	}
 	write_groups(usage_table, &groups);

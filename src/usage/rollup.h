@@ -13,7 +13,7 @@
 #include "queue/attachment.h"
 #include "usage/share.h"
 
-extern bool abp_rollup_fold(int64 *from_delivery, bool brief);
+extern bool abp_rollup_fold(int64 *from_delivery, int max_groups);
 extern bytea *abp_rollup_sum_rows(const UsageTable *table, IdSet *ids, const EventFormat *format);
 extern int64 abp_rollup_customer(const ShareKey *key);
 extern ShareKey abp_rollup_values(const ShareGroup *group, Datum *values, bool *nulls);

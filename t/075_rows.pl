@@ -583,6 +583,27 @@ subtest '7: what may have been stored stays what it is' => sub {
 	is(unexpected('unknown'), 1, 'and that is told');
 };
 
+subtest '7: what Polar has stays what it is, whatever has become of its server' => sub {
+	$node->create_server($polar, name => 'former', requests_per_minute => 0);
+	sql("SELECT aibilling.create_usage_table('orphan', 'former')");
+	sql(ins('orphan', 'or1'));
+	ok(settled('orphan'), 'a row is delivered');
+	sql('SET session_replication_role = replica; ALTER SERVER former RENAME TO former_server');
+	like(error_of('UPDATE orphan SET input_tokens = 9000'), qr/has been delivered/, 'UPDATE is refused when its server has another name that we were not told');
+	sql(ins('orphan', 'or2'));
+	ok(settled('orphan'), 'and more are delivered there');
+	sql('SELECT aibilling.pause()');
+	sql(ins('orphan', 'or3') . ins('orphan', 'or4'));
+	sql('SET session_replication_role = replica; DROP SERVER former_server CASCADE');
+	like(error_of('UPDATE orphan SET input_tokens = 9000'), qr/has been delivered/, 'and when it has none any more');
+	sql("UPDATE orphan SET input_tokens = 9000 WHERE external_id = 'or3'; DELETE FROM orphan WHERE external_id = 'or4'");
+	is(outbox('orphan'), '3 pending', 'what was not sent can be changed');
+	sql("SELECT aibilling.attach('orphan', 'polar'); SELECT aibilling.resume()");
+	ok(settled('orphan'), 'until it has another server');
+	is(at_polar('or'), 'or1 x1, or2 x1, or3 x1', 'each is sent once');
+	is(cost_at_polar('or3'), sql("SELECT cost_nanos FROM orphan WHERE external_id = 'or3'"), 'as it is');
+};
+
 subtest '8: detach asks when nobody can send any more' => sub {
 	sql("SELECT aibilling.create_usage_table('race', 'polar')");
 	pause();

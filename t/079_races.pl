@@ -436,6 +436,29 @@ subtest 'the shipper keeps away while a partition leaves' => sub {
 	$_->quit foreach $reader, $session;
 };
 
+# Others see at once that a server has another name, and hear a moment later that there is such a name.
+subtest 'a delivered row is changed while its server is renamed' => sub {
+	my $session = session_of_held_commits() or plan skip_all => 'needs a compiler';
+	my $application = $node->background_psql('postgres', on_error_stop => 0);
+
+	sql("SELECT aibilling.create_usage_table('renaming', 'polar')");
+	sql("INSERT INTO renaming (external_id, provider, model, external_customer_id, input_tokens) VALUES ('r1', 'acme', 'm', 'c', 1000)");
+	$polar->wait_for(sub { stored('r1') }, 'a row to be delivered');
+	$node->poll_query_until('postgres', "SELECT state = 'delivered' FROM aibilling.usage_status('renaming', 1)");
+
+	$application->query("DO \$\$BEGIN PERFORM has_server_privilege('renamed', 'USAGE'); EXCEPTION WHEN undefined_object THEN NULL; END\$\$");
+	append_to_file($held, '');
+	$session->{stdin} .= "ALTER SERVER polar RENAME TO renamed;\n";
+	$session->{run}->pump_nb;
+	$node->poll_query_until('postgres', "SELECT EXISTS (SELECT FROM pg_foreign_server WHERE srvname = 'renamed')");
+	$application->query("UPDATE renaming SET input_tokens = 5");
+	like($application->{stderr}, qr/cannot update usage row 1 of "renaming": it has been delivered/, 'that is refused');
+	unlink $held;
+	$session->query('ALTER SERVER renamed RENAME TO polar');
+	is(sql('SELECT input_tokens FROM renaming'), '1000', 'what Polar has stays');
+	$_->quit foreach $application, $session;
+};
+
 subtest 'a delivered row comes while another of its id is priced' => sub {
 	partitioned('priced');
 	insert('priced', 21, 'p1', 'b', 'm');

@@ -59,17 +59,18 @@ abp_attachment_table(void)
 }
 
 /*
- * The server of a usage table, InvalidOid if it is gone.  In a copy of a
- * database the OID written down is that of the original's server, and may be
- * another's here: until aibilling.arm() binds the tables, the name alone
- * tells.
+ * The server of a usage table, InvalidOid if it is gone.  Not by its name, which
+ * may be changing just now.  But in a copy of a database the OID written down is
+ * that of the original's server, and may be another's here: until aibilling.arm()
+ * binds the tables, the name alone tells.
  */
 static Oid
 server_of(const AttachmentForm *form, bool armed)
 {
-	Oid			serverid = get_foreign_server_oid(NameStr(form->server), true);
-
-	return armed && serverid != form->serverid ? InvalidOid : serverid;
+	if (!armed)
+		return get_foreign_server_oid(NameStr(form->server), true);
+	return SearchSysCacheExists1(FOREIGNSERVEROID, ObjectIdGetDatum(form->serverid)) ?
+		form->serverid : InvalidOid;
 }
 
 /* A column that the extension has since 1.2, of a tuple; before that 0. */

@@ -23,7 +23,6 @@
 #include "catalog/pg_class.h"
 #include "catalog/pg_inherits.h"
 #include "fmgr.h"
-#include "foreign/foreign.h"
 #include "miscadmin.h"
 #include "nodes/parsenodes.h"
 #include "partitioning/partdesc.h"
@@ -64,11 +63,11 @@ root_of(Oid relid)
 
 /* Note in the ledger that rows were gone before they were sent. */
 static void
-note_vanished(Oid usage_table, Oid serverid, IdSet *ids, bool outcome_unknown)
+note_vanished(const UsageTable *table, IdSet *ids, bool outcome_unknown)
 {
 	Delivery	delivery = {
-		.usage_table = usage_table,
-		.server = GetForeignServer(serverid)->servername,
+		.usage_table = table->relid,
+		.server = table->server,
 		.outcome_unknown = outcome_unknown,
 		.vanished = abp_idset_count(ids),
 		.vanished_ids = *ids
@@ -101,8 +100,9 @@ lock_others(Oid usage_table, const IdSet *ids)
  * changes one that has the id of a row that has gone says where that id stands.
  */
 static void
-partition_has_gone(Oid usage_table, Oid partition, Oid serverid, int64 ledger_from, bool concurrently)
+partition_has_gone(const UsageTable *table, Oid partition, bool concurrently)
 {
+	Oid			usage_table = table->relid;
 	IdWalk		walk = {0};
 	IdSet		waiting;
 	IdSet		ids;
@@ -128,11 +128,11 @@ partition_has_gone(Oid usage_table, Oid partition, Oid serverid, int64 ledger_fr
 
 		is_changing = concurrently && !abp_idset_contains(&locked, walk.id) &&
 			abp_lookup_exists(usage_table, walk.id);
-		if (is_changing || abp_triggers_row_left(usage_table, walk.id, ledger_from, &outcome_unknown))
+		if (is_changing || abp_triggers_row_left(usage_table, walk.id, table->ledger_from, &outcome_unknown))
 			abp_idset_add(outcome_unknown ? &unknown : &unsent, walk.id, walk.id, CurrentMemoryContext);
 	}
-	note_vanished(usage_table, serverid, &unsent, false);
-	note_vanished(usage_table, serverid, &unknown, true);
+	note_vanished(table, &unsent, false);
+	note_vanished(table, &unknown, true);
 
 	count = abp_idset_count(&unsent) + abp_idset_count(&unknown);
 	if (count > 0)
@@ -294,27 +294,28 @@ abp_sql_on_table_ddl(PG_FUNCTION_ARGS)
 	{
 		const AlterTableCmd *cmd = lfirst_node(AlterTableCmd, lc);
 		const PartitionCmd *named = (const PartitionCmd *) cmd->def;
+		const UsageTable *table;
 		Oid			root;
 		Oid			partition;
-		Oid			serverid;
-		int64		ledger_from;
+		bool		armed;
 
 		if (cmd->subtype != AT_AttachPartition && cmd->subtype != AT_DetachPartition &&
 			cmd->subtype != AT_DetachPartitionFinalize)
 			continue;
 		root = root_of(RangeVarGetRelid(((const AlterTableStmt *) command)->relation, NoLock, true));
 		partition = RangeVarGetRelid(named->name, NoLock, true);
-		if (!OidIsValid(partition) || !abp_attachment_find(root, &serverid, &ledger_from))
+		table = abp_attachment_of(abp_attachments(&armed), root);
+		if (!OidIsValid(partition) || table == NULL)
 			continue;
 
 		if (cmd->subtype == AT_AttachPartition)
 		{
 			abp_attachment_lock(root);
-			partition_has_come(root, partition, ledger_from, false);
+			partition_has_come(root, partition, table->ledger_from, false);
 			note_partition(root, partition);
 		}
 		else
-			partition_has_gone(root, partition, serverid, ledger_from,
+			partition_has_gone(table, partition,
 							   named->concurrent || cmd->subtype == AT_DetachPartitionFinalize);
 	}
 	PG_RETURN_NULL();

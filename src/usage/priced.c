@@ -106,14 +106,24 @@ abp_priced_by_us(const UsageRelation *known, int64 id)
 }
 
 /*
- * What a table's row deserves.  A cost beyond cost_nanos, which an INSERT refuses, rejects the row of a subscription.
+ * What a table's row deserves; without a server it is ready, and whoever comes to
+ * send it looks at it.  A cost beyond cost_nanos, which an INSERT refuses, rejects the row of a subscription.
  */
 void
-abp_priced_state(const UsageRelation *known, const UsageRow *row, const ServerOptions *server, RowState *state)
+abp_priced_state(const UsageRelation *known, const UsageRow *row, RowState *state)
 {
+	const ServerOptions *server = abp_relation_server(known);
 	PricedCost	cost;
 	char	   *problem;
 
+	if (server == NULL)
+	{
+		*state = (RowState)
+		{
+			.state = OUTBOX_READY,.not_before = DT_NOBEGIN
+		};
+		return;
+	}
 	abp_fate_of(row, server, state);
 	if (known->replicated && state->state == OUTBOX_UNPRICED && !abp_fate_cost(row, &cost, &problem))
 		state->state = OUTBOX_REJECTED;
@@ -124,12 +134,11 @@ abp_priced_state(const UsageRelation *known, const UsageRow *row, const ServerOp
  * that this transaction has put into the outbox (NULL).
  */
 void
-abp_priced_requeue(UsageRelation *known, Relation rel, const UsageRow *row, const ServerOptions *server,
-				   const RowPlace *place)
+abp_priced_requeue(UsageRelation *known, Relation rel, const UsageRow *row, const RowPlace *place)
 {
 	RowState	state;
 
-	abp_priced_state(known, row, server, &state);
+	abp_priced_state(known, row, &state);
 	if (state.state == OUTBOX_REJECTED)
 		abp_warn_rejected(rel, row->id, state.error);
 

@@ -16,7 +16,6 @@
 
 #include "base/idset.h"
 #include "base/usage_row.h"
-#include "polar/server.h"
 #include "price/price.h"
 #include "queue/attachment.h"
 #include "queue/outbox.h"
@@ -27,10 +26,9 @@ extern HeapTuple abp_priced_tuple(UsageRelation *known, TupleDesc desc,
 								  const UsageRow *row, bool normalized, bool stripped,
 								  const PricedCost *cost);
 extern bool abp_priced_by_us(const UsageRelation *known, int64 id);
-extern void abp_priced_state(const UsageRelation *known, const UsageRow *row,
-							 const ServerOptions *server, RowState *state);
+extern void abp_priced_state(const UsageRelation *known, const UsageRow *row, RowState *state);
 extern void abp_priced_requeue(UsageRelation *known, Relation rel, const UsageRow *row,
-							   const ServerOptions *server, const RowPlace *place);
+							   const RowPlace *place);
 extern IdSet abp_priced_reprice(const UsageTable *table, IdSet *ids, bool held);
 
 #endif							/* ABP_PRICED_H */

@@ -477,6 +477,15 @@ abp_relation_know(Relation rel)
 	return known;
 }
 
+/*
+ * The options of the server that a table's rows go to; NULL if it has none.
+ */
+const ServerOptions *
+abp_relation_server(const UsageRelation *known)
+{
+	return OidIsValid(known->serverid) ? abp_server_options(known->serverid) : NULL;
+}
+
 /* The columns of a tuple, in the order of UsageColumn. */
 void
 abp_relation_read(const UsageRelation *known, HeapTuple tuple, TupleDesc desc,

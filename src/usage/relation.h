@@ -14,6 +14,7 @@
 #include "nodes/execnodes.h"
 #include "utils/relcache.h"
 
+#include "polar/server.h"
 #include "usage/row.h"
 
 /*
@@ -60,6 +61,7 @@ extern bool abp_relation_lacks_defaults(const UsageRelation *known,
 										const bool *nulls);
 extern void abp_relations_forget(void);
 extern UsageRelation *abp_relation_know(Relation rel);
+extern const ServerOptions *abp_relation_server(const UsageRelation *known);
 extern void abp_relation_read(const UsageRelation *known, HeapTuple tuple,
 							  TupleDesc desc, Datum *values, bool *nulls);
 extern UsageRelation *abp_relation_fill_defaults(UsageRelation *known,

@@ -131,7 +131,7 @@ skip_row(UsageRelation *known, Relation rel, const UsageRow *row)
 static HeapTuple
 price_row(UsageRelation *known, TupleDesc desc, UsageRow *row, PricedCost *cost)
 {
-	const ServerOptions *server = OidIsValid(known->serverid) ? abp_server_options(known->serverid) : NULL;
+	const ServerOptions *server = abp_relation_server(known);
 	bool		strips = server != NULL && server->strip_raw_usage && row->raw_usage != NULL &&
 	abp_normalize_knows_format(row->usage_format);
 	Jsonb	   *kept = NULL;
@@ -290,7 +290,6 @@ abp_replicated_update(UsageRelation *known, Relation rel, HeapTuple old, HeapTup
 	Datum		values[NUM_USAGE_COLUMNS];
 	bool		nulls[NUM_USAGE_COLUMNS];
 	bool		take[NUM_USAGE_COLUMNS];
-	const ServerOptions *server = NULL;
 	HeapTuple	priced;
 	UsageRow	row;
 	RowPlace	place;
@@ -350,15 +349,13 @@ abp_replicated_update(UsageRelation *known, Relation rel, HeapTuple old, HeapTup
 		return abp_relation_take_old(known, desc, tuple, old, take);
 	}
 
-	if (OidIsValid(known->serverid))
-		server = abp_server_options(known->serverid);
-	if (place.where == ROW_IN_OUTBOX && server != NULL)
+	if (place.where == ROW_IN_OUTBOX)
 	{
 		row.has_cost_nanos = cost.known;
 		row.cost_nanos = cost.cost_nanos;
 		row.cost_cents = cost.cost_cents;
 		abp_correct_changed(known->usage_table, old_values, old_nulls, &row);
-		abp_priced_requeue(known, rel, &row, server, own ? NULL : &place);
+		abp_priced_requeue(known, rel, &row, own ? NULL : &place);
 	}
 	return priced;
 }

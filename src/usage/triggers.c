@@ -99,8 +99,7 @@ refuse_change(const RowPlace *place, Relation rel, int64 id, const char *verb)
  * new row deserves.  Raises an error if Polar has the row, or may have it.
  */
 static void
-requeue_row(UsageRelation *known, Relation rel, const UsageRow *row,
-			const ServerOptions *server)
+requeue_row(UsageRelation *known, Relation rel, const UsageRow *row)
 {
 	RowPlace	place;
 	bool		own;
@@ -133,7 +132,7 @@ requeue_row(UsageRelation *known, Relation rel, const UsageRow *row,
 			refuse_change(&other, rel, row->id, "update");
 	}
 
-	abp_priced_requeue(known, rel, row, server, own ? NULL : &place);
+	abp_priced_requeue(known, rel, row, own ? NULL : &place);
 }
 
 /* Tell, once a session, of triggers on a table that is not attached. */
@@ -257,7 +256,7 @@ abp_sql_price_usage(PG_FUNCTION_ARGS)
 	TriggerData *trigdata = (TriggerData *) fcinfo->context;
 	NewRow		new;
 	UsageRelation *known;
-	const ServerOptions *server = NULL;
+	const ServerOptions *server;
 	UsageRow	row;
 	PricedCost	cost = {COST_INCOMPLETE};
 	bool		update;
@@ -284,8 +283,7 @@ abp_sql_price_usage(PG_FUNCTION_ARGS)
 	abp_row_read(new.values, new.nulls, &row);
 	row.columns = &known->columns;
 	abp_fate_check(new.rel, &row, new.nulls);
-	if (OidIsValid(known->serverid))
-		server = abp_server_options(known->serverid);
+	server = abp_relation_server(known);
 
 	/* before what is read fills in the model */
 	if (row.raw_usage != NULL && server != NULL && server->strip_raw_usage)
@@ -310,12 +308,12 @@ abp_sql_price_usage(PG_FUNCTION_ARGS)
 		row.raw_usage = kept;
 	new.tuple = abp_priced_tuple(known, RelationGetDescr(new.rel), &row, normalized, strips, &cost);
 
-	if (update && OidIsValid(known->usage_table) && server != NULL)
+	if (update && OidIsValid(known->usage_table))
 	{
 		row.has_cost_nanos = cost.known;
 		row.cost_nanos = cost.cost_nanos;
 		row.cost_cents = cost.cost_cents;
-		requeue_row(known, new.rel, &row, server);
+		requeue_row(known, new.rel, &row);
 		abp_correct_changed(known->usage_table, new.old_values, new.old_nulls, &row);
 	}
 	return PointerGetDatum(new.tuple);
@@ -353,11 +351,10 @@ abp_sql_enqueue_usage(PG_FUNCTION_ARGS)
 	TriggerData *trigdata = (TriggerData *) fcinfo->context;
 	Relation	rel;
 	UsageRelation *known;
-	const ServerOptions *server = NULL;
 	Datum		values[NUM_USAGE_COLUMNS];
 	bool		nulls[NUM_USAGE_COLUMNS];
 	UsageRow	row;
-	RowState	state = {OUTBOX_READY, DT_NOBEGIN};
+	RowState	state;
 	Returning  *was_there;
 
 	check_trigger(fcinfo, "enqueue_usage",
@@ -372,8 +369,6 @@ abp_sql_enqueue_usage(PG_FUNCTION_ARGS)
 	abp_relation_read(known, trigdata->tg_trigtuple, RelationGetDescr(rel), values, nulls);
 	abp_row_read(values, nulls, &row);
 	row.columns = &known->columns;
-	if (OidIsValid(known->serverid))
-		server = abp_server_options(known->serverid);
 
 	was_there = abp_returning_find(known->usage_table, row.id, HASH_FIND);
 	if (was_there != NULL)
@@ -381,11 +376,10 @@ abp_sql_enqueue_usage(PG_FUNCTION_ARGS)
 		ReturnKind	kind = was_there->kind;
 
 		(void) abp_returning_find(known->usage_table, row.id, HASH_REMOVE);
-		if (kind == RETURN_CHANGED && server != NULL)
-			requeue_row(known, rel, &row, server);
+		if (kind == RETURN_CHANGED)
+			requeue_row(known, rel, &row);
 		if (kind != RETURN_DELIVERED)
 			return PointerGetDatum(NULL);
-		state.outcome_unknown = true;
 	}
 	if (enqueue_is_off(known->usage_table))
 	{
@@ -394,15 +388,12 @@ abp_sql_enqueue_usage(PG_FUNCTION_ARGS)
 		return PointerGetDatum(NULL);
 	}
 
-	if (server != NULL)
-	{
-		abp_priced_state(known, &row, server, &state);
-		state.outcome_unknown = was_there != NULL;
-		if (state.state == OUTBOX_REJECTED)
-			abp_warn_rejected(rel, row.id, state.error);
-		else if (state.state == OUTBOX_UNPRICED)
-			abp_warn_unpriced(&row, state.error);
-	}
+	abp_priced_state(known, &row, &state);
+	state.outcome_unknown = was_there != NULL;
+	if (state.state == OUTBOX_REJECTED)
+		abp_warn_rejected(rel, row.id, state.error);
+	else if (state.state == OUTBOX_UNPRICED)
+		abp_warn_unpriced(&row, state.error);
 	abp_collect_inserted(known->usage_table, row.id, &state);
 	abp_correct_note(known->usage_table, &row);
 	return PointerGetDatum(NULL);

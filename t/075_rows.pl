@@ -508,6 +508,67 @@ subtest '5: partitions that go and come' => sub {
 	is(at_polar('ol'), 'ol1 x1, ol2 x1, ol3 x1', 'nothing lost, nothing twice');
 };
 
+subtest '5: two rows of an id are away, and come back one after the other' => sub {
+	my $away = sub { sql("ALTER TABLE apart DETACH PARTITION apart_$_[0]") };
+	my $back = sub { sql("ALTER TABLE apart ATTACH PARTITION apart_$_[0] FOR VALUES IN ('$_[0]')") };
+
+	partitioned('apart');
+	foreach my $order ([ 1, 'a', 'b' ], [ 2, 'b', 'a' ])
+	{
+		my ($id, $first, $last) = @$order;
+
+		pause();
+		sql(ins('apart', "ap${id}a", 'id, region', "$id, 'a'") . ins('apart', "ap${id}b", 'id, region', "$id, 'b'"));
+		$away->('a');
+		$away->('b');
+		is(outbox('apart'), '', "$id: nothing waits");
+		$back->($first);
+		is(outbox('apart'), "$id pending", "$id: one comes back");
+		resume();
+		ok(settled('apart'), "$id: and is sent");
+		is(at_polar("ap$id"), "ap$id$first x1", "$id: it is the one that has come");
+		sql("DELETE FROM apart WHERE external_id = 'ap$id$first'");
+		$back->($last);
+		ok(settled('apart'), "$id: and the other");
+		is(at_polar("ap$id"), "ap${id}a x1, ap${id}b x1", "$id: each is sent once");
+	}
+
+	# One of them has been delivered before.
+	sql(ins('apart', 'ap3a', 'id', '3'));
+	ok(settled('apart'), 'one is delivered');
+	$away->('a');
+	pause();
+	sql(ins('apart', 'ap3b', 'id, region', "3, 'b'"));
+	$away->('b');
+	$back->('a');
+	is(outbox('apart'), '', 'it comes back while the other, which waited, is away: it is not taken for that one');
+	sql("DELETE FROM apart WHERE external_id = 'ap3a'");
+	$back->('b');
+	resume();
+	ok(settled('apart'), 'which is sent when it comes');
+	is(at_polar('ap3'), 'ap3a x1, ap3b x1', 'both are there');
+
+	# The same with one that was on its way.
+	sql(ins('apart', 'ap4a', 'id', '4'));
+	ok(settled('apart'), 'one is delivered');
+	$away->('a');
+	$polar->fault(kind => '503', times => 10);
+	sql(ins('apart', 'ap4b', 'id, region', "4, 'b'"));
+	$polar->wait_for(sub { sql("SELECT count(*) FROM aibilling.delivery WHERE usage_table = 'apart'::regclass AND state = 'sending' AND error IS NOT NULL") }, 'the server to fail');
+	$away->('b');
+	$polar->clear_faults;
+	resume();
+	ok(settled('apart'), 'the other cannot be sent again');
+	$back->('a');
+	is(outbox('apart'), '', 'the delivered one is not taken for it');
+	sql("DELETE FROM apart WHERE external_id = 'ap4a'");
+	$back->('b');
+	ok(settled('apart'), 'which is sent when it comes');
+	is(at_polar('ap4'), 'ap4a x1, ap4b x1', 'both are there');
+	is(unexpected('apart'), 0, 'and nothing is a surprise');
+	is(sql("SELECT count(*) FROM aibilling.ledger WHERE usage_table = 'apart'::regclass AND (vanished_ids IS NOT NULL OR vanished_keys IS NOT NULL)"), '0', 'nor is anything missed');
+};
+
 subtest '6: rows that come while their table is detached' => sub {
 	sql("SELECT aibilling.create_usage_table('off', 'polar')");
 	sql(ins('off', 'of1,of2'));

@@ -5,12 +5,15 @@
 CREATE TABLE aibilling.ledger (
 	id bigint NOT NULL DEFAULT nextval('aibilling.delivery_id_seq'),
 	event_keys bytea,
+	vanished_keys bytea,
 	PRIMARY KEY (id)
 ) INHERITS (aibilling.delivery) WITH (autovacuum_vacuum_scale_factor = 0.05, toast_tuple_target = 8160);
 COMMENT ON TABLE aibilling.ledger IS 'Private: the rows of aibilling.delivery';
 COMMENT ON COLUMN aibilling.ledger.id IS 'Number of the delivery';
 COMMENT ON COLUMN aibilling.ledger.event_keys IS
 'While it is being sent: a checksum of each row''s external_id, in the order of the ids, by which a request built again leaves out rows that have come to have the ids since';
+COMMENT ON COLUMN aibilling.ledger.vanished_keys IS
+'A checksum of the external_ids of rows in vanished_ids, by which those that come back are told from others of their ids; NULL: none is known';
 ALTER TABLE aibilling.ledger ALTER COLUMN event_keys SET STORAGE MAIN;
 CREATE INDEX ledger_sending ON aibilling.ledger (usage_table) WHERE state = 'sending';
 CREATE INDEX ledger_usage_ids ON aibilling.ledger USING gist (usage_ids);

@@ -68,19 +68,19 @@ typedef struct DeliveryTotalForm
 	int64		vanished;
 } DeliveryTotalForm;
 
-/* Ids of rows that were found gone, for the ledger, which has them from now on. */
-static Datum
-take_vanished_ids(Delivery *delivery)
+/* Rows that were found gone, as two parameters for the ledger, which has them from now on. */
+static void
+put_vanished(Delivery *delivery, Datum *values)
 {
-	Datum		ids = abp_idset_to_multirange(&delivery->vanished_ids);
-
-	memset(&delivery->vanished_ids, 0, sizeof(IdSet));
-	return ids;
+	values[0] = abp_idset_to_multirange(&delivery->vanished_rows.ids);
+	values[1] = PointerGetDatum(abp_vanished_write_keys(&delivery->vanished_rows));
+	memset(&delivery->vanished_rows, 0, sizeof(Vanished));
 }
 
 /* They are added to those that it has: some may have come back meanwhile. */
-#define ADD_VANISHED_IDS(parameter) \
-	"vanished_ids = nullif(coalesce(vanished_ids, '{}') + " parameter ", '{}')"
+#define ADD_VANISHED(ids, keys) \
+	"vanished_ids = nullif(coalesce(vanished_ids, '{}') + " ids ", '{}')," \
+	" vanished_keys = nullif(coalesce(vanished_keys, '') || " keys ", '')"
 
 /*
  * What tells the rows of a request from others that have come to have their
@@ -146,21 +146,42 @@ abp_ledger_key_of(const TextView *external_id)
 	return crc;
 }
 
-/* What a request sends, as the first parameters of a statement. */
-#define REQUEST_COLUMNS 7
-#define REQUEST_TYPES INT8MULTIRANGEOID, INT4OID, INT8OID, INT8OID, BOOLOID, INT8MULTIRANGEOID, BYTEAOID
+/*
+ * Rows of a delivery are gone, or, if "other", others that have their ids may be:
+ * known by what was sent first of these ids.
+ */
+void
+abp_ledger_miss(Delivery *delivery, const IdSet *ids, bool other, MemoryContext context)
+{
+	IdWalk		walk = {0};
 
-/* Set these parameters.  Only one of them can be NULL. */
+	while (abp_idset_walk(ids, &walk))
+	{
+		uint32		key;
+
+		CHECK_FOR_INTERRUPTS();
+		if (abp_ledger_delivery_key(delivery, walk.id, &key))
+			abp_vanished_add_row(&delivery->vanished_rows, walk.id, key, other, context);
+		else
+			abp_idset_add(&delivery->vanished_rows.ids, walk.id, walk.id, context);
+	}
+}
+
+/* What a request sends, as the first parameters of a statement. */
+#define REQUEST_COLUMNS 8
+#define REQUEST_TYPES INT8MULTIRANGEOID, INT4OID, INT8OID, INT8OID, BOOLOID, BYTEAOID, INT8MULTIRANGEOID, BYTEAOID
+
+/* Set these parameters. */
 static void
-put_request(Delivery *delivery, Datum *values, char *nulls)
+put_request(Delivery *delivery, Datum *values)
 {
 	values[0] = abp_idset_to_multirange(&delivery->ids);
 	values[1] = Int32GetDatum(delivery->nevents);
 	values[2] = Int64GetDatum(delivery->body.len);
 	values[3] = Int64GetDatum(delivery->vanished);
 	values[4] = BoolGetDatum(delivery->outcome_unknown);
-	values[5] = take_vanished_ids(delivery);
-	values[6] = event_keys(delivery);
+	values[5] = event_keys(delivery);
+	put_vanished(delivery, &values[6]);
 }
 
 /*
@@ -171,21 +192,21 @@ void
 abp_ledger_begin(Delivery *delivery)
 {
 	static Statement begin = {
-		"INSERT INTO aibilling.ledger (usage_ids, events, bytes, vanished, outcome_unknown,"
-		" vanished_ids, event_keys, server, usage_table, attempts, state, started_at)"
-		" VALUES ($1, $2, $3, $4, $5, nullif($6, '{}'), $7, $8, $9, $10, 'sending', pg_catalog.clock_timestamp())"
+		"INSERT INTO aibilling.ledger (usage_ids, events, bytes, vanished, outcome_unknown, event_keys,"
+		" vanished_ids, vanished_keys, server, usage_table, attempts, state, started_at)"
+		" VALUES ($1, $2, $3, $4, $5, $6, nullif($7, '{}'), nullif($8, ''), $9, $10, $11, 'sending',"
+		" pg_catalog.clock_timestamp())"
 		" RETURNING id",
 		REQUEST_COLUMNS + 3, {REQUEST_TYPES, NAMEOID, REGCLASSOID, INT4OID}
 	};
 	Datum		values[REQUEST_COLUMNS + 3];
-	char		nulls[] = "          ";
 	SavedUser	saved;
 
-	put_request(delivery, values, nulls);
-	values[7] = DirectFunctionCall1(namein, CStringGetDatum(delivery->server));
-	values[8] = ObjectIdGetDatum(delivery->usage_table);
-	values[9] = Int32GetDatum(delivery->attempts);
-	abp_statement_open(&begin, values, nulls, &saved);
+	put_request(delivery, values);
+	values[REQUEST_COLUMNS] = DirectFunctionCall1(namein, CStringGetDatum(delivery->server));
+	values[REQUEST_COLUMNS + 1] = ObjectIdGetDatum(delivery->usage_table);
+	values[REQUEST_COLUMNS + 2] = Int32GetDatum(delivery->attempts);
+	abp_statement_open(&begin, values, NULL, &saved);
 	delivery->id = abp_result_int64(0, 1, 0);
 	abp_statement_close(&saved);
 }
@@ -198,18 +219,17 @@ abp_ledger_resend(Delivery *delivery)
 {
 	static Statement resend = {
 		"UPDATE aibilling.ledger SET usage_ids = $1, events = $2, bytes = $3,"
-		" vanished = $4, outcome_unknown = $5, " ADD_VANISHED_IDS("$6") ", event_keys = $7,"
+		" vanished = $4, outcome_unknown = $5, event_keys = $6, " ADD_VANISHED("$7", "$8") ","
 		" attempts = attempts + 1, not_before = NULL"
-		" WHERE id = $8 RETURNING attempts::pg_catalog.int8",
+		" WHERE id = $9 RETURNING attempts::pg_catalog.int8",
 		REQUEST_COLUMNS + 1, {REQUEST_TYPES, INT8OID}
 	};
 	Datum		values[REQUEST_COLUMNS + 1];
-	char		nulls[] = "        ";
 	SavedUser	saved;
 
-	put_request(delivery, values, nulls);
-	values[7] = Int64GetDatum(delivery->id);
-	if (abp_statement_open(&resend, values, nulls, &saved) == 1)
+	put_request(delivery, values);
+	values[REQUEST_COLUMNS] = Int64GetDatum(delivery->id);
+	if (abp_statement_open(&resend, values, NULL, &saved) == 1)
 		delivery->attempts = abp_result_int64(0, 1, 1);
 	abp_statement_close(&saved);
 }
@@ -224,12 +244,12 @@ abp_ledger_note(Delivery *delivery, const char *error, TimestampTz not_before)
 	static Statement note = {
 		"UPDATE aibilling.ledger SET error = $2, not_before = $3, outcome_unknown = $4,"
 		" http_status = nullif($5, 0), usage_ids = $6, events = $7, event_keys = $8,"
-		" vanished = $9, " ADD_VANISHED_IDS("$10")
+		" vanished = $9, " ADD_VANISHED("$10", "$11")
 		" WHERE id = $1",
-		10, {INT8OID, TEXTOID, TIMESTAMPTZOID, BOOLOID, INT4OID, INT8MULTIRANGEOID, INT4OID, BYTEAOID,
-		INT8OID, INT8MULTIRANGEOID}
+		11, {INT8OID, TEXTOID, TIMESTAMPTZOID, BOOLOID, INT4OID, INT8MULTIRANGEOID, INT4OID, BYTEAOID,
+		INT8OID, INT8MULTIRANGEOID, BYTEAOID}
 	};
-	Datum		values[10] = {
+	Datum		values[11] = {
 		Int64GetDatum(delivery->id),
 		PointerGetDatum(abp_reason_text(error)),
 		TimestampTzGetDatum(not_before),
@@ -238,10 +258,10 @@ abp_ledger_note(Delivery *delivery, const char *error, TimestampTz not_before)
 		abp_idset_to_multirange(&delivery->ids),
 		Int32GetDatum(delivery->nevents),
 		event_keys(delivery),
-		Int64GetDatum(delivery->vanished),
-		take_vanished_ids(delivery)
+		Int64GetDatum(delivery->vanished)
 	};
 
+	put_vanished(delivery, &values[9]);
 	abp_statement_run_alone(&note, values, NULL);
 }
 
@@ -254,13 +274,13 @@ abp_ledger_finish(Delivery *delivery, const char *state, const char *error)
 	static Statement finish = {
 		"UPDATE aibilling.ledger SET state = $2, http_status = nullif($3, 0),"
 		" inserted = $4, duplicates = $5, unexpected_duplicates = $6, vanished = $7,"
-		" error = $8, " ADD_VANISHED_IDS("$9") ", outcome_unknown = $10, event_keys = NULL,"
+		" error = $8, outcome_unknown = $9, " ADD_VANISHED("$10", "$11") ", event_keys = NULL,"
 		" not_before = NULL, finished_at = pg_catalog.clock_timestamp()"
 		" WHERE id = $1",
-		10, {INT8OID, TEXTOID, INT4OID, INT8OID, INT8OID, INT8OID, INT8OID, TEXTOID, INT8MULTIRANGEOID,
-		BOOLOID}
+		11, {INT8OID, TEXTOID, INT4OID, INT8OID, INT8OID, INT8OID, INT8OID, TEXTOID, BOOLOID,
+		INT8MULTIRANGEOID, BYTEAOID}
 	};
-	Datum		values[10] = {
+	Datum		values[11] = {
 		Int64GetDatum(delivery->id),
 		CStringGetTextDatum(state),
 		Int32GetDatum(delivery->http_status),
@@ -269,10 +289,11 @@ abp_ledger_finish(Delivery *delivery, const char *state, const char *error)
 		Int64GetDatum(delivery->unexpected_duplicates),
 		Int64GetDatum(delivery->vanished),
 		(Datum) 0,
-		take_vanished_ids(delivery),
 		BoolGetDatum(delivery->outcome_unknown)
 	};
-	char		nulls[] = "          ";
+	char		nulls[] = "           ";
+
+	put_vanished(delivery, &values[9]);
 
 	if (strcmp(state, "delivered") != 0)
 		nulls[3] = nulls[4] = 'n';
@@ -537,7 +558,7 @@ abp_ledger_sending_ids(Oid usage_table)
 
 /*
  * The deliveries of a table, since its last TRUNCATE, that found rows gone: a
- * list of Delivery with id, vanished_ids and outcome_unknown, in the current
+ * list of Delivery with id, vanished_rows and outcome_unknown, in the current
  * memory context.  "sending": also those that are not settled; only the
  * shipper changes these, so that it waits for nobody's transaction.
  */
@@ -545,7 +566,7 @@ List	   *
 abp_ledger_vanished(Oid usage_table, int64 ledger_from, bool sending)
 {
 	static Statement vanished = {
-		"SELECT d.id, d.vanished_ids, d.outcome_unknown FROM aibilling.ledger d"
+		"SELECT d.id, d.vanished_ids, d.outcome_unknown, d.vanished_keys FROM aibilling.ledger d"
 		" WHERE d.usage_table = $1 AND d.vanished_ids IS NOT NULL AND d.id > $2"
 		" AND (d.state <> 'sending' OR $3)",
 		3, {REGCLASSOID, INT8OID, BOOLOID}
@@ -563,12 +584,16 @@ abp_ledger_vanished(Oid usage_table, int64 ledger_from, bool sending)
 	{
 		Delivery   *delivery = MemoryContextAllocZero(caller, sizeof(Delivery));
 		MemoryContext spi = MemoryContextSwitchTo(caller);
+		Datum		keys;
 		bool		isnull;
 
 		delivery->id = abp_result_int64(i, 1, 0);
 		delivery->usage_table = usage_table;
-		delivery->vanished_ids = abp_result_idset(i, 2, caller);
+		delivery->vanished_rows.ids = abp_result_idset(i, 2, caller);
 		delivery->outcome_unknown = DatumGetBool(abp_result_datum(i, 3, &isnull));
+		keys = abp_result_datum(i, 4, &isnull);
+		if (!isnull)
+			abp_vanished_read_keys(&delivery->vanished_rows, DatumGetByteaPP(keys));
 		list = lappend(list, delivery);
 		MemoryContextSwitchTo(spi);
 	}
@@ -583,7 +608,9 @@ void
 abp_ledger_returned(const Delivery *delivery, IdSet *ids)
 {
 	static Statement returned = {
-		"UPDATE aibilling.ledger SET vanished_ids = nullif(vanished_ids - $2, '{}') WHERE id = $1",
+		"UPDATE aibilling.ledger SET vanished_ids = nullif(vanished_ids - $2, '{}'),"
+		" vanished_keys = CASE WHEN NOT vanished_ids <@ $2 THEN vanished_keys END"
+		" WHERE id = $1",
 		2, {INT8OID, INT8MULTIRANGEOID}
 	};
 	Datum		values[2] = {Int64GetDatum(delivery->id), abp_idset_to_multirange(ids)};

@@ -16,6 +16,7 @@
 
 #include "base/idset.h"
 #include "base/text_view.h"
+#include "queue/vanished.h"
 
 /* What the ledger tells of a table. */
 typedef struct LedgerTotals
@@ -42,7 +43,7 @@ typedef struct Delivery
 	int			prior_attempts; /* of its ids, in earlier deliveries */
 	bool		outcome_unknown;	/* an earlier request may have stored it */
 	int64		vanished;
-	IdSet		vanished_ids;	/* those that the ledger does not have yet */
+	Vanished	vanished_rows;	/* those that the ledger does not have yet */
 	int			nevents;
 	int64	   *event_ids;		/* the row of each event */
 	IdSet		key_ids;		/* the rows of the first request, and for each */
@@ -59,6 +60,8 @@ typedef struct Delivery
 
 extern bool abp_ledger_delivery_key(const Delivery *delivery, int64 id, uint32 *key);
 extern uint32 abp_ledger_key_of(const TextView *external_id);
+extern void abp_ledger_miss(Delivery *delivery, const IdSet *ids, bool other,
+							MemoryContext context);
 extern void abp_ledger_begin(Delivery *delivery);
 extern void abp_ledger_resend(Delivery *delivery);
 extern void abp_ledger_note(Delivery *delivery, const char *error,

@@ -146,7 +146,7 @@ prepare_next(Turn *turn, const UsageTable *table, const ServerOptions *server, v
 	else
 		next->gather_ms = Min(Max(count * GATHER_ROW_MS, GATHER_MIN_MS), GATHER_MAX_MS);
 	abp_batch_report_vanished(delivery, table, 0);
-	gone = delivery->vanished_ids.nranges > 0;
+	gone = delivery->vanished_rows.ids.nranges > 0;
 	if (delivery->nevents > 0 || gone)
 		abp_ledger_begin(delivery);
 	if (delivery->nevents > 0)

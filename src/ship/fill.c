@@ -706,20 +706,16 @@ abp_fill_shipment(Turn *turn, Shipment *shipment, const UsageTable *table,
 		wanted = abp_idset_subtract(&wanted, &more);
 	}
 
+	/* Of two rows of an id we have seen but one. */
 	if (taken_from != 0)
-	{
-		/* Of two rows of an id we have seen but one. */
-		IdSet		leaving = abp_partitions_leaving(table->relid, ids);
-
-		abp_idset_add_set(&delivery->vanished_ids, &leaving, shipment->context);
-	}
+		abp_partitions_leaving(table->relid, ids, &delivery->vanished_rows, shipment->context);
 	unseen = abp_idset_subtract(&wanted, &filling.seen);
 	if (filling.full)
 		abp_idset_add_set(&filling.left, &unseen, CurrentMemoryContext);
 	else
 	{
 		delivery->vanished += abp_idset_count(&unseen);
-		abp_idset_add_set(&delivery->vanished_ids, &unseen, shipment->context);
+		abp_ledger_miss(delivery, &unseen, false, shipment->context);
 	}
 
 	abp_idset_add_set(&filling.left, &changing, CurrentMemoryContext);

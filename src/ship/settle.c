@@ -91,7 +91,7 @@ part_from_vanished(Turn *turn, Shipment *shipment, const UsageTable *table, IdSe
 		return true;
 	*ids = sent.there;
 	abp_shipment_disown(delivery, &gone);
-	abp_idset_add_set(&delivery->vanished_ids, &gone, shipment->context);
+	abp_ledger_miss(delivery, &gone, false, shipment->context);
 	delivery->vanished += abp_idset_count(&gone);
 	abp_batch_report_vanished(delivery, table, delivery->vanished - abp_idset_count(&gone));
 	return true;
@@ -291,7 +291,7 @@ settle_delivered(Turn *turn, Shipment *shipment, const Verdict *verdict, double 
 		delivery->unexpected_duplicates = Max(0, verdict->duplicates - abp_idset_count(&before));
 		if (before.nranges > 0 && verdict->duplicates >= abp_idset_count(&before))
 			count_without(shipment, &before);
-		abp_idset_add_set(&delivery->vanished_ids, &before, shipment->context);
+		abp_ledger_miss(delivery, &before, true, shipment->context);
 	}
 	if (delivery->unexpected_duplicates > 0)
 	{

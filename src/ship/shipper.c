@@ -290,7 +290,6 @@ recover(List *tables)
 		shipment->delivery.server = server;
 		old = MemoryContextSwitchTo(shipment->context);
 		shipment->delivery.ids = abp_idset_copy(&left->ids);
-		shipment->delivery.vanished_ids = abp_idset_copy(&left->vanished_ids);
 		abp_shipment_copy_keys(&shipment->delivery, left);
 		shipment->delivery.knows_counted =
 			abp_shares_load_counted(left->id, &shipment->delivery.counted);

@@ -21,6 +21,9 @@
 #include "utils/snapmgr.h"
 
 #include "base/idset.h"
+#include "base/text_view.h"
+#include "queue/ledger.h"
+#include "queue/vanished.h"
 #include "usage/lookup.h"
 #include "usage/relation.h"
 #include "usage/row.h"
@@ -212,4 +215,96 @@ abp_lookup_existing(Oid usage_table, const IdSet *ids)
 			abp_idset_add(&existing, walk.id, walk.id, CurrentMemoryContext);
 	}
 	return existing;
+}
+
+/* The checksum by which a row is known again; false if it has no external_id. */
+static bool
+key_of_row(UsageRelation *known, Relation rel, HeapTuple tuple, uint32 *key)
+{
+	Datum		values[NUM_USAGE_COLUMNS];
+	bool		nulls[NUM_USAGE_COLUMNS];
+	TextView	external_id;
+
+	abp_relation_read(known, tuple, RelationGetDescr(rel), values, nulls);
+	if (nulls[COL_EXTERNAL_ID])
+		return false;
+	external_id = text_view_from_datum(values[COL_EXTERNAL_ID]);
+	*key = abp_ledger_key_of(&external_id);
+	return true;
+}
+
+/* A row that leaves, and where to note it. */
+typedef struct Leaving
+{
+	int64		id;
+	Vanished   *rows;
+	MemoryContext context;
+} Leaving;
+
+static bool
+note_leaving(UsageRelation *known, Relation rel, HeapTuple tuple, void *arg)
+{
+	Leaving    *leaving = arg;
+	uint32		key;
+
+	if (key_of_row(known, rel, tuple, &key))
+		abp_vanished_add_row(leaving->rows, leaving->id, key, false, leaving->context);
+	return false;
+}
+
+/*
+ * Add the rows of these ids in a partition to those that are gone.
+ */
+void
+abp_lookup_leaving(Oid partition, const IdSet *ids, Vanished *rows, MemoryContext context)
+{
+	IdWalk		walk = {0};
+
+	while (abp_idset_walk(ids, &walk))
+	{
+		Leaving		leaving = {walk.id, rows, context};
+
+		CHECK_FOR_INTERRUPTS();
+
+		(void) look_in_table(partition, walk.id, true, SnapshotSelf, note_leaving, &leaving);
+	}
+}
+
+/* A row that may have come back. */
+typedef struct Returned
+{
+	int64		id;
+	const Vanished *rows;
+} Returned;
+
+static bool
+has_returned(UsageRelation *known, Relation rel, HeapTuple tuple, void *arg)
+{
+	Returned   *returned = arg;
+	uint32		key;
+
+	return key_of_row(known, rel, tuple, &key) &&
+		abp_vanished_may_be(returned->rows, returned->id, key);
+}
+
+/*
+ * The ids of the rows that were gone and are in this usage table, or partition, now; in
+ * the current memory context.
+ */
+IdSet
+abp_lookup_returned(Oid partition, const Vanished *rows)
+{
+	IdWalk		walk = {0};
+	IdSet		ids = {0};
+
+	while (abp_idset_walk(&rows->ids, &walk))
+	{
+		Returned	returned = {walk.id, rows};
+
+		CHECK_FOR_INTERRUPTS();
+
+		if (look_in_table(partition, walk.id, true, SnapshotSelf, has_returned, &returned))
+			abp_idset_add(&ids, walk.id, walk.id, CurrentMemoryContext);
+	}
+	return ids;
 }

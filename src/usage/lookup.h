@@ -15,6 +15,7 @@
 #include "utils/snapshot.h"
 
 #include "base/idset.h"
+#include "queue/vanished.h"
 #include "usage/relation.h"
 
 /* Looks at a row; returns whether to stop. */
@@ -35,5 +36,8 @@ extern bool abp_lookup_same_row(UsageRelation *known, Relation rel,
 								HeapTuple tuple, void *arg);
 extern bool abp_lookup_exists(Oid usage_table, int64 id);
 extern IdSet abp_lookup_existing(Oid usage_table, const IdSet *ids);
+extern void abp_lookup_leaving(Oid partition, const IdSet *ids, Vanished *rows,
+							   MemoryContext context);
+extern IdSet abp_lookup_returned(Oid partition, const Vanished *rows);
 
 #endif							/* ABP_LOOKUP_H */

@@ -63,18 +63,18 @@ root_of(Oid relid)
 
 /* Note in the ledger that rows were gone before they were sent. */
 static void
-note_vanished(const UsageTable *table, IdSet *ids, bool outcome_unknown)
+note_vanished(const UsageTable *table, Oid partition, IdSet *ids, bool outcome_unknown)
 {
 	Delivery	delivery = {
 		.usage_table = table->relid,
 		.server = table->server,
 		.outcome_unknown = outcome_unknown,
-		.vanished = abp_idset_count(ids),
-		.vanished_ids = *ids
+		.vanished = abp_idset_count(ids)
 	};
 
 	if (delivery.vanished == 0)
 		return;
+	abp_lookup_leaving(partition, ids, &delivery.vanished_rows, CurrentMemoryContext);
 	abp_ledger_begin(&delivery);
 	abp_ledger_finish(&delivery, "failed", "the rows left with their partition before they were sent");
 }
@@ -131,8 +131,8 @@ partition_has_gone(const UsageTable *table, Oid partition, bool concurrently)
 		if (is_changing || abp_triggers_row_left(usage_table, walk.id, table->ledger_from, &outcome_unknown))
 			abp_idset_add(outcome_unknown ? &unknown : &unsent, walk.id, walk.id, CurrentMemoryContext);
 	}
-	note_vanished(table, &unsent, false);
-	note_vanished(table, &unknown, true);
+	note_vanished(table, partition, &unsent, false);
+	note_vanished(table, partition, &unknown, true);
 
 	count = abp_idset_count(&unsent) + abp_idset_count(&unknown);
 	if (count > 0)
@@ -162,7 +162,7 @@ partition_has_come(Oid usage_table, Oid partition, int64 ledger_from, bool shipp
 			.usage_table = usage_table,
 			.state = OUTBOX_READY,
 			.outcome_unknown = delivery->outcome_unknown,
-			.ids = abp_lookup_existing(partition, &delivery->vanished_ids)
+			.ids = abp_lookup_returned(partition, &delivery->vanished_rows)
 		};
 
 		if (entry.ids.nranges == 0)
@@ -229,9 +229,9 @@ abp_partitions_look(Oid usage_table, int64 ledger_from)
 	return all;
 }
 
-/* Add those of the ids of which there is a row in a partition that is leaving, or may be. */
+/* Note the rows of these ids in partitions that are leaving. */
 static void
-add_leaving(Relation rel, const IdSet *ids, IdSet *leaving)
+note_leaving(Relation rel, const IdSet *ids, Vanished *rows, MemoryContext context)
 {
 	PartitionDesc partitions = RelationGetPartitionDesc(rel, false);
 
@@ -241,39 +241,35 @@ add_leaving(Relation rel, const IdSet *ids, IdSet *leaving)
 
 		if (partitions->detached_exist && PartitionHasPendingDetach(partition))
 		{
-			IdSet		found = *ids;
-
 			/* its DETACH waits for our transaction, or for others' */
 			if (ConditionalLockRelationOid(partition, AccessShareLock))
-				found = abp_lookup_existing(partition, ids);
-			abp_idset_add_set(leaving, &found, CurrentMemoryContext);
+				abp_lookup_leaving(partition, ids, rows, context);
+			else
+				abp_vanished_add(rows, ids, context);
 		}
 		else if (!partitions->is_leaf[i])
 		{
 			Relation	branch = table_open(partition, AccessShareLock);
 
-			add_leaving(branch, ids, leaving);
+			note_leaving(branch, ids, rows, context);
 			table_close(branch, NoLock);
 		}
 	}
 }
 
 /*
- * Those of the ids of which a row leaves with its partition, whose DETACH CONCURRENTLY
- * is under way: nobody sees it any more, but what was taken from the outbox may have
- * been its.  In the current memory context; it may have some too many.
+ * Note as gone the rows of these ids that leave with a partition whose DETACH CONCURRENTLY
+ * is under way: nobody sees them any more, but what was taken from the outbox may have
+ * been theirs.  It may be some too many.
  */
-IdSet
-abp_partitions_leaving(Oid usage_table, const IdSet *ids)
+void
+abp_partitions_leaving(Oid usage_table, const IdSet *ids, Vanished *rows, MemoryContext context)
 {
-	IdSet		leaving = {0};
 	Relation	rel = table_open(usage_table, AccessShareLock);
 
 	if (rel->rd_rel->relkind == RELKIND_PARTITIONED_TABLE)
-		add_leaving(rel, ids, &leaving);
+		note_leaving(rel, ids, rows, context);
 	table_close(rel, NoLock);
-	abp_idset_sort(&leaving);
-	return leaving;
 }
 
 /* --- ALTER TABLE ------------------------------------------------------------ */

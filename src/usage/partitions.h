@@ -11,8 +11,10 @@
 #include "postgres.h"
 
 #include "base/idset.h"
+#include "queue/vanished.h"
 
-extern IdSet abp_partitions_leaving(Oid usage_table, const IdSet *ids);
+extern void abp_partitions_leaving(Oid usage_table, const IdSet *ids, Vanished *rows,
+								   MemoryContext context);
 extern bool abp_partitions_look(Oid usage_table, int64 ledger_from);
 
 #endif							/* ABP_PARTITIONS_H */

@@ -576,6 +576,20 @@ subtest '5: two rows of an id are away, and come back one after the other' => su
 	$back->('b');
 	ok(settled('apart'), 'which is sent when it comes');
 	is(at_polar('ap4'), 'ap4a x1, ap4b x1', 'both are there');
+
+	# Nobody has told us that their partitions have gone: their ids are all that is known.
+	pause();
+	sql(ins('apart', 'ap5a', 'id', '5') . ins('apart', 'ap5b', 'id, region', "5, 'b'"));
+	sql("SET session_replication_role = replica; ALTER TABLE apart DETACH PARTITION apart_a; ALTER TABLE apart DETACH PARTITION apart_b");
+	resume();
+	ok(settled('apart'), 'both are missed');
+	$back->('b');
+	ok(settled('apart'), 'one comes, and is sent');
+	is(at_polar('ap5'), 'ap5b x1', 'as one');
+	sql("DELETE FROM apart WHERE external_id = 'ap5b'");
+	$back->('a');
+	ok(settled('apart'), 'and so is the other');
+	is(at_polar('ap5'), 'ap5a x1, ap5b x1', 'both are there');
 	is(unexpected('apart'), 0, 'and nothing is a surprise');
 	is(sql("SELECT count(*) FROM aibilling.ledger WHERE usage_table = 'apart'::regclass AND (vanished_ids IS NOT NULL OR vanished_keys IS NOT NULL)"), '0', 'nor is anything missed');
 };

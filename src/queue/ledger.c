@@ -163,7 +163,7 @@ abp_ledger_miss(Delivery *delivery, const IdSet *ids, bool other, MemoryContext 
 		if (abp_ledger_delivery_key(delivery, walk.id, &key))
 			abp_vanished_add_row(&delivery->vanished_rows, walk.id, key, other, context);
 		else
-			abp_idset_add(&delivery->vanished_rows.ids, walk.id, walk.id, context);
+			abp_vanished_add_id(&delivery->vanished_rows, walk.id, context);
 	}
 }
 
@@ -557,8 +557,8 @@ abp_ledger_sending_ids(Oid usage_table)
 }
 
 /*
- * The deliveries of a table, since its last TRUNCATE, that found rows gone: a
- * list of Delivery with id, vanished_rows and outcome_unknown, in the current
+ * The deliveries of a table, since its last TRUNCATE, that found rows gone, first
+ * those whose outcome is unknown: a list of Delivery with id, vanished_rows and outcome_unknown, in the current
  * memory context.  "sending": also those that are not settled; only the
  * shipper changes these, so that it waits for nobody's transaction.
  */
@@ -568,7 +568,8 @@ abp_ledger_vanished(Oid usage_table, int64 ledger_from, bool sending)
 	static Statement vanished = {
 		"SELECT d.id, d.vanished_ids, d.outcome_unknown, d.vanished_keys FROM aibilling.ledger d"
 		" WHERE d.usage_table = $1 AND d.vanished_ids IS NOT NULL AND d.id > $2"
-		" AND (d.state <> 'sending' OR $3)",
+		" AND (d.state <> 'sending' OR $3)"
+		" ORDER BY d.outcome_unknown DESC, d.id",
 		3, {REGCLASSOID, INT8OID, BOOLOID}
 	};
 	Datum		values[3] = {

@@ -18,12 +18,12 @@
 #include "queue/vanished.h"
 
 /*
- * Add rows that are known by their ids alone.
+ * Add a row that is known by its id alone.
  */
 void
-abp_vanished_add(Vanished *rows, const IdSet *ids, MemoryContext context)
+abp_vanished_add_id(Vanished *rows, int64 id, MemoryContext context)
 {
-	abp_idset_add_set(&rows->ids, ids, context);
+	abp_idset_add(&rows->ids, id, id, context);
 }
 
 static void
@@ -122,6 +122,15 @@ first_key(const Vanished *rows, int64 id)
 			high = middle;
 	}
 	return low < rows->nkeys && rows->keys[low].id == id ? low : rows->nkeys;
+}
+
+/*
+ * Is more known of a row than its id, by what abp_vanished_read_keys has read?
+ */
+bool
+abp_vanished_has_key(const Vanished *rows, int64 id)
+{
+	return first_key(rows, id) < rows->nkeys;
 }
 
 /*

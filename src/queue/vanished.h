@@ -32,11 +32,12 @@ typedef struct Vanished
 	int64		max_keys;
 } Vanished;
 
-extern void abp_vanished_add(Vanished *rows, const IdSet *ids, MemoryContext context);
+extern void abp_vanished_add_id(Vanished *rows, int64 id, MemoryContext context);
 extern void abp_vanished_add_row(Vanished *rows, int64 id, uint32 key, bool other,
 								 MemoryContext context);
 extern bytea *abp_vanished_write_keys(const Vanished *rows);
 extern void abp_vanished_read_keys(Vanished *rows, bytea *bytes);
+extern bool abp_vanished_has_key(const Vanished *rows, int64 id);
 extern bool abp_vanished_may_be(const Vanished *rows, int64 id, uint32 key);
 
 #endif							/* ABP_VANISHED_H */

@@ -677,6 +677,7 @@ abp_fill_shipment(Turn *turn, Shipment *shipment, const UsageTable *table,
 	List	   *held = NIL;
 	IdSet		wanted = *ids;
 	bool		whole = server->event_name_function != NULL || server->metadata_function != NULL;
+	bool		all_seen = true;
 
 	/*
 	 * Ids of several rows are known by the rows, and so are children that
@@ -708,7 +709,8 @@ abp_fill_shipment(Turn *turn, Shipment *shipment, const UsageTable *table,
 
 	/* Of two rows of an id we have seen but one. */
 	if (taken_from != 0)
-		abp_partitions_leaving(table->relid, ids, &delivery->vanished_rows, shipment->context);
+		all_seen = abp_partitions_leaving(table->relid, ids, &delivery->vanished_rows,
+										  shipment->context);
 	unseen = abp_idset_subtract(&wanted, &filling.seen);
 	if (filling.full)
 		abp_idset_add_set(&filling.left, &unseen, CurrentMemoryContext);
@@ -730,6 +732,8 @@ abp_fill_shipment(Turn *turn, Shipment *shipment, const UsageTable *table,
 	keep_kin(&filling);
 	if (taken_from != 0 || delivery->keys == NULL)
 		keep_keys(&filling);
+	if (!all_seen)
+		abp_ledger_miss(delivery, ids, true, shipment->context);
 	if (filling.changing.nranges > 0)
 		abp_position_hold_rows(turn, table, &filling.changing);
 	if (filling.full)

@@ -146,38 +146,80 @@ partition_has_gone(const UsageTable *table, Oid partition, bool concurrently)
 
 /* --- a partition comes ------------------------------------------------------ */
 
+/* Those of a delivery's ids of whose missed rows it knows more, or no more, than the id. */
+static IdSet
+ids_known(const Delivery *delivery, bool more)
+{
+	IdSet		ids = {0};
+	IdWalk		walk = {0};
+
+	while (abp_idset_walk(&delivery->ids, &walk))
+	{
+		if (abp_vanished_has_key(&delivery->vanished_rows, walk.id) == more)
+			abp_idset_add(&ids, walk.id, walk.id, CurrentMemoryContext);
+	}
+	return ids;
+}
+
+/*
+ * Put rows of these ids, which a delivery missed, back into the outbox: "come" has those that
+ * are there already.
+ */
+static void
+put_returned(const Delivery *delivery, IdSet ids, int64 ledger_from, IdSet *come)
+{
+	OutboxEntry entry = {
+		.usage_table = delivery->usage_table,
+		.state = OUTBOX_READY,
+		.outcome_unknown = delivery->outcome_unknown,
+		.ids = abp_idset_subtract(&ids, come)
+	};
+
+	if (ids.nranges > 0)
+		abp_ledger_returned(delivery, &ids);
+	if (entry.ids.nranges == 0)
+		return;
+
+	/* Polar may have got a row of these ids while the partition was away. */
+	if (!entry.outcome_unknown)
+	{
+		Delivery	away = {.usage_table = delivery->usage_table,.ids = entry.ids};
+		IdSet		known = abp_ledger_delivered_before(&away, ledger_from);
+
+		entry.outcome_unknown = known.nranges > 0;
+	}
+	abp_outbox_put(&entry, 1);
+	abp_idset_add_set(come, &entry.ids, CurrentMemoryContext);
+	abp_idset_sort(come);
+}
+
 /*
  * Rows of a partition that went before they were sent are to be sent now.  "shipper":
  * it is the one that asks, and knows those of requests that are under way, too.
+ *
+ * Of deliveries that miss a row of an id and know no more of it, one gets the row that
+ * has come, unless there is one that knows it; the others wait for the next.
  */
 static void
 partition_has_come(Oid usage_table, Oid partition, int64 ledger_from, bool shipper)
 {
+	List	   *deliveries = abp_ledger_vanished(usage_table, ledger_from, shipper);
+	IdSet		come = {0};		/* each id is put into the outbox once */
 	ListCell   *lc;
 
-	foreach(lc, abp_ledger_vanished(usage_table, ledger_from, shipper))
+	foreach(lc, deliveries)
 	{
 		Delivery   *delivery = lfirst(lc);
-		OutboxEntry entry = {
-			.usage_table = usage_table,
-			.state = OUTBOX_READY,
-			.outcome_unknown = delivery->outcome_unknown,
-			.ids = abp_lookup_returned(partition, &delivery->vanished_rows)
-		};
 
-		if (entry.ids.nranges == 0)
-			continue;
+		delivery->ids = abp_lookup_returned(partition, &delivery->vanished_rows);
+		put_returned(delivery, ids_known(delivery, true), ledger_from, &come);
+	}
+	foreach(lc, deliveries)
+	{
+		Delivery   *delivery = lfirst(lc);
+		IdSet		ids = ids_known(delivery, false);
 
-		/* Polar may have got a row of these ids while the partition was away. */
-		if (!entry.outcome_unknown)
-		{
-			Delivery	away = {.usage_table = usage_table,.ids = entry.ids};
-			IdSet		known = abp_ledger_delivered_before(&away, ledger_from);
-
-			entry.outcome_unknown = known.nranges > 0;
-		}
-		abp_outbox_put(&entry, 1);
-		abp_ledger_returned(delivery, &entry.ids);
+		put_returned(delivery, abp_idset_subtract(&ids, &come), ledger_from, &come);
 	}
 }
 
@@ -229,10 +271,14 @@ abp_partitions_look(Oid usage_table, int64 ledger_from)
 	return all;
 }
 
-/* Note the rows of these ids in partitions that are leaving. */
-static void
+/*
+ * Note the rows of these ids in partitions that are leaving.  Returns whether all
+ * of these could be looked at.
+ */
+static bool
 note_leaving(Relation rel, const IdSet *ids, Vanished *rows, MemoryContext context)
 {
+	bool		all = true;
 	PartitionDesc partitions = RelationGetPartitionDesc(rel, false);
 
 	for (int i = 0; i < partitions->nparts; i++)
@@ -245,31 +291,33 @@ note_leaving(Relation rel, const IdSet *ids, Vanished *rows, MemoryContext conte
 			if (ConditionalLockRelationOid(partition, AccessShareLock))
 				abp_lookup_leaving(partition, ids, rows, context);
 			else
-				abp_vanished_add(rows, ids, context);
+				all = false;
 		}
 		else if (!partitions->is_leaf[i])
 		{
 			Relation	branch = table_open(partition, AccessShareLock);
 
-			note_leaving(branch, ids, rows, context);
+			all &= note_leaving(branch, ids, rows, context);
 			table_close(branch, NoLock);
 		}
 	}
+	return all;
 }
 
 /*
  * Note as gone the rows of these ids that leave with a partition whose DETACH CONCURRENTLY
  * is under way: nobody sees them any more, but what was taken from the outbox may have
- * been theirs.  It may be some too many.
+ * been theirs.  Returns false if there may be more of them: a partition is locked.
  */
-void
+bool
 abp_partitions_leaving(Oid usage_table, const IdSet *ids, Vanished *rows, MemoryContext context)
 {
 	Relation	rel = table_open(usage_table, AccessShareLock);
+	bool		all = rel->rd_rel->relkind != RELKIND_PARTITIONED_TABLE ||
+	note_leaving(rel, ids, rows, context);
 
-	if (rel->rd_rel->relkind == RELKIND_PARTITIONED_TABLE)
-		note_leaving(rel, ids, rows, context);
 	table_close(rel, NoLock);
+	return all;
 }
 
 /* --- ALTER TABLE ------------------------------------------------------------ */

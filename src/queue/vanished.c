@@ -109,19 +109,15 @@ abp_vanished_read_keys(Vanished *rows, bytea *bytes)
 static int64
 first_key(const Vanished *rows, int64 id)
 {
-	int64		low = 0;
-	int64		high = rows->nkeys;
+	VanishedKey wanted = {.id = id};
+	VanishedKey *found = rows->nkeys == 0 ? NULL :
+	bsearch(&wanted, rows->keys, rows->nkeys, sizeof(VanishedKey), compare_keys);
 
-	while (low < high)
-	{
-		int64		middle = low + (high - low) / 2;
-
-		if (rows->keys[middle].id < id)
-			low = middle + 1;
-		else
-			high = middle;
-	}
-	return low < rows->nkeys && rows->keys[low].id == id ? low : rows->nkeys;
+	if (found == NULL)
+		return rows->nkeys;
+	while (found > rows->keys && found[-1].id == id)
+		found--;
+	return found - rows->keys;
 }
 
 /*

@@ -427,6 +427,7 @@ retry_shipment(Turn *turn, const UsageTable *table, const ServerOptions *server,
 		delivery->ids = before.ids;
 		delivery->nevents = before.nevents;
 		delivery->vanished = before.vanished;
+		memset(&delivery->vanished_rows, 0, sizeof(Vanished));
 		delivery->attempts = before.attempts;
 
 		/* As long as its table is blocked; halves for memory at once. */

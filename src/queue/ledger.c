@@ -558,9 +558,10 @@ abp_ledger_sending_ids(Oid usage_table)
 
 /*
  * The deliveries of a table, since its last TRUNCATE, that found rows gone, first
- * those whose outcome is unknown: a list of Delivery with id, vanished_rows and outcome_unknown, in the current
- * memory context.  "sending": also those that are not settled; only the
- * shipper changes these, so that it waits for nobody's transaction.
+ * those whose outcome is unknown: a list of Delivery with id, vanished_rows and
+ * outcome_unknown, in the current memory context.  "sending": also those that are
+ * not settled; only the shipper changes these, so that it waits for nobody's
+ * transaction.
  */
 List	   *
 abp_ledger_vanished(Oid usage_table, int64 ledger_from, bool sending)

@@ -20,16 +20,17 @@ my $node = AibillingNode->new('main', databases => 'postgres, restored, older, l
 my $columns = 'input_tokens, cache_read_tokens, cache_write_tokens, output_tokens, reasoning_tokens, cost_nanos, cost_cents';
 
 # What differs between usage_daily() and the rows, with those of "gone" (delivered, and deleted since).
-# "where" says which rows of the table count, if not all.
+# "where" says which rows of the table count, if not all; "node" where, if not on the first one.
 sub difference
 {
 	my ($table, %options) = @_;
 	my $db = $options{db} // 'postgres';
+	my $on = $options{node} // $node;
 	my $gone = $options{gone} ? "UNION ALL SELECT * FROM $options{gone}" : '';
 	my $where = $options{where} // 'true';
 	my $before = $options{before} // '';
 
-	return $node->safe_psql($db, qq{
+	return $on->safe_psql($db, qq{
 $before
 WITH counted AS (
 	SELECT * FROM (SELECT * FROM $table WHERE $where) t $gone
@@ -500,6 +501,25 @@ $alone->insert_rows(700, prefix => 'alone_');
 $alone->safe_psql('postgres', 'CALL aibilling.sync()');
 is($alone->safe_psql('postgres', "SELECT count(*), (SELECT sum(usage_rows) FROM aibilling.usage_daily('usage')) FROM aibilling.share"), '0|700',
 	'sync() adds up what it has delivered');
+
+# A batch of many customers goes into the rollup in pieces, here with a pause after the first one.
+$alone->safe_psql('postgres', q{
+CREATE FUNCTION one_piece() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN
+	IF EXISTS (SELECT FROM aibilling.rollup_daily WHERE external_customer_id LIKE 'own %') THEN
+		RAISE EXCEPTION 'that is enough';
+	END IF;
+	RETURN NULL;
+END$$;
+CREATE TRIGGER one_piece BEFORE INSERT ON aibilling.rollup EXECUTE FUNCTION one_piece();
+ALTER SERVER polar OPTIONS (SET batch_size '1000');
+INSERT INTO usage (provider, model, external_customer_id, provider_cost) SELECT 'p', 'm', 'own ' || n, n * 0.001 FROM generate_series(1, 1000) n;
+CALL aibilling.sync();});
+is($alone->safe_psql('postgres', "SELECT count(*), min(folded_rows) BETWEEN 1 AND 999 FROM aibilling.share"), '1|t',
+	'a part of a large batch is in the rollup');
+same('... and none of it is counted twice, nor left out', 'usage', node => $alone);
+$alone->safe_psql('postgres', 'DROP TRIGGER one_piece ON aibilling.rollup; CALL aibilling.sync()');
+is($alone->safe_psql('postgres', "SELECT count(*) FROM aibilling.share"), '0', '... then all of it');
+same('... which changes no sum', 'usage', node => $alone);
 $alone->stop;
 
 $node->stop;

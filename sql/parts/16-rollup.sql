@@ -6,7 +6,8 @@ CREATE TABLE aibilling.share (
 	delivery bigint PRIMARY KEY,
 	usage_table regclass NOT NULL,
 	sums bytea,
-	counted int8multirange
+	counted int8multirange,
+	folded_rows integer NOT NULL DEFAULT 0
 ) WITH (autovacuum_vacuum_scale_factor = 0.05);
 COMMENT ON TABLE aibilling.share IS
 'Private: what the rows of each delivery add up to, until it is in aibilling.rollup';
@@ -16,6 +17,8 @@ COMMENT ON COLUMN aibilling.share.sums IS
 'What each row adds to the sums, as bytes; NULL: not known, the rows tell (a delivery that is being divided, or of an older version)';
 COMMENT ON COLUMN aibilling.share.counted IS
 'Ids of rows that another delivery counts: they have come back; NULL: not known';
+COMMENT ON COLUMN aibilling.share.folded_rows IS
+'How many of the first rows in sums are in the rollup already';
 ALTER TABLE aibilling.share ALTER COLUMN sums SET STORAGE EXTERNAL;
 CREATE INDEX share_usage_table ON aibilling.share (usage_table);
 COMMENT ON INDEX aibilling.share_usage_table IS 'Finds what a table''s functions have to add to the rollup';

@@ -5,8 +5,8 @@
  *
  * A delivery's share of the sums is written when the delivery enters the
  * ledger, and counts as long as the ledger has it as being sent or delivered.
- * Once it is delivered it is added to the rollup and deleted, in one
- * transaction.  A share without sums stands for the rows themselves: those of
+ * Once it is delivered its rows are added to the rollup, and it is deleted with
+ * the last of them.  A share without sums stands for the rows themselves: those of
  * a delivery that is being divided, or that an older version has made.
  *
  *-------------------------------------------------------------------------
@@ -16,6 +16,7 @@
 #include "catalog/pg_type.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
+#include "utils/datum.h"
 #include "utils/memutils.h"
 
 #include "base/idset.h"
@@ -59,6 +60,20 @@ abp_shares_set_sums(int64 delivery, bytea *sums)
 		"UPDATE aibilling.share SET sums = $2 WHERE delivery = $1", 2, {INT8OID, BYTEAOID}
 	};
 	Datum		values[2] = {Int64GetDatum(delivery), PointerGetDatum(sums)};
+
+	(void) abp_statement_run_alone(&set, values, NULL);
+}
+
+/*
+ * So many rows of a share are in the rollup now.
+ */
+void
+abp_shares_set_folded(int64 delivery, int rows)
+{
+	static Statement set = {
+		"UPDATE aibilling.share SET folded_rows = $2 WHERE delivery = $1", 2, {INT8OID, INT4OID}
+	};
+	Datum		values[2] = {Int64GetDatum(delivery), Int32GetDatum(rows)};
 
 	(void) abp_statement_run_alone(&set, values, NULL);
 }
@@ -127,13 +142,14 @@ read_shares(Statement *statement, Datum *values)
 		share->usage_table = abp_result_oid(i, 2);
 		sums = abp_result_datum(i, 3, &isnull);
 		if (!isnull)
-			share->sums = DatumGetByteaPCopy(sums);
+			share->sums = (bytea *) DatumGetPointer(datumCopy(sums, false, -1));
 		share->counted = abp_result_idset(i, 4, caller);
 		(void) abp_result_datum(i, 4, &isnull);
 		share->knows_counted = !isnull;
 		if (share->sums == NULL)
 			share->ids = abp_result_idset(i, 5, caller);
 		share->delivered = strcmp(TextDatumGetCString(abp_result_datum(i, 6, &isnull)), "delivered") == 0;
+		share->folded_rows = (int) abp_result_int64(i, 7, 0);
 		list = lappend(list, share);
 		MemoryContextSwitchTo(spi);
 	}
@@ -149,7 +165,7 @@ List	   *
 abp_shares_of(Oid usage_table)
 {
 	static Statement of_table = {
-		"SELECT s.delivery, s.usage_table, s.sums, s.counted, d.usage_ids, coalesce(d.state, 'delivered')"
+		"SELECT s.delivery, s.usage_table, s.sums, s.counted, d.usage_ids, coalesce(d.state, 'delivered'), s.folded_rows::int8"
 		" FROM (SELECT * FROM aibilling.share o WHERE o.usage_table = $1 OFFSET 0) s LEFT JOIN LATERAL"
 		" (SELECT l.usage_ids, l.state FROM aibilling.ledger l WHERE l.id = s.delivery OFFSET 0) d ON true"
 		" WHERE coalesce(d.state, 'delivered') IN ('delivered', 'sending')",
@@ -169,7 +185,7 @@ List	   *
 abp_shares_to_fold(int64 from_delivery, int max_shares, bool unknown)
 {
 	static Statement next = {
-		"SELECT s.delivery, s.usage_table, s.sums, s.counted, d.usage_ids, 'delivered'::text"
+		"SELECT s.delivery, s.usage_table, s.sums, s.counted, d.usage_ids, 'delivered'::text, s.folded_rows::int8"
 		" FROM aibilling.share s LEFT JOIN aibilling.ledger d ON d.id = s.delivery"
 		" WHERE s.delivery >= $1 AND (s.sums IS NULL) = $3 AND coalesce(d.state, 'delivered') = 'delivered'"
 		" ORDER BY s.delivery LIMIT $2",

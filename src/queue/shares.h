@@ -19,7 +19,8 @@ typedef struct Share
 {
 	int64		delivery;
 	Oid			usage_table;
-	bytea	   *sums;			/* NULL: not known, the rows tell */
+	bytea	   *sums;			/* as stored; NULL: not known, the rows tell */
+	int			folded_rows;	/* the first of them are in the rollup */
 	bool		knows_counted;	/* is "counted" known? */
 	IdSet		counted;		/* rows that another delivery counts */
 	IdSet		ids;			/* the delivery's rows; empty: see its sums */
@@ -28,6 +29,7 @@ typedef struct Share
 
 extern void abp_shares_write(int64 delivery, Oid usage_table, bytea *sums, const IdSet *counted);
 extern void abp_shares_set_sums(int64 delivery, bytea *sums);
+extern void abp_shares_set_folded(int64 delivery, int rows);
 extern void abp_shares_drop(const int64 *deliveries, int n);
 extern bool abp_shares_load_counted(int64 delivery, IdSet *counted);
 extern List *abp_shares_of(Oid usage_table);

@@ -38,7 +38,7 @@
 
 /* How many groups make a piece, some 20 us each: while rows come, while none do, with a backlog. */
 #define LIVELY_GROUPS 100
-#define QUIET_GROUPS 1000
+#define QUIET_GROUPS 500
 #define BACKLOG_GROUPS 6000
 
 /* The pause after a piece, in times of what it took: with a backlog, and while rows come. */

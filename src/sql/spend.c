@@ -112,7 +112,7 @@ find_usage_table(Oid relid)
 	return abp_attachment_former(relid);
 }
 
-static void
+static bool
 read_share_row(const char *key, int keylen, const ShareSums *sums, void *arg)
 {
 	Pending    *pending = arg;
@@ -122,6 +122,7 @@ read_share_row(const char *key, int keylen, const ShareSums *sums, void *arg)
 	abp_share_key_read(key, keylen, &parts, &customer_id);
 	if (pending->wants(&parts, pending->arg))
 		pending->reader(&parts, sums, pending->delivered, pending->arg);
+	return true;
 }
 
 static bool
@@ -165,7 +166,7 @@ read_pending(const UsageTable *table, KeyFilter wants, SumsReader reader, void *
 
 		pending.delivered = share->delivered;
 		if (share->sums != NULL)
-			abp_share_decode(share->sums, read_share_row, &pending);
+			(void) abp_share_decode(share->sums, &share->folded_rows, read_share_row, &pending);
 		else if (share->knows_counted)
 		{
 			IdSet		rest = abp_idset_subtract(&share->ids, &share->counted);

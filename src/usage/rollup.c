@@ -203,19 +203,27 @@ write_groups(Oid usage_table, const ShareGroups *daily)
 		write_columns(&columns);
 }
 
-static void
+/* Groups of rows, and how many there may be. */
+typedef struct Piece
+{
+	ShareGroups groups;
+	int			max_groups;
+} Piece;
+
+static bool
 add_to_group(const char *key, int keylen, const ShareSums *sums, void *arg)
 {
-	ShareGroups *groups = arg;
+	Piece	   *piece = arg;
 
-	abp_share_add(groups, &abp_share_group(groups, key, keylen)->sums, sums);
+	abp_share_add(&piece->groups, &abp_share_group(&piece->groups, key, keylen)->sums, sums);
+	return piece->groups.ngroups < piece->max_groups;
 }
 
 /*
  * Add the sums of some delivered batches to the rollup, of deliveries from
- * *from_delivery on, which is moved; no more batches once they make so many
- * groups, each of which is written once.  For the shipper, in a transaction of its
- * own.  Returns whether there may be more.
+ * *from_delivery on, which is moved: of as many rows as make so many groups, each of
+ * which is written once.  For the shipper, in a transaction of its own.  Returns
+ * whether there may be more.
  */
 bool
 abp_rollup_fold(int64 *from_delivery, int max_groups)
@@ -224,7 +232,7 @@ abp_rollup_fold(int64 *from_delivery, int max_groups)
 	int64	   *folded = palloc(sizeof(int64) * Max(1, list_length(shares)));
 	int			nfolded = 0;
 	Oid			usage_table;
-	ShareGroups groups;
+	Piece		piece = {.max_groups = max_groups};
 	ListCell   *lc;
 
 	*from_delivery = abp_shares_first_open();
@@ -238,19 +246,23 @@ abp_rollup_fold(int64 *from_delivery, int max_groups)
 		return true;
 	}
 
-	abp_share_init(&groups, CurrentMemoryContext);
+	abp_share_init(&piece.groups, CurrentMemoryContext);
 	foreach(lc, shares)
 	{
 		Share	   *share = lfirst(lc);
 
 		if (share->usage_table != usage_table)
 			continue;
-		abp_share_decode(share->sums, add_to_group, &groups);
+		if (!abp_share_decode(share->sums, &share->folded_rows, add_to_group, &piece))
+		{
+			abp_shares_set_folded(share->delivery, share->folded_rows);
+			break;
+		}
 		folded[nfolded++] = share->delivery;
-		if (groups.ngroups >= max_groups)
+		if (piece.groups.ngroups >= max_groups)
 			break;
 	}
-	write_groups(usage_table, &groups);
+	write_groups(usage_table, &piece.groups);
 	abp_shares_drop(folded, nfolded);
 	return true;
 }

@@ -370,19 +370,24 @@ abp_share_encode(const ShareRows *rows, const bool *skip)
 }
 
 /*
- * Hand each row of a batch to a reader, with a key that lives as long as the call.
+ * Hand the rows of a batch, as it is stored, to a reader, with a key that lives as
+ * long as the call: those behind the first *nread, until it wants no more.  *nread
+ * becomes how many have been read by now.  Returns whether that is all of them.
  */
-void
-abp_share_decode(bytea *share, ShareReader reader, void *arg)
+bool
+abp_share_decode(bytea *share, int *nread, ShareReader reader, void *arg)
 {
+	bytea	   *plain = DatumGetByteaPP(PointerGetDatum(share));
 	ByteReader	bytes = {
-		VARDATA_ANY(share), VARDATA_ANY(share) + VARSIZE_ANY_EXHDR(share),
+		VARDATA_ANY(plain), VARDATA_ANY(plain) + VARSIZE_ANY_EXHDR(plain),
 		"the sums of a batch in table aibilling.share"
 	};
+	bool		wants_more = true;
 	TextView	first_customer;
 	uint64		nkinds;
 	TextView   *kinds;
 	uint64		nrows;
+	uint64		row = 0;
 	StringInfoData key;
 
 	if (abp_bytes_get_unsigned(&bytes) != SHARE_VERSION)
@@ -392,7 +397,7 @@ abp_share_decode(bytea *share, ShareReader reader, void *arg)
 	nrows = (uint64) abp_bytes_get_unsigned(&bytes);
 
 	initStringInfo(&key);
-	for (uint64 i = 0; i < nrows; i++)
+	for (; row < nrows && wants_more; row++)
 	{
 		unsigned char flags = *abp_bytes_get(&bytes, 1);
 		uint64		kind = (uint64) abp_bytes_get_unsigned(&bytes);
@@ -407,8 +412,13 @@ abp_share_decode(bytea *share, ShareReader reader, void *arg)
 		get_customer(&bytes, flags, first_customer, &key);
 		appendBinaryStringInfoNT(&key, kinds[kind].data + 1, kinds[kind].len - 1);
 		get_sums(&bytes, &sums, flags);
-		reader(key.data, key.len, &sums, arg);
+		if (row >= (uint64) *nread)
+			wants_more = reader(key.data, key.len, &sums, arg);
 	}
 	pfree(key.data);
 	pfree(kinds);
+	if (plain != share)
+		pfree(plain);
+	*nread = (int) row;
+	return row == nrows;
 }

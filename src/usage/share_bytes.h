@@ -33,9 +33,9 @@ extern void abp_share_rows_add(ShareRows *rows, int index, const UsageRow *row,
 							   const EventFormat *format);
 extern bytea *abp_share_encode(const ShareRows *rows, const bool *skip);
 
-/* What a reader does with a row; the key is in UTF-8. */
-typedef void (*ShareReader) (const char *key, int keylen, const ShareSums *sums, void *arg);
+/* What a reader does with a row, and whether it wants more; the key is in UTF-8. */
+typedef bool (*ShareReader) (const char *key, int keylen, const ShareSums *sums, void *arg);
 
-extern void abp_share_decode(bytea *share, ShareReader reader, void *arg);
+extern bool abp_share_decode(bytea *share, int *nread, ShareReader reader, void *arg);
 
 #endif							/* ABP_SHARE_BYTES_H */

@@ -4,7 +4,8 @@
     stress.py --seconds N --seed N --polar PORT    (the server by PGHOST, PGPORT, PGDATABASE, PGUSER)
 
 Several sessions insert, change, move, delete and bring back rows of plain and partitioned tables, whose
-ids are shared, reused and moved; operators pause, retry, reprice, detach and kill; a role of its own
+ids are shared, reused and moved; operators pause, retry, reprice, correct, detach, rename and kill, once in a
+while so that all server processes start anew; a role of its own
 misbehaves in its own table; the stand-in for Polar loses answers and refuses.  At the end all faults
 cease, and then
 
@@ -20,7 +21,9 @@ and what the ledger says.
 import argparse
 import collections
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -30,7 +33,7 @@ import urllib.request
 TABLES = ("one", "two", "parts", "tenants")
 PARTITIONED = {"parts": ("region", ("'a'", "'b'", "'c'")), "tenants": ("tenant", ("0", "1"))}
 # partitions that go and come, with their table and their bound
-LEAVES = (("parts_a", "parts", "'a'"), ("parts_b", "parts", "'b'"), ("tenants_1", "tenants", "1"))
+LEAVES = (("parts_a", "parts", "'a'"), ("parts_b", "parts", "'b'"), ("parts_c", "parts", "'c'"), ("tenants_1", "tenants", "1"))
 FAILURES_SHOWN = 5      # of each kind
 CUSTOMERS = ("c1", "c2", "c3")
 
@@ -46,13 +49,16 @@ CREATE TABLE parts (LIKE one INCLUDING DEFAULTS, region text NOT NULL, PRIMARY K
 CREATE SEQUENCE parts_id; ALTER TABLE parts ALTER id SET DEFAULT nextval('parts_id');
 CREATE TABLE parts_a PARTITION OF parts FOR VALUES IN ('a');
 CREATE TABLE parts_b PARTITION OF parts FOR VALUES IN ('b');
-CREATE TABLE parts_c PARTITION OF parts FOR VALUES IN ('c');
+CREATE TABLE parts_c PARTITION OF parts FOR VALUES IN ('c') PARTITION BY RANGE (id);
+CREATE TABLE parts_c1 PARTITION OF parts_c FOR VALUES FROM (MINVALUE) TO (300);
+CREATE TABLE parts_c2 PARTITION OF parts_c FOR VALUES FROM (300) TO (MAXVALUE);
 SELECT aibilling.attach('parts', 'polar');
 CREATE TABLE tenants (LIKE one INCLUDING DEFAULTS, tenant int NOT NULL, PRIMARY KEY (id, tenant)) PARTITION BY LIST (tenant);
 CREATE SEQUENCE tenants_id; ALTER TABLE tenants ALTER id SET DEFAULT nextval('tenants_id');
 CREATE TABLE tenants_0 PARTITION OF tenants FOR VALUES IN (0);
 CREATE TABLE tenants_1 PARTITION OF tenants FOR VALUES IN (1);
 SELECT aibilling.attach('tenants', 'other');
+CREATE SCHEMA away;
 CREATE TABLE audit (what text, id bigint);
 CREATE FUNCTION audit() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN
 	INSERT INTO audit VALUES (TG_OP, coalesce(NEW.id, OLD.id));
@@ -160,6 +166,7 @@ class Session:
         self.process.kill()
         self.process.wait()
         self.process = None
+        time.sleep(0.2)                 # perhaps the server starts anew
         return None
 
 
@@ -201,6 +208,7 @@ class Stress:
         self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         self.lock = threading.Lock()
         self.used = 0
+        self.crashes = 0
         self.compared = 0
         self.failures = collections.defaultdict(list)   # by kind, the lines of each
         # Of partitions that leave concurrently, by what says that a row goes there: PostgreSQL stores a row that has
@@ -267,6 +275,18 @@ class Stress:
             (5, "BEGIN; CREATE TEMP TABLE t (LIKE %s) ON COMMIT DROP;"
                 " WITH gone AS (DELETE FROM %s WHERE id IN (%s) RETURNING *) INSERT INTO t SELECT * FROM gone;"
                 " INSERT INTO %s SELECT * FROM t; COMMIT" % (table, table, some, table)),
+            (5, "WITH gone AS (DELETE FROM %s WHERE id IN (%s) RETURNING *) INSERT INTO %s SELECT * FROM gone" % (table, some, table)),
+            (5, "MERGE INTO %s u USING (%s) s ON u.id = s.id WHEN MATCHED AND u.id %% 2 = 0 THEN DELETE"
+                " WHEN MATCHED THEN UPDATE SET output_tokens = 4" % (table, some)),
+            (2, "UPDATE %s SET event_name = 'other' WHERE id IN (%s)" % (table, waiting)),
+            (2, "BEGIN; DELETE FROM %s WHERE id IN (%s); SAVEPOINT s; %s; ROLLBACK TO s; PREPARE TRANSACTION '%s'; SELECT pg_sleep(%f); %s PREPARED '%s'" % (
+                table, waiting, insert, "g%s" % self.used, rng.random(), rng.choice(("COMMIT", "ROLLBACK")), "g%s" % self.used)),
+            (3, "SELECT aibilling.correct('%s', id, %f) FROM %s WHERE id IN (%s)" % (table, rng.random() / 100, table, some)),
+            (1, "ALTER TABLE %s ADD COLUMN extra int DEFAULT 7; ALTER TABLE %s DROP COLUMN extra" % (table, table)),
+            (1, "ALTER TABLE %s RENAME TO renamed_%s; SELECT pg_sleep(%f); ALTER TABLE renamed_%s RENAME TO %s" % (
+                table, table, rng.random() / 20, table, table)),
+            (1, "ALTER TABLE %s SET SCHEMA away; SELECT pg_sleep(%f); ALTER TABLE away.%s SET SCHEMA public" % (table, rng.random() / 20, table)),
+            (1, "VACUUM FULL %s" % table),
         ]
         if table in PARTITIONED:
             column, values = PARTITIONED[table]
@@ -292,17 +312,21 @@ class Stress:
             ]
         return rng.choices([text for _, text in choices], [weight for weight, _ in choices])[0]
 
+    def run_gated(self, session, script):
+        """Run a script, which waits for partitions that it may store rows in and that are leaving."""
+        anywhere = any(words in script for words in ("INSERT INTO parts SELECT", "correct('parts'", "reprice('parts'"))
+        gates = [gate for bound, gate in self.gates.items() if anywhere or bound in script]
+        for gate in gates:
+            gate.enter()
+        session.run(script)
+        for gate in gates:
+            gate.leave()
+
     def application(self, number):
         rng = random.Random(self.seed * 100 + number)
         session = Session()
         while self.going_on():
-            script = self.change(rng)
-            gates = [gate for bound, gate in self.gates.items() if bound in script]
-            for gate in gates:
-                gate.enter()
-            session.run(script)
-            for gate in gates:
-                gate.leave()
+            self.run_gated(session, self.change(rng))
 
     # --- what operators do ---
 
@@ -329,6 +353,7 @@ class Stress:
             "SELECT aibilling.attach('%s', '%s', 'send')" % (table, "other" if table in ("two", "tenants") else "polar"),
             "SELECT aibilling.retry('%s')" % table,
             "SELECT count(*) FROM aibilling.reprice('%s', dry_run => false)" % table,
+            "SELECT count(*) FROM aibilling.reprice('%s', dry_run => false, corrections => true)" % table,
             "INSERT INTO aibilling.price (provider, model, input, output) VALUES ('p', 'later%d', 1, 2) ON CONFLICT DO NOTHING" % rng.randrange(4),
             "DELETE FROM aibilling.price WHERE model = 'later%d'" % rng.randrange(4),
             "UPDATE aibilling.price SET input = %d WHERE model = 'm1'" % rng.randrange(1, 9),
@@ -338,15 +363,38 @@ class Stress:
             "SELECT count(*) FROM aibilling.status; SELECT count(*) FROM aibilling.outbox; SELECT count(*) FROM aibilling.preview('one', 5)",
         ))
 
+    def crash(self, session, rng):
+        """A server process is killed: the worker, or one in the middle of a statement."""
+        pids = session.run("SELECT pid FROM pg_stat_activity WHERE %s ORDER BY random() LIMIT 1" % rng.choice(
+            ("backend_type LIKE 'aibilling%'", "state = 'active' AND query ~ '^(INSERT|UPDATE|DELETE)'", "pid = pg_backend_pid()")))
+        for pid in pids or []:
+            try:
+                os.kill(int(pid), signal.SIGKILL)
+                with self.lock:
+                    self.crashes += 1
+            except ProcessLookupError:
+                pass
+
     def operator(self, number):
         rng = random.Random(self.seed * 100 + 50 + number)
         session = Session()
         while self.going_on():
-            if rng.random() < 0.06:
+            chance = rng.random()
+            if chance < 0.01:
+                self.crash(session, rng)
+            elif chance < 0.07:
                 self.leave_concurrently(session, rng)
             else:
-                session.run(self.operation(rng))
+                self.run_gated(session, self.operation(rng))
             time.sleep(rng.random() * 0.3)
+
+    def forget_prepared(self):
+        """End what was prepared by a session that is gone, since it holds its locks."""
+        session = Session()
+        while self.going_on():
+            for gid in session.run("SELECT gid FROM pg_prepared_xacts WHERE prepared < now() - interval '2 s'") or []:
+                session.run("ROLLBACK PREPARED '%s'" % gid)
+            time.sleep(0.5)
 
     def eve(self):
         rng = random.Random(self.seed * 100 + 90)
@@ -410,6 +458,9 @@ class Stress:
         for gid in session.run("SELECT gid FROM pg_prepared_xacts") or []:
             session.run("ROLLBACK PREPARED '%s'" % gid)
         session.run("ALTER SERVER renamed RENAME TO polar")
+        for table in TABLES:
+            session.run("ALTER TABLE renamed_%s RENAME TO %s" % (table, table))
+            session.run("ALTER TABLE away.%s SET SCHEMA public" % table)
         for leaf, table, bound in LEAVES:
             session.run("ALTER TABLE %s DETACH PARTITION %s FINALIZE" % (table, leaf))
             session.run("ALTER TABLE %s ATTACH PARTITION %s FOR VALUES IN (%s)" % (table, leaf, bound))
@@ -493,12 +544,12 @@ class Stress:
                 self.fail("deleted after its delivery, and not as it is at Polar", *self.all_of_row(session, "one", row, found))
         for key, found in events.items():
             number = int(key[1:]) if key[1:].isdigit() and key[0] == "e" else None
-            if number is None and found[0].get("external_customer_id") == "e":
-                continue                # eve's
+            if number is None and (found[0].get("external_customer_id") == "e" or "tag_corrects" in found[0]["metadata"]):
+                continue                # eve's, or a correction
             if number is None or number > self.used:
                 self.fail("at Polar, and was never here", "%s: %s" % (key, json.dumps(found[0])))
         unexpected = session.run("SELECT coalesce(sum(unexpected_duplicates), 0) FROM aibilling.delivery WHERE usage_table <> 'eve.usage'::regclass")
-        print("%d external ids, rows: %s, unexpected duplicates: %s" % (self.used, dict(states), unexpected))
+        print("%d external ids, rows: %s, unexpected duplicates: %s, crashes: %d" % (self.used, dict(states), unexpected, self.crashes))
         if not states["delivered"]:
             self.fail("no row was delivered")
 
@@ -515,7 +566,7 @@ class Stress:
         session.run(SETUP)
         threads = [threading.Thread(target=self.application, args=(i,)) for i in range(3)]
         threads += [threading.Thread(target=self.operator, args=(i,)) for i in range(2)]
-        threads += [threading.Thread(target=work) for work in (self.eve, self.faults, self.sums)]
+        threads += [threading.Thread(target=work) for work in (self.eve, self.faults, self.sums, self.forget_prepared)]
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -519,6 +519,25 @@ subtest '5: partitions that go and come' => sub {
 	is(at_polar('ol'), 'ol1 x1, ol2 x1, ol3 x1', 'nothing lost, nothing twice');
 };
 
+subtest '5: the partitions of a partition are read while another one leaves' => sub {
+	my $reader = $node->background_psql('postgres');
+	my $leaving = $node->background_psql('postgres');
+
+	partitioned('nested');
+	sql("CREATE TABLE nested_c PARTITION OF nested FOR VALUES IN ('c') PARTITION BY RANGE (id);"
+		  . 'CREATE TABLE nested_c1 PARTITION OF nested_c FOR VALUES FROM (MINVALUE) TO (3);'
+		  . 'CREATE TABLE nested_c2 PARTITION OF nested_c FOR VALUES FROM (3) TO (MAXVALUE)');
+	$reader->query_safe('BEGIN; SELECT FROM nested');
+	$leaving->query_until(qr/now/, "\\echo now\nALTER TABLE nested DETACH PARTITION nested_a CONCURRENTLY;\n");
+	$node->poll_query_until('postgres', "SELECT inhdetachpending FROM pg_inherits WHERE inhrelid = 'nested_a'::regclass");
+	sql(ins('nested', 'ne1,ne2,ne3,ne4', 'region', "'c'"));
+	ok(settled('nested'), 'none of them waits');
+	is(at_polar('ne'), 'ne1 x1, ne2 x1, ne3 x1, ne4 x1', 'all rows of them are sent');
+	$reader->query_safe('COMMIT');
+	$_->quit foreach $reader, $leaving;
+	is(sql("SELECT count(*) FROM pg_inherits WHERE inhrelid = 'nested_a'::regclass"), '0', 'it has left');
+};
+
 subtest '5: two rows of an id are away, and come back one after the other' => sub {
 	my $away = sub { sql("ALTER TABLE apart DETACH PARTITION apart_$_[0]") };
 	my $back = sub { sql("ALTER TABLE apart ATTACH PARTITION apart_$_[0] FOR VALUES IN ('$_[0]')") };

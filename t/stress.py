@@ -279,6 +279,8 @@ class Stress:
             (5, "MERGE INTO %s u USING (%s) s ON u.id = s.id WHEN MATCHED AND u.id %% 2 = 0 THEN DELETE"
                 " WHEN MATCHED THEN UPDATE SET output_tokens = 4" % (table, some)),
             (2, "UPDATE %s SET event_name = 'other' WHERE id IN (%s)" % (table, waiting)),
+            (3, "UPDATE %s SET external_id = '%s' WHERE external_id = (SELECT min(external_id) FROM %s WHERE id IN (%s))" % (
+                table, self.key(), table, waiting)),
             (2, "BEGIN; DELETE FROM %s WHERE id IN (%s); SAVEPOINT s; %s; ROLLBACK TO s; PREPARE TRANSACTION '%s'; SELECT pg_sleep(%f); %s PREPARED '%s'" % (
                 table, waiting, insert, "g%s" % self.used, rng.random(), rng.choice(("COMMIT", "ROLLBACK")), "g%s" % self.used)),
             (3, "SELECT aibilling.correct('%s', id, %f) FROM %s WHERE id IN (%s)" % (table, rng.random() / 100, table, some)),

@@ -165,11 +165,13 @@ prepare_read(const UsageTable *table, ReadKind kind, bool by_range)
 
 /*
  * Settings under which rows are read and written by id: no plan walks through
- * the table.
+ * the table, and none leaves out partitions when it runs.  While a DETACH CONCURRENTLY
+ * is under way, a plan that does passes over the partitions of other partitions.
  */
 static void
 settings_for_ids(void)
 {
+	abp_set_locally("enable_partition_pruning", "off");
 	abp_set_locally("enable_seqscan", "off");
 	abp_set_locally("enable_bitmapscan", "off");
 	abp_set_locally("jit", "off");	/* costs of what is off are in the

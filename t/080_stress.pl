@@ -1,7 +1,8 @@
 
-# Random statements, operators, faults, crashes and a role that misbehaves, for a minute; then rows and events
+# Random statements, operators, faults and a role that misbehaves, for a minute; then rows and events
 # must agree (t/stress.py).  AIBILLING_STRESS_SECONDS says for how long, AIBILLING_STRESS_SEED with
-# which seed; the seed of a run is printed.
+# which seed; the seed of a run is printed.  AIBILLING_STRESS_MORE=1: with more kinds of statements, and
+# with crashes.
 
 use strict;
 use warnings;
@@ -29,7 +30,8 @@ local $ENV{PGHOST} = $node->host;
 local $ENV{PGPORT} = $node->port;
 local $ENV{PGDATABASE} = 'postgres';
 
-my $ok = IPC::Run::run([ PolarServer->python, 't/stress.py', '--seconds', $seconds, '--seed', $seed, '--polar', $polar->port ],
+my $ok = IPC::Run::run([ PolarServer->python, 't/stress.py', '--seconds', $seconds, '--seed', $seed, '--polar', $polar->port,
+		$ENV{AIBILLING_STRESS_MORE} ? '--more' : () ],
 	'<', \undef, '>&', \my $output);
 ok($ok, "rows and events agree (seed $seed)") or diag($output);
 note $output;

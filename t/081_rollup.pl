@@ -502,7 +502,7 @@ $alone->safe_psql('postgres', 'CALL aibilling.sync()');
 is($alone->safe_psql('postgres', "SELECT count(*), (SELECT sum(usage_rows) FROM aibilling.usage_daily('usage')) FROM aibilling.share"), '0|700',
 	'sync() adds up what it has delivered');
 
-# A batch of many customers goes into the rollup in pieces, here with a pause after the first one.
+# A batch of many customers goes into the rollup in pieces; here the second one fails.
 $alone->safe_psql('postgres', q{
 CREATE FUNCTION one_piece() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN
 	IF EXISTS (SELECT FROM aibilling.rollup_daily WHERE external_customer_id LIKE 'own %') THEN

@@ -20,7 +20,7 @@ typedef struct Share
 	int64		delivery;
 	Oid			usage_table;
 	bytea	   *sums;			/* as stored; NULL: not known, the rows tell */
-	int			folded_rows;	/* the first of them are in the rollup */
+	int			folded_rows;	/* so many, the first, are in the rollup */
 	bool		knows_counted;	/* is "counted" known? */
 	IdSet		counted;		/* rows that another delivery counts */
 	IdSet		ids;			/* the delivery's rows; empty: see its sums */

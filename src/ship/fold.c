@@ -36,7 +36,7 @@
 /* A backlog that is gone by then is not held up. */
 #define BACKLOG_MS (5 * 1000)
 
-/* How many groups make a piece, some 20 us each: while rows come, while none do, with a backlog. */
+/* How many groups make a piece, some 30 us each: while rows come, while none do, with a backlog. */
 #define LIVELY_GROUPS 100
 #define QUIET_GROUPS 500
 #define BACKLOG_GROUPS 6000

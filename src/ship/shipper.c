@@ -854,7 +854,10 @@ settle_and_prepare(Turn *turn, const ShipScope *scope)
 	if (turn->backlog)
 		turn->gather_until = Min(turn->gather_until, abp_turn_in_ms(GATHER_MIN_MS));
 
-	/* Every commit wakes us: not for nothing while nothing may be sent. */
+	/*
+	 * Every commit wakes us: not for nothing while there is nothing to do but
+	 * to wait.
+	 */
 	if (departures == NIL && abp_shipments == NIL && !turn->room_left && !turn->more_to_build)
 		turn->gather_until = abp_turn_in_ms(GATHER_MAX_MS);
 	return departures;

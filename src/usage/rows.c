@@ -166,7 +166,8 @@ prepare_read(const UsageTable *table, ReadKind kind, bool by_range)
 /*
  * Settings under which rows are read and written by id: no plan walks through
  * the table, and none leaves out partitions when it runs.  While a DETACH CONCURRENTLY
- * is under way, a plan that does passes over the partitions of other partitions.
+ * is under way, a plan that does (seen on PostgreSQL 15) passes over the partitions of
+ * other partitions.
  */
 static void
 settings_for_ids(void)

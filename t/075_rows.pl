@@ -613,6 +613,50 @@ subtest '5: two rows of an id are away, and come back one after the other' => su
 	is(sql("SELECT count(*) FROM aibilling.ledger WHERE usage_table = 'apart'::regclass AND (vanished_ids IS NOT NULL OR vanished_keys IS NOT NULL)"), '0', 'nor is anything missed');
 };
 
+subtest '5: what may have been stored comes back as that, whoever hears of it first' => sub {
+	partitioned('limbo');
+	pause();
+	sql(ins('limbo', 'li1') . ins('limbo', 'li2,li3,li4', 'region', "'b'"));
+	$polar->fault(kind => 'drop_after_store', times => 2);
+	resume();
+	$polar->wait_for(sub { at_polar('li') eq 'li1 x1, li2 x1, li3 x1, li4 x1' }, 'a request that is stored, and gets no answer');
+	sql('ALTER TABLE limbo DETACH PARTITION limbo_b');
+	ok($node->poll_query_until('postgres', "SELECT attempts = 2 AND events = 1 AND error IS NOT NULL FROM aibilling.delivery WHERE usage_table = 'limbo'::regclass AND state = 'sending'"),
+		'it is sent again without the rows that have left');
+	pause();
+	sql("ALTER TABLE limbo ATTACH PARTITION limbo_b FOR VALUES IN ('b')");
+	is(outbox('limbo'), '2 pending, 3 pending, 4 pending', 'they wait as soon as they are back');
+	like(error_of("UPDATE limbo SET input_tokens = 9000 WHERE external_id = 'li2'"), qr/may have been delivered/, 'UPDATE is refused');
+	like(error_of("DELETE FROM limbo WHERE external_id = 'li2'"), qr/may have been delivered/, 'and DELETE');
+	is(error_of("UPDATE limbo SET region = 'a' WHERE external_id = 'li3'"), '', 'one moves');
+	like(error_of("UPDATE limbo SET input_tokens = 9000 WHERE external_id = 'li3'"), qr/may have been delivered/, 'and stays what it is');
+	sql("SELECT aibilling.attach('limbo', 'polar', 'send')");
+	resume();
+	ok(settled('limbo'), 'they are sent again');
+	is(at_polar('li'), 'li1 x1, li2 x1, li3 x1, li4 x1', 'each is there once');
+	is(sql("SELECT string_agg(DISTINCT cost_nanos::text, ' ') FROM limbo"), cost_at_polar('li2'), 'as it is here');
+	is(unexpected('limbo'), 0, 'without a surprise');
+
+	# Nobody has told us of the partition that comes.
+	pause();
+	$polar->fault(kind => 'drop_after_store', times => 2);
+	sql(ins('limbo', 'lu1') . ins('limbo', 'lu2', 'region', "'b'"));
+	resume();
+	$polar->wait_for(sub { at_polar('lu') eq 'lu1 x1, lu2 x1' }, 'a request that is stored, and gets no answer');
+	sql('ALTER TABLE limbo DETACH PARTITION limbo_b');
+	ok($node->poll_query_until('postgres', "SELECT attempts = 2 AND events = 1 AND error IS NOT NULL FROM aibilling.delivery WHERE usage_table = 'limbo'::regclass AND state = 'sending'"),
+		'sent again without the row that has left');
+	pause();
+	sql("SET session_replication_role = replica; ALTER TABLE limbo ATTACH PARTITION limbo_b FOR VALUES IN ('b')");
+	sql("SELECT aibilling.attach('limbo', 'polar', 'send')");
+	is(outbox('limbo'), sql("SELECT id || ' pending' FROM limbo WHERE external_id = 'lu2'"), 'attach() finds it');
+	like(error_of("UPDATE limbo SET input_tokens = 9000 WHERE external_id = 'lu2'"), qr/may have been delivered/, 'and what the ledger says of it');
+	resume();
+	ok(settled('limbo'), 'it is sent again');
+	is(at_polar('lu'), 'lu1 x1, lu2 x1', 'each is there once');
+	is(unexpected('limbo'), 0, 'without a surprise');
+};
+
 subtest '6: rows that come while their table is detached' => sub {
 	sql("SELECT aibilling.create_usage_table('off', 'polar')");
 	sql(ins('off', 'of1,of2'));

@@ -262,12 +262,17 @@ lock_attachment(Oid relid, LOCKMODE mode, bool wait)
 /*
  * Keep others from changing what is recorded of a table: for the shipper, before it
  * takes the snapshot by which it reads, or settles a request.  Returns false if
- * somebody is just doing so, who is not waited for.
+ * somebody is just doing so, who is not waited for.  What others have done is known
+ * then: having a lock on the table, the shipper would not hear of a partition that
+ * has come.
  */
 bool
 abp_attachment_hold(Oid relid)
 {
-	return lock_attachment(relid, ShareLock, false);
+	if (!lock_attachment(relid, ShareLock, false))
+		return false;
+	AcceptInvalidationMessages();
+	return true;
 }
 
 /*

@@ -58,10 +58,7 @@ typedef struct EntryForm
 #define OUTBOX_SKIPPED 's'		/* a second one of its external_id */
 #define OUTBOX_KEPT 'k'			/* not changed, since it was sent */
 #define OUTBOX_VANISHED 'v'		/* deleted while it was in flight */
-#define OUTBOX_IS_NOTE(state) (strchr("anskv", (state)) != NULL)
-
-/* A note whose ids are OIDs of partitions that were attached, to be looked at. */
-#define OUTBOX_PARTITIONS 'a'
+#define OUTBOX_IS_NOTE(state) (strchr("nskv", (state)) != NULL)
 
 /* An entry that takes its ids out of a state again has the capital letter. */
 #define OUTBOX_REMOVAL(state) ((char) ((state) - 'a' + 'A'))

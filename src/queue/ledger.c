@@ -559,23 +559,18 @@ abp_ledger_sending_ids(Oid usage_table)
 /*
  * The deliveries of a table, since its last TRUNCATE, that found rows gone, first
  * those whose outcome is unknown: a list of Delivery with id, vanished_rows and
- * outcome_unknown, in the current memory context.  "sending": also those that are
- * not settled; only the shipper changes these, so that it waits for nobody's
- * transaction.
+ * outcome_unknown, in the current memory context.
  */
 List	   *
-abp_ledger_vanished(Oid usage_table, int64 ledger_from, bool sending)
+abp_ledger_vanished(Oid usage_table, int64 ledger_from)
 {
 	static Statement vanished = {
 		"SELECT d.id, d.vanished_ids, d.outcome_unknown, d.vanished_keys FROM aibilling.ledger d"
 		" WHERE d.usage_table = $1 AND d.vanished_ids IS NOT NULL AND d.id > $2"
-		" AND (d.state <> 'sending' OR $3)"
 		" ORDER BY d.outcome_unknown DESC, d.id",
-		3, {REGCLASSOID, INT8OID, BOOLOID}
+		2, {REGCLASSOID, INT8OID}
 	};
-	Datum		values[3] = {
-		ObjectIdGetDatum(usage_table), Int64GetDatum(ledger_from), BoolGetDatum(sending)
-	};
+	Datum		values[2] = {ObjectIdGetDatum(usage_table), Int64GetDatum(ledger_from)};
 	List	   *list = NIL;
 	MemoryContext caller = CurrentMemoryContext;
 	uint64		n;

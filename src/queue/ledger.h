@@ -78,7 +78,7 @@ extern bool abp_ledger_has(Oid usage_table, int64 id, int64 ledger_from);
 extern IdSet abp_ledger_sending_ids(Oid usage_table);
 extern int32 abp_ledger_age(Oid usage_table);
 extern IdSet abp_ledger_ids(Oid usage_table, int64 ledger_from);
-extern List *abp_ledger_vanished(Oid usage_table, int64 ledger_from, bool sending);
+extern List *abp_ledger_vanished(Oid usage_table, int64 ledger_from);
 extern void abp_ledger_returned(const Delivery *delivery, IdSet *ids);
 extern void abp_ledger_totals(Oid usage_table, LedgerTotals *totals);
 extern void abp_ledger_sum_up(void);

@@ -251,22 +251,6 @@ sum_up_not_queued(Oid usage_table)
 }
 
 /*
- * A partition that abp_outbox_peek has told of has been looked at.
- */
-void
-abp_outbox_forget_partition(Oid usage_table, Oid partition)
-{
-	static Statement forget = {
-		"DELETE FROM aibilling.outbox_entry WHERE usage_table = $1 AND state = 'a'"
-		" AND not_before = '-infinity' AND coalesce(ids, int8multirange(int8range(id, id, '[]'))) @> $2",
-		2, {REGCLASSOID, INT8OID}
-	};
-	Datum		values[2] = {ObjectIdGetDatum(usage_table), Int64GetDatum(partition)};
-
-	abp_statement_run_alone(&forget, values, NULL);
-}
-
-/*
  * Bring a table's entries in order: UPDATE and DELETE of usage rows only note
  * what is to be taken out of them.  For the shipper, before it reads them, by
  * the active snapshot.  Returns false if there is more to do than max_removals,

@@ -45,7 +45,6 @@ extern bool abp_outbox_put_at_commit(OutboxEntry *entries, int nentries);
 extern IdSet abp_outbox_left(Oid usage_table, char state, ItemPointer tid,
 							 int64 id, IdSet *ids);
 extern IdSet abp_outbox_entry_left(const OutboxEntry *entry);
-extern void abp_outbox_forget_partition(Oid usage_table, Oid partition);
 extern bool abp_outbox_tidy(Oid usage_table, int max_removals);
 extern IdSet abp_outbox_take(Oid usage_table, char state, TimestampTz until,
 							 IdSet *except, int64 *cursor, int64 max_ids,

@@ -176,9 +176,7 @@ void
 abp_batch_next(Turn *turn, const UsageTable *table, const ServerOptions *server, void *arg)
 {
 	PushActiveSnapshot(GetLatestSnapshot());
-	if (!abp_partitions_look(table->relid, table->ledger_from))
-		abp_turn_due_at(turn, abp_turn_in_ms(LOCKED_MS));
-	else if (abp_outbox_tidy(table->relid, TIDY_PER_TURN))
+	if (abp_outbox_tidy(table->relid, TIDY_PER_TURN))
 	{
 		CommandCounterIncrement();
 		UpdateActiveSnapshotCommandId();

@@ -53,6 +53,7 @@
 #include "usage/attach.h"
 #include "usage/collect.h"
 #include "usage/correct.h"
+#include "usage/partitions.h"
 #include "usage/row.h"
 #include "usage/rows.h"
 
@@ -554,6 +555,13 @@ enqueue_existing(Oid relid, bool was_attached)
 							table->name),
 				   1, argtypes, args, EXISTING_CHUNK, sort_existing, &rows);
 	abp_progress_end();
+
+	/*
+	 * Those that were missed, and may have been sent, are known by what the
+	 * ledger says.
+	 */
+	abp_partitions_come(relid, relid, table->ledger_from);
+	CommandCounterIncrement();
 
 	/*
 	 * Without those that the outbox or the ledger knows, at one moment: rows

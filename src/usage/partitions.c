@@ -42,7 +42,6 @@
 #include "queue/outbox.h"
 #include "queue/place.h"
 #include "queue/wake.h"
-#include "usage/attach.h"
 #include "usage/lookup.h"
 #include "usage/partitions.h"
 #include "usage/rows.h"
@@ -84,14 +83,14 @@ note_vanished(const UsageTable *table, Oid partition, IdSet *ids, bool outcome_u
  * waited for: they may wait for the partition.
  */
 static IdSet
-lock_others(Oid usage_table, const IdSet *ids)
+lock_others(const UsageTable *table, const IdSet *ids)
 {
-	IdSet		others = abp_lookup_existing(usage_table, ids);
+	IdSet		others = abp_lookup_existing(table->relid, ids);
 	IdSet		none = {0};
 
-	if (others.nranges == 0 || !abp_place_lock_shared_ids(usage_table, false))
+	if (others.nranges == 0 || !abp_place_lock_shared_ids(table->relid, false))
 		return none;
-	return abp_rows_lock(abp_attach_needed(usage_table), &others, false);
+	return abp_rows_lock(table, &others, false);
 }
 
 /*
@@ -117,7 +116,7 @@ partition_has_gone(const UsageTable *table, Oid partition, bool concurrently)
 	waiting = abp_outbox_all_ids(usage_table);
 	ids = abp_lookup_existing(partition, &waiting);
 	if (concurrently)
-		locked = lock_others(usage_table, &ids);
+		locked = lock_others(table, &ids);
 	PopActiveSnapshot();
 	while (abp_idset_walk(&ids, &walk))
 	{
@@ -189,24 +188,28 @@ put_returned(const Delivery *delivery, IdSet ids, int64 ledger_from, IdSet *come
 		entry.outcome_unknown = known.nranges > 0;
 	}
 	abp_outbox_put(&entry, 1);
+	abp_wake_at_commit();
 	abp_idset_add_set(come, &entry.ids, CurrentMemoryContext);
 	abp_idset_sort(come);
 }
 
 /*
- * Rows of a partition that went before they were sent are to be sent now.  "shipper":
- * it is the one that asks, and knows those of requests that are under way, too.
+ * Rows of a partition, or of all of a table's, that went before they were sent are to
+ * be sent now.  The shipper is kept away from the table until the transaction ends: it
+ * has noted what it has missed, and sees the partition when it reads rows again.
  *
  * Of deliveries that miss a row of an id and know no more of it, one gets the row that
  * has come, unless there is one that knows it; the others wait for the next.
  */
-static void
-partition_has_come(Oid usage_table, Oid partition, int64 ledger_from, bool shipper)
+void
+abp_partitions_come(Oid usage_table, Oid partition, int64 ledger_from)
 {
-	List	   *deliveries = abp_ledger_vanished(usage_table, ledger_from, shipper);
+	List	   *deliveries;
 	IdSet		come = {0};		/* each id is put into the outbox once */
 	ListCell   *lc;
 
+	abp_attachment_lock(usage_table);
+	deliveries = abp_ledger_vanished(usage_table, ledger_from);
 	foreach(lc, deliveries)
 	{
 		Delivery   *delivery = lfirst(lc);
@@ -221,54 +224,6 @@ partition_has_come(Oid usage_table, Oid partition, int64 ledger_from, bool shipp
 
 		put_returned(delivery, abp_idset_subtract(&ids, &come), ledger_from, &come);
 	}
-}
-
-/* The shipper is to look at the partition, too: see abp_partitions_look. */
-static void
-note_partition(Oid usage_table, Oid partition)
-{
-	OutboxEntry entry = {.usage_table = usage_table,.state = OUTBOX_PARTITIONS};
-
-	abp_idset_add(&entry.ids, partition, partition, CurrentMemoryContext);
-	abp_outbox_put(&entry, 1);
-	abp_wake_at_commit();
-}
-
-/*
- * Look at partitions that were attached to a table since the last time: for the
- * shipper, before it reads rows.  It may have missed such a row in the meantime,
- * and noted that after the partition came, or in a delivery that it is sending;
- * and having a lock on the table, it may not have heard of the partition.  Having
- * got the partition's lock, it has.
- * Returns false if one is locked: what is in the outbox may be of rows that the
- * shipper would not see; look again soon.
- */
-bool
-abp_partitions_look(Oid usage_table, int64 ledger_from)
-{
-	bool		all = true;
-	IdWalk		walk = {0};
-	IdSet		came = abp_outbox_peek(usage_table, OUTBOX_PARTITIONS, PG_INT64_MAX);
-
-	while (abp_idset_walk(&came, &walk))
-	{
-		Oid			partition = (Oid) walk.id;
-
-		if (!ConditionalLockRelationOid(partition, AccessShareLock))
-		{
-			/* an ALTER TABLE has it, perhaps the one that attaches it */
-			all = false;
-			continue;
-		}
-
-		/* in a dump that was restored it has another OID */
-		if (get_rel_relkind(partition) == '\0')
-			partition_has_come(usage_table, usage_table, ledger_from, true);
-		else if (root_of(partition) == usage_table)
-			partition_has_come(usage_table, partition, ledger_from, true);
-		abp_outbox_forget_partition(usage_table, partition);
-	}
-	return all;
 }
 
 /*
@@ -353,11 +308,7 @@ abp_sql_on_table_ddl(PG_FUNCTION_ARGS)
 			continue;
 
 		if (cmd->subtype == AT_AttachPartition)
-		{
-			abp_attachment_lock(root);
-			partition_has_come(root, partition, table->ledger_from, false);
-			note_partition(root, partition);
-		}
+			abp_partitions_come(root, partition, table->ledger_from);
 		else
 			partition_has_gone(table, partition,
 							   named->concurrent || cmd->subtype == AT_DetachPartitionFinalize);

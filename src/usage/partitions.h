@@ -13,8 +13,8 @@
 #include "base/idset.h"
 #include "queue/vanished.h"
 
+extern void abp_partitions_come(Oid usage_table, Oid partition, int64 ledger_from);
 extern bool abp_partitions_leaving(Oid usage_table, const IdSet *ids, Vanished *rows,
 								   MemoryContext context);
-extern bool abp_partitions_look(Oid usage_table, int64 ledger_from);
 
 #endif							/* ABP_PARTITIONS_H */

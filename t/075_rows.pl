@@ -637,6 +637,18 @@ subtest '5: what may have been stored comes back as that, whoever hears of it fi
 	is(sql("SELECT string_agg(DISTINCT cost_nanos::text, ' ') FROM limbo"), cost_at_polar('li2'), 'as it is here');
 	is(unexpected('limbo'), 0, 'without a surprise');
 
+	# Whatever the transaction's snapshot in which it comes.
+	my $old = $node->background_psql('postgres');
+	$old->query('BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM model_table');
+	pause();
+	sql(ins('limbo', 'lr1', 'region', "'b'"));
+	sql('ALTER TABLE limbo DETACH PARTITION limbo_b');
+	$old->query("ALTER TABLE limbo ATTACH PARTITION limbo_b FOR VALUES IN ('b'); COMMIT");
+	$old->quit;
+	is(outbox('limbo'), sql("SELECT id || ' pending' FROM limbo WHERE external_id = 'lr1'"), 'in a transaction from before');
+	resume();
+	ok(settled('limbo'), 'it is sent');
+
 	# Nobody has told us of the partition that comes.
 	pause();
 	$polar->fault(kind => 'drop_after_store', times => 2);

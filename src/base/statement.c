@@ -10,6 +10,7 @@
 #include "executor/spi.h"
 #include "utils/builtins.h"
 #include "utils/lsyscache.h"
+#include "utils/snapmgr.h"
 
 #include "base/idset.h"
 #include "base/rights.h"
@@ -49,7 +50,10 @@ abp_statement_run(Statement *statement, Datum *values, const char *nulls)
 		statement->plan = plan;
 	}
 
-	result = SPI_execute_plan(statement->plan, values, nulls, statement->reads, 0);
+	result = statement->latest ?
+		SPI_execute_snapshot(statement->plan, values, nulls, GetLatestSnapshot(), InvalidSnapshot,
+							 false, true, 0) :
+		SPI_execute_plan(statement->plan, values, nulls, statement->reads, 0);
 	if (result < 0)
 		elog(ERROR, "unexpected failure to execute: %s", SPI_result_code_string(result));
 	return SPI_processed;

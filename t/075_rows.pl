@@ -744,6 +744,41 @@ subtest '7: what may have been stored stays what it is' => sub {
 	is(unexpected('unknown'), 1, 'and that is told');
 };
 
+subtest '7: what is decided in a transaction of an older snapshot' => sub {
+	sql("SELECT aibilling.create_usage_table('older', 'polar')");
+	my $old = $node->background_psql('postgres', on_error_stop => 0);
+	$old->query('BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM model_table');
+	sql(ins('older', 'ol1,ol2'));
+	ok(settled('older'), 'what is delivered after the snapshot');
+	$old->query('TRUNCATE older RESTART IDENTITY; COMMIT');
+	sql('SET aibilling_polar.enqueue = off; ' . ins('older', 'ol3'));
+	is(states('older'), 'ol3 not_sent', 'is known to have been before TRUNCATE');
+
+	$node->create_server($polar, name => 'before', requests_per_minute => 0);
+	sql("SELECT aibilling.create_usage_table('elsewhere', 'before')");
+	$old->query('BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM model_table');
+	$polar->fault(kind => 'hang', store => JSON::PP::true);
+	sql(ins('elsewhere', 'ew1'));
+	$polar->wait(hung => 1);
+	$old->query('ALTER SERVER before RENAME TO after; COMMIT');
+	is(sql("SELECT server FROM aibilling.delivery WHERE usage_table = 'elsewhere'::regclass"), 'after', 'and what is sent after it goes with its server');
+	$polar->release;
+	ok(settled('elsewhere'), 'it is delivered');
+
+	$old->query('BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM model_table');
+	sql("SELECT aibilling.pause('after')");
+	$old->query("SELECT aibilling.resume('after'); COMMIT");
+	sql(ins('elsewhere', 'ew2'));
+	ok(settled('elsewhere'), 'who has not seen a pause can end it');
+	sql("SELECT aibilling.detach('elsewhere')");
+
+	$old->query('BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM model_table');
+	sql("SELECT aibilling.attach('elsewhere', 'after')");
+	$old->query('DROP TABLE elsewhere; COMMIT');
+	$old->quit;
+	is(sql("SELECT count(*) FROM aibilling.status WHERE server = 'after'"), '0', 'a table that was attached after it is forgotten when it goes');
+};
+
 subtest '7: what Polar has stays what it is, whatever has become of its server' => sub {
 	$node->create_server($polar, name => 'former', requests_per_minute => 0);
 	sql("SELECT aibilling.create_usage_table('orphan', 'former')");

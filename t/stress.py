@@ -248,6 +248,12 @@ class Stress:
         return "INSERT INTO %s (%sexternal_id, provider, model, external_customer_id, input_tokens, output_tokens%s) VALUES %s" % (
             table, "id, " if ids else "", column, ", ".join(values))
 
+    @staticmethod
+    def begin(rng, seconds):
+        """The begin of a transaction, whose snapshot may be older than what it sees next."""
+        return "BEGIN ISOLATION LEVEL %s; SELECT count(*) FROM audit; SELECT pg_sleep(%f)" % (
+            rng.choice(("READ COMMITTED", "REPEATABLE READ")), rng.random() * seconds)
+
     def change(self, rng):
         """A script of an application's."""
         table = rng.choice(TABLES)
@@ -302,15 +308,17 @@ class Stress:
                 # ids that others have
                 (12, self.rows(rng, table, 1, ["(SELECT coalesce(max(id), 1) FROM %s)" % table])),
                 (12, "DELETE FROM %s WHERE id IN (SELECT id FROM %s GROUP BY id HAVING count(*) > 1) AND %s = %s" % (table, table, column, value)),
-                (6, "ALTER TABLE %s DETACH PARTITION %s; SELECT pg_sleep(%f); ALTER TABLE %s ATTACH PARTITION %s FOR VALUES IN (%s)" % (
-                    table, leaf, rng.random() / 2, table, leaf, bound)),
+                (6, "%s; ALTER TABLE %s DETACH PARTITION %s; COMMIT; %s; ALTER TABLE %s ATTACH PARTITION %s FOR VALUES IN (%s); COMMIT" % (
+                    self.begin(rng, 0.1), table, leaf, self.begin(rng, 0.5), table, leaf, bound)),
             ]
         else:
             choices += [
                 (4, "INSERT INTO %s (external_id, provider, model, external_customer_id, input_tokens, output_tokens)"
                     " SELECT external_id, 'p', 'm0', 'c5', 77, 7 FROM %s ORDER BY random() LIMIT 3"
                     " ON CONFLICT (external_id) DO UPDATE SET output_tokens = excluded.output_tokens + 1" % (table, table)),
-                (1, "BEGIN; TRUNCATE %s RESTART IDENTITY; %s; %s" % (table, insert, rng.choice(("COMMIT", "ROLLBACK")))),
+                # what "gone" is to hold is looked up by the snapshot
+                (1, "%s; TRUNCATE %s RESTART IDENTITY; %s; %s" % (
+                    "BEGIN" if table == "one" else self.begin(rng, 0.5), table, insert, rng.choice(("COMMIT", "ROLLBACK")))),
             ]
         return rng.choices([text for _, text in choices], [weight for weight, _ in choices])[0]
 
@@ -341,8 +349,7 @@ class Stress:
                         rng.choice((0, 2, 10, 50)), table, leaf, rng.random() / 3, table, leaf, table, leaf, bound))
         self.gates[bound].open()
 
-    @staticmethod
-    def operation(rng):
+    def operation(self, rng):
         table = rng.choice(TABLES)
         return rng.choice((
             "CALL aibilling.sync(timeout => '1s')",
@@ -350,7 +357,7 @@ class Stress:
             "SELECT aibilling.pause('polar'); SELECT pg_sleep(0.2); SELECT aibilling.resume('polar')",
             "SELECT aibilling.pause(); SELECT aibilling.resume()",
             "ALTER SERVER polar OPTIONS (SET batch_size '%d')" % rng.choice((1, 3, 7, 50)),
-            "ALTER SERVER polar RENAME TO renamed; SELECT pg_sleep(0.1); ALTER SERVER renamed RENAME TO polar",
+            "%s; ALTER SERVER polar RENAME TO renamed; COMMIT; SELECT pg_sleep(0.1); ALTER SERVER renamed RENAME TO polar" % self.begin(rng, 0.2),
             "SELECT aibilling.detach('two'); SELECT pg_sleep(0.1); SELECT aibilling.attach('two', 'other', 'send')",
             "SELECT aibilling.attach('%s', '%s', 'send')" % (table, "other" if table in ("two", "tenants") else "polar"),
             "SELECT aibilling.retry('%s')" % table,

@@ -32,6 +32,9 @@ abp_statement_table_name(Oid relid)
 /*
  * Run a statement, prepared the first time, between SPI_connect and SPI_finish and
  * with the rights of the caller.  Returns the number of rows; nulls may be NULL.
+ *
+ * What changes something goes by the latest state, whatever the transaction's snapshot:
+ * in one that is older, TRUNCATE would not know what has been delivered since.
  */
 uint64
 abp_statement_run(Statement *statement, Datum *values, const char *nulls)
@@ -50,10 +53,10 @@ abp_statement_run(Statement *statement, Datum *values, const char *nulls)
 		statement->plan = plan;
 	}
 
-	result = statement->latest ?
+	result = statement->reads ?
+		SPI_execute_plan(statement->plan, values, nulls, true, 0) :
 		SPI_execute_snapshot(statement->plan, values, nulls, GetLatestSnapshot(), InvalidSnapshot,
-							 false, true, 0) :
-		SPI_execute_plan(statement->plan, values, nulls, statement->reads, 0);
+							 false, true, 0);
 	if (result < 0)
 		elog(ERROR, "unexpected failure to execute: %s", SPI_result_code_string(result));
 	return SPI_processed;

@@ -22,8 +22,6 @@ typedef struct Statement
 	int			nargs;
 	Oid			argtypes[20];
 	bool		reads;			/* by the active snapshot, and changes nothing */
-	bool		latest;			/* by the latest snapshot, not the
-								 * transaction's */
 	const char *off[2];			/* settings that are off for it */
 	SPIPlanPtr	plan;
 } Statement;

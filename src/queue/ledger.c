@@ -568,7 +568,7 @@ abp_ledger_vanished(Oid usage_table, int64 ledger_from)
 		"SELECT d.id, d.vanished_ids, d.outcome_unknown, d.vanished_keys FROM aibilling.ledger d"
 		" WHERE d.usage_table = $1 AND d.vanished_ids IS NOT NULL AND d.id > $2"
 		" ORDER BY d.outcome_unknown DESC, d.id",
-		2, {REGCLASSOID, INT8OID},.latest = true
+		2, {REGCLASSOID, INT8OID}
 	};
 	Datum		values[2] = {ObjectIdGetDatum(usage_table), Int64GetDatum(ledger_from)};
 	List	   *list = NIL;
@@ -608,7 +608,7 @@ abp_ledger_returned(const Delivery *delivery, IdSet *ids)
 		"UPDATE aibilling.ledger SET vanished_ids = nullif(vanished_ids - $2, '{}'),"
 		" vanished_keys = CASE WHEN NOT vanished_ids <@ $2 THEN vanished_keys END"
 		" WHERE id = $1",
-		2, {INT8OID, INT8MULTIRANGEOID},.latest = true
+		2, {INT8OID, INT8MULTIRANGEOID}
 	};
 	Datum		values[2] = {Int64GetDatum(delivery->id), abp_idset_to_multirange(ids)};
 

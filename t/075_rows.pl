@@ -686,6 +686,25 @@ subtest '6: rows that come while their table is detached' => sub {
 	is(sql("SELECT count(*) FROM aibilling.delivery WHERE usage_table = 'off'::regclass"), $deliveries, 'nothing is sent again');
 };
 
+subtest '6: rows that come while somebody waits to attach their table' => sub {
+	my ($writer, $attaching) = map { $node->background_psql('postgres', on_error_stop => 0) } 1, 2;
+	foreach my $level ('READ COMMITTED', 'REPEATABLE READ')
+	{
+		my $table = $level =~ /READ$/ ? 'repeatable' : 'committed';
+
+		sql("CREATE TABLE ${table}_rows (LIKE model_table INCLUDING ALL)");
+		$writer->query('BEGIN; ' . ins("${table}_rows", "wa_$table"));
+		$attaching->{stdin} .= "BEGIN ISOLATION LEVEL $level; SELECT count(*) FROM model_table; SELECT aibilling.attach('${table}_rows', 'polar', 'send'); COMMIT;\n";
+		$attaching->{run}->pump_nb;
+		$node->poll_query_until('postgres', "SELECT count(*) > 0 FROM pg_locks WHERE relation = '${table}_rows'::regclass AND NOT granted");
+		$writer->query('COMMIT');
+		$attaching->query('SELECT 1');
+		ok(settled("${table}_rows"), $level);
+		is(at_polar("wa_$table"), "wa_$table x1", "what others have committed meanwhile is sent, $level");
+	}
+	$_->quit foreach $writer, $attaching;
+};
+
 subtest '6: the last id' => sub {
 	pause();
 	sql(ins('cut', 'last', 'id', '9223372036854775807'));

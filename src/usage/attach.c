@@ -549,11 +549,15 @@ enqueue_existing(Oid relid, bool was_attached)
 	IdSet		queued;
 	IdSet		known;
 
+	/* What others had inserted while we waited for the table is there, too. */
+	PushActiveSnapshot(GetLatestSnapshot());
 	abp_rows_query(table,
 				   psprintf("SELECT id::pg_catalog.int8, cost_nanos IS NOT NULL,"
 							" pg_catalog.age(xmin) OPERATOR(pg_catalog.<) $1 FROM %s ORDER BY id",
 							table->name),
 				   1, argtypes, args, EXISTING_CHUNK, sort_existing, &rows);
+	abp_correct_note_existing(table);
+	PopActiveSnapshot();
 	abp_progress_end();
 
 	/*
@@ -579,7 +583,6 @@ enqueue_existing(Oid relid, bool was_attached)
 	abp_outbox_put(&rows.priced, 1);
 	abp_outbox_put(&rows.unpriced, 1);
 	abp_outbox_put(&rows.outcome_unknown, 1);
-	abp_correct_note_existing(table);
 }
 
 /*

@@ -282,6 +282,23 @@ abp_sql_create_usage_table(PG_FUNCTION_ARGS)
 	PG_RETURN_OID(relid);
 }
 
+/*
+ * A partition whose DETACH CONCURRENTLY has begun would lose its triggers and get none
+ * again, though transactions of an older snapshot still write to it.
+ */
+static void
+check_no_detach_pending(Oid relid)
+{
+	Oid			pending = abp_partitions_pending(relid);
+
+	if (OidIsValid(pending))
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("cannot attach table %s: partition \"%s\" is being detached",
+						abp_statement_table_name(relid), get_rel_name(pending)),
+				 errhint("Try again when that has ended; if it was broken off, end it with ALTER TABLE ... DETACH PARTITION ... FINALIZE.")));
+}
+
 /* Check that a relation can be a usage table. */
 static void
 check_usage_relation(Oid relid)
@@ -319,6 +336,7 @@ check_usage_relation(Oid relid)
 				 errdetail("%s.", problem),
 				 errhint("Change the columns with ALTER TABLE, or create a usage table with aibilling.create_usage_table.")));
 	table_close(rel, NoLock);
+	check_no_detach_pending(relid);
 }
 
 /*

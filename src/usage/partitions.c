@@ -227,6 +227,33 @@ abp_partitions_come(Oid usage_table, Oid partition, int64 ledger_from)
 }
 
 /*
+ * A partition of a table, or of a partition of it, whose DETACH CONCURRENTLY is under
+ * way or was broken off; InvalidOid if there is none.
+ */
+Oid
+abp_partitions_pending(Oid relid)
+{
+	Relation	rel = table_open(relid, AccessShareLock);
+	PartitionDesc partitions;
+	Oid			pending = InvalidOid;
+
+	if (rel->rd_rel->relkind == RELKIND_PARTITIONED_TABLE)
+	{
+		partitions = RelationGetPartitionDesc(rel, false);
+		for (int i = 0; i < partitions->nparts && !OidIsValid(pending); i++)
+		{
+			CHECK_FOR_INTERRUPTS();
+			if (partitions->detached_exist && PartitionHasPendingDetach(partitions->oids[i]))
+				pending = partitions->oids[i];
+			else if (!partitions->is_leaf[i])
+				pending = abp_partitions_pending(partitions->oids[i]);
+		}
+	}
+	table_close(rel, NoLock);
+	return pending;
+}
+
+/*
  * Note the rows of these ids in partitions that are leaving.  Returns whether all
  * of these could be looked at.
  */

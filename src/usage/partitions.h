@@ -14,6 +14,7 @@
 #include "queue/vanished.h"
 
 extern void abp_partitions_come(Oid usage_table, Oid partition, int64 ledger_from);
+extern Oid	abp_partitions_pending(Oid relid);
 extern bool abp_partitions_leaving(Oid usage_table, const IdSet *ids, Vanished *rows,
 								   MemoryContext context);
 

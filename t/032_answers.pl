@@ -286,6 +286,16 @@ is( $node->safe_psql('postgres', q{SELECT string_agg(external_id || ' ' || state
 	'a row is refused for what is said of its own variant');
 $node->safe_psql('postgres', q{DELETE FROM usage WHERE external_id IN ('variant_1', 'variant_2')});
 
+# What is quoted of an answer has no token in it, one line and an end.
+$polar->fault(kind => 'status', status => 422, body => '{"detail": [{"type": "value_error", "loc": ["body", "events", 0, "name"], "msg": "'
+	  . 'polar_oat_secretSecret_1 is not welcome, nor polar_at_o_more;\\n caf\\u00e9 \\u0000 no_polar_ice ' . 'x' x 2000 . '"}]}');
+$node->insert_rows(1, prefix => 'quoted_');
+$node->poll_query_until('postgres', q{SELECT count(*) = 1 FROM aibilling.outbox WHERE state = 'rejected' AND error ~ 'welcome'});
+my $quoted = outbox(q{string_agg(error, '') FILTER (WHERE error ~ 'welcome')});
+like($quoted, qr/^name: polar_\.\.\. is not welcome, nor polar_\.\.\.;  caf\S+ \? no_polar_ice x+\.\.\. \(value_error\)$/, 'what an answer says');
+cmp_ok(length $quoted, '<', 1000, 'is shortened');
+$node->safe_psql('postgres', q{DELETE FROM usage WHERE external_id ~ '^quoted_'});
+
 # A request of which every row is refused says so.
 $polar->fault(kind => 'poison', external_ids => ['refused_1'], status => 422, index => \1);
 $node->insert_rows(1, prefix => 'refused_');

@@ -159,6 +159,18 @@ subtest 'each difference' => sub {
 	like(findings('usage', '2026-02-01', '2026-02-02'), qr/^d20\|unknown here\|\|750$/m, 'a row deleted here is unknown');
 };
 
+# Another producer was first with these external_ids, at another time: the list of the day does not bring them.
+subtest 'what is asked for by name' => sub {
+	sql("INSERT INTO usage (external_id, occurred_at, provider, model, external_customer_id, input_tokens, parent_id)
+		SELECT 'moved' || i, '2025-12-01 10:00+00', 'acme', 'm', 'c', i, NULL FROM generate_series(1, 3) i
+		UNION ALL VALUES ('its child', '2025-12-01 11:00+00', 'acme', 'm', 'c', 1, 'moved3')");
+	sync();
+	$polar->change([qw(moved1 moved2 moved3)], timestamp => '2025-12-20T10:00:00+00:00');
+	$polar->change(['moved2'], metadata => { cost_nanos => 7 });
+	is(findings('usage', '2025-12-01', '2025-12-02'), 'moved2|amount differs|75|7', 'it is there, and compared');
+	is(findings('usage', '2025-12-01 11:00+00', '2025-12-01 12:00+00'), '', 'as a parent, too');
+};
+
 subtest 'corrections are rows like any' => sub {
 	insert('usage', 'c', 3, '2026-02-10');
 	sync();

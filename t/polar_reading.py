@@ -245,6 +245,8 @@ def change(entries, given):
             if key in given:
                 entry["event"][key] = given[key]
         entry["event"].setdefault("metadata", {}).update(given.get("metadata", {}))
+        if "timestamp" in given:
+            entry["timestamp"] = given["timestamp"]
         if "customer" in given:
             entry["customer_object"] = given["customer"]
     return {"changed": changed}

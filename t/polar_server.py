@@ -48,7 +48,7 @@ POST /_test/customers   {"missing": [uuid], "missing_members": [uuid],
                         "known": [uuid] or null}; by default all exist
 POST /_test/change      {"external_ids": [...]} and "remove": true, or what to
                         set: external_customer_id, customer, parent_id,
-                        metadata (merged)
+                        timestamp (with +00:00), metadata (merged)
 POST /_test/meters      {"id": uuid, "property": "cost_nanos", "name": event
                         name or null, "aggregation": sum or count}
 POST /_test/rate_limit  {"limit": N or null, "window": seconds}

@@ -162,8 +162,8 @@ subtest 'each difference' => sub {
 # Another producer was first with these external_ids, at another time: the list of the day does not bring them.
 subtest 'what is asked for by name' => sub {
 	sql("INSERT INTO usage (external_id, occurred_at, provider, model, external_customer_id, input_tokens, parent_id)
-		SELECT 'moved' || i, '2025-12-01 10:00+00', 'acme', 'm', 'c', i, NULL FROM generate_series(1, 3) i
-		UNION ALL VALUES ('its child', '2025-12-01 11:00+00', 'acme', 'm', 'c', 1, 'moved3')");
+		SELECT 'moved' || i, timestamptz '2025-12-01 10:00+00', 'acme', 'm', 'c', i, NULL FROM generate_series(1, 3) i
+		UNION ALL VALUES ('its child', timestamptz '2025-12-01 11:00+00', 'acme', 'm', 'c', 1, 'moved3')");
 	sync();
 	$polar->change([qw(moved1 moved2 moved3)], timestamp => '2025-12-20T10:00:00+00:00');
 	$polar->change(['moved2'], metadata => { cost_nanos => 7 });

@@ -116,6 +116,19 @@ is(hub(q{SELECT cost_nanos FROM usage WHERE external_id = 'plain'}), '7000', 'at
 ok($hub->poll_query_until('postgres', q{SELECT lag = interval '0' FROM aibilling.status WHERE usage_table = 'usage'::regclass}),
 	'lag is shown where a subscription feeds the table');
 
+# What was said is not kept, if the server's option says so.
+hub(q{ALTER SERVER polar OPTIONS (ADD raw_usage 'strip'); SELECT aibilling.pause('polar')});
+my $reply = q{{"choices": [{"message": {"content": "canary"}}], "usage": {"prompt_tokens": %d, "completion_tokens": 0}}};
+my $stripped = q{SELECT cost_nanos, raw_usage::text ~ 'canary', raw_usage #>> '{usage,prompt_tokens}' FROM usage WHERE external_id = 'said'};
+there(sprintf "INSERT INTO usage (external_id, provider, model, external_customer_id, usage_format, raw_usage) VALUES ('said', 'p', 'm', 'c', 'openai', '$reply')", 7);
+arrived();
+is(hub($stripped), '7000|f|7', 'of a reply that comes its usage is kept');
+there(sprintf "UPDATE usage SET raw_usage = '$reply' WHERE external_id = 'said'", 8);
+arrived();
+is(hub($stripped), '8000|f|8', 'of one that changes, too');
+hub(q{ALTER SERVER polar OPTIONS (DROP raw_usage); SELECT aibilling.resume('polar')});
+$hub->wait_settled;
+
 # ---------------------------------------------------------------------------
 # Each thing that an INSERT refuses elsewhere is stored and rejected
 # ---------------------------------------------------------------------------

@@ -667,6 +667,26 @@ subtest '5: what may have been stored comes back as that, whoever hears of it fi
 	ok(settled('limbo'), 'it is sent again');
 	is(at_polar('lu'), 'lu1 x1, lu2 x1', 'each is there once');
 	is(unexpected('limbo'), 0, 'without a surprise');
+
+	# It comes back by hand.
+	pause();
+	$polar->fault(kind => 'drop_after_store', times => 2);
+	sql(ins('limbo', 'lw1') . ins('limbo', 'lw2', 'region', "'b'"));
+	resume();
+	$polar->wait_for(sub { at_polar('lw') eq 'lw1 x1, lw2 x1' }, 'a request that is stored, and gets no answer');
+	sql('ALTER TABLE limbo DETACH PARTITION limbo_b');
+	ok($node->poll_query_until('postgres', "SELECT attempts = 2 AND events = 1 AND error IS NOT NULL FROM aibilling.delivery WHERE usage_table = 'limbo'::regclass AND state = 'sending'"),
+		'sent again without the row that has left');
+	pause();
+	sql("UPDATE aibilling.price SET input = 5 WHERE model = 'm'");
+	sql("UPDATE limbo_b SET region = 'a'; INSERT INTO limbo SELECT * FROM limbo_b WHERE external_id = 'lw2'");
+	is(sql("SELECT o.outcome_unknown, l.cost_nanos FROM limbo l JOIN aibilling.outbox o ON o.usage_id = l.id AND o.usage_table = 'limbo'::regclass WHERE l.external_id = 'lw2'"),
+		't|1000000', 'it is a row that Polar may have, and keeps its cost');
+	sql("UPDATE aibilling.price SET input = 1 WHERE model = 'm'");
+	resume();
+	ok(settled('limbo'), 'it is sent again');
+	is(at_polar('lw'), 'lw1 x1, lw2 x1', 'each is there once');
+	is(unexpected('limbo'), 0, 'without a surprise');
 };
 
 subtest '6: rows that come while their table is detached' => sub {

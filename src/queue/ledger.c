@@ -44,7 +44,10 @@
 #define Anum_delivery_unexpected_duplicates 12
 #define Anum_delivery_vanished 13
 #define Anum_delivery_finished_at 15
+#define Anum_delivery_outcome_unknown 17
 #define Anum_delivery_error 18
+#define Anum_delivery_vanished_ids 19
+#define Anum_delivery_vanished_keys 21
 
 /* The columns up to "usage_table" as they lie in a tuple. */
 typedef struct DeliveryForm
@@ -396,13 +399,13 @@ abp_ledger_sending(Oid usage_table)
 	return found;
 }
 
-/* Does a delivery's tuple hold an id? */
+/* Does one of a delivery's sets of ids hold an id? */
 static bool
-delivery_holds(HeapTuple tuple, TupleDesc desc, int64 id)
+delivery_holds(HeapTuple tuple, AttrNumber column, TupleDesc desc, int64 id)
 {
 	TypeCacheEntry *type = lookup_type_cache(INT8MULTIRANGEOID, TYPECACHE_MULTIRANGE_INFO);
 	bool		isnull;
-	Datum		ids = heap_getattr(tuple, Anum_delivery_usage_ids, desc, &isnull);
+	Datum		ids = heap_getattr(tuple, column, desc, &isnull);
 
 	return !isnull &&
 		multirange_contains_elem_internal(type->rngtype, DatumGetMultirangeTypeP(ids),
@@ -419,7 +422,7 @@ abp_ledger_is_sending(Oid usage_table, int64 id)
 
 	begin_sending_scan(&scan, usage_table);
 	while (!found && (tuple = abp_scan_next(&scan)) != NULL)
-		found = delivery_holds(tuple, RelationGetDescr(scan.rel), id);
+		found = delivery_holds(tuple, Anum_delivery_usage_ids, RelationGetDescr(scan.rel), id);
 	abp_scan_end(&scan);
 	return found;
 }
@@ -455,7 +458,7 @@ abp_ledger_last_delivered(Oid usage_table, int64 id, int64 after)
 			strcmp(TextDatumGetCString(heap_getattr(tuple, Anum_delivery_state,
 													RelationGetDescr(rel), &isnull)),
 				   "delivered") == 0 &&
-			delivery_holds(tuple, RelationGetDescr(rel), id))
+			delivery_holds(tuple, Anum_delivery_usage_ids, RelationGetDescr(rel), id))
 			found = form->id;
 		if (should_free)
 			heap_freetuple(tuple);
@@ -497,6 +500,47 @@ abp_ledger_has(Oid usage_table, int64 id, int64 ledger_from)
 
 	PushActiveSnapshot(GetLatestSnapshot());
 	found = abp_ledger_last_delivered(usage_table, id, ledger_from) != 0;
+	PopActiveSnapshot();
+	return found;
+}
+
+/* May a delivery without an answer have brought a row that it misses now? */
+static bool
+may_have_brought(HeapTuple tuple, TupleDesc desc, int64 id, uint32 key)
+{
+	Vanished	missed = {{0}};
+	bool		isnull;
+	Datum		keys;
+
+	if (!DatumGetBool(heap_getattr(tuple, Anum_delivery_outcome_unknown, desc, &isnull)) ||
+		!delivery_holds(tuple, Anum_delivery_vanished_ids, desc, id))
+		return false;
+	keys = heap_getattr(tuple, Anum_delivery_vanished_keys, desc, &isnull);
+	if (!isnull)
+		abp_vanished_read_keys(&missed, DatumGetByteaPP(keys));
+	return abp_vanished_may_be(&missed, id, key);
+}
+
+/*
+ * May Polar have a row that was gone when it was to be sent again?  "key" is the
+ * checksum of its external_id.
+ */
+bool
+abp_ledger_may_have_missed(Oid usage_table, int64 id, uint32 key, int64 ledger_from)
+{
+	ScanKeyData scan_key;
+	OrderedScan scan;
+	HeapTuple	tuple;
+	bool		found = false;
+
+	ScanKeyInit(&scan_key, Anum_delivery_usage_table, BTEqualStrategyNumber, F_OIDEQ,
+				ObjectIdGetDatum(usage_table));
+	PushActiveSnapshot(GetLatestSnapshot());
+	abp_scan_begin(&scan, "ledger", "ledger_vanished", 1, &scan_key, AccessShareLock);
+	while (!found && (tuple = abp_scan_next(&scan)) != NULL)
+		found = DELIVERY_FORM(tuple)->id > ledger_from &&
+			may_have_brought(tuple, RelationGetDescr(scan.rel), id, key);
+	abp_scan_end(&scan);
 	PopActiveSnapshot();
 	return found;
 }

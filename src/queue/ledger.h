@@ -75,6 +75,7 @@ extern int64 abp_ledger_last_delivered(Oid usage_table, int64 id, int64 after);
 extern IdSet abp_ledger_delivered_before(const Delivery *delivery,
 										 int64 ledger_from);
 extern bool abp_ledger_has(Oid usage_table, int64 id, int64 ledger_from);
+extern bool abp_ledger_may_have_missed(Oid usage_table, int64 id, uint32 key, int64 ledger_from);
 extern IdSet abp_ledger_sending_ids(Oid usage_table);
 extern int32 abp_ledger_age(Oid usage_table);
 extern IdSet abp_ledger_ids(Oid usage_table, int64 ledger_from);

@@ -13,11 +13,13 @@
 #include "utils/memutils.h"
 #include "utils/snapmgr.h"
 
+#include "base/text_view.h"
 #include "base/transaction.h"
 #include "queue/ledger.h"
 #include "usage/lookup.h"
 #include "usage/relation.h"
 #include "usage/returning.h"
+#include "usage/row.h"
 
 /* Rows between their INSERT triggers that were there before, or NULL. */
 static HTAB *returning = NULL;
@@ -110,6 +112,24 @@ abp_returning_remember(Oid usage_table, int64 id, ReturnKind kind)
 }
 
 /*
+ * Has Polar a row of this id, or may it have this one, which left with its partition
+ * before its request was sent again?
+ */
+static bool
+may_be_delivered(UsageRelation *known, const RowColumns *row, int64 id)
+{
+	TextView	external_id;
+
+	if (abp_ledger_has(known->usage_table, id, known->ledger_from))
+		return true;
+	if (row->nulls[COL_EXTERNAL_ID])
+		return false;
+	external_id = text_view_from_datum(row->values[COL_EXTERNAL_ID]);
+	return abp_ledger_may_have_missed(known->usage_table, id, abp_ledger_key_of(&external_id),
+									  known->ledger_from);
+}
+
+/*
  * Is a row that is inserted with its cost filled in one that was there?  When
  * its statement began it was visible, or Polar has it and it is its owner who
  * brings it back.
@@ -123,8 +143,7 @@ returning_kind(UsageRelation *known, RowColumns *row, int64 id, ReturnKind *kind
 		*kind = row->unchanged ? RETURN_MOVED : RETURN_CHANGED;
 		return true;
 	}
-	if (abp_relation_is_callers(known->usage_table) &&
-		abp_ledger_has(known->usage_table, id, known->ledger_from))
+	if (abp_relation_is_callers(known->usage_table) && may_be_delivered(known, row, id))
 	{
 		*kind = RETURN_DELIVERED;
 		return true;

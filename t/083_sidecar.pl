@@ -126,6 +126,13 @@ is(hub($stripped), '7000|f|7', 'of a reply that comes its usage is kept');
 there(sprintf "UPDATE usage SET raw_usage = '$reply' WHERE external_id = 'said'", 8);
 arrived();
 is(hub($stripped), '8000|f|8', 'of one that changes, too');
+there(sprintf "INSERT INTO usage (external_id, provider, model, external_customer_id, usage_format, raw_usage) VALUES ('strange', 'p', 'm', 'c', 'strange', '%s')", sprintf($reply, 9) =~ s/^\{/{"effort": 4, /r);
+arrived();
+is(hub($stripped =~ s/'said'/'strange'/r), '|f|9', 'and of one whose format is unknown');
+is(hub(q{SELECT raw_usage ->> 'effort' FROM usage WHERE external_id = 'strange'}), '4', 'all numbers');
+there(q{UPDATE usage SET usage_format = 'openai' WHERE external_id = 'strange'});
+arrived();
+is(hub($stripped =~ s/'said'/'strange'/r), '9000|f|9', 'until it is named');
 hub(q{ALTER SERVER polar OPTIONS (DROP raw_usage); SELECT aibilling.resume('polar')});
 $hub->wait_settled;
 

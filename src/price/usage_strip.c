@@ -214,7 +214,8 @@ strip(Jsonb *raw, bool all_numbers)
  *
  * What is kept of a reply that cannot be read cannot be read either, or the
  * number that nothing reads would be lost with it: then all numbers stay, and
- * if that does not help, no more than that it was refused.
+ * if that does not help, no more than that it was refused.  All numbers stay of one
+ * in an unknown format, too: it can be read when somebody has named it.
  */
 Jsonb	   *
 abp_usage_strip(TextView format, Jsonb *raw, const UsageCall *call)
@@ -227,6 +228,8 @@ abp_usage_strip(TextView format, Jsonb *raw, const UsageCall *call)
 
 	if (JB_ROOT_IS_SCALAR(raw))
 		return NULL;
+	if (!abp_normalize_knows_format(format))
+		return strip(raw, true);
 	initStringInfo(&reason);
 	stripped = strip(raw, false);
 	if (abp_normalize_usage(format, raw, call, &whole, &reason))

@@ -132,8 +132,7 @@ static HeapTuple
 price_row(UsageRelation *known, TupleDesc desc, UsageRow *row, PricedCost *cost)
 {
 	const ServerOptions *server = abp_relation_server(known);
-	bool		strips = server != NULL && server->strip_raw_usage && row->raw_usage != NULL &&
-	abp_normalize_knows_format(row->usage_format);
+	bool		strips = server != NULL && server->strip_raw_usage && row->raw_usage != NULL;
 	Jsonb	   *kept = NULL;
 	bool		normalized;
 

@@ -779,11 +779,11 @@ subtest '7: what is decided in a transaction of an older snapshot' => sub {
 	sql("SELECT aibilling.create_usage_table('older', 'polar')");
 	my $old = $node->background_psql('postgres', on_error_stop => 0);
 	$old->query('BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM model_table');
-	sql(ins('older', 'ol1,ol2'));
+	sql(ins('older', 'od1,od2'));
 	ok(settled('older'), 'what is delivered after the snapshot');
 	$old->query('TRUNCATE older RESTART IDENTITY; COMMIT');
-	sql('SET aibilling_polar.enqueue = off; ' . ins('older', 'ol3'));
-	is(states('older'), 'ol3 not_sent', 'is known to have been before TRUNCATE');
+	sql('SET aibilling_polar.enqueue = off; ' . ins('older', 'od3'));
+	is(states('older'), 'od3 not_sent', 'is known to have been before TRUNCATE');
 
 	$node->create_server($polar, name => 'before', requests_per_minute => 0);
 	sql("SELECT aibilling.create_usage_table('elsewhere', 'before')");

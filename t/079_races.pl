@@ -191,7 +191,7 @@ subtest 'a partition comes and is being detached when the shipper looks at it' =
 	my ($reader, $session) = map { $node->background_psql('postgres', on_error_die => 1) } 1, 2;
 	begin_detach('leaving', $reader, $session);
 	my (undef, undef, $error) = $node->psql('postgres', "SELECT aibilling.attach('leaving', 'polar')");
-	like($error, qr/cannot attach table public.leaving: partition "leaving_b" is being detached/, 'attach() would take its triggers for good');
+	like($error, qr/cannot attach table public.leaving: partition "leaving_b" is being detached/, 'attach() would take its triggers');
 	my $pid = $node->worker_pid;
 	resume();
 	insert('leaving', 31, 'l1', 'a', 'm');

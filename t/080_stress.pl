@@ -1,5 +1,5 @@
 
-# Random statements, operators, faults and a role that misbehaves, for a minute; then rows and events
+# Random statements, operators, faults, crashes and a role that misbehaves, for a minute; then rows and events
 # must agree (t/stress.py).  AIBILLING_STRESS_SECONDS says for how long, AIBILLING_STRESS_SEED with
 # which seed; the seed of a run is printed.
 

@@ -159,7 +159,7 @@ subtest 'each difference' => sub {
 	like(findings('usage', '2026-02-01', '2026-02-02'), qr/^d20\|unknown here\|\|750$/m, 'a row deleted here is unknown');
 };
 
-# Another producer was first with these external_ids, at another time: the list of the day does not bring them.
+# Events that are at another time there: the list of the day does not bring them.
 subtest 'what is asked for by name' => sub {
 	sql("INSERT INTO usage (external_id, occurred_at, provider, model, external_customer_id, input_tokens, parent_id)
 		SELECT 'moved' || i, timestamptz '2025-12-01 10:00+00', 'acme', 'm', 'c', i, NULL FROM generate_series(1, 3) i

@@ -25,7 +25,7 @@ COMMENT ON TABLE aibilling.outbox_entry IS
 'Private: how aibilling.outbox is stored, ids of a block of 1,024 in one state. Its form may change in any version';
 COMMENT ON COLUMN aibilling.outbox_entry.usage_table IS 'The attached table';
 COMMENT ON COLUMN aibilling.outbox_entry.state IS
-'p: to be sent; w: to be sent, but not before not_before; u: waits for a price; r: rejected, waits for an UPDATE or aibilling.retry(). A capital letter: the ids are no longer in that state. To be counted only: n (not queued), s (skipped), k (change not taken over), v (deleted in flight).';
+'p: to be sent; w: to be sent, but not before not_before; u: waits for a price; r: rejected, waits for an UPDATE or aibilling.retry(). A capital letter: the ids are no longer in that state. To be counted only: n (not queued), s (skipped), k (change not taken over), v (deleted in flight)';
 COMMENT ON COLUMN aibilling.outbox_entry.attempts IS 'How often the rows have been sent in vain';
 COMMENT ON COLUMN aibilling.outbox_entry.outcome_unknown IS
 'Whether an earlier request may have stored the rows: duplicates of them are expected, and they cannot be changed';

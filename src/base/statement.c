@@ -33,8 +33,9 @@ abp_statement_table_name(Oid relid)
  * Run a statement, prepared the first time, between SPI_connect and SPI_finish and
  * with the rights of the caller.  Returns the number of rows; nulls may be NULL.
  *
- * What changes something goes by the latest state, whatever the transaction's snapshot:
- * in one that is older, TRUNCATE would not know what has been delivered since.
+ * What does not read by the active snapshot goes by the latest state, whatever the
+ * transaction's snapshot: by an older one, TRUNCATE would not know what has been
+ * delivered since.
  */
 uint64
 abp_statement_run(Statement *statement, Datum *values, const char *nulls)
